@@ -1,0 +1,110 @@
+"""What weight decay does to a model, and when to switch it off: the public names.
+
+Names are imported on first use, so that ``mirrorflow --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conditions import Report as Report
+    from .conditions import check as check
+    from .descent import descend as descend
+    from .flow import flow as flow
+    from .legendre import IncompatiblePair as IncompatiblePair
+    from .legendre import LegendreFunction as LegendreFunction
+    from .legendre import RangeError as RangeError
+    from .legendre import legendre as legendre
+    from .limit import limit as limit
+    from .loss import LeastSquares as LeastSquares
+    from .regularizer import CustomRegularizer as CustomRegularizer
+    from .regularizer import Regularizer as Regularizer
+    from .regularizer import Separable as Separable
+    from .regularizer import WeightDecay as WeightDecay
+    from .reparam import CommutingQuadratic as CommutingQuadratic
+    from .reparam import CustomReparam as CustomReparam
+    from .reparam import Depth as Depth
+    from .reparam import Hadamard as Hadamard
+    from .reparam import Identity as Identity
+    from .reparam import LogRatio as LogRatio
+    from .reparam import PowerDifference as PowerDifference
+    from .reparam import Product as Product
+    from .reparam import Reparam as Reparam
+    from .reparam import SymmetricFactor as SymmetricFactor
+    from .schedule import Constant as Constant
+    from .schedule import Cosine as Cosine
+    from .schedule import Linear as Linear
+    from .schedule import Piecewise as Piecewise
+    from .schedule import Schedule as Schedule
+    from .schedule import SwitchOff as SwitchOff
+    from .schedule import join as join
+    from .solution import Path as Path
+    from .solution import Solution as Solution
+    from .solution import Status as Status
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "conditions": ("Report", "check"),
+    "descent": ("descend",),
+    "flow": ("flow",),
+    "legendre": ("IncompatiblePair", "LegendreFunction", "RangeError", "legendre"),
+    "limit": ("limit",),
+    "loss": ("LeastSquares",),
+    "regularizer": ("CustomRegularizer", "Regularizer", "Separable", "WeightDecay"),
+    "reparam": (
+        "CommutingQuadratic",
+        "CustomReparam",
+        "Depth",
+        "Hadamard",
+        "Identity",
+        "LogRatio",
+        "PowerDifference",
+        "Product",
+        "Reparam",
+        "SymmetricFactor",
+    ),
+    "schedule": (
+        "Constant",
+        "Cosine",
+        "Linear",
+        "Piecewise",
+        "Schedule",
+        "SwitchOff",
+        "join",
+    ),
+    "solution": ("Path", "Solution", "Status"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mirrorflow' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return __all__
+
+
+class _Package(ModuleType):
+    """The package: a submodule never hides the public function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what the import system binds: ``mirrorflow.flow`` is the function."""
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,84 @@
+r"""The Legendre function R_a: two maps, and what follows from them (Theorem 3.2)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["LegendreFunction", "RangeError"]
+
+Scalar = float | Tensor
+
+
+class RangeError(ValueError):
+    """A dual variable outside the range of the mirror map, or an x outside the domain of R_a."""
+
+
+class LegendreFunction(ABC):
+    r"""R_a of a commuting pair (g, h) started at w0.
+
+    Its conjugate is the potential of the flow: ``grad_mu conjugate(mu, a) = primal(mu, a)`` and
+    ``d conjugate / da = h(w)`` at the w of the flow, so that d R_a(x) / da = -h(w).
+
+    Attributes
+    ----------
+    shape : torch.Size
+        The shape of x and mu.
+    elementwise : bool
+        Whether R_a is a sum over coordinates. Then every map broadcasts over leading dimensions,
+        and over ``a`` of shape (k, 1, ...), and the metric is a diagonal, given as a vector.
+    """
+
+    elementwise: bool = False
+    shape: torch.Size
+
+    @abstractmethod
+    def primal(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Give x = g(w(mu, a)); `RangeError` outside the range of the mirror map."""
+
+    @abstractmethod
+    def mirror(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give mu = grad R_a(x), the inverse of `primal`; `RangeError` outside the domain."""
+
+    @abstractmethod
+    def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Give the convex conjugate R_a^*(mu), summed over the coordinates."""
+
+    @abstractmethod
+    def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give the lower and upper ends of mu, an open interval per coordinate."""
+
+    def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give the lower and upper ends of x, an open interval per coordinate."""
+        infinite = torch.full(self.shape, torch.inf, dtype=torch.float64)
+        return -infinite, infinite
+
+    def value(self, x: Tensor, a: Scalar) -> Tensor:
+        r"""Evaluate R_a(x) = <x, mu> - R_a^*(mu) at mu = mirror(x, a)."""
+        mu = self.mirror(x, a)
+        return self._sum(x * mu) - self.conjugate(mu, a)
+
+    def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
+        r"""Evaluate the divergence R_a(x) - R_a(y) - <mirror(y, a), x - y> >= 0."""
+        inner = self._sum(self.mirror(y, a) * (x - y))
+        return self.value(x, a) - self.value(y, a) - inner
+
+    def centre(self, a: Scalar) -> Tensor:
+        """Give the minimizer of R_a, primal(0, a): the positional bias."""
+        return self.primal(torch.zeros(self.shape, dtype=torch.float64), a)
+
+    @abstractmethod
+    def metric(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give the Hessian of R_a: a vector (diagonal) if elementwise, else a square matrix."""
+
+    def _sum(self, per_coordinate: Tensor) -> Tensor:
+        """Sum over the coordinates of one x, keeping batch dimensions."""
+        dims = tuple(range_ for range_ in _last(len(self.shape)))
+        return per_coordinate.sum(dims) if dims else per_coordinate
+
+
+def _last(count: int) -> tuple[int, ...]:
+    """Give the indices of the last ``count`` dimensions."""
+    return tuple(-i for i in range(1, count + 1))

@@ -1,0 +1,56 @@
+"""The loss of linear measurements, which flows and end points can treat in n dual numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LeastSquares"]
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    r"""f(x) = |Z x - y|^2 / (2n), for vectors x, or matrices with Z of shape (n, p, q).
+
+    Parameters
+    ----------
+    Z : Tensor of shape (n, d) or (n, p, q)
+        The measurements; <Z_i, x> is the i-th prediction.
+    y : Tensor of shape (n,)
+        The targets.
+    """
+
+    Z: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and finiteness."""
+        if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
+            got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
+            raise ValueError(f"LeastSquares: Z (n, d) or (n, p, q) and y (n,) are needed, got {got}")
+        for name, value in (("Z", self.Z), ("y", self.y)):
+            if not torch.isfinite(value).all():
+                raise ValueError(f"LeastSquares: {name} holds NaN or infinite entries")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Give Z x, of shape (n,)."""
+        return self.Z.reshape(len(self.y), -1) @ x.reshape(-1)
+
+    def transpose(self, r: Tensor) -> Tensor:
+        """Give Z^T r, with the shape of x."""
+        return (r @ self.Z.reshape(len(self.y), -1)).reshape(self.Z.shape[1:])
+
+    def dual_gradient(self, prediction: Tensor) -> Tensor:
+        """Give the derivative of the loss in the predictions, (Zx - y)/n."""
+        return (prediction - self.y) / len(self.y)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Give grad f(x) = Z^T (Zx - y) / n."""
+        return self.transpose(self.dual_gradient(self.predict(x)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate f(x)."""
+        r = self.predict(x) - self.y
+        return (r * r).sum() / (2 * len(self.y))

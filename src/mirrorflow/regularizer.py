@@ -1,0 +1,143 @@
+"""Penalties h(w) that are added to the loss with strength alpha_t."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reparam import Parameters, Reparam, SeparableReparam, factors
+
+__all__ = ["CustomRegularizer", "Regularizer", "Separable", "WeightDecay"]
+
+
+class Regularizer(ABC):
+    """A penalty h(w); ``g`` is passed along because `Separable` is made of the terms of g.
+
+    Attributes
+    ----------
+    elementwise : bool
+        Whether h is a sum over coordinates.
+    """
+
+    elementwise: bool = False
+
+    @abstractmethod
+    def value(self, w: Parameters, g: Reparam) -> Tensor:
+        """Evaluate h(w), a scalar."""
+
+    def gradient(self, w: Parameters, g: Reparam) -> Parameters:
+        """Evaluate grad h(w), with the structure of ``w``."""
+        return torch.func.grad(lambda p: self.value(p, g))(w)
+
+    def validate(self, g: Reparam) -> None:
+        """Raise an error if h makes no sense for ``g``."""
+
+    def __repr__(self) -> str:
+        """Show the class with its arguments."""
+        return f"{type(self).__name__}()"
+
+
+class WeightDecay(Regularizer):
+    r"""h(w) = 1/2 |w|^2, so that alpha is what SGD and AdamW call ``weight_decay``."""
+
+    elementwise = True
+
+    def value(self, w: Parameters, g: Reparam) -> Tensor:
+        """Evaluate half the squared norm of all factors."""
+        return 0.5 * sum(((f * f).sum() for f in factors(w)), start=torch.zeros(()))
+
+    def gradient(self, w: Parameters, g: Reparam) -> Parameters:
+        """Give w."""
+        return w
+
+
+class Separable(Regularizer):
+    r"""h(w) = sum_ij c_ij g_ij(w_ij), the only penalties that commute with a separable g.
+
+    Parameters
+    ----------
+    c : sequence of float or Tensor, optional
+        One coefficient (or tensor of coefficients) per factor. The default takes the signs that
+        make every term positive: u^{2k} + v^{2k} for `PowerDifference`, log u + log v for
+        `LogRatio`.
+
+    Notes
+    -----
+    Corollary 3.7: for analytic separable g and h, Theorem 3.2 applies if and only if h has this
+    form.
+    """
+
+    elementwise = True
+
+    def __init__(self, c: Sequence[float | Tensor] | None = None) -> None:
+        self.c = None if c is None else tuple(c)
+        for ci in self.c or ():
+            if not torch.isfinite(torch.as_tensor(ci)).all():
+                raise ValueError("Separable: c holds NaN or infinite entries")
+
+    def coefficients(self, g: Reparam) -> tuple[Any, ...]:
+        """Give the c_ij for ``g``, one per factor."""
+        self.validate(g)
+        return g.signs if self.c is None else self.c  # type: ignore[attr-defined]
+
+    def value(self, w: Parameters, g: Reparam) -> Tensor:
+        """Sum the weighted terms of g."""
+        c = self.coefficients(g)
+        assert isinstance(g, SeparableReparam)
+        terms = [(ci * term).sum() for ci, term in zip(c, g.terms(w), strict=True)]
+        return torch.stack(terms).sum()
+
+    def gradient(self, w: Parameters, g: Reparam) -> Parameters:
+        """Give c_ij g_ij'."""
+        c = self.coefficients(g)
+        assert isinstance(g, SeparableReparam)
+        grads = tuple(ci * slope for ci, slope in zip(c, g.slopes(w), strict=True))
+        return grads[0] if isinstance(w, Tensor) else grads
+
+    def validate(self, g: Reparam) -> None:
+        """Require a separable g with as many factors as there are coefficients."""
+        if not isinstance(g, SeparableReparam):
+            raise TypeError(
+                f"Separable() needs a separable g (PowerDifference, LogRatio, Identity), got {g}; "
+                "for g = m * w use WeightDecay()"
+            )
+        if self.c is not None and len(self.c) != len(g.names):
+            raise ValueError(f"Separable: c needs {len(g.names)} entries for {g}, got {len(self.c)}")
+
+    def __repr__(self) -> str:
+        """Show the coefficients if they were chosen."""
+        return "Separable()" if self.c is None else f"Separable(c={self.c})"
+
+
+class CustomRegularizer(Regularizer):
+    """h(w) = fn(w) for a torch function that torch.func can trace.
+
+    Parameters
+    ----------
+    fn : callable
+        Takes w (as passed for w0) and returns a scalar tensor.
+    elementwise : bool
+        Promise that h is a sum over coordinates, each a function of the i-th entries of the
+        factors; `check` tests it.
+    """
+
+    def __init__(self, fn: Callable[[Any], Tensor], elementwise: bool = False) -> None:
+        if not callable(fn):
+            raise TypeError(f"CustomRegularizer: fn must be callable, got {type(fn).__name__}")
+        self.fn = fn
+        self.elementwise = elementwise
+
+    def value(self, w: Parameters, g: Reparam) -> Tensor:
+        """Call fn."""
+        h = self.fn(w)
+        if h.ndim != 0:
+            raise ValueError(f"CustomRegularizer: fn must return a scalar, got {tuple(h.shape)}")
+        return h
+
+    def __repr__(self) -> str:
+        """Show the function's name."""
+        return f"CustomRegularizer({getattr(self.fn, '__name__', 'fn')})"
