@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["LegendreFunction", "RangeError"]
+__all__ = ["LegendreFunction", "RangeError", "Scalar", "checked"]
 
 Scalar = float | Tensor
 
@@ -24,8 +24,8 @@ class LegendreFunction(ABC):
 
     Attributes
     ----------
-    shape : torch.Size
-        The shape of x and mu.
+    shape, dtype : torch.Size, torch.dtype
+        Of x and mu.
     elementwise : bool
         Whether R_a is a sum over coordinates. Then every map broadcasts over leading dimensions,
         and over ``a`` of shape (k, 1, ...), and the metric is a diagonal, given as a vector.
@@ -33,6 +33,7 @@ class LegendreFunction(ABC):
 
     elementwise: bool = False
     shape: torch.Size
+    dtype: torch.dtype = torch.float64
 
     @abstractmethod
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
@@ -52,7 +53,7 @@ class LegendreFunction(ABC):
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
         """Give the lower and upper ends of x, an open interval per coordinate."""
-        infinite = torch.full(self.shape, torch.inf, dtype=torch.float64)
+        infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
@@ -67,7 +68,7 @@ class LegendreFunction(ABC):
 
     def centre(self, a: Scalar) -> Tensor:
         """Give the minimizer of R_a, primal(0, a): the positional bias."""
-        return self.primal(torch.zeros(self.shape, dtype=torch.float64), a)
+        return self.primal(torch.zeros(self.shape, dtype=self.dtype), a)
 
     @abstractmethod
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
@@ -75,10 +76,16 @@ class LegendreFunction(ABC):
 
     def _sum(self, per_coordinate: Tensor) -> Tensor:
         """Sum over the coordinates of one x, keeping batch dimensions."""
-        dims = tuple(range_ for range_ in _last(len(self.shape)))
+        dims = tuple(range(-len(self.shape), 0))
         return per_coordinate.sum(dims) if dims else per_coordinate
 
 
-def _last(count: int) -> tuple[int, ...]:
-    """Give the indices of the last ``count`` dimensions."""
-    return tuple(-i for i in range(1, count + 1))
+def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None:
+    """Raise ValueError if ``argument`` does not end in the shape of R, or anything is NaN."""
+    ends = tuple(argument.shape[argument.ndim - len(R.shape) :])
+    if argument.ndim < len(R.shape) or ends != tuple(R.shape):
+        raise ValueError(f"{name} must have shape {tuple(R.shape)}, got {tuple(argument.shape)}")
+    if torch.isnan(argument).any():
+        raise ValueError(f"{name} holds NaN")
+    if torch.isnan(torch.as_tensor(a)).any():
+        raise ValueError("a is NaN")

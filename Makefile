@@ -1,0 +1,54 @@
+# Every target starts from Python 3.11 and make alone: it creates .venv, installs, and does its job.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+# One thread per process: the tests run in two processes, and the problems are small.
+THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help demo test test-slow test-browser lint bench docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+demo: .venv/.installed ## run the main experiment and make a page with the pictures
+	$(BIN)/mirrorflow demo --out demo
+
+test: .venv/.installed-test ## run the tests (minutes)
+	$(THREADS) $(BIN)/pytest -q -n 2
+
+test-slow: .venv/.installed-test ## run the slow tests
+	$(THREADS) $(BIN)/pytest -q -n 2 -m slow
+
+test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium
+	MIRRORFLOW_REQUIRE_BROWSER=1 $(BIN)/pytest -q -m browser
+
+lint: .venv/.installed-dev ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/.installed-bench ## measure the speeds that the README quotes, into results/
+	$(BIN)/python -m benchmarks
+
+docs: .venv/.installed-docs ## build the documentation into docs/_build
+	$(BIN)/sphinx-build -W -q docs docs/_build/html
+
+clean: ## remove what make has made
+	rm -rf .venv demo docs/_build
+
+# torch comes first and alone, so that the constraint decides which build pip takes.
+.venv/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mirrorflow needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+.venv/.installed-%: .venv/.installed pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	touch $@

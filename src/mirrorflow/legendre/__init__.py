@@ -1,0 +1,2 @@
+from .entropy import HyperbolicEntropy, OneSidedEntropy
+from .function import LegendreFunction, RangeError
