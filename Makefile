@@ -2,9 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # One thread per process: the tests run in two processes, and the problems are small.
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
+# Two installs into one .venv at the same time would spoil it.
+.NOTPARALLEL:
 .PHONY: help demo test test-slow test-browser lint bench docs clean
 .DEFAULT_GOAL := help
 
@@ -18,9 +21,11 @@ test: .venv/.installed-test ## run the tests (minutes)
 	$(THREADS) $(BIN)/pytest -q -n 2
 
 test-slow: .venv/.installed-test ## run the slow tests
-	$(THREADS) $(BIN)/pytest -q -n 2 -m slow
+	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow and not gpu and not download"
 
 test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ echo "no Chromium: put chromium or google-chrome on PATH"; exit 1; }
 	MIRRORFLOW_REQUIRE_BROWSER=1 $(BIN)/pytest -q -m browser
 
 lint: .venv/.installed-dev ## check format, style and types
@@ -38,17 +43,17 @@ clean: ## remove what make has made
 	rm -rf .venv demo docs/_build
 
 # torch comes first and alone, so that the constraint decides which build pip takes.
-.venv/.torch: constraints.txt
+.venv/.torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mirrorflow needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(PIP) torch
 	touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(PIP) -e .
 	touch $@
 
 .venv/.installed-%: .venv/.installed pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	$(PIP) -e '.[$*]'
 	touch $@

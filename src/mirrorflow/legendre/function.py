@@ -3,11 +3,13 @@ r"""The Legendre function R_a: two maps, and what follows from them (Theorem 3.2
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LegendreFunction", "RangeError", "Scalar", "checked"]
+__all__ = ["LegendreFunction", "RangeError", "Scalar", "checked", "near_bregman", "outside"]
 
 Scalar = float | Tensor
 
@@ -80,6 +82,17 @@ class LegendreFunction(ABC):
         return per_coordinate.sum(dims) if dims else per_coordinate
 
 
+def near_bregman(metric: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    r"""Give (x - y)^2 int_0^1 (1 - s) R''(y + s (x - y)) ds per coordinate, by Gauss's rule.
+
+    For x close to y, where R(x) - R(y) - R'(y)(x - y) would lose its digits.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    s = (1 + nodes) / 2
+    terms = (w / 2 * (1 - si) * metric(y + si * (x - y)) for si, w in zip(s, weights, strict=True))
+    return (x - y) ** 2 * sum(terms, start=torch.zeros_like(x))
+
+
 def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None:
     """Raise ValueError if ``argument`` does not end in the shape of R, or anything is NaN."""
     ends = tuple(argument.shape[argument.ndim - len(R.shape) :])
@@ -89,3 +102,11 @@ def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None
         raise ValueError(f"{name} holds NaN")
     if torch.isnan(torch.as_tensor(a)).any():
         raise ValueError("a is NaN")
+
+
+def outside(mu: Tensor, lower: Tensor, upper: Tensor, inside: Tensor) -> str:
+    """Say which coordinate of mu is outside, and the interval that it has to be in."""
+    lower, upper = lower.expand_as(inside), upper.expand_as(inside)
+    where = tuple(torch.nonzero(~inside)[0].tolist())
+    bounds = f"({lower[where]:.6g}, {upper[where]:.6g})"
+    return f"mu{list(where)} = {mu.expand_as(inside)[where]:.6g} is outside the range {bounds}"

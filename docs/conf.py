@@ -1,0 +1,22 @@
+"""Sphinx: myst for the pages, autodoc for the reference."""
+
+import mirrorflow
+
+project = "mirrorflow"
+copyright = "the mirrorflow authors"
+version = release = mirrorflow.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+myst_enable_extensions = ["dollarmath"]  # pages write mathematics as $R_a$
+exclude_patterns = ["_build"]
+
+napoleon_google_docstring = False  # docstrings are numpydoc
+autodoc_member_order = "groupwise"
+autodoc_typehints = "description"
+
+html_theme = "furo"

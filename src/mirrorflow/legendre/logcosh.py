@@ -1,0 +1,136 @@
+r"""R_a of log u - log v with the penalty log u + log v (Appendix E of the paper)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from ..regularizer import Regularizer, Separable
+from ..reparam import LogRatio, Parameters, Reparam, factors
+from .function import LegendreFunction, RangeError, Scalar, checked, outside
+
+__all__ = ["LogCoshEntropy"]
+
+
+class LogCoshEntropy(LegendreFunction):
+    r"""R_a of x = log u - log v: a log-cosh whose scale falls as decay accumulates.
+
+    .. math:: u^2 = U + 2\mu, \quad v^2 = V - 2\mu, \quad U = u_0^2 + 2 \kappa_u a, \quad
+              V = v_0^2 + 2 \kappa_v a, \quad x = \tfrac12 \log (u^2 / v^2)
+
+    so that mirror = 1/2 [V s(2x) - U s(-2x)] with the logistic function s, and
+
+    .. math:: R_a(x) = \tfrac14 \sum [U \log(1 + e^{-2x}) + V \log(1 + e^{2x})] - \phi(a), \quad
+              \phi(a) = \tfrac14 \sum [S \log S - S]_{S_0}^{S}, \quad S = U + V
+
+    (Appendix E with +2a: errata 3). The term phi makes d R_a / d a = -h(w); without it, "contracting"
+    would have no meaning. R_a exists as long as S > 0; the centre needs U, V > 0, that is
+    2a > -min(u0^2, v0^2) for the default penalty: past that u or v reaches 0 in finite time.
+
+    Parameters
+    ----------
+    u2, v2 : Tensor
+        u0^2 and v0^2 per coordinate, > 0.
+    up, down : float
+        kappa_u and kappa_v, the coefficients of log u and log v in h.
+    """
+
+    elementwise = True
+
+    def __init__(
+        self, u2: Tensor, v2: Tensor, up: float | Tensor = 1.0, down: float | Tensor = 1.0
+    ) -> None:
+        self.u2, self.v2, self.up, self.down = u2, v2, up, down
+        self.shape, self.dtype = u2.shape, u2.dtype
+
+    @classmethod
+    def start(cls, g: Reparam, h: Regularizer, w0: Parameters) -> LogCoshEntropy:
+        """Read the constants from u0 and v0, which must be positive."""
+        assert isinstance(g, LogRatio) and isinstance(h, Separable)
+        g.validate(w0)
+        u, v = factors(w0)
+        up, down = h.coefficients(g)
+        return cls(u * u, v * v, up, -down)
+
+    def _ends(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give U and V; `RangeError` where their sum is not positive."""
+        U, V = self.u2 + 2 * self.up * a, self.v2 + 2 * self.down * a
+        if not (U + V > 0).all():
+            raise RangeError(
+                f"a = {a} is outside the range of accumulated decay: u0^2 + v0^2 + "
+                f"2 (c_u + c_v) a must be positive, its minimum is {(U + V).min():.6g}"
+            )
+        return U, V
+
+    def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give (-U/2, V/2) per coordinate; it narrows as decay accumulates."""
+        U, V = self._ends(a)
+        return -U / 2, V / 2
+
+    def _squares(self, mu: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give u^2 and v^2 after checking that both are positive."""
+        checked(self, "mu", mu, a)
+        lower, upper = self.range(a)
+        inside = (mu > lower) & (mu < upper)
+        if not inside.all():
+            raise RangeError(outside(mu, lower, upper, inside))
+        return 2 * (mu - lower), 2 * (upper - mu)
+
+    def primal(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Give 1/2 log(u^2 / v^2)."""
+        p, n = self._squares(mu, a)
+        return 0.5 * (torch.log(p) - torch.log(n))
+
+    def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
+        r"""Give 1/4 sum [u^2 log u^2 - u^2 + v^2 log v^2 - v^2], less its value at the start."""
+        p, n = self._squares(mu, a)
+        excess = _entropy(p) + _entropy(n) - _entropy(self.u2) - _entropy(self.v2)
+        return self._sum(excess) / 4
+
+    def mirror(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give 1/2 [V s(2x) - U s(-2x)]."""
+        checked(self, "x", x, a)
+        U, V = self._ends(a)
+        return 0.5 * (V * torch.sigmoid(2 * x) - U * torch.sigmoid(-2 * x))
+
+    def value(self, x: Tensor, a: Scalar) -> Tensor:
+        """Evaluate R_a(x), finite for every x."""
+        checked(self, "x", x, a)
+        U, V = self._ends(a)
+        shape = U * softplus(-2 * x) + V * softplus(2 * x)
+        constant = _entropy(U + V) - _entropy(self.u2) - _entropy(self.v2)
+        return self._sum(shape - constant) / 4
+
+    def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
+        r"""Evaluate the divergence, S/4 times a binary relative entropy: it is >= 0 term by term.
+
+        With p = s(2x) and r = s(2y) it is (S/2) [softplus(2x) - softplus(2y) - 2 r (x - y)] / 2.
+        """
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
+        U, V = self._ends(a)
+        return self._sum((U + V) * _softplus_excess(2 * y, 2 * (x - y))) / 4
+
+    def metric(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give the diagonal S s(2x) s(-2x)."""
+        U, V = self._ends(a)
+        return (U + V) * torch.exp(logsigmoid(2 * x) + logsigmoid(-2 * x))
+
+
+def _entropy(s: Tensor) -> Tensor:
+    """Give s log s - s."""
+    return torch.xlogy(s, s) - s
+
+
+def _softplus_excess(y: Tensor, e: Tensor) -> Tensor:
+    """Give softplus(y + e) - softplus(y) - s(y) e, >= 0; by its Taylor series for small e."""
+    r, q = torch.sigmoid(y), torch.sigmoid(-y)
+    small = e.abs() < 1e-3
+    tiny = torch.where(small, e, 0.0)
+    # Derivatives of the logistic function: rq, rq(q - r), rq(1 - 6rq), rq(q - r)(1 - 12rq).
+    series = tiny**2 * (1 / 2 + tiny * ((q - r) / 6 + tiny * ((1 - 6 * r * q) / 24)))
+    series = r * q * (series + tiny**5 * (q - r) * (1 - 12 * r * q) / 120)
+    # log(1 + r (e^e - 1)) = softplus(y + e) - softplus(y)
+    direct = softplus(y + e) - softplus(y) - r * e
+    return torch.where(small, series, direct.clamp(min=0))
