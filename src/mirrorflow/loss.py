@@ -12,7 +12,7 @@ __all__ = ["LeastSquares"]
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    r"""f(x) = |Z x - y|^2 / (2n), for vectors x, or matrices with Z of shape (n, p, q).
+    r"""f(x) = ``|Z x - y|^2 / (2n)``, for vectors x, or matrices with Z of shape (n, p, q).
 
     Parameters
     ----------
@@ -29,7 +29,9 @@ class LeastSquares:
         """Check shapes and finiteness."""
         if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
             got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
-            raise ValueError(f"LeastSquares: Z (n, d) or (n, p, q) and y (n,) are needed, got {got}")
+            raise ValueError(
+                f"LeastSquares: Z (n, d) or (n, p, q) and y (n,) are needed, got {got}"
+            )
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not torch.isfinite(value).all():
                 raise ValueError(f"LeastSquares: {name} holds NaN or infinite entries")

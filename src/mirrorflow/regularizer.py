@@ -42,7 +42,7 @@ class Regularizer(ABC):
 
 
 class WeightDecay(Regularizer):
-    r"""h(w) = 1/2 |w|^2, so that alpha is what SGD and AdamW call ``weight_decay``."""
+    r"""h(w) = ``1/2 |w|^2``, so that alpha is what SGD and AdamW call ``weight_decay``."""
 
     elementwise = True
 
@@ -106,7 +106,9 @@ class Separable(Regularizer):
                 "for g = m * w use WeightDecay()"
             )
         if self.c is not None and len(self.c) != len(g.names):
-            raise ValueError(f"Separable: c needs {len(g.names)} entries for {g}, got {len(self.c)}")
+            raise ValueError(
+                f"Separable: c needs {len(g.names)} entries for {g}, got {len(self.c)}"
+            )
 
     def __repr__(self) -> str:
         """Show the coefficients if they were chosen."""

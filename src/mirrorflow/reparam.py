@@ -1,4 +1,4 @@
-r"""Parametrizations x = g(w), with the one thing a flow needs of them: J_g^T applied to a vector."""
+r"""Parametrizations x = g(w), with what a flow needs of them: J_g^T applied to a vector."""
 
 from __future__ import annotations
 
@@ -91,8 +91,10 @@ class Reparam(ABC):
                 raise TypeError(f"{self}: {name} must have a floating dtype, got {f.dtype}")
             if not torch.isfinite(f).all():
                 raise ValueError(f"{self}: {name} holds NaN or infinite entries")
-        if self.elementwise and len({f.shape for f in parts}) > 1:
-            shapes = ", ".join(f"{n} {tuple(f.shape)}" for n, f in zip(self.names, parts))
+        if self.elementwise and any(f.shape != parts[0].shape for f in parts):
+            shapes = ", ".join(
+                f"{n} {tuple(f.shape)}" for n, f in zip(self.names, parts, strict=True)
+            )
             raise ValueError(f"{self}: the factors must have one shape, got {shapes}")
 
     def __repr__(self) -> str:

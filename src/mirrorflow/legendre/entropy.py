@@ -64,8 +64,8 @@ class HyperbolicEntropy(LegendreFunction):
         if one_sided.any():
             raise ValueError(
                 f"{int(one_sided.sum())} of {one_sided.numel()} coordinates of {g} start with "
-                f"{_condition(g)}, where R_a is the one-sided entropy; start all coordinates so, or "
-                "none"
+                f"{_condition(g)}, where R_a is the one-sided entropy; start all coordinates so, "
+                "or none"
             )
         # x = e^p - e^q with p, q = log u^2, log v^2 + ...: A = 2 e^{(p+q)/2}, rho = (p-q)/2.
         log_A0 = math.log(2) + 0.5 * (log_u2 + log_v2)
@@ -120,7 +120,7 @@ class HyperbolicEntropy(LegendreFunction):
         return self._sum(torch.where(small, near, x * e - root_x + root_y)) / self.speed
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """All of R."""
+        """Give all of R."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
@@ -200,12 +200,12 @@ class OneSidedEntropy(LegendreFunction):
         return self._sum(y.abs() * _entropy_excess(r)) / self.speed
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """All of R."""
+        """Give all of R."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """The half-line on which x starts."""
+        """Give the half-line on which x starts."""
         infinite, zero = torch.full(self.shape, torch.inf, dtype=self.dtype), torch.zeros(())
         return (
             torch.where(self.sign > 0, zero, -infinite),
@@ -233,7 +233,8 @@ def _exponents(
     r"""Give log U, log V, s, k_u, k_v so that x = U e^{s mu + k_u a} - V e^{-s mu + k_v a}.
 
     m * w = (u^2 - v^2)/2 with u = u0 e^{mu + a}, v = v0 e^{-mu + a} (weight decay), and for
-    u^2 - v^2 with h = c_u u^2 - c_v v^2 the factors are u0 e^{2(mu + c_u a)}, v0 e^{2(-mu - c_v a)}.
+    u^2 - v^2 with h = c_u u^2 - c_v v^2 the factors are u0 e^{2(mu + c_u a)} and
+    v0 e^{2(-mu - c_v a)}.
     """
     if isinstance(g, Hadamard) or (isinstance(g, Depth) and g.k == 2):
         m, v = factors(w0)
@@ -287,7 +288,7 @@ def _arcsinh_difference(x: Tensor, y: Tensor, A: Tensor, direct: Tensor) -> Tens
 
 
 def _series(e: Tensor, first: int, step: int, coefficient: Callable[[int], float]) -> Tensor:
-    """Sum coefficient(k) e^k over k = first, first + step, ..., to double precision at |e| < 1/2."""
+    """Sum coefficient(k) e^k over k = first, first + step, ...: exact to rounding at |e| < 1/2."""
     return sum(
         (coefficient(k) * e**k for k in range(first, first + 7 * step, step)),
         start=torch.zeros_like(e),

@@ -22,10 +22,10 @@ class LogCoshEntropy(LegendreFunction):
     so that mirror = 1/2 [V s(2x) - U s(-2x)] with the logistic function s, and
 
     .. math:: R_a(x) = \tfrac14 \sum [U \log(1 + e^{-2x}) + V \log(1 + e^{2x})] - \phi(a), \quad
-              \phi(a) = \tfrac14 \sum [S \log S - S]_{S_0}^{S}, \quad S = U + V
+              \phi(a) = \tfrac14 \sum [S \log S - S] + \text{const}, \quad S = U + V
 
-    (Appendix E with +2a: errata 3). The term phi makes d R_a / d a = -h(w); without it, "contracting"
-    would have no meaning. R_a exists as long as S > 0; the centre needs U, V > 0, that is
+    (Appendix E with +2a: errata 3). The term phi makes d R_a / d a = -h(w); without it,
+    "contracting" would have no meaning. R_a exists as long as S > 0; the centre needs U, V > 0, that is
     2a > -min(u0^2, v0^2) for the default penalty: past that u or v reaches 0 in finite time.
 
     Parameters

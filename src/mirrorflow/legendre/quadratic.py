@@ -63,7 +63,7 @@ class QuadraticEntropy(LegendreFunction):
         return (self.eigenvalues * self._weights(mu, a)) @ self.eigenvalues.mT
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """All of R^d."""
+        """Give all of R^d."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
-from ..reparam import Parameters, Reparam, SymmetricFactor, factors
+from ..reparam import Parameters, Reparam, SymmetricFactor
 from .function import LegendreFunction, RangeError, Scalar, checked
 
 __all__ = ["MatrixEntropy"]
@@ -57,12 +57,12 @@ class MatrixEntropy(LegendreFunction):
         return self.log_beta + 2 * a
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """All symmetric matrices."""
+        """Give all symmetric matrices."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """The bounds of the eigenvalues: X must be positive definite."""
+        """Give the bounds of the eigenvalues: X must be positive definite."""
         return torch.zeros((), dtype=self.dtype), torch.tensor(torch.inf, dtype=self.dtype)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
