@@ -1,0 +1,477 @@
+r"""Whether the theory holds for a pair (g, h): regular, commuting, well posed, contracting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.integrate import DOP853
+from torch import Tensor
+
+from .regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay
+from .reparam import (
+    CommutingQuadratic,
+    CustomReparam,
+    Depth,
+    Identity,
+    LogRatio,
+    Parameters,
+    PowerDifference,
+    Product,
+    Reparam,
+    SeparableReparam,
+    SymmetricFactor,
+    factors,
+    flatten,
+    unflatten,
+)
+
+__all__ = ["Condition", "Report", "check"]
+
+BRACKET_TOLERANCE = 1e-8  # relative, in float64: rounding leaves about 1e-15
+PATH_TOLERANCE = 1e-6  # relative difference of two flows integrated to 1e-10
+RANK_TOLERANCE = 1e-10
+SAMPLED_COORDINATES = 256
+MAX_EVALUATIONS = 600  # a flow that needs more is about to blow up, or chatters at a kink
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition: whether it holds, the size of what decides it, and what that is."""
+
+    name: str
+    ok: bool
+    size: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found; true in a boolean context if Theorem 3.2 applies.
+
+    Attributes
+    ----------
+    pair : str
+        The pair that was checked.
+    conditions : tuple of Condition
+        In the order of the argument.
+    advice : str
+        What would work, where the theory says so; empty if nothing failed.
+    """
+
+    pair: str
+    conditions: tuple[Condition, ...]
+    advice: str = ""
+
+    def _all(self, name: str) -> bool:
+        return all(c.ok for c in self.conditions if c.name == name)
+
+    @property
+    def regular(self) -> bool:
+        """Whether J_g has full rank at w0 and along the flow (Definition A.3)."""
+        return self._all("regular")
+
+    @property
+    def commuting(self) -> bool:
+        """Whether all Lie brackets vanish (Definition A.5)."""
+        return self._all("commuting")
+
+    @property
+    def well_posed(self) -> bool:
+        """Whether h is bounded below."""
+        return self._all("well posed")
+
+    @property
+    def contracting(self) -> bool:
+        """Whether d R_a / d a = -h(w) <= 0 along the flow (Definition 3.3)."""
+        return self._all("contracting")
+
+    @property
+    def applies(self) -> bool:
+        """Whether Theorem 3.2 holds: the pair is regular and commutes."""
+        return self.regular and self.commuting
+
+    def __bool__(self) -> bool:
+        """Give `applies`."""
+        return self.applies
+
+    def explain(self) -> str:
+        """Say in words which conditions hold, by how much others fail, and what would work."""
+        verdict = "applies" if self.applies else "does not apply"
+        lines = [f"{self.pair}: Theorem 3.2 {verdict}."]
+        for c in self.conditions:
+            size = "" if np.isnan(c.size) else f" ({c.size:.2g})"
+            lines.append(f"  {'yes' if c.ok else 'NO ':3} {c.name}{size}: {c.detail}")
+        return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
+
+
+def check(
+    g: Reparam, h: Regularizer, w0: Parameters, sensing: Tensor | None = None, seed: int = 0
+) -> Report:
+    r"""Decide whether (g, h) started at w0 follows a mirror flow (Theorem 3.2).
+
+    The Lie brackets ``[grad g_i, grad g_j]`` and ``[grad g_i, grad h]`` are bilinear, so that all of
+    them vanish if and only if those of random combinations ``p . g``, ``q . g`` do (with probability
+    one). They are computed by automatic differentiation at w0 and at points along the flow; penalties
+    with kinks are caught by following the flow of g and of h in both orders.
+
+    Parameters
+    ----------
+    g : Reparam
+        The parametrization.
+    h : Regularizer
+        The penalty.
+    w0 : Tensor or tuple of Tensor
+        The start.
+    sensing : Tensor of shape (m, n, n), optional
+        For matrices: only gradients in the span of these matter, as for measurements <A_i, X>.
+    seed : int
+        Of the random combinations and directions.
+
+    Returns
+    -------
+    Report
+        With ``.regular``, ``.commuting``, ``.well_posed``, ``.contracting``, ``.applies`` and
+        ``.explain()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If g, h or w0 is not of the expected kind, or they do not fit together.
+
+    Examples
+    --------
+    >>> w0 = (torch.ones(3, dtype=torch.float64), 2 * torch.ones(3, dtype=torch.float64))
+    >>> check(PowerDifference(2), Separable(), w0).applies
+    True
+    >>> print(check(PowerDifference(2), WeightDecay(), w0).advice)
+    Corollary 3.7: h must be a combination of the terms of g; use Separable(), h = u^4 + v^4.
+    """
+    if not isinstance(g, Reparam) or not isinstance(h, Regularizer):
+        raise TypeError(
+            f"check needs a Reparam and a Regularizer, got {type(g).__name__} and "
+            f"{type(h).__name__}; wrap torch functions in CustomReparam and CustomRegularizer"
+        )
+    g.validate(w0)
+    h.validate(g)
+    probe = _Probe(g, h, _sampled(g, h, _double(w0)), sensing, seed)
+    regular, promise = _regular(g, w0, probe), _promise(probe)
+    commuting = [*promise, *_brackets(probe), _paths(probe)]
+    conditions = [regular, *commuting, _well_posed(probe)]
+    failed = not all(c.ok for c in (regular, *commuting))
+    conditions.append(_contracting(probe, failed))
+    advice = "" if not failed else _advice(g, h, conditions)
+    return Report(f"{g} with {h}", tuple(conditions), advice)
+
+
+class _Probe:
+    """A pair with random combinations of g, and points along its flow."""
+
+    def __init__(
+        self, g: Reparam, h: Regularizer, w0: Parameters, sensing: Tensor | None, seed: int
+    ) -> None:
+        self.g, self.h, self.w0 = g, h, w0
+        self.random = torch.Generator().manual_seed(seed)
+        self.sensing = None if sensing is None else g.project(sensing.to(torch.float64))
+        self.shape = g(w0).shape
+        self.elementwise = g.elementwise and h.elementwise
+        self.points = [w0, *self._reached()]
+
+    def direction(self) -> Tensor:
+        """Draw a direction in x that a gradient can have."""
+        if self.sensing is None:
+            return self.g.project(self.normal(self.shape))
+        return torch.einsum("i,i...->...", self.normal((len(self.sensing),)), self.sensing)
+
+    def normal(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Draw standard normal numbers."""
+        return torch.randn(shape, generator=self.random, dtype=torch.float64)
+
+    def field(self, p: Tensor) -> Callable[[Parameters], Parameters]:
+        """Give the vector field grad (p . g)."""
+        return torch.func.grad(lambda w: (p * self.g(w)).sum())
+
+    def penalty(self) -> Callable[[Parameters], Parameters]:
+        """Give the vector field grad h."""
+        return lambda w: self.h.gradient(w, self.g)
+
+    def steps(self, scale: float) -> tuple[Tensor, float]:
+        """Draw (mu, a), a < 0, that move w by about ``scale`` times its size."""
+        p, size = self.direction(), _norm(self.w0)
+        speed, decay = _norm(self.g.pullback(self.w0, p)), _norm(self.penalty()(self.w0))
+        a = -0.5 * scale * size / decay if decay > 0 else -scale
+        return p * (scale * size / speed if speed > 0 else 1.0), a
+
+    def move(self, w: Parameters, mu: Tensor, a: float) -> Parameters | None:
+        """Follow dw = J^T mu + a grad h over unit time; None if the flow ends before."""
+
+        def velocity(_: float, flat: np.ndarray) -> np.ndarray:
+            here = unflatten(torch.from_numpy(flat), self.w0)
+            along = flatten(self.g.pullback(here, mu))
+            return (along + a * flatten(self.penalty()(here))).numpy()
+
+        with np.errstate(all="ignore"):
+            solver = DOP853(velocity, 0.0, flatten(w).numpy(), 1.0, rtol=1e-10, atol=1e-12)
+            while solver.status == "running" and solver.nfev < MAX_EVALUATIONS:
+                solver.step()
+        end = torch.from_numpy(solver.y.copy())
+        there = solver.status == "finished" and bool(torch.isfinite(end).all())
+        return unflatten(end, self.w0) if there else None
+
+    def _reached(self) -> list[Parameters]:
+        """Give points that the flow reaches, near and farther away."""
+        moved = [self.move(self.w0, *self.steps(scale)) for scale in (0.1, 0.3, 1.0)]
+        return [w for w in moved if w is not None]
+
+
+def _regular(g: Reparam, w0: Parameters, probe: _Probe) -> Condition:
+    """Find the smallest relative singular value of J_g, at w0 (all of it) and along the flow."""
+    sizes = [_rank_size(g, w) for w in (_double(w0), *probe.points[1:])]
+    smallest = min(sizes)
+    ok = bool(smallest > RANK_TOLERANCE)
+    where = "w0" if sizes[0] == smallest else "a point of the flow"
+    detail = "J_g has full rank" if ok else f"J_g loses rank at {where}"
+    return Condition("regular", ok, smallest, f"{detail}; smallest over largest singular value")
+
+
+def _rank_size(g: Reparam, w: Parameters) -> float:
+    """Give the smallest over the largest singular value of J_g."""
+    if g.elementwise:
+        x = g(w)
+        slopes = factors(g.pullback(w, torch.ones_like(x)))
+        rows = torch.stack(torch.broadcast_tensors(*slopes)).norm(dim=0)
+        return float(rows.min() / rows.max()) if rows.max() > 0 else 0.0
+    if isinstance(g, SymmetricFactor):  # dX = dU U^T + U dU^T is onto iff U has full row rank
+        return _rank_of(factors(w)[0])
+    if isinstance(g, Product):  # dX = dA B + A dB is onto iff A has full row rank or B column rank
+        A, B = factors(w)
+        return max(_rank_of(A), _rank_of(B.mT))
+    flat = flatten(w)
+    J = torch.func.jacrev(lambda v: g(unflatten(v, w)).reshape(-1))(flat)
+    return _rank_of(J)
+
+
+def _rank_of(matrix: Tensor) -> float:
+    """Give the relative size of the singular value that decides about full row rank."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return 0.0
+    s = torch.linalg.svdvals(matrix)
+    return float(s[-1] / s[0]) if s[0] > 0 else 0.0
+
+
+def _promise(probe: _Probe) -> list[Condition]:
+    """Test what elementwise=True promises of functions that a user wrote."""
+    g, h, found = probe.g, probe.h, []
+    for f in range(len(factors(probe.w0))):
+        if isinstance(g, CustomReparam) and g.elementwise:
+            found.append(_crosstalk(probe, lambda w: g(w), f"J_g of {g}", f))
+        if isinstance(h, CustomRegularizer) and h.elementwise:
+            gradient = probe.penalty()
+            found.append(_crosstalk(probe, lambda w: factors(gradient(w))[0], f"grad of {h}", f))
+    return [c for c in found if not c.ok]
+
+
+def _crosstalk(
+    probe: _Probe, function: Callable[[Parameters], Tensor], name: str, factor: int
+) -> Condition:
+    """Perturb half of the coordinates of a factor, and see whether the others respond."""
+    parts = factors(probe.w0)
+    size = 0.0
+    for _ in range(8):  # random halves: a pair of coordinates is missed once in 256 times
+        mask = (probe.normal(parts[factor].shape) > 0).to(torch.float64)
+        change = [torch.zeros_like(p) for p in parts]
+        change[factor] = mask * probe.normal(mask.shape)
+        tangent = change[0] if isinstance(probe.w0, Tensor) else tuple(change)
+        moved = torch.func.jvp(function, (probe.w0,), (tangent,))[1]
+        size = max(size, float(((1 - mask) * moved).abs().max() / (moved.abs().max() + 1e-300)))
+    detail = f"{name} mixes coordinates although elementwise=True was promised"
+    return Condition("commuting", size < BRACKET_TOLERANCE, size, detail)
+
+
+def _brackets(probe: _Probe) -> list[Condition]:
+    """Measure [grad g_i, grad g_j] and [grad g_i, grad h] at every point."""
+    found = []
+    if not probe.g.elementwise:  # distinct coordinates of an elementwise g share no parameter
+        pairs = [(probe.direction(), probe.direction()) for _ in range(2)]
+        size = max(
+            _bracket(probe, w, probe.field(p), probe.field(q))
+            for w in probe.points
+            for p, q in pairs
+        )
+        found.append(_condition("[grad g_i, grad g_j]", size, _worst_pair(probe, size)))
+    size = max(
+        _bracket(probe, w, probe.field(probe.direction()), probe.penalty()) for w in probe.points
+    )
+    found.append(_condition("[grad g_i, grad h]", size, ""))
+    return found
+
+
+def _condition(name: str, size: float, worst: str) -> Condition:
+    """Make the condition that a bracket vanishes."""
+    ok = size < BRACKET_TOLERANCE
+    detail = f"{name} {'vanishes' if ok else 'does not vanish'}, relative to its two terms{worst}"
+    return Condition("commuting", ok, size, detail)
+
+
+def _bracket(
+    probe: _Probe,
+    w: Parameters,
+    X: Callable[[Parameters], Parameters],
+    Y: Callable[[Parameters], Parameters],
+) -> float:
+    """Give the size of [X, Y] = DY X - DX Y relative to its two terms."""
+    one = _stacked(probe, torch.func.jvp(Y, (w,), (X(w),))[1])
+    two = _stacked(probe, torch.func.jvp(X, (w,), (Y(w),))[1])
+    # Per coordinate if elementwise, so that many good coordinates do not hide a bad one.
+    norm = torch.linalg.vector_norm
+    bracket, terms = norm(one - two, dim=0), norm(one, dim=0) + norm(two, dim=0)
+    scale = terms.max() * 1e-6 + 1e-300
+    return float((bracket / (terms + scale)).max())
+
+
+def _stacked(probe: _Probe, w: Parameters) -> Tensor:
+    """Give a tangent vector with the dimension that is to be summed first."""
+    return torch.stack(factors(w)) if probe.elementwise else flatten(w)
+
+
+def _worst_pair(probe: _Probe, size: float) -> str:
+    """Name the pair (i, j) whose bracket is largest, if one does not vanish and d is small."""
+    d = probe.shape.numel()
+    if size < BRACKET_TOLERANCE or d > 30 or probe.sensing is not None:
+        return ""
+    units = [probe.g.project(e.reshape(probe.shape)) for e in torch.eye(d, dtype=torch.float64)]
+    fields = [probe.field(e) for e in units]
+    sizes = {
+        (i, j): _bracket(probe, probe.w0, fields[i], fields[j]) for i in range(d) for j in range(i)
+    }
+    i, j = max(sizes, key=lambda pair: sizes[pair])
+    return f"; largest at w0 for i = {j}, j = {i} ({sizes[i, j]:.2g})"
+
+
+def _paths(probe: _Probe) -> Condition:
+    """Follow g and h in both orders: the flows of commuting fields end in the same point."""
+    size, tried = 0.0, 0
+    for scale in (0.05, 0.3, 2.0, -0.05, -0.3, -2.0):
+        mu, a = probe.steps(abs(scale))
+        mu, a = mu * np.sign(scale), a * min(1.0, 0.1 / abs(scale))
+        zero = torch.zeros_like(mu)
+        one, two = probe.move(probe.w0, mu, 0.0), probe.move(probe.w0, zero, a)
+        one = None if one is None else probe.move(one, zero, a)
+        two = None if two is None else probe.move(two, mu, 0.0)
+        if one is not None and two is not None:
+            tried += 1
+            gap = _norm(unflatten(flatten(one) - flatten(two), probe.w0))
+            size = max(size, gap / (_norm(one) + _norm(two) + _norm(probe.w0) + 1e-300))
+    ok = size < PATH_TOLERANCE
+    detail = (
+        f"the flows of g and h {'agree' if ok else 'differ'} in both orders ({tried} of 6 exist)"
+    )
+    return Condition("commuting", ok, size, detail)
+
+
+def _well_posed(probe: _Probe) -> Condition:
+    """Decide whether h is bounded below: by its form where that is known, else by sampling."""
+    g, h = probe.g, probe.h
+    if isinstance(h, WeightDecay):
+        return Condition("well posed", True, np.nan, "h = |w|^2/2 is bounded below")
+    if isinstance(h, Separable) and isinstance(g, PowerDifference):
+        signs = [torch.as_tensor(c) * s for c, s in zip(h.coefficients(g), g.signs, strict=True)]
+        ok = all(bool((s >= 0).all()) for s in signs)
+        detail = "every term of h is >= 0" if ok else "a term of h has a negative coefficient"
+        return Condition("well posed", ok, np.nan, detail)
+    if isinstance(h, Separable) and isinstance(g, LogRatio):
+        detail = (
+            "h has logarithms, which fall without bound: keep u, v >= 1 by switching off in time"
+        )
+        return Condition("well posed", False, np.nan, detail)
+    lows = [_lowest(probe, size) for size in (1.0, 1e3, 1e6)]
+    ok = not (lows[2] < lows[1] < lows[0] and lows[2] < 0)
+    detail = "h stays bounded below" if ok else "h falls without bound"
+    return Condition("well posed", ok, lows[2], f"{detail} on random w of size up to 1e6; lowest h")
+
+
+def _lowest(probe: _Probe, size: float) -> float:
+    """Give the lowest h over random parameters of the given size."""
+    values = []
+    for _ in range(64):
+        flat = probe.normal(flatten(probe.w0).shape)
+        w = unflatten(size * flat, probe.w0)
+        values.append(float(probe.h.value(w, probe.g)))
+    finite = [v for v in values if not np.isnan(v)]
+    return min(finite, default=np.inf)
+
+
+def _contracting(probe: _Probe, failed: bool) -> Condition:
+    """Decide whether d R_a / d a = -h(w) <= 0 at the points of the flow."""
+    if failed:
+        return Condition(
+            "contracting", False, np.nan, "there is no R_a, because the pair fails above"
+        )
+    lowest = min(float(probe.h.value(w, probe.g)) for w in probe.points)
+    ok = lowest >= -1e-12
+    relation = ">= 0" if ok else "negative"
+    detail = f"d R_a/da = -h(w), and h is {relation} along the flow; lowest h"
+    return Condition("contracting", ok, lowest, detail)
+
+
+def _advice(g: Reparam, h: Regularizer, conditions: list[Condition]) -> str:
+    """Say what would work, where the theory says so."""
+    mixed = any("[grad g_i, grad g_j]" in c.detail and not c.ok for c in conditions)
+    if isinstance(g, Product | SymmetricFactor):
+        return (
+            "What is needed: gradients that stay aligned with the factors (shared singular vectors), "
+            "or measurements <A_i, X> with commuting A_i: pass them as sensing=."
+        )
+    if not all(c.ok for c in conditions if c.name == "regular"):
+        return "Definition A.3: start where no row of J_g vanishes (not at a zero of all factors)."
+    if isinstance(g, Identity):
+        return (
+            "Corollary D.1: without overparametrization only a linear h commutes; none is positive."
+        )
+    if isinstance(g, Depth):
+        return "Theorem D.2: a product of more than two factors does not commute with weight decay."
+    if isinstance(g, SeparableReparam) and not isinstance(h, Separable):
+        return (
+            "Corollary 3.7: h must be a combination of the terms of g; use Separable(), "
+            f"h = {_positive_terms(g)}."
+        )
+    if isinstance(g, CommutingQuadratic) and mixed:
+        return "Theorem 3.10: the matrices A_i must commute with each other; no penalty mends that."
+    if isinstance(g, CommutingQuadratic):
+        return (
+            "Theorem 3.10: h = 1/2 w^T B w works for a symmetric B that commutes with every A_i; "
+            "B = I is WeightDecay()."
+        )
+    if mixed:
+        return "The coordinates of g do not commute with each other: no penalty mends that."
+    return "h must commute with every coordinate of g; a multiple of a coordinate of g always does."
+
+
+def _positive_terms(g: SeparableReparam) -> str:
+    """Write the default penalty of a separable g."""
+    return f"u^{2 * g.k} + v^{2 * g.k}" if isinstance(g, PowerDifference) else "log u + log v"
+
+
+def _sampled(g: Reparam, h: Regularizer, w0: Parameters) -> Parameters:
+    """Keep a few coordinates of a large elementwise start, where all are alike."""
+    d = factors(w0)[0].numel()
+    own = isinstance(g, CustomReparam) or not isinstance(h, WeightDecay | Separable)
+    fixed = isinstance(h, Separable) and any(isinstance(c, Tensor) and c.ndim for c in h.c or ())
+    if d <= SAMPLED_COORDINATES or own or fixed or not (g.elementwise and h.elementwise):
+        return w0
+    keep = torch.randperm(d, generator=torch.Generator().manual_seed(0))[:SAMPLED_COORDINATES]
+    parts = tuple(f.reshape(-1)[keep] for f in factors(w0))
+    return parts[0] if isinstance(w0, Tensor) else parts
+
+
+def _double(w: Parameters) -> Parameters:
+    """Give w in float64, detached."""
+    parts = tuple(f.detach().to(torch.float64) for f in factors(w))
+    return parts[0] if isinstance(w, Tensor) else parts
+
+
+def _norm(w: Parameters) -> float:
+    """Give the Euclidean norm of all factors."""
+    return float(torch.linalg.vector_norm(flatten(w)))

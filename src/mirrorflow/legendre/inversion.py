@@ -1,0 +1,297 @@
+r"""R_a of any commuting pair, a user's own included, by integrating w along its flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.integrate import DOP853
+from torch import Tensor
+
+from ..regularizer import Regularizer
+from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from .function import LegendreFunction, RangeError, Scalar, checked
+
+__all__ = ["Inversion"]
+
+RTOL = 1e-12
+MAX_EVALUATIONS = 20_000  # a flow that needs more is about to blow up
+
+
+class Inversion(LegendreFunction):
+    r"""R_a of a commuting pair without a closed form.
+
+    The parameters w(mu, a) solve dw = J_g(w)^T dmu + grad h(w) da along any path from (0, 0), which
+    is why the pair has to commute. Then primal = g(w), and d primal / d mu = J_g J_g^T; the mirror
+    map integrates dw = J_g^T (J_g J_g^T)^{-1} dx along a straight line in x from the centre, and
+    ends with Newton steps; the conjugate is the integral of g(w) dmu + h(w) da. All maps can be
+    differentiated any number of times.
+
+    Parameters
+    ----------
+    g, h : Reparam, Regularizer
+        The pair; `legendre` checks that it commutes.
+    w0 : Tensor or tuple of Tensor
+        The start.
+
+    Notes
+    -----
+    If both are elementwise, R_a is a sum over coordinates and batches are integrated together;
+    otherwise each step solves a d x d system, for d up to a few hundred.
+    """
+
+    def __init__(self, g: Reparam, h: Regularizer, w0: Parameters) -> None:
+        self.g, self.h, self.w0 = g, h, w0
+        self.elementwise = g.elementwise and h.elementwise
+        x0 = g(w0)
+        self.shape, self.dtype = x0.shape, x0.dtype
+
+    # The state: factors stacked (elementwise), or joined to one vector (dense).
+
+    def _start(self, shape: torch.Size) -> Tensor:
+        """Give w0 as a state, for a batch of the given shape."""
+        if not self.elementwise:
+            return flatten(self.w0)
+        return torch.stack([f.expand(shape) for f in factors(self.w0)])
+
+    def _unpack(self, state: Tensor) -> Parameters:
+        """Give the parameters that a state holds."""
+        if not self.elementwise:
+            return unflatten(state, self.w0)
+        return state[0] if isinstance(self.w0, Tensor) else tuple(state.unbind(0))
+
+    def _pack(self, w: Parameters) -> Tensor:
+        """Give the state that holds w."""
+        return torch.stack(factors(w)) if self.elementwise else flatten(w)
+
+    # The geometry at a state: J^T, J, grad h and J J^T.
+
+    def _pull(self, state: Tensor, dmu: Tensor) -> Tensor:
+        return self._pack(self.g.pullback(self._unpack(state), dmu))
+
+    def _push(self, state: Tensor, change: Tensor) -> Tensor:
+        return self.g.pushforward(self._unpack(state), self._unpack(change))
+
+    def _decay(self, state: Tensor) -> Tensor:
+        return self._pack(self.h.gradient(self._unpack(state), self.g))
+
+    def _gram(self, state: Tensor) -> Tensor:
+        """Give J J^T: its diagonal if elementwise, else a matrix."""
+        if self.elementwise:
+            return (self._pull(state, torch.ones_like(state[0])) ** 2).sum(0)
+        J = torch.func.jacrev(lambda s: self.g(self._unpack(s)).reshape(-1))(state)
+        return J @ J.mT
+
+    def _solve(self, state: Tensor, dx: Tensor) -> Tensor:
+        """Give (J J^T)^{-1} dx."""
+        if self.elementwise:
+            return dx / self._gram(state)
+        return torch.linalg.solve(self._gram(state), dx.reshape(-1)).reshape(dx.shape)
+
+    # The maps.
+
+    def primal(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Give g(w(mu, a))."""
+        return self.g(self._unpack(self._flow(mu, a)))
+
+    def mirror(self, x: Tensor, a: Scalar) -> Tensor:
+        """Invert `primal` along a straight line in x; `RangeError` outside the domain."""
+        return self._inverse(x, a)[0]
+
+    def metric(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give (J J^T)^{-1} at w: the diagonal if elementwise, else a (d, d) matrix."""
+        gram = self._gram(self._inverse(x, a)[1])
+        return 1 / gram if self.elementwise else torch.linalg.inv(gram)
+
+    def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
+        r"""Integrate <g(w), dmu> + h(w) da along a straight line from (0, 0)."""
+        checked(self, "mu", mu, a)
+        if mu.ndim == len(self.shape):
+            return _Conjugate.apply(mu, torch.as_tensor(a, dtype=mu.dtype), self)  # pyright: ignore
+        rows = torch.as_tensor(a, dtype=mu.dtype).expand(mu.shape)
+        flat = rows.reshape(len(mu), -1)[:, 0]
+        return torch.stack([self.conjugate(m, ai) for m, ai in zip(mu, flat, strict=True)])
+
+    def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Follow x to +-1e12 at fixed a, and see where mu goes; coordinate by coordinate."""
+        if not self.elementwise:
+            raise RangeError(
+                f"the range of mu is not a box for {self.g}: its coordinates share parameters"
+            )
+        count = range(self.shape.numel())
+        ends = [[self._end(i, a, side) for i in count] for side in (-1, 1)]
+        lower, upper = (torch.tensor(e, dtype=self.dtype).reshape(self.shape) for e in ends)
+        return lower, upper
+
+    def _flow(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Give the state w(mu, a), differentiable."""
+        checked(self, "mu", mu, a)
+        return _Flow.apply(mu, self._spread(a, mu), self)  # pyright: ignore
+
+    def _inverse(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give mu and the state w at g(w) = x, differentiable."""
+        checked(self, "x", x, a)
+        return _Inverse.apply(x, self._spread(a, x), self)  # pyright: ignore
+
+    def _spread(self, a: Scalar, like: Tensor) -> Tensor:
+        """Give a as a tensor: one number per coordinate if elementwise, else one number."""
+        value = torch.as_tensor(a, dtype=like.dtype)
+        return value.expand(like.shape) if self.elementwise else value.reshape(())
+
+    def _end(self, index: int, a: Scalar, side: int) -> float:
+        """Give the limit of one mu as its x goes to infinity on one side."""
+        zero = torch.zeros(self.shape, dtype=self.dtype)
+        state, marks, mu = self._move(self._start(self.shape), zero, a), [], 0.0
+        for target in (1e4, 1e8, 1e12):
+            x = self.g(self._unpack(state)).clone()
+            x.view(-1)[index] = side * target
+            try:
+                state, step = self._move_to(state, x)
+            except RangeError:
+                return side * np.inf  # x has an end of its own, where mu is infinite
+            mu += float(step.view(-1)[index])
+            marks.append(mu)
+        late = marks[2] - marks[1]
+        shrink = late / (marks[1] - marks[0])
+        # A geometric tail ends at a finite mu; a logarithmic one (ratio 1) does not.
+        return marks[2] + late * shrink / (1 - shrink) if shrink < 0.7 else side * np.inf
+
+    def _move(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor:
+        """Integrate dw = J^T dmu + grad h da from a state."""
+
+        def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+            return self._pull(s, dmu) + da * self._decay(s), none
+
+        moved = _integrate(velocity, state, state.new_zeros(0))
+        if moved is None:
+            raise RangeError(self._out_of_range(dmu, da))
+        return moved[0]
+
+    def _move_to(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Integrate along a straight line from g(w) to x at fixed a; give w and the change of mu."""
+        dx = x - self.g(self._unpack(state))
+
+        def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            dmu = self._solve(s, dx)
+            return self._pull(s, dmu), dmu
+
+        moved = _integrate(velocity, state, torch.zeros_like(x))
+        if moved is None:
+            raise RangeError(
+                "x is outside the domain of R_a: no w that the flow reaches from w0 has g(w) = x"
+            )
+        return moved
+
+    def _out_of_range(self, mu: Tensor, a: Scalar) -> str:
+        """Say that w(mu, a) does not exist, and why where that is known."""
+        if not self.elementwise or mu.numel() > 16 or mu.shape != self.shape:
+            return f"w(mu, a) does not exist at a = {a}: the flow of {self.g} ends before it"
+        lower, upper = self.range(a)
+        return f"mu = {mu.tolist()} is outside the range ({lower.tolist()}, {upper.tolist()})"
+
+
+class _Flow(torch.autograd.Function):
+    """The state w(mu, a), with dw = J^T dmu + grad h da at the saved output."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, a: Tensor, R: Inversion) -> Tensor:
+        state = R._move(R._start(mu.shape), mu, a)
+        ctx.save_for_backward(state)
+        ctx.R = R
+        return state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (state,), R = ctx.saved_tensors, ctx.R
+        along = R._decay(state) * grads[0]
+        return R._push(state, grads[0]), along.sum(0) if R.elementwise else along.sum(), None
+
+
+class _Inverse(torch.autograd.Function):
+    """(mu, w) at g(w) = x: dmu = (J J^T)^{-1} (dx - J grad h da), dw = J^T dmu + grad h da."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, R: Inversion) -> tuple[Tensor, Tensor]:
+        state = R._move(R._start(x.shape), torch.zeros_like(x), a)
+        state, mu = R._move_to(state, x)
+        for _ in range(2):  # Newton: what integration left over
+            step = R._solve(state, x - R.g(R._unpack(state)))
+            state, mu = R._move(state, step, 0.0), mu + step
+        ctx.save_for_backward(state)
+        ctx.R = R
+        return mu, state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (state,), R = ctx.saved_tensors, ctx.R
+        pulled = R._solve(state, grads[0] + R._push(state, grads[1]))
+        decay = R._decay(state)
+        along, across = decay * grads[1], pulled * R._push(state, decay)
+        da = along.sum(0) - across if R.elementwise else along.sum() - across.sum()
+        return pulled, da, None
+
+
+class _Conjugate(torch.autograd.Function):
+    """R_a^*(mu), with the derivatives g(w) and h(w)."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, a: Tensor, R: Inversion) -> Tensor:
+        ctx.save_for_backward(mu, a)
+        ctx.R = R
+
+        def velocity(state: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            w = R._unpack(state)
+            gain = (R.g(w) * mu).sum() + R.h.value(w, R.g) * a
+            return R._pull(state, mu) + a * R._decay(state), gain
+
+        moved = _integrate(velocity, R._start(mu.shape), mu.new_zeros(()))
+        if moved is None:
+            raise RangeError(R._out_of_range(mu, a))
+        return moved[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (mu, a), R = ctx.saved_tensors, ctx.R
+        w = R._unpack(R._flow(mu, a))
+        return grads[0] * R.g(w), grads[0] * R.h.value(w, R.g), None
+
+
+def _integrate(
+    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], state: Tensor, extra: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Integrate (state, extra) over unit time; None if there is no solution.
+
+    The absolute tolerance follows the size of w coordinate by coordinate, so that a factor that is 0
+    next to one that has decayed to e^{-150} is accurate relative to that one.
+    """
+    size = state.numel()
+
+    def split(flat: np.ndarray) -> tuple[Tensor, Tensor]:
+        both = torch.from_numpy(flat)
+        return both[:size].reshape(state.shape), both[size:].reshape(extra.shape)
+
+    def rhs(_: float, flat: np.ndarray) -> np.ndarray:
+        return _joined(*velocity(*split(flat)))
+
+    def tolerance(flat: np.ndarray) -> np.ndarray:
+        now, more = split(flat)
+        scale = now.abs().amax(0, keepdim=True).expand_as(now) + 1e-300
+        return RTOL * 1e-2 * _joined(scale, more.abs().clamp(min=1))
+
+    start = _joined(state.detach().to(torch.float64), extra.to(torch.float64))
+    with np.errstate(all="ignore"), torch.no_grad():
+        solver = DOP853(rhs, 0.0, start, 1.0, rtol=RTOL, atol=tolerance(start))
+        while solver.status == "running" and solver.nfev < MAX_EVALUATIONS:
+            solver.step()
+            solver.atol = tolerance(solver.y)
+    if solver.status != "finished" or not np.isfinite(solver.y).all():
+        return None
+    state_end, extra_end = split(solver.y.copy())
+    return state_end.to(state.dtype), extra_end.to(state.dtype)
+
+
+def _joined(state: Tensor, extra: Tensor) -> np.ndarray:
+    """Join two tensors to one NumPy vector."""
+    return torch.cat([state.reshape(-1), extra.reshape(-1)]).numpy()
