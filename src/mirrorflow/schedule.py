@@ -335,6 +335,8 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
 
 def _evaluate(function: Any, t: Any) -> Any:
     """Evaluate an array function at a number or an array of times, after checking them."""
+    if isinstance(t, float) and 0 <= t < math.inf:  # the case that integrators call most
+        return float(function(np.array((t,)))[0])
     times = np.asarray(t, dtype=np.float64)
     bad = ~(np.isfinite(times) & (times >= 0))
     if bad.any():

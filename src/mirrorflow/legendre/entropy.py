@@ -83,8 +83,7 @@ class HyperbolicEntropy(LegendreFunction):
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give A sinh(s mu + rho), formed in logarithms so that only x itself can overflow."""
         checked(self, "mu", mu, a)
-        t = self.speed * mu + self.rho(a)
-        return torch.sign(t) * _exp_sinh(self.log_A(a), t.abs())
+        return _exp_sinh(self.log_A(a), self.speed * mu + self.rho(a))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Give (arcsinh(x/A) - rho) / s."""
@@ -256,8 +255,12 @@ def _condition(g: Reparam) -> str:
 
 
 def _exp_sinh(log_A: Tensor, t: Tensor) -> Tensor:
-    """Give A sinh(t) for t >= 0: neither e^t nor 1/A is ever formed."""
-    return torch.exp(log_A + t) * (-torch.expm1(-2 * t)) / 2
+    """Give A sinh(t) without forming e^t alone, which may overflow where A e^t does not."""
+    log_A, t = torch.broadcast_tensors(log_A, t)
+    small, size = t.abs() < 1, t.abs()
+    near = torch.exp(log_A) * torch.sinh(torch.where(small, t, 0.0))
+    far = torch.sign(t) * torch.exp(log_A + size) * (-torch.expm1(-2 * size)) / 2
+    return torch.where(small, near, far)
 
 
 def _arcsinh_ratio(x: Tensor, log_A: Tensor) -> Tensor:
