@@ -1,0 +1,54 @@
+"""With what, where, and from which data a run was made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+__all__ = ["provenance"]
+
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+
+
+def provenance(data: Sequence[str]) -> dict[str, Any]:
+    """Say with what and where a run was made, and the checksum of its data (of its parts)."""
+    return {
+        "versions": {
+            "mirrorflow": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "device": "cpu",
+        "data": hashlib.sha256("".join(data).encode()).hexdigest()[:12] if data else "none",
+    }
+
+
+def _commit() -> str:
+    """Give the git commit of the package's checkout, marked if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    """Name the processor."""
+    path = Path("/proc/cpuinfo")
+    names: Sequence[str] = path.read_text().splitlines() if path.exists() else ()
+    model = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
+    return f"{model[0] if model else platform.processor() or sys.platform} x {os.cpu_count()}"

@@ -1,0 +1,272 @@
+r"""End points of training, computed without training: argmin {R_a(x) : Zx = y} (Theorem 3.6)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..legendre import LegendreFunction, MatrixEntropy, RangeError
+from ..solution import Solution, Status
+from .continuation import Point
+from .families import family
+from .general import solve_general
+from .matrix import commutator
+from .rows import Rows, orthonormal
+
+__all__ = ["LimitStats", "limit"]
+
+Array = NDArray[np.float64]
+COMMUTING = 1e-10  # relative size of commutators below which sensing matrices commute
+# From harmless to bad: a path has the status of its worst point.
+SEVERITY = (
+    Status.vertex,
+    Status.converged,
+    Status.surrogate,
+    Status.stalled,
+    Status.max_steps,
+    Status.inconsistent,
+)
+
+
+@dataclass(frozen=True)
+class LimitStats:
+    """What `limit` measured; along a path, arrays with one entry per ``a`` (except seconds).
+
+    Attributes
+    ----------
+    kkt : float or array
+        max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable;
+        infinite where x is on the boundary of the domain. For `MatrixEntropy`, whose mirror map
+        loses the small eigenvalues of X to rounding, |X - primal(Z^T theta, a)| / |X| instead.
+    residual : float or array
+        |Zx - y| / |y| (|Zx| for y = 0).
+    gap : float or array
+        The certificate of how far x is from the L1 minimizer: its norm exceeds the smallest norm
+        of any solution of Zx = y by at most the fraction ``gap`` of itself. L1 for vectors,
+        trace norm for matrices; theta, scaled to be feasible, is the witness.
+    steps : int or array
+        Newton steps; along a path those since the point before it on the path.
+    seconds : float
+        Wall time of the call.
+    """
+
+    kkt: Any
+    residual: Any
+    gap: Any
+    steps: Any
+    seconds: float
+
+
+def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) -> Solution:
+    r"""Compute where training ends: the x of least R_a among those that fit the data.
+
+    .. math:: \min_x R_a(x) \quad \text{subject to} \quad Z x = y
+
+    This is the limit of the flow once the decay is switched off, a being what has accumulated by
+    then (Theorem 3.6). It is solved by its dual, x = primal(Z^T theta, a), in as many unknowns
+    as Z has independent rows; nothing is trained.
+
+    Parameters
+    ----------
+    R : LegendreFunction
+        From `legendre`.
+    Z : Tensor or array of shape (n, *R.shape)
+        The measurements; rows may be dependent. For `MatrixEntropy` their symmetric parts count.
+    y : Tensor or array of shape (n,)
+        The targets.
+    a : float, or 1-d sequence of k floats
+        The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
+        the cost of a few single solves where all coordinates decay at the same rate.
+    max_steps : int
+        The limit on Newton steps, for a whole path or for one point.
+
+    Returns
+    -------
+    Solution
+        ``value`` x, of shape R.shape, or (k, *R.shape) for a path; ``stats`` a `LimitStats`;
+        ``aux["theta"]`` the dual variable, (n,) or (k, n); for a path ``aux["status"]`` is the
+        list of statuses and ``status`` is the worst of them.
+
+        - ``converged``: x solves the problem.
+        - ``vertex``: so it does, and it is the limit for a -> -inf, to 1e-13.
+        - ``surrogate``: solved, but the sensing matrices do not commute, so that training U U^T
+          ends elsewhere. Not an error and no warning; ``status.ok`` is false.
+        - ``inconsistent``: no x in the domain has Zx = y. If none at all has, ``value`` solves the
+          problem for the y nearest to it in the range of Z, which is where training ends.
+        - ``max_steps``, ``stalled``: ``value`` is the last iterate.
+
+    Warns
+    -----
+    RuntimeWarning
+        For the last two kinds of status.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit or something is NaN or infinite.
+    TypeError
+        If an argument cannot be read as real numbers.
+    RangeError
+        If R_a has no centre at this ``a``: the flow has left the domain before.
+
+    Examples
+    --------
+    >>> import torch, mirrorflow as mf
+    >>> w0 = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    >>> R = mf.legendre(mf.Hadamard(), mf.WeightDecay(), w0)
+    >>> Z, y = torch.tensor([[1.0, 2.0]]), torch.tensor([2.0])
+    >>> mf.limit(R, Z, y, a=5.0).value  # no effect of sparsity: the shortest solution
+    tensor([0.4000, 0.8000], dtype=torch.float64)
+    >>> mf.limit(R, Z, y, a=[0.0, -5.0]).value  # decay makes it sparse
+    tensor([[2.3899e-01, 8.8050e-01],
+            [6.7381e-03, 9.9663e-01]], dtype=torch.float64)
+    """
+    started = time.perf_counter()
+    if not isinstance(R, LegendreFunction):
+        raise TypeError(f"R must be a LegendreFunction (mf.legendre makes one), got {type(R)}")
+    rows_of, targets, scalar, steps = _checked(R, Z, y, a)
+    with np.errstate(all="ignore"):  # trial points may overflow; what is kept is checked
+        points, rows = _solve(R, rows_of, targets, steps, max_steps)
+        statuses = _statuses(R, rows_of, rows, points, max_steps)
+        stats = _measure(R, rows_of, targets, steps, rows, points, scalar, started)
+    _warn(statuses, stats)
+    x = np.stack([p.x for p in points]).reshape(len(steps), *R.shape)
+    theta = np.stack([rows.back @ p.theta for p in points])
+    value, dual = torch.from_numpy(x).to(R.dtype), torch.from_numpy(theta).to(R.dtype)
+    if scalar:
+        return Solution(value[0], statuses[0], stats, aux={"theta": dual[0]})
+    worst = max(statuses, key=SEVERITY.index)
+    return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
+
+
+def _checked(
+    R: LegendreFunction, Z: Any, y: Any, a: Any
+) -> tuple[Array, Array, bool, list[float]]:
+    """Give Z (n, d), y (n,), whether ``a`` is one number, and the list of them."""
+    Zs, ys, at = _array("Z", Z), _array("y", y), _array("a", a)
+    if Zs.ndim == 0 or Zs.shape[1:] != tuple(R.shape):
+        dims = "".join(f", {m}" for m in R.shape)
+        raise ValueError(f"Z must have shape (n{dims}) to fit R, got {Zs.shape}")
+    if ys.shape != Zs.shape[:1]:
+        raise ValueError(f"y must have shape {Zs.shape[:1]} to fit Z, got {ys.shape}")
+    if at.ndim > 1 or at.size == 0:
+        raise ValueError(f"a must be a number or a non-empty 1-d sequence, got shape {at.shape}")
+    steps = [float(v) for v in at.reshape(-1)]
+    return Zs.reshape(len(ys), R.shape.numel()), ys, at.ndim == 0, steps
+
+
+def _array(name: str, value: Any) -> Array:
+    """Give finite float64 numbers, or an error that names the argument."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
+    array = array.astype(np.float64, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinite entries")
+    return array
+
+
+def _solve(
+    R: LegendreFunction, Z: Array, y: Array, a: Sequence[float], max_steps: int
+) -> tuple[list[Point], Rows]:
+    """Solve for every ``a`` by the method for R."""
+    known = family(R, Z)
+    if known is not None:
+        rows = orthonormal(known.Z, y)
+        return known.solve(rows, a, max_steps), rows
+    rows = orthonormal(Z, y)
+    points: dict[int, Point] = {}
+    theta = None
+    for i in np.argsort(-np.asarray(a), kind="stable"):  # each starts from its neighbour
+        points[i] = solve_general(R, rows, a[i], theta, max_steps)
+        theta = points[i].theta if points[i].solved else None
+    return [points[i] for i in range(len(a))], rows
+
+
+def _statuses(
+    R: LegendreFunction, Z: Array, rows: Rows, points: list[Point], max_steps: int
+) -> list[Status]:
+    """Say how each point was left."""
+    surrogate = False
+    if isinstance(R, MatrixEntropy):
+        full = Z.reshape(-1, R.n, R.n)
+        surrogate = commutator((full + full.transpose(0, 2, 1)) / 2) > COMMUTING
+    return [_status(p, rows.consistent, surrogate, max_steps) for p in points]
+
+
+def _status(point: Point, consistent: bool, surrogate: bool, max_steps: int) -> Status:
+    """Say how one point was left."""
+    if point.infeasible or not consistent:
+        return Status.inconsistent
+    if not point.solved:
+        return Status.max_steps if point.steps >= max_steps else Status.stalled
+    if surrogate:
+        return Status.surrogate
+    return Status.vertex if point.vertex else Status.converged
+
+
+def _measure(
+    R: LegendreFunction,
+    Z: Array,
+    y: Array,
+    a: list[float],
+    rows: Rows,
+    points: list[Point],
+    scalar: bool,
+    started: float,
+) -> LimitStats:
+    """Measure every point against the problem as it was given."""
+    size = float(np.linalg.norm(y)) or 1.0
+    residual = np.array([float(np.linalg.norm(Z @ p.x - y)) / size for p in points])
+    mus = [(rows.back @ p.theta) @ Z for p in points]
+    kkt = np.array([_kkt(R, p.x, mu, ai) for p, mu, ai in zip(points, mus, a, strict=True)])
+    gap = np.array([_gap(R, p, mu, rows) for p, mu in zip(points, mus, strict=True)])
+    steps = np.array([p.steps for p in points])
+    seconds = time.perf_counter() - started
+    if scalar:
+        return LimitStats(float(kkt[0]), float(residual[0]), float(gap[0]), int(steps[0]), seconds)
+    return LimitStats(kkt, residual, gap, steps, seconds)
+
+
+def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
+    """Compare x and mu by the maps of R, which the solvers do not use."""
+    point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
+    if isinstance(R, MatrixEntropy):
+        image = R.primal((dual + dual.mT) / 2, a)
+        return float((point - image).norm() / image.norm())
+    try:
+        return float((R.mirror(point, a) - dual).abs().max()) if dual.numel() else 0.0
+    except RangeError:
+        return np.inf
+
+
+def _gap(R: LegendreFunction, point: Point, mu: Array, rows: Rows) -> float:
+    """Give 1 - <theta, y> / (|Z^T theta|_* |x|), the relative duality gap of the smallest norm."""
+    norm, ceiling = float(np.abs(point.x).sum()), float(np.abs(mu).max(initial=0.0))
+    if isinstance(R, MatrixEntropy):
+        X, M = point.x.reshape(R.n, R.n), mu.reshape(R.n, R.n)
+        norm = float(np.abs(np.linalg.eigvalsh(X)).sum())
+        ceiling = float(np.abs(np.linalg.eigvalsh((M + M.T) / 2)).max())
+    if norm == 0 or ceiling == 0:
+        return 0.0 if norm == 0 else 1.0
+    return max(0.0, 1 - float(point.theta @ rows.b) / (ceiling * norm))
+
+
+def _warn(statuses: list[Status], stats: LimitStats) -> None:
+    """Warn of every kind of failure once."""
+    harmless = (Status.vertex, Status.converged, Status.surrogate)
+    for status, count in Counter(s for s in statuses if s not in harmless).items():
+        worst = float(np.max(stats.residual))
+        which = f" ({count} of {len(statuses)} points)" if len(statuses) > 1 else ""
+        message = f"limit: {status.value}{which}; relative residual {worst:.1e}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,166 @@
+r"""Follow the solution of Q x(theta, tau) = b from an easy scale tau down to the wanted ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .duals import ExponentialDual
+from .newton import NewtonSystem
+
+__all__ = ["VERTEX", "Point", "follow"]
+
+Array = NDArray[np.float64]
+EPS = 2.2e-16
+LOOSE = 0.3  # change of the exponents by the last Newton step at scales only passed through
+SETTLED = 1e-4  # drift of x below which every point is solved to full precision
+WILD = 30.0  # residual, relative to y, at which a prediction is given up
+GOOD = 1e-9  # residual at which a point counts as solved
+VERTEX = 1e-13  # relative change of x per unit of log A at which the L1 vertex is reached
+FIRST = 300  # Newton steps allowed for the first point, which starts from theta = 0
+GROWTH = 2.0  # of the stride after an easy step
+SHORTEST = 1e-4  # stride at which the continuation gives up
+
+
+@dataclass(frozen=True)
+class Point:
+    """One end point: x, its dual variable, and how good they are."""
+
+    x: Array
+    theta: Array
+    residual: float
+    steps: int
+    vertex: bool
+    infeasible: bool = False
+
+    @property
+    def solved(self) -> bool:
+        """Whether Qx = b holds to the tolerance."""
+        return self.residual < GOOD
+
+
+def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[Point]:
+    """Solve Q x = b at each tau (descending); ``b`` has norm 1, or is 0."""
+    walker = _Walker(dual, b, max_steps)
+    easy = max(dual.easy(), taus[0])
+    if walker.correct(np.zeros(len(b)), easy, easy == taus[0], FIRST) is None:
+        return [walker.failed(tau) for tau in taus]
+    walker.start = easy
+    return [walker.go(tau) for tau in taus]
+
+
+class _Walker:
+    """The state of the continuation: where it is, its tangent, and how far the next step goes."""
+
+    def __init__(self, dual: ExponentialDual, b: Array, max_steps: int) -> None:
+        self.dual, self.b, self.max_steps = dual, b, max_steps
+        self.steps = self.counted = 0
+        self.stride, self.growth, self.bend, self.stuck = 3.0, GROWTH, np.zeros(len(b)), False
+        self.start, self.drift, self.trial = -math.inf, math.inf, np.zeros(len(b))
+
+    def go(self, tau: float) -> Point:
+        """Walk to ``tau`` and solve there."""
+        while self.tau > tau and not self.stuck:
+            left = self.tau - tau
+            # Two equal steps rather than a long one and a remainder.
+            self._step(left if left <= self.stride else min(self.stride, left / 2), tau)
+        if self.tau <= tau and self.residual > GOOD and not self.stuck:
+            self.correct(self.theta, tau, True)
+        if self.stuck:
+            return self.failed(tau)
+        vertex = self.residual < GOOD and self.drift < VERTEX
+        return Point(self.x, self.theta, self.residual, self._spent(), vertex)
+
+    def _spent(self) -> int:
+        """Give the Newton steps since the last call."""
+        spent, self.counted = self.steps - self.counted, self.steps
+        return spent
+
+    def failed(self, tau: float) -> Point:
+        """Give the last iterate at ``tau``, and whether it proves that there is no solution.
+
+        <theta, b> <= ceiling(theta) |x| for every x with Qx = b: where the left side is much
+        larger, a solution would have to be absurdly large (Farkas).
+        """
+        theta = self.trial
+        gain, limit = float(theta @ self.b), self.dual.ceiling(theta)
+        self.dual.place(theta, tau)
+        residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))
+        infeasible = gain > 0 and limit * 1e4 < gain
+        return Point(self.dual.x, theta, residual, self._spent(), False, infeasible)
+
+    def _step(self, length: float, tau: float) -> None:
+        """Predict, correct, and adapt the stride to how hard that was."""
+        theta, tangent = self.theta, self.tangent
+        guess = theta - length * tangent + (0.5 * length * length) * self.bend
+        target = tau if self.tau - length <= tau * (1 + EPS) else self.tau - length
+        needed = self.correct(guess, target, target == tau)
+        if needed is None:  # too far: a third of it, along the tangent alone
+            self.bend, self.stride, self.growth = np.zeros_like(self.bend), length / 3, 1.0
+            self.stuck = self.stride < SHORTEST or self.steps >= self.max_steps
+            return
+        if self.drift < VERTEX:
+            return
+        self.bend = (tangent - self.tangent) / length
+        grown = length * (self.growth if needed <= 3 else 1.0 if needed <= 5 else 0.6)
+        self.stride = max(grown, self.stride) if target == tau and needed <= 5 else grown
+        self.growth = min(2 * self.growth, GROWTH)
+
+    def correct(self, theta: Array, tau: float, last: bool, limit: int = 12) -> int | None:
+        """Solve at ``tau`` by Newton's method from ``theta``; None if it does not converge.
+
+        For sums of exponentials of rate s the step log(1 + beta)/beta, beta = s max|Q^T step|,
+        decreases the objective (Sun and Tran-Dinh, generalized self-concordance with nu = 2).
+        """
+        dual, best, tight = self.dual, math.inf, last or self.drift < SETTLED
+        for k in range(limit):
+            dual.place(theta, tau)
+            residual = self.b - dual.Q @ dual.x
+            size = math.sqrt(residual @ residual)
+            if not size < WILD and limit != FIRST or self.steps >= self.max_steps:
+                return None
+            self.trial = theta
+            system = NewtonSystem(dual.frame(), dual.speed * dual.weight)
+            self.steps += 1
+            # Rounding of the exponents moves x by eps |t|: nothing below that can be reached.
+            floor = EPS * (10 + dual.largest) * (1 + math.sqrt(dual.x @ dual.x))
+            if size <= floor or (size < 1e-10 and size > 0.3 * best):
+                self._arrive(theta, tau, size, system)
+                return k
+            best = min(best, size)
+            step = system.solve(residual)
+            beta = dual.reach(step)
+            if not tight and beta < LOOSE:
+                self._arrive(theta + step, tau, size, system)
+                return k
+            theta = theta + (step if beta < 0.5 else math.log1p(beta) / beta * step)
+        return None
+
+    def _arrive(self, theta: Array, tau: float, size: float, system: NewtonSystem) -> None:
+        """Keep a solved point with its tangent and the speed of x along it.
+
+        Q x = b for every tau gives F W (u + F^T theta') = 0 with u = mass/w, a weighted least
+        squares problem; its residual is d x / d tau.
+        """
+        self.theta, self.tau, self.x, self.residual = theta, tau, self.dual.x, size
+        mass, w = self.dual.mass, system.w
+        u = np.divide(mass, w, out=np.zeros_like(mass), where=w > 0)
+        self.tangent = -system.fit(u)
+        moved = mass + w * (system.FT @ self.tangent)
+        largest = float(np.abs(mass).max(initial=0.0))
+        self.drift = float(np.abs(moved).max(initial=0.0)) / largest if largest > 0 else math.inf
+        if self.drift < VERTEX and self.start > tau:
+            self._aim(u, system)
+
+    def _aim(self, u: Array, system: NewtonSystem) -> None:
+        """Point the tangent at the vertex: theta is linear in log A from here on.
+
+        Directions that no longer show in x keep their average slope since the start, at which
+        every coordinate off the support goes on falling.
+        """
+        slope = self.theta / (self.tau - self.start)
+        self.tangent = slope - system.fit(u + system.FT @ slope, seen=True)
+        self.bend, self.stride = np.zeros_like(self.bend), math.inf

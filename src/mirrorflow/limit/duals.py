@@ -1,0 +1,118 @@
+r"""Dual problems whose potential is a sum of exponentials: Q x(theta) = b in r unknowns.
+
+Each has a log-scale tau that is added to log A: at large tau the problem is nearly quadratic, and
+the continuation follows the solution down to the wanted scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ExponentialDual", "HyperbolicDual", "OneSidedDual"]
+
+Array = NDArray[np.float64]
+
+
+class ExponentialDual(ABC):
+    """x(theta, tau) = grad of a sum of exponentials in Q^T theta, scaled by e^tau.
+
+    After `place`, in coordinates in which the Hessian of the potential is diagonal:
+
+    Attributes
+    ----------
+    x : array of shape (d,)
+        The point, in the coordinates of the rows Q.
+    mass, weight : arrays of shape (d,)
+        x, and the Hessian's diagonal divided by ``speed``; d x / d tau at fixed theta is x.
+    largest : float
+        The largest exponent in size.
+    speed : float
+        The rate of the exponentials in Q^T theta: it bounds how fast curvature changes.
+    """
+
+    speed: float
+    Q: Array
+    QT: Array
+    x: Array
+    mass: Array
+    weight: Array
+    largest: float
+
+    @abstractmethod
+    def place(self, theta: Array, tau: float) -> None:
+        """Compute the attributes above at (theta, tau)."""
+
+    @abstractmethod
+    def frame(self) -> Array:
+        """Give F^T (d, r): the rows Q in the coordinates of ``mass``, transposed."""
+
+    @abstractmethod
+    def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
+
+    @abstractmethod
+    def ceiling(self, theta: Array) -> float:
+        """Give sup <theta, Qx> over x in the domain with norm (L1, or trace) 1."""
+
+    @abstractmethod
+    def easy(self) -> float:
+        """Give a scale tau at which x(0, tau) has size about 1."""
+
+
+class HyperbolicDual(ExponentialDual):
+    """x = A sinh(s Q^T theta + rho)."""
+
+    def __init__(self, Q: Array, log_A: Array, rho: Array, speed: float) -> None:
+        self.Q, self.QT = Q, np.ascontiguousarray(Q.T)
+        self.log_half, self.rho, self.speed = log_A - np.log(2.0), rho, speed
+
+    def place(self, theta: Array, tau: float) -> None:
+        t = self.QT @ (self.speed * theta)
+        t += self.rho
+        size = np.abs(t)
+        half = np.exp(self.log_half + (tau + size))  # never e^t alone
+        size *= -2
+        self.largest = -0.5 * float(size.min(initial=0.0))
+        self.weight = half + half * np.exp(size)  # A cosh t
+        self.x = self.mass = np.copysign(half * np.expm1(size), t)
+
+    def frame(self) -> Array:
+        return self.QT
+
+    def reach(self, step: Array) -> float:
+        return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
+
+    def ceiling(self, theta: Array) -> float:
+        return float(np.abs(self.QT @ theta).max(initial=0.0))
+
+    def easy(self) -> float:
+        return -float((self.log_half + np.abs(self.rho)).max(initial=-np.inf))
+
+
+class OneSidedDual(ExponentialDual):
+    """x = sigma X_0 e^{tau + s sigma Q^T theta}, sigma = +-1 per coordinate."""
+
+    def __init__(self, Q: Array, log_x0: Array, sign: Array, speed: float) -> None:
+        self.Q, self.QT, self.speed = Q, np.ascontiguousarray(Q.T), speed
+        self.log_x0, self.sign = log_x0, sign
+
+    def place(self, theta: Array, tau: float) -> None:
+        t = self.speed * self.sign * (self.QT @ theta)
+        self.largest = float(np.abs(t).max(initial=0.0))
+        self.weight = np.exp(self.log_x0 + tau + t)
+        self.x = self.mass = self.sign * self.weight
+
+    def frame(self) -> Array:
+        return self.QT
+
+    def reach(self, step: Array) -> float:
+        return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
+
+    def ceiling(self, theta: Array) -> float:
+        return float((self.sign * (self.QT @ theta)).max(initial=0.0))
+
+    def easy(self) -> float:
+        return -float(self.log_x0.max(initial=-np.inf))

@@ -1,0 +1,69 @@
+"""The constraints Zx = y with orthonormal rows, and what of y no x can reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+__all__ = ["Rows", "orthonormal"]
+
+Array = NDArray[np.float64]
+RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
+DROP = 1e-11  # singular values, relative to the largest, that count as zero
+MISSED = 1e-9  # part of y outside the range of Z, relative to y, that counts as inconsistent
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Q x = b with orthonormal rows Q, equivalent to Z x = y where that has a solution.
+
+    Attributes
+    ----------
+    Q, b : arrays of shape (r, d), (r,)
+        The rows and the targets; r is the rank of Z.
+    back : array of shape (n, r)
+        theta = back @ (the dual variable of Q x = b), so that Z^T theta = Q^T (...).
+    missed : float
+        The part of y outside the range of Z, relative to y.
+    """
+
+    Q: Array
+    b: Array
+    back: Array
+    missed: float
+
+    @property
+    def consistent(self) -> bool:
+        """Whether some x has Zx = y."""
+        return self.missed <= MISSED
+
+
+def orthonormal(Z: Array, y: Array) -> Rows:
+    """Orthonormalize the rows of Z (n, d), dropping dependent ones."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", Z, Z))
+    scale = np.where(lengths > 0, lengths, 1.0)  # rows of any scale; a zero row is dropped below
+    U, v = Z / scale[:, None], y / scale
+    n, d = Z.shape
+    if 0 < n <= d:
+        factor, failed = lapack.dpotrf(U @ U.T, lower=1, clean=1)
+        if failed == 0 and np.diag(factor).min() > RANK:
+            inverse = lapack.dtrtri(factor, lower=1)[0]
+            return Rows(inverse @ U, inverse @ v, inverse.T / scale[:, None], 0.0)
+    return _by_singular_vectors(Z, y, U, v, scale)
+
+
+def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -> Rows:
+    """Keep the directions in which the rows are independent."""
+    P, s, Q = np.linalg.svd(U, full_matrices=False)
+    keep = s > DROP * max(s.max(initial=0.0), 1e-300)
+    P, s, Q = P[:, keep], s[keep], Q[keep]
+    b, back = (P.T @ v) / s, P / s / scale[:, None]
+    size = float(np.linalg.norm(v))
+    missed = float(np.linalg.norm(v - P @ (P.T @ v))) / size if size > 0 else 0.0
+    if missed > MISSED:  # the flow on |Zx - y|^2 projects y in its own metric, not in that of U
+        b = np.linalg.lstsq(Z @ Q.T, y, rcond=None)[0]
+        missed = float(np.linalg.norm(Z @ (Q.T @ b) - y) / np.linalg.norm(y))
+    return Rows(Q, b, back, missed)

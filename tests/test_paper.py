@@ -1,0 +1,773 @@
+"""The paper, formula by formula: what fails as printed (docs/errata.md, by number), and what holds.
+
+The oracle is SciPy's integration of the gradient flow at rtol 1e-11. ``stated`` compares the size
+of an error with the number that docs/errata.md prints for it, so that the page cannot rot.
+"""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from scipy.linalg import expm, logm
+from scipy.optimize import root
+from scipy.special import expit, softmax
+
+import mirrorflow as mf
+
+PAGE = Path(__file__).parents[1] / "docs" / "errata.md"
+EXACT = 1e-10  # what "holds" means below; the integration itself leaves about 1e-12
+
+
+class Pair(NamedTuple):
+    """g, J_g^T and grad h in NumPy, written from the paper's definitions."""
+
+    g: Callable
+    pull: Callable
+    decay: Callable
+
+
+HADAMARD = Pair(lambda w: w[0] * w[1], lambda w, s: np.stack([w[1] * s, w[0] * s]), lambda w: w)
+LOG_RATIO = Pair(
+    lambda w: np.log(w[0] / w[1]), lambda w, s: np.stack([s / w[0], -s / w[1]]), lambda w: 1 / w
+)
+
+
+def power(k):
+    def slope(w):
+        return 2 * k * w ** (2 * k - 1)
+
+    return Pair(
+        lambda w: w[0] ** (2 * k) - w[1] ** (2 * k),
+        lambda w, s: slope(w) * np.stack([s, -s]),
+        slope,
+    )
+
+
+Z = np.array([[1.0, 2.0, 0.5, -1.0], [0.3, -1.0, 1.0, 0.7]])
+Y = np.array([1.0, -0.5])
+STARTS = {
+    "hadamard": np.array([[1.0, 0.8, 1.2, 0.9], [0.4, -0.3, 0.2, -0.5]]),
+    "one-sided": np.array([[1.0, 0.8, 1.2, 0.9]] * 2),
+    "power": np.array([[0.9, 1.0, 0.8, 1.1], [0.8, 0.9, 1.0, 0.7]]),
+    "log": np.array([[1.2, 1.0, 1.5, 1.1], [1.0, 1.3, 1.2, 1.4]]),
+}
+PAIRS = {
+    "hadamard": (HADAMARD, mf.Hadamard(), mf.WeightDecay()),
+    "one-sided": (HADAMARD, mf.Hadamard(), mf.WeightDecay()),
+    "power": (power(2), mf.PowerDifference(2), mf.Separable()),
+    "log": (LOG_RATIO, mf.LogRatio(), mf.Separable()),
+}
+
+
+def least_squares(x):
+    return Z.T @ (Z @ x - Y) / 2
+
+
+def integrate(velocity, state, until, method="DOP853", atol=1e-14, rtol=1e-11):
+    done = solve_ivp(velocity, (0, until), state, method=method, rtol=rtol, atol=atol)
+    assert done.success, done.message
+    return done.y[:, -1]
+
+
+class End(NamedTuple):
+    w: np.ndarray
+    x: np.ndarray
+    mu: np.ndarray
+    a: float
+
+
+def train(pair, w0, pieces, slope=least_squares):
+    """Integrate dw = -(J^T grad f + alpha grad h) dt and mu over pieces (duration, alpha)."""
+    state = np.concatenate([w0.ravel(), np.zeros(w0.shape[1])])
+    for duration, alpha in pieces:
+
+        def velocity(_, s, alpha=alpha):
+            w = s[: w0.size].reshape(w0.shape)
+            gradient = slope(pair.g(w))
+            return -np.concatenate(
+                [(pair.pull(w, gradient) + alpha * pair.decay(w)).ravel(), gradient]
+            )
+
+        state = integrate(velocity, state, duration)
+    w = state[: w0.size].reshape(w0.shape)
+    return End(w, pair.g(w), state[w0.size :], -sum(t * alpha for t, alpha in pieces))
+
+
+def end_point(primal):
+    """Solve Z primal(Z^T theta) = Y: the minimizer of R_a subject to Zx = Y (Theorem 3.6)."""
+    theta = root(lambda theta: Z @ primal(Z.T @ theta) - Y, np.zeros(2), tol=1e-13).x
+    x = primal(Z.T @ theta)
+    assert abs(Z @ x - Y).max() < 1e-11
+    return x
+
+
+def gap(one, two):
+    return float(np.linalg.norm(one - two) / np.linalg.norm(two))
+
+
+def tensors(w0):
+    return tuple(torch.from_numpy(row.copy()) for row in w0)
+
+
+def legendre(name, w0=None):
+    return mf.legendre(*PAIRS[name][1:], tensors(STARTS[name] if w0 is None else w0))
+
+
+def mirror(R, x, a):
+    return R.mirror(torch.from_numpy(x), a).numpy()
+
+
+def sections():
+    """Give the page's numbered sections, by number."""
+    parts = re.split(r"^### (\d+)\. ", PAGE.read_text(), flags=re.MULTILINE)
+    return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+
+
+def stated(erratum, size, text):
+    """Assert that the page's section states the size, to two digits."""
+    assert re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.]*\d)", sections()[erratum]), text
+    assert size == pytest.approx(float(text), rel=0.03)
+
+
+def test_every_erratum_names_a_test_and_every_test_of_an_erratum_is_named():
+    named = {n: set(re.findall(r"test_erratum_(\d+)\w*", text)) for n, text in sections().items()}
+    assert named == {n: {f"{n:02d}"} for n in range(1, len(named) + 1)}
+    on_page = set(re.findall(r"test_\w+", PAGE.read_text())) - {"test_paper"}
+    here = {name for name in globals() if name.startswith("test_")}
+    assert on_page <= here
+    assert {name for name in here if name.startswith("test_erratum")} <= on_page
+
+
+# --- 1 to 4, 9, 11, 12: the closed forms ----------------------------------------------------------
+
+
+def printed_9(w0, a):
+    """The amplitude and rho of Eq. (9)."""
+    u0, v0 = (w0[0] + w0[1]) / 2**0.5, (w0[0] - w0[1]) / 2**0.5
+    return 2 * np.exp(2 * a) * u0 * v0, np.log(u0 / v0)
+
+
+def test_erratum_01_equation_9_belongs_to_another_parametrization():
+    w0 = STARTS["hadamard"]
+    end = train(HADAMARD, w0, [(1.5, 0.4), (60.0, 0.0)])
+    A, rho = printed_9(w0, end.a)
+    printed = 0.25 * (np.arcsinh(end.x / A) - rho)
+    stated(1, gap(printed, end.mu), "0.68")
+    stated(1, gap(end_point(lambda mu: A * np.sinh(4 * mu + rho)), end.x), "0.26")
+    # At a = 0 the printed R_0 is smallest at 2 x_0, not at x_0.
+    A0, _ = printed_9(w0, 0.0)
+    np.testing.assert_allclose(A0 * np.sinh(rho), 2 * w0[0] * w0[1], rtol=1e-13)
+    # What holds: prefactor 1/2 and A = u0 v0 e^{2a}.
+    np.testing.assert_allclose(0.5 * (np.arcsinh(2 * end.x / A) - rho), end.mu, atol=EXACT)
+    np.testing.assert_allclose(mirror(legendre("hadamard"), end.x, end.a), end.mu, atol=EXACT)
+    assert gap(end_point(lambda mu: A / 2 * np.sinh(2 * mu + rho)), end.x) < EXACT
+    # And the printed form is that of u^2 - v^2 with h = 1/2 (u^2 + v^2).
+    difference = Pair(power(1).g, power(1).pull, lambda w: w)
+    w0 = np.array([[1.0, 1.1, 0.9, 1.3], [0.5, 0.7, 0.6, 0.4]])
+    end = train(difference, w0, [(1.5, 0.4), (5.0, 0.0)])
+    A, rho = 2 * np.exp(2 * end.a) * w0[0] * w0[1], np.log(w0[0] / w0[1])
+    np.testing.assert_allclose(0.25 * (np.arcsinh(end.x / A) - rho), end.mu, atol=EXACT)
+
+
+def constants_11(k, w0):
+    c = 2 * k * (2 * k - 2)
+    return c, k / (k - 1), w0[0] ** (2 - 2 * k) / c, w0[1] ** (2 - 2 * k) / c
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_erratum_02_equation_11_has_three_signs_to_flip(k):
+    w0 = STARTS["power"]
+    end = train(power(k), w0, [(1.0, 0.05), (30.0, 0.0)])
+    c, q, cu, cv = constants_11(k, w0)
+
+    def printed(mu, a, cu, cv, d):
+        with np.errstate(all="ignore"):
+            return d * (1 / (mu + a + cu)) ** q - d * (1 / (-mu + a + cv)) ** q
+
+    x0 = w0[0] ** (2 * k) - w0[1] ** (2 * k)
+    # With these constants d_k is too large already at the start, by c^{2q} ...
+    np.testing.assert_allclose(printed(0.0, 0.0, cu, cv, c**q), c ** (2 * q) * x0, rtol=1e-10)
+    # ... and with constants chosen to fit the start, x moves against the gradient.
+    fit = (c**2 * cu, c**2 * cv, c**q)
+    np.testing.assert_allclose(printed(0.0, 0.0, *fit), x0, rtol=1e-10)
+    slope = (printed(1e-5, 0.0, *fit) - printed(-1e-5, 0.0, *fit)) / 2e-5
+    true_slope = 4 * k**2 * (w0 ** (4 * k - 2)).sum(0)
+    assert (slope < 0).all() and (true_slope > 0).all()
+    np.testing.assert_allclose(slope, -true_slope / c**2, rtol=1e-6)
+    # What holds.
+    x = (c * (cu - end.mu - end.a)) ** -q - (c * (cv + end.mu - end.a)) ** -q
+    np.testing.assert_allclose(x, end.x, atol=EXACT)
+    R = mf.legendre(mf.PowerDifference(k), mf.Separable(), tensors(w0))
+    np.testing.assert_allclose(R.primal(torch.from_numpy(end.mu), end.a), end.x, atol=EXACT)
+    if k == 2:
+        np.testing.assert_allclose(printed(0.0, 0.0, cu, cv, c**q) / x0, 4096)
+        stated(2, gap(printed(end.mu, end.a, *fit), end.x), "1.41")
+
+
+def test_erratum_02_the_range_widens_and_every_x_is_reached():
+    w0 = STARTS["power"]
+    R = legendre("power")
+    _, _, cu, cv = constants_11(2, w0)
+    x = torch.tensor([-1e6, -1.0, 1.0, 1e6], dtype=torch.float64)
+    for a in (0.0, -0.1, -1.0, -10.0):
+        lower, upper = R.range(a)
+        np.testing.assert_allclose(upper - lower, cu + cv - 2 * a, rtol=1e-13)
+        torch.testing.assert_close(R.primal(R.mirror(x, a), a), x, rtol=1e-8, atol=EXACT)
+    # The printed interval (-c_u - a, c_v + a) narrows, and is empty at a = -(c_u + c_v)/2 ...
+    assert ((cv + -0.18) - (-cu - -0.18))[0] < 0
+    # ... which the flow passes without noticing.
+    end = train(power(2), w0, [(2.0, 0.5), (40.0, 0.0)])
+    np.testing.assert_allclose(mirror(R, end.x, end.a), end.mu, atol=EXACT)
+
+
+def log_mirror(w0, x, a, sign):
+    U, V = w0[0] ** 2 + sign * 2 * a, w0[1] ** 2 + sign * 2 * a
+    return 0.5 * (V * expit(2 * x) - U * expit(-2 * x))
+
+
+def test_erratum_03_the_sign_of_a_in_the_log_ratio():
+    w0 = STARTS["log"]
+    end = train(LOG_RATIO, w0, [(1.5, 0.1), (60.0, 0.0)])
+    stated(3, gap(log_mirror(w0, end.x, end.a, -1), end.mu), "0.49")
+    np.testing.assert_allclose(log_mirror(w0, end.x, end.a, +1), end.mu, atol=EXACT)
+    np.testing.assert_allclose(mirror(legendre("log"), end.x, end.a), end.mu, atol=EXACT)
+    # The centre, too: without a loss x goes to 1/2 log(U/V).
+    still = train(LOG_RATIO, w0, [(1.0, 0.3)], slope=np.zeros_like)
+    U, V = w0[0] ** 2 + 2 * still.a, w0[1] ** 2 + 2 * still.a
+    np.testing.assert_allclose(0.5 * np.log(U / V), still.x, atol=EXACT)
+    np.testing.assert_allclose(legendre("log").centre(still.a), still.x, atol=EXACT)
+
+
+def test_erratum_04_w0_may_be_larger_than_m0():
+    w0 = STARTS["hadamard"][::-1].copy()
+    assert (abs(w0[1]) > abs(w0[0])).all()
+    end = train(HADAMARD, w0, [(1.5, 0.4), (60.0, 0.0)])
+    with np.errstate(invalid="ignore"):
+        A, rho = printed_9(w0, end.a)
+    assert (A < 0).all() and np.isnan(rho).all()
+    rho = np.log(abs((w0[0] + w0[1]) / (w0[0] - w0[1])))
+    np.testing.assert_allclose(0.5 * (np.arcsinh(2 * end.x / abs(A)) - rho), end.mu, atol=EXACT)
+    np.testing.assert_allclose(mirror(legendre("hadamard", w0), end.x, end.a), end.mu, atol=EXACT)
+    # The paper's own start of Appendix D, m = 0 and w = 1, is of this kind.
+    own = mf.legendre(mf.Hadamard(), mf.WeightDecay(), (torch.zeros(2), torch.ones(2)))
+    assert torch.allclose(own.log_A(0.0).exp(), torch.tensor(0.5))
+
+
+def test_erratum_05_the_switch_is_at_625_and_the_decay_is_001():
+    step, steps = 0.25, 5000
+    assert 2500 * step == 625
+    third = mf.SwitchOff(0.02, at=625).integral(steps * step)
+    assert third == mf.Constant(0.01).integral(steps * step)  # "the same amount", as the text says
+    stated(5, mf.SwitchOff(0.02, at=675).integral(steps * step) / third - 1, "0.08")
+    stated(5, mf.Constant(0.1).integral(steps * step) / third, "10")
+
+
+def test_erratum_06_a_start_at_beta_times_the_identity_has_beta_squared():
+    U0 = 0.1 * torch.eye(3, dtype=torch.float64)
+    R = mf.legendre(mf.SymmetricFactor(), mf.WeightDecay(), U0)
+    torch.testing.assert_close(R.centre(0.0), 0.01 * torch.eye(3, dtype=torch.float64))
+    # The factor 10 in A_T is worth this much accumulated decay:
+    stated(6, np.log(0.1 / 0.01) / 2, "1.15")
+
+
+def test_erratum_07_the_half_belongs_inside_the_power():
+    x, k = np.array([-1.0, 0.3, 2.0]), 3
+    root = np.sqrt(x**2 + 1)
+    inside = power(k).g(np.stack([((root + x) / 2) ** (1 / 6), ((root - x) / 2) ** (1 / 6)]))
+    np.testing.assert_allclose(inside, x, rtol=1e-13)
+    outside = power(k).g(np.stack([(root + x) ** (1 / 6) / 2, (root - x) ** (1 / 6) / 2]))
+    np.testing.assert_allclose(outside, 2.0 ** (1 - 2 * k) * x, rtol=1e-13)
+    stated(7, 2.0 ** (1 - 2 * k), "0.031")
+
+
+def test_erratum_08_a_legendre_function_is_a_number():
+    for name in PAIRS:
+        assert legendre(name).value(torch.full((4,), 0.3, dtype=torch.float64), -0.1).shape == ()
+
+
+def test_erratum_09_the_entropies_of_equations_10_and_17_are_twice_too_large():
+    target = Z @ np.array([0.5, 0.1, 0.3, 0.2])
+    w0 = STARTS["one-sided"]
+    end = train(HADAMARD, w0, [(1.5, 0.4), (1.0, 0.0)], lambda x: Z.T @ (Z @ x - target) / 2)
+    B = w0[0] * w0[1] * np.exp(2 * end.a)
+    np.testing.assert_allclose(np.log(end.x / B), 2 * end.mu, atol=EXACT)
+    np.testing.assert_allclose(mirror(legendre("one-sided"), end.x, end.a), end.mu, atol=EXACT)
+
+
+def test_erratum_11_the_balanced_log_cosh_has_the_factor_one_half():
+    beta, a = 1.3, -0.2
+    x, centre = torch.tensor([0.7], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    R = mf.legendre(mf.LogRatio(), mf.Separable(), tensors(np.full((2, 1), beta)))
+    rise = (R.value(x, a) - R.value(centre, a)).item()
+    log_cosh = np.log(np.cosh(0.7))
+    assert rise == pytest.approx(0.5 * (beta**2 + 2 * a) * log_cosh, rel=1e-12)
+    # The general formula of Appendix E, with its own sign, is twice its balanced special case.
+    U = beta**2 - 2 * a
+    general = 0.25 * U * (np.log1p(np.exp(-1.4)) + np.log1p(np.exp(1.4)))
+    special = 0.25 * U * np.log(2 * np.cosh(0.7))
+    assert general == pytest.approx(2 * special, rel=1e-13)
+
+
+def test_erratum_12_decay_does_not_change_the_shape_of_the_log_cosh():
+    w0 = STARTS["log"]
+    R, x = legendre("log"), torch.linspace(-3, 3, 4, dtype=torch.float64)
+    S0, D = (w0**2).sum(0), w0[0] ** 2 - w0[1] ** 2
+    for a in (0.0, -0.2, -0.4):  # mirror = (S tanh x - D)/4: a moves the tilt D/S alone
+        expected = ((S0 + 4 * a) * np.tanh(x.numpy()) - D) / 4
+        np.testing.assert_allclose(R.mirror(x, a), expected, atol=EXACT)
+    # Balanced: the end point is the same for every a.
+    ends = [end_point(lambda mu, s=1 + 2 * a: np.arctanh(2 * mu / s)) for a in (0.0, -0.2, -0.4)]
+    assert gap(ends[1], ends[0]) < 1e-9 and gap(ends[2], ends[0]) < 1e-9
+    balanced = train(LOG_RATIO, np.ones((2, 4)), [(1.0, 0.2), (200.0, 0.0)])
+    assert gap(balanced.x, ends[0]) < 1e-9
+    # Unbalanced: the centre goes away from 0, as in the paper's own start x = 0.1.
+    u0, v0 = 1 / (1 + np.exp(-0.1)), 1 / (1 + np.exp(0.1))
+    R = mf.legendre(mf.LogRatio(), mf.Separable(), tensors(np.array([[u0], [v0]])))
+    assert R.centre(0.0).item() == pytest.approx(0.1)
+    stated(12, R.centre(-0.1).item(), "0.54")
+
+
+# --- 10, 13, 14, 21: when the theorems apply ------------------------------------------------------
+
+
+def test_erratum_10_the_papers_own_examples_are_not_jointly_independent():
+    w = STARTS["one-sided"]  # m0 = w0, Eq. (10)
+    gradients = [HADAMARD.pull(w, e).ravel() for e in np.eye(4)]
+    assert np.linalg.matrix_rank(np.stack([*gradients, w.ravel()])) == 4  # and not 5
+    U0 = np.sqrt(0.1) * np.eye(3)  # Corollary C.3: the commuting directions e_i e_i^T
+    gradients = [(np.outer(e, e) @ U0).ravel() for e in np.eye(3)]
+    assert np.linalg.matrix_rank(np.stack([*gradients, U0.ravel()])) == 3  # and not 4
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_erratum_10_R_a_is_R_0_of_the_start_moved_by_h(name):
+    pair, _, _ = PAIRS[name]
+    w0, a = STARTS[name], -0.15
+    moved = train(pair, w0, [(-a, 1.0)], slope=np.zeros_like).w
+    x = train(pair, w0, [(1.0, 0.1)]).x
+    one, two = mirror(legendre(name), x, a), mirror(legendre(name, moved), x, 0.0)
+    np.testing.assert_allclose(one, two, atol=EXACT)
+
+
+def test_erratum_13_the_log_ratio_is_not_contracting():
+    w0, a = STARTS["log"], torch.tensor(-0.1, dtype=torch.float64, requires_grad=True)
+    R = legendre("log")
+    for x, positive in ((0.0, False), (8.0, True)):
+        value = R.value(torch.full((4,), x, dtype=torch.float64), a)
+        (rate,) = torch.autograd.grad(value, a)
+        assert (rate.item() > 0) == positive
+    # Nor in the normalization that the paper prints, once the sign of a is right.
+    d = 1e-6
+
+    def printed(a):
+        U, V = w0[0] ** 2 + 2 * a, w0[1] ** 2 + 2 * a
+        return 0.25 * (U * np.log1p(np.exp(-1.0)) + V * np.log1p(np.exp(1.0))).sum()
+
+    assert (printed(-0.1 + d) - printed(-0.1 - d)) / (2 * d) > 1
+    # The paper's start has u, v < 1 and h < 0.
+    u0, v0 = 1 / (1 + np.exp(-0.1)), 1 / (1 + np.exp(0.1))
+    assert u0 < 1 and v0 < 1 and np.log(u0 / v0) == pytest.approx(0.1)
+    stated(13, np.log(u0) + np.log(v0), "-1.39")
+    assert not mf.check(mf.LogRatio(), mf.Separable(), tensors(np.array([[u0], [v0]]))).well_posed
+    # Assumption A.6 fails: decay alone brings v to 0 in finite time, at a bounded w.
+    v = integrate(lambda _, v: -1 / v, np.array([v0]), 0.999 * v0**2 / 2)
+    assert v == pytest.approx(v0 * np.sqrt(0.001), rel=1e-6)
+
+
+def test_erratum_14_constants_are_missing_and_the_wronskian_is_of_the_derivatives():
+    h = mf.CustomRegularizer(lambda w: ((w[0] ** 4 + 1) + (w[1] ** 4 - 2)).sum())
+    assert mf.check(mf.PowerDifference(2), h, tensors(STARTS["power"])).applies
+    # W(g, h) = g h' - g' h for g = u^4, h = u^4 + 1 is not 0; W(g', h') is.
+    u = np.linspace(0.5, 2, 4)
+    assert (u**4 * 4 * u**3 - 4 * u**3 * (u**4 + 1) != 0).all()
+    assert (4 * u**3 * 12 * u**2 - 12 * u**2 * 4 * u**3 == 0).all()
+
+
+def test_erratum_21_B_need_not_be_positive_semidefinite():
+    A = np.stack([np.diag([1.0, -1.0, 0.0]), np.diag([0.0, 1.0, 0.0])])
+    B, w0 = np.diag([1.0, 0.5, -1.0]), np.array([1.0, 0.7, 0.0])
+    for a in (0.0, -1.0, -10.0):
+        for mu in np.random.default_rng(0).normal(size=(20, 2)):
+            w = expm(a * B + np.einsum("i,ijk->jk", mu, A)) @ w0
+            assert w @ B @ w >= 0  # so that d R_a / d a <= 0
+
+
+# --- 15 to 19: proofs, factors and words ----------------------------------------------------------
+
+
+def test_erratum_15_mixed_derivatives_count():
+    def along(x, a):  # the flow of h = x_1 x_2, whose d_i d_i h are 0
+        return np.array([[np.cosh(a), np.sinh(a)], [np.sinh(a), np.cosh(a)]]) @ x
+
+    mu, a = np.array([1.0, 0.0]), -1.0
+    stated(15, float(np.linalg.norm(along(mu, a) - (along(np.zeros(2), a) + mu))), "1.29")
+    h = mf.CustomRegularizer(lambda x: x[0] * x[1])
+    x0 = torch.tensor([0.3, 0.2], dtype=torch.float64)
+    assert not mf.check(mf.Identity(), h, x0).commuting
+    affine = mf.CustomRegularizer(lambda x: 2 * x[0] - x[1] + 3)
+    assert mf.check(mf.Identity(), affine, x0).commuting
+
+
+def test_erratum_16_the_flow_of_theorem_D2_has_half_of_its_decay():
+    w = torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    (grad_g,) = torch.autograd.grad(w.prod(), w)
+    (grad_h,) = torch.autograd.grad((w**2).sum(), w)
+    assert (grad_g == 0).all() and torch.equal(grad_h, 2 * w.detach())
+    alpha, t = 0.1, 5.0
+    end = integrate(lambda _, w: -alpha * 2 * w, np.array([0.5]), t)
+    stated(16, 0.5 * np.exp(-alpha * t) / end[0] - 1, "0.65")
+
+
+def matrix_flow(A, y, U0, pieces, factor, rtol=1e-11):
+    """Integrate dU = -(factor grad f(X) U + alpha U) dt and M = -int grad f dt."""
+    n = len(U0)
+    state = np.concatenate([U0.ravel(), np.zeros(n * n)])
+    for duration, alpha in pieces:
+
+        def velocity(_, s, alpha=alpha):
+            U = s[: n * n].reshape(n, n)
+            G = np.tensordot(np.tensordot(A, U @ U.T, 2) - y, A, 1) / len(y)
+            return -np.concatenate([(factor * G @ U + alpha * U).ravel(), G.ravel()])
+
+        state = integrate(velocity, state, duration, method="LSODA", rtol=rtol)
+    U, M = state[: n * n].reshape(n, n), state[n * n :].reshape(n, n)
+    return U @ U.T, M, -sum(t * alpha for t, alpha in pieces)
+
+
+def commuting_sensing(n=4, m=3):
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    A = np.einsum("ij,kj,lj->kil", Q, rng.normal(size=(m, n)), Q)
+    X = Q @ np.diag([0.4, 0.3, 0.2, 0.1]) @ Q.T
+    return A, np.tensordot(A, X, 2)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_erratum_17_corollary_C3_is_half_of_the_gradient_flow(factor):
+    beta, n = 0.1, 4
+    A, y = commuting_sensing()
+    X, M, a = matrix_flow(A, y, np.sqrt(beta) * np.eye(n), [(3.0, 0.1), (20.0, 0.0)], factor)
+    log = logm(X) - np.log(beta * np.exp(2 * a)) * np.eye(n)
+    np.testing.assert_allclose(log, 2 * factor * M, atol=1e-8)  # Eq. (17) as printed: M itself
+    # factor 2 is what differentiating f(U U^T) in U gives.
+    U = torch.eye(n, dtype=torch.float64, requires_grad=True)
+    sensing = torch.from_numpy(A)
+    residual = (sensing * (U @ U.T)).sum((1, 2)) - torch.from_numpy(y)
+    (gradient,) = torch.autograd.grad((residual**2).sum() / (2 * len(y)), U)
+    grad_f = torch.einsum("i,ijk->jk", residual, sensing) / len(y)
+    torch.testing.assert_close(gradient, 2 * grad_f)
+    if factor == 1:
+        R = mf.legendre(
+            mf.SymmetricFactor(), mf.WeightDecay(), np.sqrt(beta) * torch.eye(n).double()
+        )
+        np.testing.assert_allclose(R.primal(torch.from_numpy(M), a), X, atol=EXACT)
+
+
+def test_erratum_18_after_the_switch_a_linear_model_goes_to_the_nearest_solution():
+    rng = np.random.default_rng(0)
+    A, truth = rng.standard_normal((10, 30)), np.r_[np.ones(3), np.zeros(27)]
+    y, x = A @ truth, np.zeros(30)
+    for _ in range(5000):  # proximal gradient steps with the L1 penalty 0.1
+        x = x - 0.1 * A.T @ (A @ x - y) / 10
+        x = np.sign(x) * np.maximum(abs(x) - 0.01, 0)
+    nearest, smallest = x + np.linalg.pinv(A) @ (y - A @ x), np.linalg.pinv(A) @ y
+    for _ in range(5000):
+        x = x - 0.1 * A.T @ (A @ x - y) / 10
+    assert gap(nearest, x) < EXACT
+    stated(18, gap(smallest, x), "0.58")
+
+
+def test_erratum_19_the_metric_is_the_hessian():
+    w = STARTS["hadamard"]
+    end = train(HADAMARD, w, [(1.0, 0.4)])
+    slope = least_squares(end.x)
+    velocity = -(end.w**2).sum(0) * slope
+    hessian = legendre("hadamard").metric(torch.from_numpy(end.x), end.a).numpy()
+    lost = -slope @ velocity  # of f per unit of time, the squared length of dx/dt
+    assert velocity @ (hessian * velocity) == pytest.approx(lost, rel=1e-10)
+    stated(19, velocity @ (velocity / hessian) / lost, "0.38")
+
+
+# --- 20, 22, 23: the experiments ------------------------------------------------------------------
+
+
+def sensing_errors(n=50, r=5, m=500, eta=0.25, steps=5000):
+    """Train the four scenarios of Appendix C together; give |X - X*|_F of each."""
+    rng = np.random.default_rng(0)
+    U = rng.standard_normal((n, r))
+    truth = U @ U.T / (U**2).sum()
+    B = rng.standard_normal((m, n, n))
+    i, j = np.triu_indices(n)
+    A = 0.5 * (B + B.transpose(0, 2, 1))[:, i, j]
+    doubled = A * np.where(i == j, 1, 2)  # <A, X> from half-vectors
+    y = doubled @ truth[i, j]
+    U, G = np.stack([0.1 * np.eye(n)] * 4), np.zeros((4, n, n))
+    for step in range(steps):
+        X = U @ U.transpose(0, 2, 1)
+        residual = X[:, i, j] @ doubled.T - y
+        G[:, i, j] = G[:, j, i] = residual @ A / m
+        alpha = np.array([0, 0.01, 0.02, 0.02 if step < steps // 2 else 0])
+        U -= eta * (G @ U + alpha[:, None, None] * U)
+    return np.linalg.norm(U @ U.transpose(0, 2, 1) - truth, axis=(1, 2))
+
+
+def test_erratum_20_the_squared_error_falls_below_the_line_with_constant_decay_too():
+    errors = sensing_errors()
+    assert (errors < 1e-2).tolist() == [False, False, False, True]
+    assert (errors**2 < 1e-2).tolist() == [False, True, True, True]
+    for size, text in zip(errors**2, ("2.5e-2", "2.7e-3", "7.9e-3", "8.0e-6"), strict=True):
+        stated(20, size, text)
+
+
+def test_erratum_22_random_sensing_matrices_do_not_commute():
+    rng, n, m, beta = np.random.default_rng(0), 6, 8, 0.1
+    B = rng.standard_normal((m, n, n))
+    A, u = 0.5 * (B + B.transpose(0, 2, 1)), rng.standard_normal(n)
+    y = np.tensordot(A, np.outer(u, u) / (u @ u), 2)
+    pieces = [(312.5, 0.02), (500.0, 0.0)]
+    X, M, a = matrix_flow(A, y, np.sqrt(beta) * np.eye(n), pieces, 1)
+    assert abs(np.tensordot(A, X, 2) - y).max() < EXACT
+    stated(22, gap(beta * np.exp(2 * a) * expm(2 * M), X), "0.11")
+    theta = np.zeros(m)
+    for ai in np.linspace(0, a, 40):  # the minimizer of Eq. (17), by continuation in a
+        theta = root(lambda t, ai=ai: np.tensordot(A, entropic(A, t, beta, ai), 2) - y, theta).x
+    surrogate = entropic(A, theta, beta, a)
+    assert abs(np.tensordot(A, surrogate, 2) - y).max() < 1e-8
+    stated(22, gap(surrogate, X), "0.075")
+    g, h, U0 = mf.SymmetricFactor(), mf.WeightDecay(), np.sqrt(beta) * torch.eye(n).double()
+    assert not mf.check(g, h, U0, sensing=torch.from_numpy(A)).commuting
+
+
+def entropic(A, theta, beta, a):
+    return beta * np.exp(2 * a) * expm(2 * np.tensordot(theta, A, 1))
+
+
+def metric_inverse_at_centre(k, a):
+    """The inverse metric at mu = 0 for u0 = 0.9, v0 = 0.8."""
+    w0 = np.array([[0.9], [0.8]])
+    R = mf.legendre(mf.PowerDifference(k), mf.Separable(), tensors(w0))
+    return 1 / R.metric(R.centre(a), a).item()
+
+
+def test_erratum_23_what_shrinks_is_the_speed_near_zero():
+    for a, text in ((0.0, "12.7"), (-0.1, "3.11"), (-1.0, "0.0386"), (-10.0, "5.93e-5")):
+        stated(23, metric_inverse_at_centre(2, a), text)
+    # A power of |a|, (4k - 2)/(2k - 2), for k >= 2, and e^{4a} for k = 1.
+    for k in (2, 3, 5):
+        ratio = metric_inverse_at_centre(k, -2e4) / metric_inverse_at_centre(k, -1e4)
+        assert np.log2(ratio) == pytest.approx(-(4 * k - 2) / (2 * k - 2), rel=1e-3)
+    ratio = metric_inverse_at_centre(1, -3.0) / metric_inverse_at_centre(1, -2.0)
+    assert ratio == pytest.approx(np.exp(-4), rel=1e-10)
+
+
+def settled(k, alpha):
+    """When |x|_1 is within 5% of its end, for a regression from the start of Appendix E."""
+    rng = np.random.default_rng(0)
+    A, x = rng.standard_normal((20, 10)), rng.standard_normal(10)
+    y = A @ x + 0.3 * rng.standard_normal(20)
+    x0, pair = rng.standard_normal(10), power(k)
+    w0 = ((np.hypot(x0, 1) + np.stack([x0, -x0])) / 2) ** (1 / (2 * k))
+
+    def velocity(_, s):
+        w = s.reshape(w0.shape)
+        return -(pair.pull(w, A.T @ (A @ pair.g(w) - y) / 20) + alpha * pair.decay(w)).ravel()
+
+    times = np.geomspace(1e-4, 20, 2000)
+    path = solve_ivp(velocity, (0, 20), w0.ravel(), "LSODA", times, rtol=1e-8, atol=1e-10).y
+    norm = np.abs(path[:10] ** (2 * k) - path[10:] ** (2 * k)).sum(0)
+    return times[np.flatnonzero(abs(norm - norm[-1]) > 0.05 * norm[-1])[-1]]
+
+
+def test_erratum_23_the_norm_becomes_stationary_sooner_without_any_decay():
+    times = {k: settled(k, 0.0) for k in (1, 2, 4, 7)}
+    for k, text in ((1, "0.79"), (2, "0.20"), (4, "0.055"), (7, "0.018")):
+        stated(23, times[k], text)
+        assert settled(k, 0.001) == pytest.approx(times[k], rel=0.02)
+
+
+def test_erratum_23_a_deep_model_freezes_the_coordinates_that_have_died():
+    rng, n, d, alpha = np.random.default_rng(0), 40, 100, 0.3
+    A, truth = rng.standard_normal((n, d)), np.r_[np.ones(5), np.zeros(d - 5)]
+    y = A @ truth
+
+    def velocity(_, s, alpha):
+        m, w, z = s.reshape(3, -1)
+        G = A.T @ (A @ (m * w * z) - y) / n
+        return -np.concatenate(
+            [w * z * G + alpha * m, m * z * G + alpha * w, m * w * G + alpha * z]
+        )
+
+    state, ratios = np.r_[np.zeros(d), np.ones(2 * d)], []
+    for rate in (alpha, 0.0):
+        state = integrate(
+            lambda t, s, rate=rate: velocity(t, s, rate), state, 100.0, "LSODA", 1e-60, 1e-8
+        )
+        m, w, z = state.reshape(3, -1)
+        x = m * w * z
+        ratios.append(abs(x).sum() / np.linalg.norm(x))
+    for ratio, text in zip(ratios, ("1.414", "1.413"), strict=True):
+        stated(23, ratio, text)
+    alive = abs(x) > 1e-3
+    stated(23, float(alive.sum()), "2")
+    dead = ((w * z) ** 2 + (m * z) ** 2 + (m * w) ** 2)[~alive]
+    assert dead.max() < 1e-48
+    # The end is the least-squares fit on the coordinates that survived: neither 0 nor the truth.
+    fit = np.zeros(d)
+    fit[alive] = np.linalg.lstsq(A[:, alive], y, rcond=None)[0]
+    assert gap(x, fit) < 1e-6
+    stated(23, x[1], "0.68")
+
+
+# --- What the paper says and what holds -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_theorem_3_2_the_mirror_of_x_is_mu_for_every_loss_and_schedule(name):
+    R, pair, w0 = legendre(name), PAIRS[name][0], STARTS[name]
+    losses = (
+        least_squares,
+        lambda x: np.tanh(x) - 0.1,
+        lambda x: softmax(x) - 0.3,
+    )
+    for slope in losses:
+        for pieces in ([(1.0, 0.1)], [(0.5, 0.3), (0.3, 0.0), (0.4, 0.1)], [(0.4, -0.2)]):
+            end = train(pair, w0, pieces, slope)
+            np.testing.assert_allclose(mirror(R, end.x, end.a), end.mu, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_equation_7_with_the_gradient_of_y_at_fixed_a(name):
+    R, pair = legendre(name), PAIRS[name][0]
+    end, alpha = train(pair, STARTS[name], [(1.0, 0.1)]), 0.37
+    slope = least_squares(end.x)
+    # dx/dt = J dw/dt; J is diagonal in each factor.
+    J = pair.pull(end.w, np.ones(4))
+    velocity = -(J * (pair.pull(end.w, slope) + alpha * pair.decay(end.w))).sum(0)
+    x = torch.from_numpy(end.x).requires_grad_()
+    a = torch.tensor(end.a, dtype=torch.float64, requires_grad=True)
+    (minus_y,) = torch.autograd.grad(R.value(x, a), a, create_graph=True)
+    (minus_grad_y,) = torch.autograd.grad(minus_y, x)
+    w = tuple(torch.from_numpy(f) for f in end.w)
+    assert -minus_y.item() == pytest.approx(PAIRS[name][2].value(w, PAIRS[name][1]).item())
+    inverse = 1 / R.metric(x, a).detach().numpy()
+    np.testing.assert_allclose(
+        -inverse * (slope - alpha * minus_grad_y.numpy()), velocity, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["hadamard", "power", "log"])
+def test_theorem_3_6_the_end_minimizes_R_a_where_the_switch_left_it(name):
+    R, pair = legendre(name), PAIRS[name][0]
+    end = train(pair, STARTS[name], [(1.0, 0.1), (200.0, 0.0)])
+    assert abs(Z @ end.x - Y).max() < 1e-9
+    predicted = end_point(lambda mu: R.primal(torch.from_numpy(mu), end.a).numpy())
+    assert gap(predicted, end.x) < 1e-9
+    base = R.value(torch.from_numpy(end.x), end.a)
+    for direction in np.linalg.svd(Z)[2][2:]:  # Z direction = 0
+        for step in (-0.1, 0.1):
+            assert R.value(torch.from_numpy(end.x + step * direction), end.a) > base
+
+
+def test_theorem_3_10_the_gradient_of_the_potential_is_g():
+    rng = np.random.default_rng(0)
+    V = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    A = np.einsum("ij,kj,lj->kil", V, rng.normal(size=(3, 5)), V)
+    B, w0 = V @ np.diag([1, 0.5, 0, 2, 1]) @ V.T, rng.normal(size=5)
+
+    def w(mu, a):
+        return expm(a * B + np.tensordot(mu, A, 1)) @ w0
+
+    def potential(mu, a):
+        return 0.25 * (w(mu, a) ** 2).sum()
+
+    mu, a, d = np.array([0.3, -0.2, 0.1]), -0.4, 1e-5
+    here = w(mu, a)
+    slopes = [(potential(mu + d * e, a) - potential(mu - d * e, a)) / (2 * d) for e in np.eye(3)]
+    np.testing.assert_allclose(slopes, [0.5 * here @ Ai @ here for Ai in A], rtol=1e-7)
+    along_a = (potential(mu, a + d) - potential(mu, a - d)) / (2 * d)
+    assert along_a == pytest.approx(0.5 * here @ B @ here, rel=1e-7)  # h = 1/2 w^T B w >= 0
+
+
+@pytest.mark.parametrize("name", ["hadamard", "one-sided", "power"])
+def test_theorem_3_5_contracting_and_the_bound_of_its_proof(name):
+    R, pair, w0 = legendre(name), PAIRS[name][0], STARTS[name]
+    truth = np.array([0.5, 0.1, 0.3, 0.2])
+    a_end, last, target = -0.3, np.inf, torch.from_numpy(truth)
+    for t in np.linspace(0.1, 3.0, 8):
+        end = train(pair, w0, [(t, 0.1)], lambda x: Z.T @ (Z @ (x - truth)) / 2)
+        a = torch.tensor(end.a, dtype=torch.float64, requires_grad=True)
+        (rate,) = torch.autograd.grad(R.value(target, a), a)
+        assert rate.item() <= 0
+        x, mu = torch.from_numpy(end.x), torch.from_numpy(end.mu)
+        bound = (R.value(target, a_end) - R.value(x, end.a) - mu @ (target - x)).item()
+        assert R.bregman(target, x, end.a).item() - 1e-12 <= bound < last
+        last = bound
+
+
+def test_section_4_decay_moves_the_centre_of_m_w_to_zero_and_the_type_to_L1():
+    w0 = STARTS["hadamard"]
+    R = legendre("hadamard")
+    for a in (-0.5, -2.0):
+        np.testing.assert_allclose(R.centre(a), np.exp(2 * a) * w0[0] * w0[1], rtol=1e-12)
+    ones = mf.legendre(mf.Hadamard(), mf.WeightDecay(), tensors(np.array([[0.0], [1.0]])))
+
+    def growth(a):  # R(2x)/R(x): 4 for L2, 2 for L1
+        x = torch.tensor([1.0], dtype=torch.float64)
+        base = ones.value(0 * x, a)
+        return ((ones.value(2 * x, a) - base) / (ones.value(x, a) - base)).item()
+
+    assert growth(+4.0) == pytest.approx(4, rel=1e-3)
+    assert growth(0.0) > growth(-10.0) > growth(-100.0) > growth(-300.0) > 2
+    assert growth(-300.0) == pytest.approx(2, rel=3e-3)
+
+
+@pytest.mark.parametrize("k", [3, 4, 5])
+def test_theorem_D2_the_bracket_is_4_minus_2k_times_the_other_factors(k):
+    w = torch.linspace(0.5, 1.5, k, dtype=torch.float64)
+    hessian = torch.func.hessian(lambda w: w.prod())(w)
+    others = w.prod() / w
+    bracket = 2 * others - hessian @ (2 * w)  # Hess h grad g - Hess g grad h, h = sum w_i^2
+    torch.testing.assert_close(bracket, (4 - 2 * k) * others)
+    assert not mf.check(mf.Depth(k), mf.WeightDecay(), tuple(w[:, None])).commuting
+
+
+def test_appendix_D_both_models_start_alike_and_the_truth_has_ratio_root_5():
+    m, w = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for g, start in ((mf.Hadamard(), (m, w)), (mf.Depth(3), (m, w, w))):
+        speed = sum(f**2 for f in g.pullback(start, w))
+        assert (g(start) == 0).all() and (speed == 1).all()
+    truth = np.r_[np.ones(5), np.zeros(95)]
+    assert abs(truth).sum() / np.linalg.norm(truth) == pytest.approx(2.23, abs=0.01)
+
+
+def test_corollary_C3_the_spectrum_minimizes_the_entropy():
+    beta, n = 0.1, 4
+    A, y = commuting_sensing()
+    X, _, a = matrix_flow(A, y, np.sqrt(beta) * np.eye(n), [(3.0, 0.1), (1e4, 0.0)], 1)
+    assert abs(np.tensordot(A, X, 2) - y).max() < 1e-8
+    R = mf.legendre(mf.SymmetricFactor(), mf.WeightDecay(), np.sqrt(beta) * torch.eye(n).double())
+    # KKT: the mirror of X lies in the span of the A_i.
+    flat, mu = A.reshape(len(A), -1), mirror(R, X, a).ravel()
+    residual = mu - flat.T @ np.linalg.lstsq(flat.T, mu, rcond=None)[0]
+    assert np.linalg.norm(residual) < 1e-6 * np.linalg.norm(mu)
+
+
+def test_the_example_of_check_your_own_agrees_with_its_closed_form(capsys):
+    example = runpy.run_path(str(PAGE.parent / "examples" / "own_pair.py"))
+    (lower, upper), trained = example["main"]()
+    assert trained.status is mf.Status.completed
+    assert "does not apply" in capsys.readouterr().out
+    # e^{-u} = e^{-u0} - mu - a and e^{-v} = e^{-v0} + mu - a.
+    u0, v0 = example["w0"]
+    mu, a = trained.path.mu[-1], float(trained.path.a[-1])
+    x = 1 / (torch.exp(-u0) - mu - a) - 1 / (torch.exp(-v0) + mu - a)
+    torch.testing.assert_close(trained.value, x, rtol=1e-7, atol=1e-9)
+    assert a == -2.0
+    torch.testing.assert_close(lower, a - torch.exp(-v0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(upper, torch.exp(-u0) - a, rtol=1e-7, atol=0)
