@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["MARKERS", "STYLES", "ZOOM_HINT", "decades", "shade", "short", "zoomable"]
 
 # Colours that differ in lightness too; the dashes tell the lines apart in grey.
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": (0, (6, 2)), "linewidth": 1.6},
     {"color": "#E69F00", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.8},
     {"color": "#009E73", "linestyle": (0, (1.2, 1.2)), "linewidth": 2.0},
@@ -26,7 +26,7 @@ def shade(i: int, count: int) -> str:
     return to_hex(colormaps["viridis"](0.85 * (1 - i / max(1, count - 1))))
 
 
-def short(value: float) -> float:
+def short(value: Any) -> float:
     """Round to four digits: the page carries these numbers as text."""
     return float(f"{value:.4g}")
 

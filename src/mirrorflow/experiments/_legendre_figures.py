@@ -133,12 +133,12 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
 
 def _chart_rows(records: list[Record], trajectory: Trajectory) -> list[Record]:
     """Give all curves, thinned and rounded, as rows of (case, a, kind, x, y)."""
-    rows = []
+    rows: list[Record] = []
     for key, label in _labels(records).items():
         stored = {k.split("/")[1]: v for k, v in trajectory.items() if k.startswith(f"{key}/")}
         x = stored["x"]
         keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int))
-        shapes = _normalized(stored["value"])
+        shapes: Any = _normalized(stored["value"])
         for i, a in enumerate(stored["a"]):
             base = {"model": label, "a": float(a)}
             kinds = {"shape": shapes[i], "gradient": stored["gradient"][i]}

@@ -74,7 +74,8 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1.1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2, 1.1])
+    top, bottom = parts
     axes = top.subplots(2, 3, sharex=True, sharey="col")
     for row, model in zip(axes, MODEL_LABELS, strict=True):
         for axis, metric in zip(row, METRIC_LABELS, strict=True):
@@ -98,7 +99,7 @@ def _draw_curves(
     """Draw the median over the seeds in each scenario, and the range as a band."""
     t, values = times(trajectory), curves(trajectory, model, metric)
     for i, name in enumerate(names):
-        axis.plot(t, np.median(values[:, i], axis=0), label=name, **STYLES[i])  # pyright: ignore
+        axis.plot(t, np.median(values[:, i], axis=0), label=name, **STYLES[i])
         low, high = values[:, i].min(0), values[:, i].max(0)
         axis.fill_between(t, low, high, color=STYLES[i]["color"], alpha=0.15, linewidth=0)
     axis.set_yscale("linear" if metric == "nuclear" else "log")
@@ -155,7 +156,7 @@ def _draw_map(axis: Axes, key: str, label: str, records: list[Record]) -> None:
     """Draw the error at the end against the switch-off time or -a; runs never off are hollow."""
     lines = map_lines(records)
     for i, (alpha, cells) in enumerate(lines.items()):
-        style = {"marker": MARKERS[i % len(MARKERS)], "color": shade(i, len(lines))}
+        style: Any = {"marker": MARKERS[i % len(MARKERS)], "color": shade(i, len(lines))}
         x, error = np.array([(abs(c[key]), c["error"]) for c in cells]).T
         last = -1 if cells[-1]["never"] else len(cells)
         axis.plot(x[:last], error[:last], markersize=5, label=f"α = {alpha:g}", **style)
@@ -172,7 +173,7 @@ def _draw_commuting(axis: Axes, records: list[Record], trajectory: Trajectory) -
     """Draw how far the flow is from the predicted end point."""
     for i, name in enumerate(commuting_names(records)):
         gap = np.maximum(trajectory[f"commuting/gap{i}"], 1e-16)
-        axis.plot(trajectory["commuting/t"], gap, label=name, **STYLES[(0, 2, 3)[i]])  # pyright: ignore
+        axis.plot(trajectory["commuting/t"], gap, label=name, **STYLES[(0, 2, 3)[i]])
     axis.set(xscale="log", yscale="log", xlabel="time t of the flow")
     axis.set_ylabel("|X − end point| / |end point|", fontsize=9)
     axis.set_title("Commuting sensing matrices: exact", fontsize=10)

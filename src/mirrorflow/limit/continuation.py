@@ -27,10 +27,14 @@ SHORTEST = 1e-4  # stride at which the continuation gives up
 
 @dataclass(frozen=True)
 class Point:
-    """One end point: x, its dual variable, and how good they are."""
+    """One end point: x, its dual variable, and how good they are.
+
+    ``slope`` is d theta / d tau, whose direction certifies how far x is from the L1 minimizer.
+    """
 
     x: Array
     theta: Array
+    slope: Array
     residual: float
     steps: int
     vertex: bool
@@ -72,7 +76,7 @@ class _Walker:
         if self.stuck:
             return self.failed(tau)
         vertex = self.residual < GOOD and self.drift < VERTEX
-        return Point(self.x, self.theta, self.residual, self._spent(), vertex)
+        return Point(self.x, self.theta, self.tangent, self.residual, self._spent(), vertex)
 
     def _spent(self) -> int:
         """Give the Newton steps since the last call."""
@@ -90,7 +94,7 @@ class _Walker:
         self.dual.place(theta, tau)
         residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))
         infeasible = gain > 0 and limit * 1e4 < gain
-        return Point(self.dual.x, theta, residual, self._spent(), False, infeasible)
+        return Point(self.dual.x, theta, -theta, residual, self._spent(), False, infeasible)
 
     def _step(self, length: float, tau: float) -> None:
         """Predict, correct, and adapt the stride to how hard that was."""

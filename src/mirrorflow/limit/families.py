@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,10 +67,7 @@ class Family:
             log_unit = 0.0
         unit = math.exp(log_unit)
         points = follow(self.make(rows.Q, a, log_unit), rows.b / unit, taus, max_steps)
-        return [
-            Point(self.expand(p.x * unit), p.theta, p.residual, p.steps, p.vertex, p.infeasible)
-            for p in points
-        ]
+        return [replace(p, x=self.expand(p.x * unit)) for p in points]
 
 
 def family(R: LegendreFunction, Z: Array) -> Family | None:

@@ -121,7 +121,7 @@ class _Search:
         """Give the last place, measured against b."""
         scale = float(np.linalg.norm(self.b)) or 1.0
         residual = float(np.linalg.norm(self.b - self.Q @ self.x)) / scale
-        return Point(self.x, self.theta, residual, self.steps, False)
+        return Point(self.x, self.theta, -self.theta, residual, self.steps, False)
 
 
 def _numpy(value: torch.Tensor) -> Array:

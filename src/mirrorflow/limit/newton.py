@@ -60,6 +60,8 @@ class NewtonSystem:
 
     def solve(self, r: Array) -> Array:
         """Give z, zero in the directions whose effect on F x is below rounding."""
+        if not len(r):
+            return r
         if not self.ill:
             return lapack.dpotrs(self.factor, r * self.scale, lower=1)[0] * self.scale
         k, z = self.seen, np.zeros_like(r)
