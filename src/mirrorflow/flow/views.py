@@ -99,13 +99,16 @@ class ParameterView(Coordinates):
         self.h, self.size = h, flatten(w0).numel()
 
     def start(self) -> Array:
+        """Give (w0, 0)."""
         return np.concatenate([_numpy(flatten(self.w0)), np.zeros(self.duals)])
 
     def scales(self, a: float) -> Array:
-        size = np.exp(2 * a) * _smallest(flatten(self.w0))  # w decays like e^a, or e^{2a}
+        """Give the size of w where it has decayed most, and 1 in mu."""
+        size = np.exp(2 * a) * _smallest(flatten(self.w0))  # weights decay like e^a or e^{2a}
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -(J_g^T grad f + alpha grad h) and -grad f."""
         rate = schedule.rate(t)
         w = unflatten(self.tensor(y[: self.size]), self.w0)
         slope, carried = self.slope(self.g(w))
@@ -115,6 +118,7 @@ class ParameterView(Coordinates):
         return -_numpy(torch.cat([dw, carried.reshape(-1)]))
 
     def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read w and mu, and x = g(w)."""
         state = self.tensor(y)
         parts = torch.split(state[:, : self.size], [f.numel() for f in factors(self.w0)], dim=1)
         w = tuple(p.reshape(-1, *f.shape) for p, f in zip(parts, factors(self.w0), strict=True))
@@ -133,6 +137,7 @@ class HadamardView(ParameterView):
         self.ZT = np.ascontiguousarray(Z.T)
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give the velocity of (m, w, theta)."""
         rate, (m, w, _) = schedule.rate(t), np.split(y, (self.size // 2, self.size))
         residual = self.Z @ (m * w) - self.y
         slope = self.ZT @ residual
@@ -147,16 +152,20 @@ class MirrorView(Coordinates):
         self.R = R
 
     def start(self) -> Array:
+        """Give mu = 0."""
         return np.zeros(self.duals)
 
     def scales(self, a: float) -> Array:
+        """Give 1 in mu."""
         return self.dual_scales()
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -grad f at x = primal(mu, a_t)."""
         mu = self.mu(self.tensor(y))[0]
         return -_numpy(self.slope(self.R.primal(mu, schedule.accumulated(t)))[1]).reshape(-1)
 
     def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read mu, and x = primal(mu, a_t)."""
         a, mu = _a(schedule, t), self.mu(self.tensor(y))
         if self.R.elementwise:
             x = self.R.primal(mu, a.to(self.dtype).reshape(-1, *[1] * len(self.shape)))
@@ -190,10 +199,13 @@ class HyperbolicView(MirrorView):
         return np.exp(log_A + s), np.exp(log_A - s)
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -(Zx - y)/n at x = A sinh s."""
         up, down = self.halves(t, y, schedule)
         return self.y - self.Z @ ((up - down) / 2)
 
     def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array]:
+        """Give -Z diag(d primal/dmu) Z^T / n."""
+
         def jacobian(t: float, y: Array) -> Array:
             up, down = self.halves(t, y, schedule)
             return (self.Z * (up + down) / -2) @ self.ZT
@@ -209,15 +221,18 @@ class PrimalView(Coordinates):
         self.R, self.size = R, self.shape.numel()
 
     def start(self) -> Array:
+        """Give (g(w0), 0)."""
         return np.concatenate([_numpy(self.g(self.w0)).reshape(-1), np.zeros(self.duals)])
 
     def scales(self, a: float) -> Array:
-        # What 1 in mu changes in x: J J^T, which decays like e^{2a}, or e^{4a}.
+        """Give what 1 in mu changes in x where that is least, and 1 in mu."""
+        # That is J J^T, which decays like e^{2a}, or e^{4a}.
         pulled = flatten(self.g.pullback(self.w0, torch.ones(self.shape, dtype=self.dtype)))
         size = np.exp(4 * a) * _smallest(pulled) ** 2
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give Eq. (7) with the time derivative of R_a's gradient, and -grad f."""
         rate, a = schedule.rate(t), schedule.accumulated(t)
         x = self.tensor(y[: self.size]).reshape(self.shape)
         slope, carried = self.slope(x)
@@ -238,6 +253,7 @@ class PrimalView(Coordinates):
         return torch.as_tensor(moved)
 
     def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read x and mu."""
         state = self.tensor(y)
         x = state[:, : self.size].reshape(-1, *self.shape)
         return Path(torch.from_numpy(t), x, self.mu(state[:, self.size :]), _a(schedule, t))

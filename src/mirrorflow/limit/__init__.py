@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..legendre import LegendreFunction, MatrixEntropy, RangeError
+from ..legendre import LegendreFunction, MatrixEntropy, OneSidedEntropy, RangeError
 from ..solution import Solution, Status
 from .continuation import Point
 from .families import family
@@ -43,15 +43,15 @@ class LimitStats:
     Attributes
     ----------
     kkt : float or array
-        max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable;
-        infinite where x is on the boundary of the domain. For `MatrixEntropy`, whose mirror map
+        max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable.
+        For `MatrixEntropy`, whose mirror map
         loses the small eigenvalues of X to rounding, |X - primal(Z^T theta, a)| / |X| instead.
     residual : float or array
         |Zx - y| / |y| (|Zx| for y = 0).
     gap : float or array
         The certificate of how far x is from the L1 minimizer: its norm exceeds the smallest norm
-        of any solution of Zx = y by at most the fraction ``gap`` of itself. L1 for vectors,
-        trace norm for matrices.
+        of any solution of Zx = y in the domain by at most the fraction ``gap`` of itself. L1 for
+        vectors, trace norm for matrices.
     steps : int or array
         Newton steps; along a path those since the point before it on the path.
     seconds : float
@@ -239,40 +239,56 @@ def _measure(
 
 
 def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
-    """Compare x and mu by the maps of R, which the solvers do not use."""
+    """Compare x and mu by the maps of R, which the solvers of the closed forms do not use."""
     point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
     if isinstance(R, MatrixEntropy):
         image = R.primal((dual + dual.mT) / 2, a)
         return float((point - image).norm() / image.norm())
+    held = torch.ones_like(point, dtype=torch.bool)
+    if isinstance(R, OneSidedEntropy):  # x that underflows to 0 has no mu left to compare
+        held = point != 0
+        point = torch.where(held, point, R.sign.to(R.dtype))
     try:
-        return float((R.mirror(point, a) - dual).abs().max()) if dual.numel() else 0.0
+        error = (R.mirror(point, a) - dual)[held].abs()
     except RangeError:
         return np.inf
+    return float(error.max()) if error.numel() else 0.0
 
 
 def _gap(R: LegendreFunction, Z: Array, point: Point, rows: Rows) -> float:
     """Give the relative duality gap of the smallest norm, with the better of two witnesses.
 
-    Any v proves that every solution has norm >= <v, b> / |Q^T v|_*. theta becomes optimal like
+    Any v proves that every solution has norm >= <v, b> / ceiling(Q^T v). theta becomes optimal like
     1/|log A|, and its slope in log A, where R_a has one, like a power of A.
     """
-    norm = _norm(R, point.x, 1)
-    if norm == 0:
+    size = float(np.abs(_entries(R, point.x)).sum())
+    if size == 0:
         return 0.0
     bounds = []
     for witness in (point.theta, -point.slope):
-        ceiling = _norm(R, (rows.back @ witness) @ Z, np.inf)
-        bounds.append(float(witness @ rows.b) / ceiling if ceiling > 0 else 0.0)
-    return min(1.0, max(0.0, 1 - max(bounds) / norm))
+        height = _ceiling(R, (rows.back @ witness) @ Z)
+        bounds.append(float(witness @ rows.b) / height if height > 0 else 0.0)
+    return min(1.0, max(0.0, 1 - max(bounds) / size))
 
 
-def _norm(R: LegendreFunction, v: Array, p: float) -> float:
-    """Give the p-norm, p = 1 or inf, of the entries of a vector or the eigenvalues of a matrix."""
+def _entries(R: LegendreFunction, v: Array) -> Array:
+    """Give the entries of a vector, or the eigenvalues of a matrix."""
     if isinstance(R, MatrixEntropy):
         M = v.reshape(R.n, R.n)
-        v = np.linalg.eigvalsh((M + M.T) / 2)
-    size = np.abs(v)
-    return float(size.sum() if p == 1 else size.max(initial=0.0))
+        return np.linalg.eigvalsh((M + M.T) / 2)
+    return v
+
+
+def _ceiling(R: LegendreFunction, mu: Array) -> float:
+    """Give sup <mu, x> over x of norm 1 in the domain of R, whose signs may be fixed."""
+    entries = _entries(R, mu)
+    match R:
+        case OneSidedEntropy():
+            return float((R.sign.numpy().reshape(-1) * entries).max(initial=0.0))
+        case MatrixEntropy():
+            return float(entries.max(initial=0.0))
+        case _:
+            return float(np.abs(entries).max(initial=0.0))
 
 
 def _warn(statuses: list[Status], stats: LimitStats) -> None:

@@ -1,0 +1,220 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="What weight decay does to a model, and when to switch it off.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
+Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line, no traceback."""
+
+
+def main() -> None:
+    """Run the command line; mistakes end with 2, Ctrl-C with 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"mirrorflow: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        message = "interrupted; finished parts are kept: the same command goes on from them"
+        print(f"\nmirrorflow: {message}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command("list")
+def list_(out: Out = Path("runs")) -> None:
+    """List the experiments, the figures they reproduce, and whether results are stored."""
+    from . import experiments
+
+    stored = [result["experiment"] for result in experiments.find_results(out)]
+    for name in experiments.experiments():
+        module = experiments.load(name)
+        count = stored.count(module.NAME)
+        print(f"{name}\n    {module.TITLE}\n    {module.PAPER}\n    results in {out}: {count}")
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="An experiment, as `mirrorflow list` names it.")],
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "cpu",
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; may be given again.")] = None,
+    out: Out = Path("runs"),
+    force: Annotated[bool, typer.Option(help="Compute again what is there.")] = False,
+) -> None:
+    """Run an experiment, unless its result is stored already."""
+    overrides = {"seeds": tuple(seed)} if seed else {}
+    folder = _execute(name, preset, config, overrides, out, force)
+    print(f"result: {folder / 'result.json'}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of results.")],
+    output: Annotated[Path | None, typer.Option(help="The page; FOLDER/index.html.")] = None,
+) -> None:
+    """Make one self-contained page from stored results."""
+    print(f"page: {_build(folder, output or folder / 'index.html')}")
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(help="path/to/file.py:name")],
+) -> None:
+    """Check whether the theory holds for your own g and h.
+
+    NAME is a tuple (g, h, w0) in the file, or a function without arguments that returns one. Exit
+    code 0 if Theorem 3.2 applies, 1 if it does not.
+    """
+    from .conditions import check as check_pair
+
+    g, h, w0 = _load_pair(target)
+    try:
+        found = check_pair(g, h, w0)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(found.explain())
+    raise typer.Exit(0 if found.applies else 1)
+
+
+@app.command()
+def demo(out: Out = Path("demo")) -> None:
+    """Run the central experiment, draw the shapes of R_a, and make the page."""
+    for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):
+        overrides = {"seeds": (0,)} if name.startswith("fig02") else {}
+        _execute(name, "cpu", None, overrides, out, force=False)
+    page = _build(out, out / "index.html")
+    print("Matrix sensing with weight decay that is never on, always on, or switched off half way:")
+    print("only the run that switches it off recovers the low-rank truth. Below it on the page, the")
+    print("shapes of R_a that explain why, and an explorer of them with sliders.")
+    print(f"page: {page.resolve()}")
+
+
+def _execute(
+    name: str,
+    preset: str,
+    config: Path | None,
+    overrides: dict[str, Any],
+    out: Path,
+    force: bool,
+) -> Path:
+    """Configure an experiment and run it, with progress."""
+    from . import experiments
+
+    if name not in experiments.experiments():
+        known = ", ".join(experiments.experiments())
+        raise UserError(f"there is no experiment {name!r}; known are {known}")
+    module = experiments.load(name)
+    try:
+        chosen = experiments.config_from(module, preset, config, overrides)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    with _progress(name) as advance:
+        return experiments.execute(module, chosen, out, force=force, progress=advance)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on a terminal, and plain lines in a log."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, label: print(f"{name}: {done}/{total} {label}", flush=True)
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total, label: bar.update(
+            task, completed=done, total=total, description=f"{name} {label}"
+        )
+
+
+def _build(folder: Path, output: Path) -> Path:
+    """Read the stored results of a folder and make the page."""
+    from . import experiments
+    from . import report as page
+
+    results = experiments.find_results(folder)
+    if not results:
+        raise UserError(f"there are no finished results in {folder}; make some with mirrorflow run")
+    sections = [_section(folder, result) for result in results]
+    return page.build(sections, output, __version__)
+
+
+def _section(folder: Path, result: dict[str, Any]) -> Any:
+    """Let an experiment say what its stored records show."""
+    from . import experiments
+    from . import report as page
+
+    module, records = experiments.load(result["experiment"]), result["records"]
+    curves = experiments.trajectory(folder / result["experiment"] / result["hash"])
+    return page.Section(
+        title=module.TITLE,
+        paper=module.PAPER,
+        summary=module.summary(records),
+        result=result,
+        figure=module.draw(records, curves),
+        charts=module.charts(records, curves),
+        table=module.table(records),
+        command=f"mirrorflow run {result['experiment']} --config config.toml",
+    )
+
+
+def _load_pair(target: str) -> tuple[Any, Any, Any]:
+    """Load (g, h, w0) from path/to/file.py:name."""
+    import runpy
+
+    path, _, name = target.rpartition(":")
+    if not path or not name:
+        raise UserError(f"expected path/to/file.py:name, got {target!r}")
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        values = runpy.run_path(path)
+    except Exception as error:  # whatever a user's file does wrong is the user's to read
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
+    if name not in values:
+        raise UserError(f"{path} defines no {name!r}")
+    pair = values[name]() if callable(values[name]) else values[name]
+    if not isinstance(pair, tuple) or len(pair) != 3:
+        raise UserError(f"{name} in {path} must be (g, h, w0), or a function that returns that")
+    return pair
+
+
+if __name__ == "__main__":
+    main()
