@@ -121,7 +121,9 @@ def demo(out: Out = Path("demo")) -> None:
         _execute(name, "cpu", None, overrides, out, force=False)
     page = _build(out, out / "index.html")
     print("Matrix sensing with weight decay that is never on, always on, or switched off half way:")
-    print("only the run that switches it off recovers the low-rank truth. Below it on the page, the")
+    print(
+        "only the run that switches it off recovers the low-rank truth. Below it on the page, the"
+    )
     print("shapes of R_a that explain why, and an explorer of them with sliders.")
     print(f"page: {page.resolve()}")
 

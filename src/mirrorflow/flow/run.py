@@ -19,6 +19,8 @@ from .views import Array, Coordinates
 
 __all__ = ["Run"]
 
+STUCK = 30  # steps in a row that time hardly resolves: x goes to infinity there
+
 
 class Run:
     """The one loop: it owns the steps, the breakpoints, and what counts as failure."""
@@ -85,7 +87,7 @@ class Run:
         """Integrate to the next breakpoint; a step that left the domain is tried again, smaller."""
         status, first = self._attempt(left, right, None), np.inf
         while status in (Status.diverged, Status.left_domain):
-            first = min(first, self.latest - self.now) / 10
+            first = min(first, min(self.latest, right) - self.now) / 10
             if not first > 16 * np.spacing(right):
                 break
             before = self.now
@@ -95,7 +97,7 @@ class Run:
 
     def _attempt(self, left: float, right: float, first: float | None) -> Status:
         """Integrate from here to the end of the piece, or to the first step that fails."""
-        velocity = self._velocity(left, right)
+        velocity, stuck = self._velocity(left, right), 0
         self.latest = self.now
         try:
             if not np.isfinite(velocity(self.now, self.state)).all():
@@ -108,10 +110,10 @@ class Run:
                 solver.step()
                 if solver.status == "failed" or not np.isfinite(solver.y).all():
                     return Status.diverged
-                stuck = solver.t - self.now < 64 * np.spacing(solver.t)  # at a singularity
+                stuck = stuck + 1 if solver.t - self.now < 64 * np.spacing(solver.t) else 0
                 self.now, self.state = float(solver.t), solver.y.copy()
                 self._save(solver)
-                if stuck and self.now < right:
+                if stuck > STUCK and self.now < right:
                     return Status.diverged
         except RangeError:
             return Status.left_domain

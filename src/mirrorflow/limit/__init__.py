@@ -147,9 +147,7 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
 
 
-def _checked(
-    R: LegendreFunction, Z: Any, y: Any, a: Any
-) -> tuple[Array, Array, bool, list[float]]:
+def _checked(R: LegendreFunction, Z: Any, y: Any, a: Any) -> tuple[Array, Array, bool, list[float]]:
     """Give Z (n, d), y (n,), whether ``a`` is one number, and the list of them."""
     Zs, ys, at = _array("Z", Z), _array("y", y), _array("a", a)
     if Zs.ndim == 0 or Zs.shape[1:] != tuple(R.shape):

@@ -95,9 +95,7 @@ def _page(sections: Sequence[Section], version: str) -> str:
         "template.html",
         version=escape(version),
         css=_resource("page.css"),
-        index="\n".join(
-            f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections
-        ),
+        index="\n".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections),
         sections="\n".join(bodies),
         scripts=_scripts(specs),
     )
@@ -190,7 +188,9 @@ def _provenance(result: Mapping[str, Any]) -> list[str]:
     ]
     for key, value in result["meta"].items():
         pairs = isinstance(value, Mapping)
-        lines.append(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if pairs else value}")
+        lines.append(
+            f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if pairs else value}"
+        )
     return lines
 
 
