@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # a traceback that can be pasted into an issue
 )
 PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
@@ -118,13 +119,9 @@ def demo(out: Out = Path("demo")) -> None:
     """Run the central experiment, draw the shapes of R_a, and make the page."""
     for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):
         overrides = {"seeds": (0,)} if name.startswith("fig02") else {}
-        _execute(name, "cpu", None, overrides, out, force=False)
+        folder = _execute(name, "cpu", None, overrides, out, force=False)
+        print(f"\n{_summary(folder)}\n")
     page = _build(out, out / "index.html")
-    print("Matrix sensing with weight decay that is never on, always on, or switched off half way:")
-    print(
-        "only the run that switches it off recovers the low-rank truth. Below it on the page, the"
-    )
-    print("shapes of R_a that explain why, and an explorer of them with sliders.")
     print(f"page: {page.resolve()}")
 
 
@@ -151,11 +148,24 @@ def _execute(
         return experiments.execute(module, chosen, out, force=force, progress=advance)
 
 
+def _lines(name: str) -> Callable[[int, int, str], None]:
+    """Print a line for each new part and each tenth of the whole: a log is read, not watched."""
+    printed: tuple[int, str] | None = None
+
+    def advance(done: int, total: int, label: str) -> None:
+        nonlocal printed
+        if (now := (10 * done // total, label)) != printed:
+            printed = now
+            print(f"{name}: {100 * done // total}% {label}", flush=True)
+
+    return advance
+
+
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
     """Show a bar on a terminal, and plain lines in a log."""
     if not sys.stderr.isatty():
-        yield lambda done, total, label: print(f"{name}: {done}/{total} {label}", flush=True)
+        yield _lines(name)
         return
     from rich.progress import Progress
 
@@ -164,6 +174,18 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=f"{name} {label}"
         )
+
+
+def _summary(folder: Path) -> str:
+    """Say in words what a stored run shows."""
+    import json
+    import textwrap
+
+    from . import experiments
+
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    module = experiments.load(result["experiment"])
+    return textwrap.fill(f"{module.TITLE}. {module.summary(result['records'])}", 100)
 
 
 def _build(folder: Path, output: Path) -> Path:
@@ -193,8 +215,37 @@ def _section(folder: Path, result: dict[str, Any]) -> Any:
         figure=module.draw(records, curves),
         charts=module.charts(records, curves),
         table=module.table(records),
-        command=f"mirrorflow run {result['experiment']} --config config.toml",
+        command=_command(module, result["config"]),
     )
+
+
+def _command(module: Any, config: dict[str, Any]) -> str:
+    """Give the command that makes a run: a preset, its seeds, and a file for what else differs."""
+    from . import experiments
+
+    stored = module.Config(**config)
+    changes = {p: _changes(experiments.config_from(module, p), stored) for p in experiments.PRESETS}
+    preset = min(("cpu", "full", "smoke"), key=lambda p: len(changes[p]))
+    seeds = changes[preset].pop("seeds", ())
+    command = f"mirrorflow run {module.NAME} --preset {preset}"
+    command += "".join(f" --seed {seed}" for seed in seeds)
+    if not changes[preset]:
+        return command
+    lines = "\n".join(f"{key} = {_toml(value)}" for key, value in changes[preset].items())
+    return f"{command} --config changes.toml\n\n# changes.toml\n{lines}"
+
+
+def _changes(base: Any, config: Any) -> dict[str, Any]:
+    """Give the settings in which two configurations differ."""
+    left, right = base.model_dump(), config.model_dump()
+    return {key: right[key] for key in right if right[key] != left[key]}
+
+
+def _toml(value: Any) -> str:
+    """Write a number, a string or a tuple of them as TOML."""
+    import json
+
+    return json.dumps(value)  # the same text for all of these
 
 
 def _load_pair(target: str) -> tuple[Any, Any, Any]:

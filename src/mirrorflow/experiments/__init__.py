@@ -5,6 +5,7 @@ it into a folder (or finds it there), and `find_results` and `trajectory` read w
 """
 
 from ._contract import (
+    PRESETS,
     Config,
     Experiment,
     Part,
@@ -19,6 +20,7 @@ from ._contract import (
 )
 
 __all__ = [
+    "PRESETS",
     "Config",
     "Experiment",
     "Part",

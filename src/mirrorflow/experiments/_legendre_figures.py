@@ -65,14 +65,14 @@ def _draw_shape(axis: Axes, stored: dict[str, Any], title: str) -> None:
         axis.plot(x, curve / curve.max(), color="0.75", linewidth=3, zorder=0)
     axis.annotate("|x|", (0.72 * x[-1], 0.76), color="0.5", fontsize=9, ha="right")
     axis.annotate("x²", (0.76 * x[-1], 0.48), color="0.5", fontsize=9, ha="left")
-    _lines(axis, stored, "R_a − min R_a, scaled", _normalized(stored["value"]))
+    _lines(axis, stored, "Rₐ − min Rₐ, scaled", _normalized(stored["value"]))
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="upper center")
 
 
 def _draw_gradient(axis: Axes, stored: dict[str, Any]) -> None:
     """Draw the mirror map, points of the integrated flow, and the printed formula."""
-    _lines(axis, stored, "μ = ∇R_a(x)", stored["gradient"])
+    _lines(axis, stored, "μ = ∇Rₐ(x)", stored["gradient"])
     size, label = np.abs(stored["gradient"]).max(axis=1), "as printed, same dashes"
     for i, dash in zip(range(len(stored["a"])), DASHES * len(stored["a"]), strict=False):
         if stored["printed_exists"][i].all():
@@ -111,15 +111,15 @@ def _draw_speed(axis: Axes, stored: dict[str, Any], records: list[Record]) -> No
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
     """Make the shapes and the gradients, with a menu for the case, and the speeds."""
     rows = _chart_rows(records, trajectory)
-    shapes = _menu_chart(rows, "shape", "R_a − min R_a, scaled to the window", records)
-    gradients = _menu_chart(rows, "gradient", "μ = ∇R_a(x)", records)
+    shapes = _menu_chart(rows, "shape", "Rₐ − min Rₐ, scaled to the window", records)
+    gradients = _menu_chart(rows, "gradient", "μ = ∇Rₐ(x)", records)
     return [
         (
-            f"The shape of R_a for the model chosen in the menu. {ZOOM_HINT}",
+            f"The shape of Rₐ for the model chosen in the menu. {ZOOM_HINT}",
             zoomable(shapes),
         ),
         (
-            "The gradient of R_a (mirror map); dashed: as printed in the paper; points: the flow, "
+            "The gradient of Rₐ (mirror map); dashed: as printed in the paper; points: the flow, "
             f"integrated without any formula. {ZOOM_HINT}",
             zoomable(gradients),
         ),
@@ -209,7 +209,7 @@ def _speeds(records: list[Record]) -> Any:
                 "−a:Q",
                 title="accumulated decay −a",
                 scale=alt.Scale(type="symlog", constant=0.1),
-                axis=alt.Axis(values=[0, 0.1, 0.3, 1, 3, 10, 30]),
+                axis=alt.Axis(values=[0, 0.1, 0.3, 1, 3, 10, 30], labelExpr="datum.value"),
             ),
             y=alt.Y("speed:Q", title="inverse metric at the centre", axis=axis,
                     scale=alt.Scale(type="log")),

@@ -28,7 +28,7 @@ __all__ = ["make_charts"]
 POINTS = 100  # of a curve
 CAPTIONS = {
     "error": "Reconstruction error |X − X*|: median over the seeds, with their range. Once decay "
-    "is switched off, its effect lasts in U Uᵀ only. Dotted: the minimizer of R_a, a surrogate "
+    "is switched off, its effect lasts in U Uᵀ only. Dotted: the minimizer of Rₐ, a surrogate "
     "for these sensing matrices, which do not commute.",
     "train": "Training error. Every model without decay fits; what differs is which X it finds.",
     "nuclear": "Nuclear norm of X. The truth has 1.",
@@ -88,7 +88,7 @@ def _curve_chart(
         .encode(
             y=alt.Y("low:Q", **kept),
             color=alt.Color("decay:N", scale=colours, sort=names, legend=legend),
-            tooltip=["decay:N", alt.Tooltip("low:Q", format=".3g", title="minimizer of R_a")],
+            tooltip=["decay:N", alt.Tooltip("low:Q", format=".3g", title="minimizer of Rₐ")],
         )
     )
     return alt.layer(band, line, hover, *([ends] if lines else [])).properties(height=280)
@@ -102,7 +102,7 @@ def _vertical(rows: list[Record], metric: str) -> dict[str, Any]:
     if metric == "nuclear":
         return {"title": METRIC_LABELS[metric], "scale": alt.Scale(zero=False)}
     low = max(low, TRAIN_FLOOR) if metric == "train" else low
-    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    scale = alt.Scale(type="log", domain=[0.7 * low, 1.3 * high], nice=False)
     axis = alt.Axis(format=".0e", values=decades(low, high))
     return {"title": METRIC_LABELS[metric], "scale": scale, "axis": axis}
 

@@ -148,7 +148,7 @@ def _mark_surrogates(axis: Axes, records: list[Record]) -> None:
         (mark,) = axis.plot([1.02], [error], color=colour, clip_on=False, **marks)
         mark.set_transform(axis.get_yaxis_transform())
         axis.axhline(error, color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
-    label = "minimizer of R_a (a surrogate)"
+    label = "minimizer of Rₐ (a surrogate)"
     axis.plot([], [], color="0.5", label=label, **marks)
 
 

@@ -256,7 +256,7 @@ def summary(records: list[Record]) -> str:
         f"(|X − X*|, median over the seeds), against {ends[0]:.1e} without decay and "
         f"{min(ends[1:-1]):.1e} with constant decay; the penalized linear model X goes from "
         f"{before:.1e} to {linear:.1e} only, because it forgets its penalty. Where the sensing "
-        f"matrices commute, the end of the flow equals the minimizer of R_a that limit computes "
+        f"matrices commute, the end of the flow equals the minimizer of Rₐ that limit computes "
         f"without training (relative distance at most {commuting:.0e}); for the random ones of the "
         f"paper that minimizer is a surrogate, {_gaps(records)} from where training ends."
     )
@@ -296,13 +296,12 @@ def table(records: list[Record]) -> list[Record]:
                     "decay": name,
                     "a at the end": found[0]["a"],
                     "|X − X*|": middle["error"],
-                    "lowest": min(errors),
-                    "highest": max(errors),
+                    "of the seeds": f"{min(errors):.2g} to {max(errors):.2g}",
                     "|X − X*|²": statistics.median(e * e for e in errors),
                     "training error": middle["train"],
                     "nuclear norm": middle["nuclear"],
-                    "|X̂ − X*| of the surrogate": middle.get("predicted"),
-                    "surrogate to trained, relative": middle.get("gap"),
+                    "surrogate: |X̂ − X*|": middle.get("predicted"),
+                    "surrogate to trained": middle.get("gap"),
                 }
             )
     return rows

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NAME = "fig09_fig11_fig14_legendre"
-TITLE = "The shapes of R_a: what accumulated decay does to centre, type and speed"
+TITLE = "The shapes of Rₐ: what accumulated decay does to centre, type and speed"
 PAPER = "Figures 9, 11 and 14 (Appendices E and F); Equations (9), (10) and (11)"
 
 Array = NDArray[np.float64]
@@ -138,9 +138,9 @@ class Case:
     positive: bool = False  # x > 0 only
 
     def grid(self, config: Config) -> Array:
-        """Give the x of the curves."""
-        low = config.window / (config.points - 1) if self.positive else -config.window
-        return np.linspace(low, config.window, config.points)
+        """Give the x of the curves, dense near 0, where little A bends them."""
+        low = 1 / (config.points - 1) if self.positive else -1.0
+        return config.window * np.linspace(low, 1.0, config.points) ** 3
 
 
 def _cases(config: Config) -> list[Case]:
@@ -203,7 +203,7 @@ def _curves(R: Any, flow: Any, case: Case, x: Array, a: float) -> dict[str, Arra
     points, centre = torch.from_numpy(x), R.centre(a)
     mirror = R.mirror(points, a).numpy()
     # The same relation from integrating dw = J^T dmu + grad h da: it knows no closed form.
-    mu = np.interp(np.linspace(0.1, 0.9, 7), np.linspace(0, 1, len(x)), mirror)
+    mu = np.interp(x[0] + (x[-1] - x[0]) * np.linspace(0.1, 0.9, 7), x, mirror)
     reached = flow.primal(torch.from_numpy(mu), a).numpy()
     with np.errstate(all="ignore"):
         printed = case.printed(x, a, case.start)
@@ -254,13 +254,13 @@ def summary(records: list[Record]) -> str:
     worst = max(r["flow_off"] for r in records)
     speed, growth = [r["inverse_metric"] for r in power], [r["growth"] for r in wide]
     return (
-        f"Decay moves the centre of R_a of m·w from {wide[0]['centre']:.2g} to "
+        f"Decay moves the centre of Rₐ of m·w from {wide[0]['centre']:.2g} to "
         f"{wide[-1]['centre']:.1e} and its growth from x^{growth[0]:.2f} to x^{growth[-1]:.2f} "
         f"(2 is L2, 1 is L1), slows u⁴ − v⁴ down at its centre from {speed[0]:.2g} to "
         f"{speed[-1]:.1e} without shrinking its range, and changes the scale and the centre of "
         f"log u − log v, which goes from {log[0]['centre']:.2g} to {log[-1]['centre']:.2g}, away "
         "from 0. The curves are those of the corrected formulas, which meet the integrated flow "
-        f"to {worst:.0e}; the printed ones, drawn beside them, do not."
+        f"to {worst:.0e}; the printed ones, drawn beside them, do not once decay has accumulated."
     )
 
 

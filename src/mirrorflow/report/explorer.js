@@ -150,6 +150,15 @@ function ticks([low, high], count = 5) {
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
+// Exponents of round numbers: whole decades, or 1, 2, 5 of each where there are few.
+function logTicks([low, high]) {
+  if (high - low > 2) return ticks([low, high]).filter(Number.isInteger);
+  const decades = Array.from({ length: 6 }, (_, i) => Math.floor(low) + i);
+  const all = decades.flatMap((e) => [1, 2, 5].map((m) => e + Math.log10(m)));
+  const inside = all.filter((t) => t >= low && t <= high);
+  return inside.length > 1 ? inside : ticks([low, high]);
+}
+
 function text(number) {
   if (!Number.isFinite(number)) return Number.isNaN(number) ? "none" : number > 0 ? "∞" : "−∞";
   const size = Math.abs(number);
@@ -166,8 +175,7 @@ function plot(svg, xs, lines, { label, reach, log = false, marks = [] }) {
   [low, high] = [low - pad, high + pad];
   const px = (x) => LEFT + (x + reach) / (2 * reach) * (WIDTH - LEFT - RIGHT);
   const py = (v) => HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - BOTTOM - TOP);
-  const yTicks = log && high - low > 2
-    ? ticks([low, high]).filter(Number.isInteger) : ticks([low, high]);
+  const yTicks = log ? logTicks([low, high]) : ticks([low, high]);
   const grid = ticks([-reach, reach], 4).map((t) =>
     `<path class="grid" d="M${px(t)} ${TOP}V${HEIGHT - BOTTOM}"/>` +
     `<text x="${px(t)}" y="${HEIGHT - BOTTOM + 16}" text-anchor="middle">${text(t)}</text>`);
