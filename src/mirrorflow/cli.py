@@ -25,8 +25,15 @@ PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
 
 
+INTERRUPTED = "interrupted; finished parts are kept: the same command goes on from them"
+
+
 class UserError(Exception):
-    """A mistake that the user can mend: one line, no traceback."""
+    """What the user can mend: one line, no traceback."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def main() -> None:
@@ -35,11 +42,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"mirrorflow: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        message = "interrupted; finished parts are kept: the same command goes on from them"
-        print(f"\nmirrorflow: {message}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(error.code)
 
 
 def _version(wanted: bool) -> None:
@@ -144,8 +147,11 @@ def _execute(
         chosen = experiments.config_from(module, preset, config, overrides)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    with _progress(name) as advance:
-        return experiments.execute(module, chosen, out, force=force, progress=advance)
+    try:
+        with _progress(name) as advance:
+            return experiments.execute(module, chosen, out, force=force, progress=advance)
+    except KeyboardInterrupt:
+        raise UserError(INTERRUPTED, 130) from None
 
 
 def _lines(name: str) -> Callable[[int, int, str], None]:

@@ -1,0 +1,189 @@
+"""The command line: what it prints, where it leaves results, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mirrorflow import cli
+
+NAME = "fig09_fig11_fig14_legendre"  # the fastest experiment
+ROOT = Path(__file__).parents[1]
+
+GOOD = """
+import torch, mirrorflow as mf
+w0 = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+pair = (mf.Hadamard(), mf.WeightDecay(), w0)
+bad = (mf.Depth(3), mf.WeightDecay(), (w0[1], 0.5 * w0[1], 0.3 * w0[1]))
+number = 3
+def make():
+    return pair
+"""
+
+
+def call(monkeypatch, *args):
+    """Run the command line in this process and give its exit code."""
+    monkeypatch.setattr(sys, "argv", ["mirrorflow", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(GOOD)
+    return path
+
+
+def test_list_names_every_experiment_and_counts_its_results(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "run", NAME, "--preset", "smoke", "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "list", "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "fig02_matrix_sensing" in out
+    assert f"results in {tmp_path}: 1" in out
+    assert f"results in {tmp_path}: 0" in out
+
+
+def test_a_stored_result_is_not_computed_again_unless_forced(monkeypatch, capsys, tmp_path):
+    command = ("run", NAME, "--preset", "smoke", "--out", tmp_path)
+    assert call(monkeypatch, *command) == 0
+    (path,) = tmp_path.glob("*/*/result.json")
+    assert f"result: {path}" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"completed"', '"as it was"'))
+    call(monkeypatch, *command)
+    assert json.loads(path.read_text())["status"] == "as it was"
+    call(monkeypatch, *command, "--force")
+    assert json.loads(path.read_text())["status"] == "completed"
+
+
+def test_seeds_and_toml_reach_the_configuration(monkeypatch, tmp_path):
+    settings = tmp_path / "settings.toml"
+    settings.write_text("steps = 40\nswitch = 20\ngrid_alphas = []\ncommuting_time = 10.0\n")
+    command = ("run", "fig02_matrix_sensing", "--preset", "smoke", "--config", settings)
+    assert call(monkeypatch, *command, "--seed", 3, "--seed", 4, "--out", tmp_path) == 0
+    (path,) = tmp_path.glob("*/*/result.json")
+    config = json.loads(path.read_text())["config"]
+    assert config["seeds"] == [3, 4]
+    assert config["steps"] == 40
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("stepz = 3", "unknown key 'stepz'"), ("steps = 0", "steps"), ("steps =", "is not TOML")],
+)
+def test_a_bad_configuration_is_one_line(monkeypatch, capsys, tmp_path, content, said):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(content)
+    assert call(monkeypatch, "run", "fig02_matrix_sensing", "--config", settings) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_missing_configuration_file_is_named(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "run", NAME, "--config", tmp_path / "none.toml") == 2
+    assert "none.toml" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_or_preset_names_those_that_there_are(monkeypatch, capsys):
+    assert call(monkeypatch, "run", "fig99") == 2
+    assert NAME in capsys.readouterr().err
+    assert call(monkeypatch, "run", NAME, "--preset", "huge") == 2
+    assert "smoke, cpu, full" in capsys.readouterr().err
+
+
+def test_report_makes_one_page_with_the_command_of_each_run(monkeypatch, capsys, tmp_path):
+    settings = tmp_path / "settings.toml"
+    settings.write_text("window = 1.5\n")
+    for extra in ((), ("--config", settings)):
+        call(monkeypatch, "run", NAME, "--preset", "smoke", "--out", tmp_path, *extra)
+    assert call(monkeypatch, "report", tmp_path) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert f"page: {tmp_path / 'index.html'}" in capsys.readouterr().out
+    assert f"<code>mirrorflow run {NAME} --preset smoke</code>" in page
+    assert "--config changes.toml\n\n# changes.toml\nwindow = 1.5</code>" in page
+
+
+def test_report_of_nothing_says_what_to_do(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "report", tmp_path) == 2
+    assert "mirrorflow run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("pair", 0, ""), ("make", 0, ""), ("bad", 1, "D.2")]
+)
+def test_check_tells_a_good_pair_from_a_bad_one(monkeypatch, capsys, file, name, code, said):
+    assert call(monkeypatch, "check", f"{file}:{name}") == code
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("{file}", "expected path/to/file.py:name"),
+        ("none.py:pair", "there is no file none.py"),
+        ("{file}:other", "defines no 'other'"),
+        ("{file}:number", "must be (g, h, w0)"),
+        ("{broken}:pair", "ZeroDivisionError"),
+        ("{wrong}:pair", "NaN"),
+    ],
+)
+def test_check_names_what_is_wrong_with_its_argument(
+    monkeypatch, capsys, file, tmp_path, target, said
+):
+    broken, wrong = tmp_path / "broken.py", tmp_path / "wrong.py"
+    broken.write_text("1 / 0")
+    wrong.write_text(GOOD.replace("torch.zeros(2,", "torch.full((2,), torch.nan,"))
+    assert call(monkeypatch, "check", target.format(file=file, broken=broken, wrong=wrong)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_finished_parts_and_the_same_command_goes_on(tmp_path):
+    """Stop after the first part for real, with a signal; then look, and go on."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text("steps = 3000\nswitch = 1500\nseeds = [0, 1]\ngrid_alphas = []\n")
+    command = [sys.executable, "-m", "mirrorflow.cli", "run", "fig02_matrix_sensing"]
+    command += ["--preset", "smoke", "--config", settings, "--out", tmp_path / "out"]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if "seed1" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        err = process.stderr.read()
+        assert process.wait(30) == 130, err
+    assert "the same command goes on" in err
+    (part,) = (tmp_path / "out").glob("*/*/parts/seed0.json")
+    first = part.read_text()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    (result,) = (tmp_path / "out").glob("*/*/result.json")
+    records = json.loads(result.read_text())["records"]
+    assert all(record in records for record in json.loads(first)["records"])
+    assert f"result: {result}" in done.stdout
+
+
+def test_version_and_help(monkeypatch, capsys):
+    from mirrorflow import __version__
+
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+    assert call(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    for command in ("list", "run", "report", "check", "demo"):
+        assert f"  {command} " in out
+
+
+def test_the_documented_pair_passes(monkeypatch, capsys):
+    path = ROOT / "docs" / "examples" / "own_pair.py"
+    assert call(monkeypatch, "check", f"{path}:pair") == 0
+    assert textwrap.dedent(capsys.readouterr().out).strip()
