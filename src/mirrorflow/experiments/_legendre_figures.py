@@ -201,6 +201,7 @@ def _speeds(records: list[Record]) -> Any:
     ]
     speeds = [row["speed"] for row in rows]
     axis = alt.Axis(format=".0e", values=decades(min(speeds), max(speeds)))
+    legend = alt.Legend(orient="bottom", columns=2, symbolType="stroke", symbolSize=300)
     return (
         alt.Chart(alt.Data(values=rows), height=260)
         .mark_line(point=alt.OverlayMarkDef(size=50))
@@ -213,8 +214,8 @@ def _speeds(records: list[Record]) -> Any:
             ),
             y=alt.Y("speed:Q", title="inverse metric at the centre", axis=axis,
                     scale=alt.Scale(type="log")),
-            color=alt.Color("model:N", sort=None, legend=alt.Legend(orient="bottom", columns=2)),
-            strokeDash=alt.StrokeDash("model:N", sort=None, legend=None),
+            color=alt.Color("model:N", sort=None, legend=legend),
+            strokeDash=alt.StrokeDash("model:N", sort=None, legend=legend),
             tooltip=["model:N", "a:Q", alt.Tooltip("speed:Q", format=".3g")],
         )
     )  # fmt: skip

@@ -154,7 +154,7 @@ def _map_chart(records: list[Record]) -> Any:
                 axis=vertical,
             ),
             color=alt.Color("α:N", scale=scale, sort=names, legend=legend),
-            shape=alt.Shape("α:N", sort=names, legend=None),
+            shape=alt.Shape("α:N", sort=names, legend=legend),
             tooltip=["α:N", *numbers],
         )
     )
@@ -188,7 +188,7 @@ def _commuting_chart(records: list[Record], trajectory: Trajectory) -> Any:
                 axis=vertical,
             ),
             color=alt.Color("decay:N", sort=names, scale=colours, legend=legend),
-            strokeDash=alt.StrokeDash("decay:N", sort=names, legend=None),
+            strokeDash=alt.StrokeDash("decay:N", sort=names, legend=legend),
             tooltip=["decay:N", *(alt.Tooltip(f"{k}:Q", format=".2g") for k in ("t", "distance"))],
         )
     )

@@ -1,0 +1,207 @@
+"""The page: made from stored results only, self-contained, and drawn by a real browser."""
+
+import json
+import math
+import re
+from importlib import resources
+from pathlib import Path
+
+import altair as alt
+import browser
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import mirrorflow as mf
+from mirrorflow import cli, experiments, report
+
+NAMES = ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre")
+
+
+def section(**changes):
+    """Give a small section of a page."""
+    figure = Figure()
+    figure.subplots().plot([0, 1], [1, 0])
+    chart = alt.Chart(alt.Data(values=[{"x": 0, "y": 1}, {"x": 1, "y": 0}]))
+    values = {
+        "title": "A <title>",
+        "paper": "Figure 1",
+        "summary": "It shows & says.",
+        "result": {
+            "experiment": "fig00", "hash": "abc", "config": {"n": 3, "text": "</script>"},
+            "status": "completed", "seconds": 1.5, "started": "2026-01-01T00:00:00+00:00",
+            "meta": {"versions": {"torch": "2.13.0"}, "device": "cpu"},
+        },
+        "figure": figure,
+        "charts": [("A line </script>.", chart.mark_line().encode(x="x:Q", y="y:Q"))],
+        "table": [{"name": "first", "error": 1.23456789e-5, "more": None}],
+        "command": "mirrorflow run fig00 --preset cpu",
+    }  # fmt: skip
+    return report.Section(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Run both experiments small, and make their page by the command line's own function."""
+    folder = tmp_path_factory.mktemp("results")
+    for name in NAMES:
+        module = experiments.load(name)
+        experiments.execute(module, experiments.config_from(module, "smoke"), folder)
+    return cli._build(folder, folder / "index.html")
+
+
+def test_text_is_escaped_and_the_parts_are_there(tmp_path):
+    html = report.build([section()], tmp_path / "deep" / "page.html", "9.9").read_text()
+    for part in ("A &lt;title&gt;", "It shows &amp; says.", "mirrorflow 9.9", "1.235e-05",
+                 "--preset cpu", "versions: torch 2.13.0", "<svg ", "1.5 s"):  # fmt: skip
+        assert part in html
+    assert html.count("</script>") == html.count("<script")
+
+
+def test_the_page_is_replaced_in_one_step_and_leaves_no_draft(tmp_path):
+    target = tmp_path / "page.html"
+    target.write_text("old")
+    report.build([section()], target, "1")
+    assert "old" not in target.read_text()[:10]
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_failing_figure_leaves_the_old_page(tmp_path):
+    target = tmp_path / "page.html"
+    target.write_text("old")
+    with pytest.raises(KeyError):
+        report.build([section(result={"experiment": "fig00", "hash": "a"})], target, "1")
+    assert target.read_text() == "old"
+
+
+def test_the_page_asks_for_nothing_from_the_network(page):
+    html = page.read_text()
+    html = re.sub(r"<script(.*?)>.*?</script>", r"<script\1>", html, flags=re.S)
+    outside = re.findall(r"(?:src|href)=\"([^\"]+)\"", html)
+    assert [link for link in outside if not link.startswith(("data:", "#"))] == []
+    assert "@import" not in html
+    assert page.stat().st_size < 4e6
+
+
+def test_every_run_has_figure_table_configuration_versions_and_command(page):
+    sections = page.read_text().split('<section id="')[1:]
+    for name in NAMES:
+        (body,) = [s for s in sections if s.startswith(name)]
+        assert f"mirrorflow run {name} --preset smoke" in body
+        assert "<svg " in body and "<table>" in body
+        assert "torch" in body and "commit:" in body and "&quot;" in body
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_draws_data_in_every_chart_without_complaint(page, width):
+    drawn, console = browser.dom(page, f"--window-size={width},2000")
+    assert console == []
+    charts = re.split(r'<div class="chart[^>]* id="', drawn)[1:]
+    specs = json.loads(re.search(r'id="charts">(.*?)</script>', drawn, re.S).group(1))
+    assert len(charts) == len(specs) >= 8
+    for chart in charts:
+        marks = re.findall(r'<g class="mark-(?:line|symbol|area)[^>]*>(.*?)</g>', chart, re.S)
+        points = sum(path.count("L") + path.count("A") for mark in marks
+                     for path in re.findall(r' d="([^"]*)"', mark))  # fmt: skip
+        assert points > 10, chart[:200]
+
+
+@pytest.mark.browser
+def test_the_browser_test_sees_errors(tmp_path):
+    broken = alt.Chart(alt.Data(values=[{"x": 1}])).mark_line().encode(x="x:Q")
+    html = report.build([section(charts=[("", broken)])], tmp_path / "page.html", "1").read_text()
+    html = html.replace('"mark":{"type":"line"}', '"mark":{"type":"no such mark"}')
+    (tmp_path / "broken.html").write_text(html)
+    assert browser.dom(tmp_path / "broken.html")[1]
+
+
+@pytest.mark.browser
+def test_the_explorer_draws_its_three_curves(page):
+    drawn, _ = browser.dom(page)
+    body = drawn[drawn.index('<section id="explorer"') :]
+    for name in ("value", "mirror", "metric"):
+        svg = re.search(rf'data-explorer="{name}"[^>]*>(.*?)</svg>', body, re.S).group(1)
+        (curve,) = re.findall(r'<path class="curve" d="([^"]+)"', svg)
+        assert curve.count("L") > 100
+        assert "NaN" not in svg
+    assert "centre" in body and "range of μ" in body
+
+
+# --- The explorer's formulas against the Python ones, on a grid -----------------------------------
+
+STARTS = [(1.0, 0.6), (0.05, 2.0), (0.7, 0.71)]
+X = [-6.0, -1.5, -0.3, -1e-3, 1e-3, 0.3, 1.5, 6.0]  # beyond, mu of the log ratio saturates
+CASES = {
+    "hadamard": (mf.Hadamard(), mf.WeightDecay(), (0.0, -0.4, -5.0)),
+    "balanced": (mf.Hadamard(), mf.WeightDecay(), (0.0, -0.4, -5.0)),
+    "square": (mf.PowerDifference(1), mf.Separable(), (0.0, -0.4, -3.0)),
+    "fourth": (mf.PowerDifference(2), mf.Separable(), (0.0, -0.4, -5.0)),
+    "sixth": (mf.PowerDifference(3), mf.Separable(), (0.0, -0.4, -5.0)),
+    "ratio": (mf.LogRatio(), mf.Separable(), (0.0, -0.1, -0.15)),
+}
+
+
+def start_of(name, p, q):
+    """Translate the explorer's two starting values into w0."""
+    match name:
+        case "hadamard":
+            w0 = ((p + q) / math.sqrt(2), (p - q) / math.sqrt(2))
+        case "balanced":
+            w0 = (math.sqrt(p), math.sqrt(p))
+        case _:
+            w0 = (p, q)
+    return tuple(torch.tensor(w, dtype=torch.float64) for w in w0)
+
+
+def test_the_grid_covers_every_case_of_the_explorer():
+    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    table = source[source.index("const CASES") : source.index("// What the page shows")]
+    assert set(re.findall(r"^  (\w+): \{", table, re.M)) == set(CASES)
+
+
+@pytest.mark.browser
+def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
+    grid = [
+        (name, p, q, a, [x for x in X if name != "balanced" or x > 0])
+        for name, (_, _, rates) in CASES.items() for p, q in STARTS for a in rates
+        if name != "ratio" or min(p, q) ** 2 + 2 * a > 0
+    ]  # fmt: skip
+    computed = in_browser(tmp_path, grid)
+    for (name, p, q, a, xs), found in zip(grid, computed, strict=True):
+        g, h, _ = CASES[name]
+        R = mf.legendre(g, h, start_of(name, p, q))
+        x = torch.tensor(xs, dtype=torch.float64)
+        mu = R.mirror(x, a)
+        value = R.value(x, a) - R.value(R.centre(a), a)
+        for key, expected in {
+            "mirror": mu, "value": value, "metric": R.metric(x, a), "back": x,
+        }.items():  # fmt: skip
+            scale = np.abs(expected.numpy()).max()
+            np.testing.assert_allclose(
+                found[key], expected.numpy(), rtol=1e-8, atol=1e-11 * scale,
+                err_msg=f"{name} {key} at start {p}, {q} and a = {a}",
+            )  # fmt: skip
+        assert found["centre"] == pytest.approx(R.centre(a).item(), rel=1e-10)
+
+
+def in_browser(folder: Path, grid):
+    """Evaluate the explorer's formulas in a browser."""
+    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    body = """
+    const results = GRID.map(([name, p, q, a, xs]) => {
+      const R = CASES[name].make(p, q, a), centre = R.primal(0), mirror = xs.map(R.mirror);
+      return { mirror, centre, back: mirror.map(R.primal), metric: xs.map(R.metric),
+        value: xs.map((x) => R.value(x) - R.value(centre)) };
+    });
+    document.body.textContent = JSON.stringify(results);
+    """
+    page = folder / "grid.html"
+    page.write_text(
+        f"<meta charset=utf-8><link rel=icon href='data:,'><body></body>"
+        f"<script>{source}\nconst GRID = {json.dumps(grid)};{body}</script>"
+    )
+    drawn, console = browser.dom(page)
+    assert console == []
+    return json.loads(re.search(r"<body>(.*)</body>", drawn, re.S).group(1))
