@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from benchmarks._measure import machine, measure, write
 
+from benchmarks._measure import measure
 from mirrorflow.experiments._sensing import Problem, Scenario, train_factor, train_linear
 
 STEPS, REPEATS = 200, 5
@@ -148,8 +148,3 @@ def compare(m: int) -> list[dict]:
 def run() -> list[dict]:
     """Measure m = 750, where theory.md has its numbers, and m = 500, the default."""
     return [row for m in (750, 500) for row in compare(m)]
-
-
-if __name__ == "__main__":
-    print(machine())
-    write("bench_sensing", run())

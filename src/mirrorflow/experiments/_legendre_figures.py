@@ -86,7 +86,10 @@ def _draw_gradient(axis: Axes, stored: dict[str, Any]) -> None:
     axis.set_yscale("asinh", linear_width=size.min())
     low, high = np.ceil(np.log10(size.min())), np.floor(np.log10(size.max()))
     powers = 10.0 ** np.arange(low, high + 1)
+    if len(powers) < 2:  # less than a decade: the ends, to one digit
+        powers = np.array([float(f"{v:.0e}") for v in (size.min(), size.max())])
     axis.set_yticks([*-powers[::-1], 0, *powers], minor=False)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_yticks([], minor=True)
     axis.set_ylim(-2.5 * size.max(), 2.5 * size.max())
     handles, names = axis.get_legend_handles_labels()

@@ -1,0 +1,70 @@
+"""Timings side by side in one run, and where they were made; `write` puts both into results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mirrorflow.experiments._provenance import provenance
+
+RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torchdiffeq", "numba")
+
+
+def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
+    """Give the median seconds of each call.
+
+    The calls take turns, so that what else the machine does hits all of them alike; a call that
+    takes less than 20 ms is repeated within its turn. One turn before the first is not counted.
+    """
+    counts = {name: max(1, int(0.02 / max(_seconds(call), 1e-7))) for name, call in calls.items()}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            taken[name].append(_seconds(call, counts[name]) / counts[name])
+    return {name: median(times) for name, times in taken.items()}
+
+
+def _seconds(call: Callable[[], Any], count: int = 1) -> float:
+    """Give the wall time of ``count`` calls."""
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - started
+
+
+def machine() -> dict[str, Any]:
+    """Say where and with what the numbers were measured."""
+    found = provenance([])
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    threads = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
+    return {**found, "machine": platform.machine(), "threads": threads or "as the libraries choose"}
+
+
+def write(name: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Path:
+    """Write rows to results/NAME.json and print them."""
+    measured = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {"benchmark": name, "measured": measured, "machine": machine(), "rows": rows}
+    results.mkdir(exist_ok=True)
+    path = results / f"{name}.json"
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+    for row in rows:
+        print(f"\n{row['case']}")
+        for key, value in row.items():
+            if key != "case":
+                print(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
+    return path
