@@ -67,7 +67,7 @@ class Reparam(ABC):
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
         r"""Apply J_g(w)^T to ``dx``: the direction in which a gradient in x moves w."""
-        _, vjp = torch.func.vjp(self.__call__, w)
+        vjp = torch.func.vjp(self.__call__, w)[1]
         return vjp(dx)[0]
 
     def pushforward(self, w: Parameters, dw: Parameters) -> Tensor:

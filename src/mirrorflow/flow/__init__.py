@@ -78,7 +78,7 @@ def flow(
         The relative tolerance, in [100 eps, 1) for the eps of the dtype of w0.
     atol : float, optional
         The absolute tolerance of all entries of the state. By default a hundredth of ``rtol`` times
-        the size that each entry has when it has decayed most (e^{2a} |w0|, say): weights of
+        the size that each entry has when it has decayed most (``e^{2a} |w0|``, say): weights of
         e^{-100} still decide where x goes.
     method : str, optional
         LSODA (switches to a stiff method by itself; the default up to 100 unknowns) or DOP853

@@ -78,7 +78,7 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     ----------
     R : LegendreFunction
         From `legendre`.
-    Z : Tensor or array of shape (n, *R.shape)
+    Z : Tensor or array of shape ``(n, *R.shape)``
         The measurements; rows may be dependent. For `MatrixEntropy` their symmetric parts count.
     y : Tensor or array of shape (n,)
         The targets.
@@ -91,7 +91,7 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     Returns
     -------
     Solution
-        ``value`` x, of shape R.shape, or (k, *R.shape) for a path; ``stats`` a `LimitStats`;
+        ``value`` x, of shape R.shape, or ``(k, *R.shape)`` for a path; ``stats`` a `LimitStats`;
         ``aux["theta"]`` the dual variable, (n,) or (k, n); for a path ``aux["status"]`` is the
         list of statuses and ``status`` is the worst of them.
 

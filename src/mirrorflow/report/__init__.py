@@ -200,11 +200,12 @@ def _scripts(specs: Mapping[str, Any]) -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.split(".")[:2])
+    # Its stub asks for a snippet; without one it makes vegaEmbed global, which charts.js uses.
+    libraries = vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]
     data = json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     parts = [
         f'<script type="application/json" id="charts">{data}</script>',
-        f'<script type="module">{vl_convert.javascript_bundle(vl_version=version)}\n'
-        f"{_resource('charts.js')}</script>",
+        f'<script type="module">{libraries}\n{_resource("charts.js")}</script>',
         f"<script>{_resource('explorer.js')}</script>",
     ]
     return "\n".join(parts)
@@ -217,4 +218,4 @@ def _fill(name: str, **values: str) -> str:
 
 def _resource(name: str) -> str:
     """Read a file of this folder."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("mirrorflow.report").joinpath(name).read_text(encoding="utf-8")
