@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .conditions import Report as Report
     from .conditions import check as check
     from .descent import descend as descend
+    from .estimator import MirrorFlowRegressor as MirrorFlowRegressor
+    from .estimator import MirrorFlowRegressorCV as MirrorFlowRegressorCV
+    from .estimator import TurnOff as TurnOff
     from .flow import flow as flow
     from .legendre import IncompatiblePair as IncompatiblePair
     from .legendre import LegendreFunction as LegendreFunction
@@ -51,6 +54,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "conditions": ("Report", "check"),
     "descent": ("descend",),
+    "estimator": ("MirrorFlowRegressor", "MirrorFlowRegressorCV", "TurnOff"),
     "flow": ("flow",),
     "legendre": ("IncompatiblePair", "LegendreFunction", "RangeError", "legendre"),
     "limit": ("limit",),
