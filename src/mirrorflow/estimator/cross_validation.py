@@ -159,7 +159,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     def _folds(self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]) -> list[Fold]:
         """Count the rows of the training and the test part of each fold."""
-        splitter, routed = check_cv(self.cv), {}
+        splitter: Any = check_cv(self.cv)
+        routed: dict[str, Any] = {}
         if get_config()["enable_metadata_routing"]:
             found = process_routing(self, "fit", sample_weight=sample_weight, **params)
             routed = found["splitter"]["split"]
@@ -185,9 +186,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         if self.n_jobs in (None, 1):
             return job.run(self.log_As_)
         run = delayed(job.run)
-        return np.concatenate(
-            Parallel(n_jobs=self.n_jobs)(run(self.log_As_[[i]]) for i in range(len(self.log_As_)))
-        )
+        parts: Any = Parallel(n_jobs=self.n_jobs)(run(z) for z in self.log_As_[:, None])
+        return np.concatenate(list(parts))
 
     def get_metadata_routing(self) -> MetadataRouter:
         """Give the routing: ``fit`` hands metadata to the splitter.

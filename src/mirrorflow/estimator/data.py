@@ -78,20 +78,20 @@ def _arcsinh_exp(z: float) -> float:
 
 def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: bool) -> Data:
     """Drop rows without weight, and measure scale and pull."""
-    weights = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
-    rows, samples = np.flatnonzero(weights > 0), len(y)
+    given = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
+    rows, samples = np.flatnonzero(given > 0), len(y)
+    v = given / given.sum()
     if len(rows) < len(y):
-        X, y, weights = X[rows], y[rows], weights[rows]
+        X, y, v = X[rows], y[rows], v[rows]
     X = X.astype(np.float64, copy=False)
     y = y.reshape(len(rows), -1).astype(np.float64)
-    weights = weights / weights.sum()
-    yc = y - weights @ y if center else y
-    gradient = X.T @ (weights[:, None] * yc)
+    yc = y - v @ y if center else y
+    gradient = X.T @ (v[:, None] * yc)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)
-    noise = 1e-13 * np.sqrt(weights @ y**2) * _column_sizes(X, weights).max(initial=0.0)
+    noise = 1e-13 * np.sqrt(v @ y**2) * _column_sizes(X, v).max(initial=0.0)
     pull = np.where(pull > noise, pull, 0.0)
-    sizes = np.abs(_shortest(X, yc, weights, center)).max(axis=0, initial=0.0)
-    return Data(X, y, weights, rows, np.where(pull > 0, sizes, 0.0), pull, center, samples)
+    sizes = np.abs(_shortest(X, yc, v, center)).max(axis=0, initial=0.0)
+    return Data(X, y, v, rows, np.where(pull > 0, sizes, 0.0), pull, center, samples)
 
 
 def _column_sizes(X: Any, weights: Array) -> Array:
@@ -118,7 +118,8 @@ def _shortest(X: Any, yc: Array, weights: Array, center: bool) -> Array:
 def _by_lsqr(X: Any, yc: Array, root: Array, means: Array) -> Array:
     """Solve by LSQR from 0, which stays in the row space: its limit is the shortest solution."""
     n, d = X.shape
-    operator = LinearOperator(
+    make: Any = LinearOperator  # its constructor is chosen at run time
+    operator = make(
         (n, d),
         matvec=lambda v: root * (X @ v - means @ v),
         rmatvec=lambda u: X.T @ (root * u) - means * (root @ u),
