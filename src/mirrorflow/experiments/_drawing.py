@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["MARKERS", "STYLES", "ZOOM_HINT", "decades", "shade", "short", "zoomable"]
+__all__ = ["DASHES", "MARKERS", "STYLES", "ZOOM_HINT", "decades", "shade", "short", "zoomable"]
 
 # Colours that differ in lightness too; the dashes tell the lines apart in grey.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -14,6 +14,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#009E73", "linestyle": (0, (1.2, 1.2)), "linewidth": 2.0},
     {"color": "#000000", "linestyle": "solid", "linewidth": 1.8},
 )
+DASHES = ("solid", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1.2, 1.2)))
 MARKERS = "osD^vP*X"
 ZOOM_HINT = "Drag to move, Ctrl or Alt with the wheel to zoom, double-click to reset."
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._contract import Record, Trajectory
-from ._drawing import ZOOM_HINT, decades, shade, short, zoomable
+from ._drawing import DASHES, ZOOM_HINT, decades, shade, short, zoomable
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["draw_figure", "make_charts"]
 
 FIGURES = {"power": "Fig. 9", "log": "Fig. 11", "hadamard": "Fig. 14a", "one_sided": "Fig. 14b"}
-DASHES = ("solid", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1.2, 1.2)))
 PRINTED = "#D55E00"
 POINTS = 61  # of a line in a chart
 
