@@ -42,7 +42,7 @@ def smoke(tmp_path_factory):
 
 def test_the_experiments_are_those_of_the_folder():
     assert {"fig02_matrix_sensing", "fig09_fig11_fig14_legendre"} <= set(NAMES)
-    with pytest.raises(ValueError, match=r"no experiment 'fig99'; there are: fig02_matrix"):
+    with pytest.raises(ValueError, match=r"no experiment 'fig99'; there are: .*fig02_matrix"):
         ex.load("fig99")
 
 
@@ -62,7 +62,7 @@ def test_smoke_is_quick_and_its_files_are_complete(name, smoke):
     assert {"versions", "commit", "platform", "cpu", "device", "data"} <= set(result["meta"])
     for record in result["records"]:
         assert all(isinstance(v, str | int | float | None) for v in record.values()), record
-    assert curves and all(np.isfinite(v).all() for v in curves.values())
+    assert all(np.isfinite(v).all() for v in curves.values())
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert folder in [r["folder"] for r in ex.find_results(smoke.out)]

@@ -1,0 +1,110 @@
+"""The figure and the charts of the sparse regression study, from stored records."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from ._contract import Record
+from ._drawing import MARKERS, ZOOM_HINT, short, zoomable
+
+if TYPE_CHECKING:
+    from altair import TopLevelMixin
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_figure", "make_charts"]
+
+LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def _name(snr: float) -> str:
+    """Name a column of the plot."""
+    return "none" if snr >= 1e6 else f"{snr:g}"
+
+
+def _lines(records: list[Record], truth: str, key: str) -> dict[str, list[tuple[str, float]]]:
+    """Give for each method the medians over everything else, by SNR."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in records:
+        if r.get("truth") == truth:
+            found.setdefault(r["method"], {}).setdefault(_name(r["snr"]), []).append(r[key])
+    return {
+        method: [(snr, statistics.median(values)) for snr, values in by_snr.items()]
+        for method, by_snr in found.items()
+    }
+
+
+def _truths(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(r["truth"] for r in records if "truth" in r))
+
+
+def draw_figure(records: list[Record]) -> Figure:
+    """Draw a row for each measure, a column for each kind of truth."""
+    from matplotlib.figure import Figure
+
+    truths = _truths(records)
+    figure = Figure(figsize=(4.5 * len(truths), 7), layout="constrained")
+    axes = figure.subplots(2, len(truths), squeeze=False)
+    for row, key in zip(axes, LABELS, strict=True):
+        for axis, truth in zip(row, truths, strict=True):
+            _draw(axis, _lines(records, truth, key), key)
+            axis.set_title(f"{truth} truth", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw(axis: Axes, lines: dict[str, list[tuple[str, float]]], key: str) -> None:
+    """Draw one line for each method."""
+    for i, (method, points) in enumerate(lines.items()):
+        ours = method.startswith("mirrorflow")
+        style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        style |= {"linewidth": 2.2 if ours else 1.2, "markersize": 5}
+        axis.plot(*zip(*points, strict=True), label=method, **style)
+    axis.set(xlabel="signal to noise (none: no noise)", ylabel=LABELS[key])
+    axis.grid(alpha=0.25)
+
+
+def make_charts(records: list[Record]) -> list[tuple[str, TopLevelMixin]]:
+    """Make a chart of each measure, with a menu for the truth."""
+    captions = {
+        "r2": "Test R² against the signal to noise ratio, medians over designs and draws.",
+        "error": "Relative error of the coefficients, medians over designs and draws.",
+    }
+    return [(f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, key))) for key in LABELS]
+
+
+def _chart(records: list[Record], key: str) -> Any:
+    """Draw one measure."""
+    import altair as alt
+
+    truths = _truths(records)
+    rows = [
+        {"truth": truth, "method": method, "SNR": snr, "value": short(value)}
+        for truth in truths
+        for method, points in _lines(records, truth, key).items()
+        for snr, value in points
+    ]
+    names = list(dict.fromkeys(r["method"] for r in rows))
+    menu = alt.param(
+        name=f"truth_{key}", value=truths[0],
+        bind=alt.binding_select(options=truths, name="truth "),
+    )  # fmt: skip
+    legend = alt.Legend(orient="bottom", columns=4)
+    colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .transform_filter(alt.datum.truth == menu)
+        .mark_line(point=alt.OverlayMarkDef(size=50))
+        .encode(
+            x=alt.X("SNR:O", sort=None, title="signal to noise (none: no noise)"),
+            y=alt.Y("value:Q", title=LABELS[key], scale=alt.Scale(zero=False)),
+            color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
+            shape=alt.Shape("method:N", sort=names, legend=legend),
+            tooltip=["method:N", "SNR:O", alt.Tooltip("value:Q", format=".3g")],
+        )
+        .add_params(menu)
+        .properties(height=300)
+    )

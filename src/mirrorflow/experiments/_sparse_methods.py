@@ -1,0 +1,117 @@
+"""The methods of the sparse regression study: each is fitted with its knobs chosen by 5-fold CV."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import (
+    ElasticNetCV,
+    LassoCV,
+    LinearRegression,
+    OrthogonalMatchingPursuitCV,
+    lasso_path,
+)
+from sklearn.model_selection import KFold
+
+__all__ = ["METHODS", "OPTIONAL", "fit"]
+
+Array = NDArray[np.float64]
+FOLDS = 5
+POINTS = 100  # of a path
+MCP_GAMMA = 3.0
+
+
+def fit(name: str, X: Array, y: Array) -> tuple[Array, float]:
+    """Fit a method; give its coefficients and intercept."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of convergence, at ends of paths that are not chosen
+        return METHODS[name](X, y)
+
+
+def _estimator(make: Callable[[], Any]) -> Callable[[Array, Array], tuple[Array, float]]:
+    """Wrap a scikit-learn estimator that does its own cross-validation."""
+
+    def run(X: Array, y: Array) -> tuple[Array, float]:
+        model = make().fit(X, y)
+        return model.coef_, float(model.intercept_)
+
+    return run
+
+
+def _flow(**options: Any) -> Any:
+    from mirrorflow import MirrorFlowRegressorCV
+
+    return MirrorFlowRegressorCV(**options)
+
+
+def _by_path(
+    path: Callable[[Array, Array], tuple[Array, Array]],
+) -> Callable[[Array, Array], tuple[Array, float]]:
+    """Choose on a path of coefficients by cross-validation; ``path`` gives knobs and (d, m)."""
+
+    def run(X: Array, y: Array) -> tuple[Array, float]:
+        knobs, coefs = path(X - X.mean(0), y - y.mean())
+        errors = np.zeros(len(knobs))
+        for train, test in KFold(FOLDS).split(X):
+            mean, offset = X[train].mean(0), y[train].mean()
+            _, found = path_at(X[train] - mean, y[train] - offset, knobs)
+            predicted = (X[test] - mean) @ found + offset
+            errors += ((y[test][:, None] - predicted) ** 2).sum(0)
+        coef = coefs[:, errors.argmin()]
+        return coef, float(y.mean() - X.mean(0) @ coef)
+
+    def path_at(X: Array, y: Array, knobs: Array) -> tuple[Array, Array]:
+        return path(X, y, knobs)  # pyright: ignore[reportCallIssue]
+
+    return run
+
+
+def _relaxed(X: Array, y: Array, alphas: Array | None = None) -> tuple[Array, Array]:
+    """Refit by least squares on the support of every point of the lasso's path."""
+    options = {"alphas": POINTS if alphas is None else alphas}
+    alphas, coefs, _ = lasso_path(X, y, **options)
+    refitted = np.zeros_like(coefs)
+    for i, coef in enumerate(coefs.T):
+        support = np.flatnonzero(coef)
+        if 0 < len(support) < len(y):
+            model = LinearRegression(fit_intercept=False).fit(X[:, support], y)
+            refitted[support, i] = model.coef_
+        else:
+            refitted[:, i] = coef
+    return alphas, refitted
+
+
+def _mcp(X: Array, y: Array, alphas: Array | None = None) -> tuple[Array, Array]:
+    """Follow the path of the minimax concave penalty (skglm)."""
+    from skglm.estimators import MCPRegression
+
+    if alphas is None:
+        top = np.abs(X.T @ y).max() / len(y)
+        alphas = np.geomspace(top, 1e-3 * top, POINTS)
+    model = MCPRegression(gamma=MCP_GAMMA, fit_intercept=False, warm_start=True)
+    coefs = np.zeros((X.shape[1], len(alphas)))
+    for i, alpha in enumerate(alphas):
+        coefs[:, i] = model.set_params(alpha=alpha).fit(X, y).coef_
+    return alphas, coefs
+
+
+METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
+    "mirrorflow": _estimator(_flow),
+    "mirrorflow, refitted": _estimator(lambda: _flow(refit=True, zero_tol=0.1)),
+    "lasso": _estimator(lambda: LassoCV(cv=FOLDS)),
+    "elastic net": _estimator(lambda: ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9], cv=FOLDS)),
+    "relaxed lasso": _by_path(_relaxed),
+    "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
+    "MCP": _by_path(_mcp),
+}
+OPTIONAL = {"MCP": "skglm"}
+
+
+def available() -> list[str]:
+    """Name the methods whose packages are installed."""
+    return [m for m in METHODS if m not in OPTIONAL or find_spec(OPTIONAL[m]) is not None]
