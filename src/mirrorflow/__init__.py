@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .conditions import Report as Report
     from .conditions import check as check
     from .descent import descend as descend
+    from .estimator import MatrixSensing as MatrixSensing
     from .estimator import MirrorFlowCoder as MirrorFlowCoder
     from .estimator import MirrorFlowRegressor as MirrorFlowRegressor
     from .estimator import MirrorFlowRegressorCV as MirrorFlowRegressorCV
@@ -55,7 +56,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "conditions": ("Report", "check"),
     "descent": ("descend",),
-    "estimator": ("MirrorFlowCoder", "MirrorFlowRegressor", "MirrorFlowRegressorCV", "TurnOff"),
+    "estimator": (
+        "MatrixSensing",
+        "MirrorFlowCoder",
+        "MirrorFlowRegressor",
+        "MirrorFlowRegressorCV",
+        "TurnOff",
+    ),
     "flow": ("flow",),
     "legendre": ("IncompatiblePair", "LegendreFunction", "RangeError", "legendre"),
     "limit": ("limit",),

@@ -3,5 +3,12 @@
 from .coder import MirrorFlowCoder
 from .cross_validation import MirrorFlowRegressorCV
 from .regressor import MirrorFlowRegressor, TurnOff
+from .sensing import MatrixSensing
 
-__all__ = ["MirrorFlowCoder", "MirrorFlowRegressor", "MirrorFlowRegressorCV", "TurnOff"]
+__all__ = [
+    "MatrixSensing",
+    "MirrorFlowCoder",
+    "MirrorFlowRegressor",
+    "MirrorFlowRegressorCV",
+    "TurnOff",
+]
