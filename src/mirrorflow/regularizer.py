@@ -33,7 +33,7 @@ class Regularizer(ABC):
         """Evaluate grad h(w), with the structure of ``w``."""
         return torch.func.grad(lambda p: self.value(p, g))(w)
 
-    def validate(self, g: Reparam) -> None:
+    def validate(self, g: Reparam) -> None:  # noqa: B027 - most penalties fit every g
         """Raise an error if h makes no sense for ``g``."""
 
     def __repr__(self) -> str:

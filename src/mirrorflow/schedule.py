@@ -217,7 +217,8 @@ class Linear(Schedule):
 
     def _integral(self, t: Array) -> Array:
         ramp = np.minimum(t, self.duration)
-        return self.end * t + (self.start - self.end) * ramp * (1 - ramp / (2 * self.duration))
+        gained = self.start + (self.end - self.start) * (ramp / (2 * self.duration))
+        return ramp * gained + self.end * (t - ramp)
 
 
 @dataclass(frozen=True)
@@ -272,10 +273,10 @@ class Joined(Schedule):
         """The joints, and the breakpoints of the parts within their spans."""
         ends = (*self.starts[1:], math.inf)
         inner = {
-            start + b
+            t
             for schedule, start, end in zip(self.schedules, self.starts, ends, strict=True)
-            for b in schedule.breakpoints
-            if start + b < end
+            for t in (_clock(start, b) for b in schedule.breakpoints)
+            if t < end
         }
         return tuple(sorted(inner | set(self.starts[1:])))
 
@@ -345,9 +346,18 @@ def _evaluate(function: Any, t: Any) -> Any:
     return float(values[0]) if times.ndim == 0 else values
 
 
+def _clock(start: float, local: float) -> float:
+    """Give the time at which the clock that starts at ``start`` shows ``local``, rounded up."""
+    t = start + local
+    return t if t - start >= local else math.nextafter(t, math.inf)
+
+
 def _number(name: str, value: Any) -> float:
     """Give ``value`` as a finite float, or an error that names it."""
-    number = float(value) if value is not None else math.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number

@@ -24,7 +24,7 @@ from .function import LegendreFunction, RangeError
 from .inversion import Inversion
 from .logcosh import LogCoshEntropy
 from .power import PowerEntropy
-from .quadratic import QuadraticEntropy
+from .quadratic import QuadraticEntropy, in_double
 from .spectral import MatrixEntropy
 
 __all__ = [
@@ -87,7 +87,7 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     h.validate(g)
     closed = _closed_form(g, h, w0)
     if closed is None or closed is QuadraticEntropy:  # the others always commute
-        report = check(g, h, w0)
+        report = check(in_double(g), h, w0)
         if not report.applies:
             raise IncompatiblePair(report)
     return Inversion(g, h, w0) if closed is None else closed.start(g, h, w0)

@@ -12,7 +12,7 @@ from ..regularizer import Regularizer, Separable, WeightDecay
 from ..reparam import Depth, Hadamard, Parameters, PowerDifference, Reparam, factors
 from .function import LegendreFunction, RangeError, Scalar, checked
 
-__all__ = ["HyperbolicEntropy", "OneSidedEntropy"]
+__all__ = ["HyperbolicEntropy", "OneSidedEntropy", "arcsinh_ratio", "entropy_excess"]
 
 
 class HyperbolicEntropy(LegendreFunction):
@@ -88,7 +88,7 @@ class HyperbolicEntropy(LegendreFunction):
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Give (arcsinh(x/A) - rho) / s."""
         checked(self, "x", x, a)
-        return (_arcsinh_ratio(x, self.log_A(a)) - self.rho(a)) / self.speed
+        return (arcsinh_ratio(x, self.log_A(a)) - self.rho(a)) / self.speed
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give sum (A/s) cosh(s mu + rho)."""
@@ -108,9 +108,11 @@ class HyperbolicEntropy(LegendreFunction):
         With x = A sinh s, y = A sinh t and e = s - t it is
         (A/s) [cosh t (1 - cosh e + e sinh e) + sinh t (e cosh e - sinh e)].
         """
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
         log_A = self.log_A(a)
         A = torch.exp(log_A)
-        far = _arcsinh_ratio(x, log_A) - _arcsinh_ratio(y, log_A)
+        far = arcsinh_ratio(x, log_A) - arcsinh_ratio(y, log_A)
         e = _arcsinh_difference(x, y, A, far)
         root_x, root_y = torch.hypot(x, A.expand_as(e)), torch.hypot(y, A.expand_as(e))
         small = e.abs() < 0.5
@@ -125,6 +127,7 @@ class HyperbolicEntropy(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the diagonal 1 / (s sqrt(x^2 + A^2))."""
+        checked(self, "x", x, a)
         A = torch.exp(self.log_A(a))
         return 1 / (self.speed * torch.hypot(*torch.broadcast_tensors(x, A)))
 
@@ -193,10 +196,12 @@ class OneSidedEntropy(LegendreFunction):
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         """Evaluate (1/s) sum [|x| log(x/y) - |x| + |y|], without cancellation when x ~ y."""
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
         self._require(x, closed=True)
         self._require(y, closed=False)
         r = (x - y) / y
-        return self._sum(y.abs() * _entropy_excess(r)) / self.speed
+        return self._sum(y.abs() * entropy_excess(r)) / self.speed
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
         """Give all of R."""
@@ -213,6 +218,7 @@ class OneSidedEntropy(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the diagonal 1 / (s |x|)."""
+        checked(self, "x", x, a)
         self._require(x, closed=False)
         return 1 / (self.speed * x.abs())
 
@@ -263,7 +269,7 @@ def _exp_sinh(log_A: Tensor, t: Tensor) -> Tensor:
     return torch.where(small, near, far)
 
 
-def _arcsinh_ratio(x: Tensor, log_A: Tensor) -> Tensor:
+def arcsinh_ratio(x: Tensor, log_A: Tensor) -> Tensor:
     """Give arcsinh(x/A): in logarithms where |x|/A > 1e8, where the derivative overflows too."""
     x, log_A = torch.broadcast_tensors(x, log_A)
     size = x.abs()
@@ -284,10 +290,12 @@ def _log_max(dtype: torch.dtype) -> float:
 def _arcsinh_difference(x: Tensor, y: Tensor, A: Tensor, direct: Tensor) -> Tensor:
     """Give arcsinh(x/A) - arcsinh(y/A), accurate when x is close to y."""
     x, y, A = torch.broadcast_tensors(x, y, A)
-    close = (x * y > 0) & (direct.abs() < 1)
-    bottom = x * torch.hypot(y, A) + y * torch.hypot(x, A)
-    ratio = (x - y) * (x + y) / torch.where(close, bottom, 1.0)
-    return torch.where(close, torch.asinh(torch.where(close, ratio, 0.0)), direct)
+    close = (torch.sign(x) * torch.sign(y) > 0) & (direct.abs() < 1)
+    # Ratios first: the products of two numbers of the size of A would underflow.
+    p, q, A = torch.where(close, x, 1.0), torch.where(close, y, 1.0), torch.where(close, A, 0.0)
+    root_p, root_q = torch.hypot(p, A), torch.hypot(q, A)
+    ratio = ((p - q) / root_p) * ((p + q) / root_q) / (p / root_p + q / root_q)
+    return torch.where(close, torch.asinh(ratio), direct)
 
 
 def _series(e: Tensor, first: int, step: int, coefficient: Callable[[int], float]) -> Tensor:
@@ -308,7 +316,7 @@ def _bregman_odd(e: Tensor) -> Tensor:
     return _series(e, 3, 2, lambda k: 1 / math.factorial(k - 1) - 1 / math.factorial(k))
 
 
-def _entropy_excess(r: Tensor) -> Tensor:
+def entropy_excess(r: Tensor) -> Tensor:
     """Give (1 + r) log(1 + r) - r for r >= -1, without cancellation near 0."""
     small = r.abs() < 0.02
     near = _series(torch.where(small, r, 0.0), 2, 1, lambda k: (-1) ** k / (k * (k - 1)))

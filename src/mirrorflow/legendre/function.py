@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LegendreFunction", "RangeError", "Scalar", "checked", "near_bregman", "outside"]
+__all__ = [
+    "LegendreFunction",
+    "RangeError",
+    "Scalar",
+    "checked",
+    "interior",
+    "near_bregman",
+    "outside",
+    "softplus",
+]
 
 Scalar = float | Tensor
 
@@ -65,6 +74,8 @@ class LegendreFunction(ABC):
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         r"""Evaluate the divergence R_a(x) - R_a(y) - <mirror(y, a), x - y> >= 0."""
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
         inner = self._sum(self.mirror(y, a) * (x - y))
         return self.value(x, a) - self.value(y, a) - inner
 
@@ -82,15 +93,15 @@ class LegendreFunction(ABC):
         return per_coordinate.sum(dims) if dims else per_coordinate
 
 
-def near_bregman(metric: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    r"""Give (x - y)^2 int_0^1 (1 - s) R''(y + s (x - y)) ds per coordinate, by Gauss's rule.
+def near_bregman(metric: Callable[[Tensor], Tensor], y: Tensor, step: Tensor) -> Tensor:
+    r"""Give step^2 int_0^1 (1 - s) R''(y + s step) ds per coordinate, by Gauss's rule.
 
-    For x close to y, where R(x) - R(y) - R'(y)(x - y) would lose its digits.
+    For x = y + step close to y, where R(x) - R(y) - R'(y)(x - y) would lose its digits.
     """
     nodes, weights = np.polynomial.legendre.leggauss(8)
     s = (1 + nodes) / 2
-    terms = (w / 2 * (1 - si) * metric(y + si * (x - y)) for si, w in zip(s, weights, strict=True))
-    return (x - y) ** 2 * sum(terms, start=torch.zeros_like(x))
+    terms = (w / 2 * (1 - si) * metric(y + si * step) for si, w in zip(s, weights, strict=True))
+    return step**2 * sum(terms, start=torch.zeros_like(step))
 
 
 def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None:
@@ -102,6 +113,22 @@ def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None
         raise ValueError(f"{name} holds NaN")
     if torch.isnan(torch.as_tensor(a)).any():
         raise ValueError("a is NaN")
+
+
+def softplus(y: Tensor) -> Tensor:
+    """Give log(1 + e^y); torch's own gives y from y = 20 on, which is off by 2e-9."""
+    return -torch.nn.functional.logsigmoid(-y)
+
+
+def interior(mu: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Move a mu that rounds to an end of its open range to the nearest number inside.
+
+    So that `primal` takes whatever `mirror` gives. The derivatives stay those of mu.
+    """
+    with torch.no_grad():
+        inside = torch.minimum(mu, torch.nextafter(upper, lower))
+        inside = torch.maximum(inside, torch.nextafter(lower, upper))
+    return mu + (inside - mu).detach()
 
 
 def outside(mu: Tensor, lower: Tensor, upper: Tensor, inside: Tensor) -> str:

@@ -2,22 +2,20 @@ r"""R_a of any commuting pair, a user's own included, by integrating w along its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.integrate import DOP853
 from torch import Tensor
 
 from ..regularizer import Regularizer
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from .function import LegendreFunction, RangeError, Scalar, checked
+from .integration import integrate
 
 __all__ = ["Inversion"]
 
-RTOL = 1e-12
-MAX_EVALUATIONS = 20_000  # a flow that needs more is about to blow up
+RANGE_RTOL = 1e-10
+EFOLDS = 10.0  # what |w| or |J| changes by between two looks at the end of a range
 
 
 class Inversion(LegendreFunction):
@@ -115,69 +113,118 @@ class Inversion(LegendreFunction):
         return torch.stack([self.conjugate(m, ai) for m, ai in zip(mu, flat, strict=True)])
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Follow x to +-1e12 at fixed a, and see where mu goes; coordinate by coordinate."""
+        """Follow every coordinate both ways at fixed a, and see where its mu goes."""
         if not self.elementwise:
             raise RangeError(
                 f"the range of mu is not a box for {self.g}: its coordinates share parameters"
             )
-        count = range(self.shape.numel())
-        ends = [[self._end(i, a, side) for i in count] for side in (-1, 1)]
-        lower, upper = (torch.tensor(e, dtype=self.dtype).reshape(self.shape) for e in ends)
+        lower, upper = self._ends(a).to(self.dtype)
         return lower, upper
 
     def _flow(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give the state w(mu, a), differentiable."""
-        checked(self, "mu", mu, a)
+        self._check("mu", mu, a)
         return _Flow.apply(mu, self._spread(a, mu), self)  # pyright: ignore
 
     def _inverse(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
         """Give mu and the state w at g(w) = x, differentiable."""
-        checked(self, "x", x, a)
+        self._check("x", x, a)
         return _Inverse.apply(x, self._spread(a, x), self)  # pyright: ignore
+
+    def _check(self, name: str, argument: Tensor, a: Scalar) -> None:
+        """Check the argument of a map; coordinates that share parameters come one x at a time."""
+        checked(self, name, argument, a)
+        if not self.elementwise and argument.shape != self.shape:
+            one, got = tuple(self.shape), tuple(argument.shape)
+            raise ValueError(f"{name} must have shape {one}, without a batch, got {got}")
 
     def _spread(self, a: Scalar, like: Tensor) -> Tensor:
         """Give a as a tensor: one number per coordinate if elementwise, else one number."""
         value = torch.as_tensor(a, dtype=like.dtype)
         return value.expand(like.shape) if self.elementwise else value.reshape(())
 
-    def _end(self, index: int, a: Scalar, side: int) -> float:
-        """Give the limit of one mu as its x goes to infinity on one side."""
-        zero = torch.zeros(self.shape, dtype=self.dtype)
-        state, marks, mu = self._move(self._start(self.shape), zero, a), [], 0.0
-        for target in (1e4, 1e8, 1e12):
-            x = self.g(self._unpack(state)).clone()
-            x.view(-1)[index] = side * target
-            try:
-                state, step = self._move_to(state, x)
-            except RangeError:
-                return side * np.inf  # x has an end of its own, where mu is infinite
-            mu += float(step.view(-1)[index])
+    def _ends(self, a: Scalar) -> Tensor:
+        """Give the limits of mu on both sides, stacked; all coordinates in one integration.
+
+        The clock of each coordinate makes w and J change at most at unit rate relative to their
+        size, so that nothing becomes singular, whatever blows up or dies; mu then converges like a
+        geometric sequence, or not at all.
+        """
+        at = torch.as_tensor(a, dtype=torch.float64)
+        shape = torch.broadcast_shapes(self.shape, at.shape)
+        centre = self._centre(at, shape)
+        side = torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(2, *[1] * len(shape))
+        state = torch.stack([centre, centre], dim=1).to(torch.float64)
+        floor = torch.linalg.vector_norm(state, dim=0)
+        floor = torch.where(floor > 0, floor, 1.0)
+
+        def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            slope, turn = self._bend(s)
+            dmu = side * (torch.linalg.vector_norm(s, dim=0) + floor)
+            dmu = dmu / torch.linalg.vector_norm(slope, dim=0)
+            dmu = EFOLDS * dmu / torch.hypot(turn * dmu, torch.ones_like(dmu))
+            return slope * dmu, dmu / unit
+
+        unit = torch.ones_like(floor)
+        unit = velocity(state, floor)[1].abs()  # mu may be of any size
+        marks = [unit / unit]
+        for _ in range(3):
+            moved = integrate(velocity, state, marks[-1], RANGE_RTOL, own_scale=True)
+            if moved is None:
+                raise RangeError(f"the range of mu at a = {a} cannot be found for {self.g}")
+            state, mu = moved
             marks.append(mu)
-        late = marks[2] - marks[1]
-        shrink = late / (marks[1] - marks[0])
-        # A geometric tail ends at a finite mu; a logarithmic one (ratio 1) does not.
-        return marks[2] + late * shrink / (1 - shrink) if shrink < 0.7 else side * np.inf
+        late = marks[3] - marks[2]
+        shrink = late / (marks[2] - marks[1])
+        end = marks[3] - marks[0] + late * shrink / (1 - shrink)
+        return unit * torch.where(shrink < 0.7, end, side * torch.inf)
+
+    def _bend(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Give J^T and |dJ / dmu| / |J| of an elementwise pair."""
+        with torch.enable_grad():
+            at = state.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(
+                self.g(self._unpack(at)).sum(), at, create_graph=True, materialize_grads=True
+            )
+            if not slope.requires_grad:  # a linear g
+                return slope, torch.zeros_like(slope[0])
+            square = (slope * slope).sum(0)
+            (half,) = torch.autograd.grad(square.sum(), at, materialize_grads=True)
+        return slope.detach(), torch.linalg.vector_norm(half, dim=0) / (2 * square.detach().sqrt())
+
+    def _centre(self, a: Tensor, shape: torch.Size) -> Tensor:
+        """Give w(0, a), where R_a is smallest."""
+        zero = torch.zeros(shape, dtype=self.dtype)
+        moved = self._moved(self._start(shape), zero, a.expand(shape))
+        if moved is None:
+            raise RangeError(f"a = {a.tolist()}: decay takes w0 out of the domain of {self.g}")
+        return moved
 
     def _move(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor:
-        """Integrate dw = J^T dmu + grad h da from a state."""
+        """Integrate dw = J^T dmu + grad h da from a state; `RangeError` if it has no end."""
+        moved = self._moved(state, dmu, da)
+        if moved is None:
+            raise RangeError(self._out_of_range(dmu, da))
+        return moved
+
+    def _moved(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor | None:
+        """Integrate dw = J^T dmu + grad h da from a state; None if there is no solution."""
 
         def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
             return self._pull(s, dmu) + da * self._decay(s), none
 
-        moved = _integrate(velocity, state, state.new_zeros(0))
-        if moved is None:
-            raise RangeError(self._out_of_range(dmu, da))
-        return moved[0]
+        moved = integrate(velocity, state, state.new_zeros(0))
+        return None if moved is None else moved[0]
 
     def _move_to(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Integrate along a straight line from g(w) to x at fixed a; give w and the change of mu."""
+        """Integrate straight from g(w) to x at fixed a; give w and the change of mu."""
         dx = x - self.g(self._unpack(state))
 
         def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             dmu = self._solve(s, dx)
             return self._pull(s, dmu), dmu
 
-        moved = _integrate(velocity, state, torch.zeros_like(x))
+        moved = integrate(velocity, state, torch.zeros_like(x))
         if moved is None:
             raise RangeError(
                 "x is outside the domain of R_a: no w that the flow reaches from w0 has g(w) = x"
@@ -188,7 +235,10 @@ class Inversion(LegendreFunction):
         """Say that w(mu, a) does not exist, and why where that is known."""
         if not self.elementwise or mu.numel() > 16 or mu.shape != self.shape:
             return f"w(mu, a) does not exist at a = {a}: the flow of {self.g} ends before it"
-        lower, upper = self.range(a)
+        try:
+            lower, upper = self.range(a)
+        except RangeError as error:
+            return str(error)
         return f"mu = {mu.tolist()} is outside the range ({lower.tolist()}, {upper.tolist()})"
 
 
@@ -246,7 +296,7 @@ class _Conjugate(torch.autograd.Function):
             gain = (R.g(w) * mu).sum() + R.h.value(w, R.g) * a
             return R._pull(state, mu) + a * R._decay(state), gain
 
-        moved = _integrate(velocity, R._start(mu.shape), mu.new_zeros(()))
+        moved = integrate(velocity, R._start(mu.shape), mu.new_zeros(()))
         if moved is None:
             raise RangeError(R._out_of_range(mu, a))
         return moved[1]
@@ -256,42 +306,3 @@ class _Conjugate(torch.autograd.Function):
         (mu, a), R = ctx.saved_tensors, ctx.R
         w = R._unpack(R._flow(mu, a))
         return grads[0] * R.g(w), grads[0] * R.h.value(w, R.g), None
-
-
-def _integrate(
-    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], state: Tensor, extra: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Integrate (state, extra) over unit time; None if there is no solution.
-
-    The absolute tolerance follows the size of w coordinate by coordinate, so that a factor that is 0
-    next to one that has decayed to e^{-150} is accurate relative to that one.
-    """
-    size = state.numel()
-
-    def split(flat: np.ndarray) -> tuple[Tensor, Tensor]:
-        both = torch.from_numpy(flat)
-        return both[:size].reshape(state.shape), both[size:].reshape(extra.shape)
-
-    def rhs(_: float, flat: np.ndarray) -> np.ndarray:
-        return _joined(*velocity(*split(flat)))
-
-    def tolerance(flat: np.ndarray) -> np.ndarray:
-        now, more = split(flat)
-        scale = now.abs().amax(0, keepdim=True).expand_as(now) + 1e-300
-        return RTOL * 1e-2 * _joined(scale, more.abs().clamp(min=1))
-
-    start = _joined(state.detach().to(torch.float64), extra.to(torch.float64))
-    with np.errstate(all="ignore"), torch.no_grad():
-        solver = DOP853(rhs, 0.0, start, 1.0, rtol=RTOL, atol=tolerance(start))
-        while solver.status == "running" and solver.nfev < MAX_EVALUATIONS:
-            solver.step()
-            solver.atol = tolerance(solver.y)
-    if solver.status != "finished" or not np.isfinite(solver.y).all():
-        return None
-    state_end, extra_end = split(solver.y.copy())
-    return state_end.to(state.dtype), extra_end.to(state.dtype)
-
-
-def _joined(state: Tensor, extra: Tensor) -> np.ndarray:
-    """Join two tensors to one NumPy vector."""
-    return torch.cat([state.reshape(-1), extra.reshape(-1)]).numpy()

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import LogRatio, Parameters, Reparam, factors
-from .function import LegendreFunction, RangeError, Scalar, checked, outside
+from .function import (
+    LegendreFunction,
+    RangeError,
+    Scalar,
+    checked,
+    interior,
+    near_bregman,
+    outside,
+    softplus,
+)
 
 __all__ = ["LogCoshEntropy"]
 
@@ -25,8 +34,9 @@ class LogCoshEntropy(LegendreFunction):
               \phi(a) = \tfrac14 \sum [S \log S - S] + \text{const}, \quad S = U + V
 
     (Appendix E with +2a: errata 3). The term phi makes d R_a / d a = -h(w); without it,
-    "contracting" would have no meaning. R_a exists as long as S > 0; the centre needs U, V > 0, that is
-    2a > -min(u0^2, v0^2) for the default penalty: past that u or v reaches 0 in finite time.
+    "contracting" would have no meaning. R_a exists as long as S > 0; the centre needs U, V > 0,
+    that is 2a > -min(u0^2, v0^2) for the default penalty: past that u or v reaches 0 in finite
+    time.
 
     Parameters
     ----------
@@ -92,7 +102,8 @@ class LogCoshEntropy(LegendreFunction):
         """Give 1/2 [V s(2x) - U s(-2x)]."""
         checked(self, "x", x, a)
         U, V = self._ends(a)
-        return 0.5 * (V * torch.sigmoid(2 * x) - U * torch.sigmoid(-2 * x))
+        mu = 0.5 * (V * torch.sigmoid(2 * x) - U * torch.sigmoid(-2 * x))
+        return interior(mu, -U / 2, V / 2)
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
         """Evaluate R_a(x), finite for every x."""
@@ -103,10 +114,7 @@ class LogCoshEntropy(LegendreFunction):
         return self._sum(shape - constant) / 4
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
-        r"""Evaluate the divergence, S/4 times a binary relative entropy: it is >= 0 term by term.
-
-        With p = s(2x) and r = s(2y) it is (S/2) [softplus(2x) - softplus(2y) - 2 r (x - y)] / 2.
-        """
+        """Evaluate S/4 sum [softplus(2x) - softplus(2y) - 2 s(2y) (x - y)], each term >= 0."""
         checked(self, "x", x, a)
         checked(self, "y", y, a)
         U, V = self._ends(a)
@@ -114,8 +122,9 @@ class LogCoshEntropy(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the diagonal S s(2x) s(-2x)."""
+        checked(self, "x", x, a)
         U, V = self._ends(a)
-        return (U + V) * torch.exp(logsigmoid(2 * x) + logsigmoid(-2 * x))
+        return (U + V) * _logistic_slope(2 * x)
 
 
 def _entropy(s: Tensor) -> Tensor:
@@ -123,14 +132,19 @@ def _entropy(s: Tensor) -> Tensor:
     return torch.xlogy(s, s) - s
 
 
+def _logistic_slope(y: Tensor) -> Tensor:
+    """Give s(y) s(-y), the second derivative of softplus."""
+    return torch.exp(logsigmoid(y) + logsigmoid(-y))
+
+
 def _softplus_excess(y: Tensor, e: Tensor) -> Tensor:
-    """Give softplus(y + e) - softplus(y) - s(y) e, >= 0; by its Taylor series for small e."""
-    r, q = torch.sigmoid(y), torch.sigmoid(-y)
-    small = e.abs() < 1e-3
-    tiny = torch.where(small, e, 0.0)
-    # Derivatives of the logistic function: rq, rq(q - r), rq(1 - 6rq), rq(q - r)(1 - 12rq).
-    series = tiny**2 * (1 / 2 + tiny * ((q - r) / 6 + tiny * ((1 - 6 * r * q) / 24)))
-    series = r * q * (series + tiny**5 * (q - r) * (1 - 12 * r * q) / 120)
-    # log(1 + r (e^e - 1)) = softplus(y + e) - softplus(y)
-    direct = softplus(y + e) - softplus(y) - r * e
-    return torch.where(small, series, direct.clamp(min=0))
+    """Give softplus(y + e) - softplus(y) - s(y) e >= 0, with a small relative error everywhere."""
+    # It does not change if y and e change their signs; s(y) <= 1/2 keeps the terms below apart.
+    y, e = torch.where(y > 0, -y, y), torch.where(y > 0, -e, e)
+    small, over = e.abs() < 1, y + e > 0
+    near = near_bregman(_logistic_slope, y, torch.where(small, e, 0.0))
+    # softplus(y + e) - softplus(y) = log(1 + s(y) (exp(e) - 1)) loses no digits while y + e <= 0.
+    under = torch.where(small | over, -1.0, e)
+    gain = torch.log1p(torch.exp(logsigmoid(y) + under) - torch.sigmoid(y))
+    far = torch.where(over, softplus(y + e) - softplus(y), gain) - torch.sigmoid(y) * e
+    return torch.where(small, near, far)

@@ -2,14 +2,27 @@ r"""R_a of u^{2k} - v^{2k} with its own terms as penalty, k >= 2 (Section 4 of t
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import Parameters, PowerDifference, Reparam, factors
-from .function import LegendreFunction, RangeError, Scalar, checked, near_bregman, outside
+from .entropy import arcsinh_ratio
+from .function import (
+    LegendreFunction,
+    RangeError,
+    Scalar,
+    checked,
+    interior,
+    near_bregman,
+    outside,
+    softplus,
+)
 
 __all__ = ["PowerEntropy"]
 
@@ -73,78 +86,128 @@ class PowerEntropy(LegendreFunction):
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         r"""Give sum (P^{1-q} + N^{1-q}) / (c (q - 1))."""
-        return self._sum(self._potential(mu, a))
-
-    def _potential(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give the conjugate per coordinate."""
         P, N = self._slacks(mu, a)
-        return (P ** (1 - self.q) + N ** (1 - self.q)) / (self.c * (self.q - 1))
+        return self._sum(self._energy(torch.log(P), torch.log(N)))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Invert `primal` by Newton's method in log(P/N); exact first and second derivatives."""
+        """Invert `primal`, from whichever end is near; differentiable any number of times."""
         checked(self, "x", x, a)
-        lower, upper = self.range(a)
-        if not (upper > lower).all():
-            raise RangeError(f"a = {a}: the range of mu is empty; a must be larger")
-        x, lower, upper = torch.broadcast_tensors(x, lower, upper)
-        return _Mirror.apply(x, lower, upper, self.c, self.q)  # pyright: ignore
+        lower, upper = self._interval(a)
+        log_P, log_N = self._logs(x, a)
+        near_upper, near_lower = torch.exp(log_P) / self.c, torch.exp(log_N) / self.c
+        mu = torch.where(x > 0, upper - near_upper, lower + near_lower)
+        return interior(mu, lower, upper)
+
+    def value(self, x: Tensor, a: Scalar) -> Tensor:
+        """Evaluate R_a(x) = <x, mu> - R_a^*(mu)."""
+        return self._sum(x * self.mirror(x, a) - self._energy(*self._logs(x, a)))
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the diagonal 1 / (c q (P^{-q-1} + N^{-q-1}))."""
-        P, N = self._slacks(self.mirror(x, a), a)
-        return 1 / (self.c * self.q * (P ** (-self.q - 1) + N ** (-self.q - 1)))
+        checked(self, "x", x, a)
+        return self._curvature(x, a)
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         """Evaluate the divergence, by quadrature where x and y are close."""
-        mu, nu = self.mirror(x, a), self.mirror(y, a)
-        far = x * (mu - nu) - self._potential(mu, a) + self._potential(nu, a)
-        close = (self.metric(x, a) / self.metric(y, a) - 1).abs() < 0.1
-        near = near_bregman(lambda z: self.metric(z, a), torch.where(close, x, y), y)
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
+        Px, Nx = self._logs(x, a)
+        Py, Ny = self._logs(y, a)
+        # mu(x) - mu(y), from the distances to the end that is near.
+        apart = torch.where(x + y > 0, torch.exp(Py) - torch.exp(Px), torch.exp(Nx) - torch.exp(Ny))
+        far = x * apart / self.c - self._energy(Px, Nx) + self._energy(Py, Ny)
+        close = (self._curvature(x, a) / self._curvature(y, a) - 1).abs() < 0.1
+        step = torch.where(close, x - y, 0.0)
+        near = near_bregman(lambda z: self._curvature(z, a), y, step)
         return self._sum(torch.where(close, near, far.clamp(min=0)))
 
+    # All of these in log P and log N: mu itself does not resolve them near an end of its range.
 
-class _Mirror(torch.autograd.Function):
-    """mu(x, lower, upper) with x = P^{-q} - N^{-q}; differentiable any number of times.
+    def _interval(self, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give the range, which must not be empty."""
+        lower, upper = self.range(a)
+        if not (upper > lower).all():
+            raise RangeError(f"a = {a}: the range of mu is empty; a must be smaller")
+        return lower, upper
 
-    The backward pass is written in the saved output mu, so that differentiating it again uses
-    the same rule: dx = f_P dP + f_N dN with P = c (upper - mu), N = c (mu - lower).
+    def _logs(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
+        """Give log P and log N at x: P + N = S, N/P = e^w and F(w) = x S^q."""
+        lower, upper = self._interval(a)
+        log_S = torch.log(self.c * (upper - lower))
+        log_unit = math.log(2) - self.q * log_S
+        w = _Split.apply(arcsinh_ratio(x, log_unit), self.q)  # pyright: ignore
+        return log_S + logsigmoid(-w), log_S + logsigmoid(w)
+
+    def _energy(self, log_P: Tensor, log_N: Tensor) -> Tensor:
+        """Give the conjugate per coordinate."""
+        r = 1 - self.q
+        return (torch.exp(r * log_P) + torch.exp(r * log_N)) / (self.c * (self.q - 1))
+
+    def _curvature(self, x: Tensor, a: Scalar) -> Tensor:
+        """Give the metric of an x that is checked."""
+        log_P, log_N = self._logs(x, a)
+        r = -self.q - 1
+        return torch.exp(-torch.logaddexp(r * log_P, r * log_N)) / (self.c * self.q)
+
+
+class _Split(torch.autograd.Function):
+    """w(tau) with 2 sinh(tau) = F(w) = (1 + e^w)^q - (1 + e^-w)^q, which is odd.
+
+    The backward pass is written in the saved output, so that differentiating it again uses the
+    same rule.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, c: float, q: float) -> Tensor:
-        mu = _solve(x, lower, upper, c, q)
-        ctx.save_for_backward(mu, lower, upper)
-        ctx.c, ctx.q = c, q
-        return mu
+    def forward(ctx: Any, tau: Tensor, q: float) -> Tensor:
+        w = torch.sign(tau) * _solve(tau.abs(), q)
+        ctx.save_for_backward(w)
+        ctx.q = q
+        return w
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        mu, lower, upper = ctx.saved_tensors
-        c, q = ctx.c, ctx.q
-        up, down = (c * (upper - mu)) ** (-q - 1), (c * (mu - lower)) ** (-q - 1)
-        scaled = grads[0] / (up + down)
-        return scaled / (c * q), scaled * down, scaled * up, None, None
+        (w,) = ctx.saved_tensors
+        return grads[0] / _slope(w, ctx.q), None
 
 
-def _solve(x: Tensor, lower: Tensor, upper: Tensor, c: float, q: float) -> Tensor:
-    """Solve P^{-q} - N^{-q} = x for mu, with P + N = S = c (upper - lower).
+def _slope(w: Tensor, q: float) -> Tensor:
+    """Give d tau / d w, with the largest power taken out: it cancels."""
+    size = (q * softplus(w.abs())).detach()
+    up, down = torch.exp(q * softplus(w) - size), torch.exp(q * softplus(-w) - size)
+    steep = torch.sigmoid(w) * up + torch.sigmoid(-w) * down
+    return q * steep / torch.hypot(up - down, 2 * torch.exp(-size))
 
-    With z = log(P/N) the equation is (1 + e^{-z})^q - (1 + e^z)^q = x S^q. Its arcsinh is smooth,
-    decreasing and nearly linear in z, so that Newton's method needs a handful of steps.
+
+def _tau(w: Tensor, q: float) -> Tensor:
+    """Give arcsinh(F(w) / 2) for w >= 0, without forming a power that may overflow."""
+    log_up, falls = q * softplus(w), -torch.expm1(-q * w)  # F = (1 + e^w)^q (1 - e^{-qw})
+    big = log_up > 40
+    near = torch.asinh(torch.exp(torch.where(big, 0.0, log_up)) * falls / 2)
+    return torch.where(big, log_up + torch.log(torch.where(big, falls, 1.0)), near)
+
+
+def _solve(tau: Tensor, q: float, steps: int = 50) -> Tensor:
+    """Solve for w >= 0 by Newton's method, kept between two bounds.
+
+    F(w) lies between 2 sinh(qw) and 2^q (e^{qw} - 1). Between those, tau(w) is nearly linear: its
+    slope, from 2^{q-1} q at 0 to q at infinity, never falls below 0.86 q. Five steps are enough.
     """
-    target = torch.asinh(x * (c * (upper - lower)) ** q / 2)
-    z = -target / q
-    for _ in range(60):
-        big_u = torch.exp(q * torch.nn.functional.softplus(-z))  # (S/P)^q, and next (S/N)^q
-        big_v = torch.exp(q * torch.nn.functional.softplus(z))
-        half = (big_u - big_v) / 2
-        value = torch.asinh(half)
-        slope = -q / 2 * (torch.sigmoid(-z) * big_u + torch.sigmoid(z) * big_v)
-        slope = slope / torch.hypot(half, torch.ones_like(half))
-        step = (value - target) / slope
-        z = z - step
-        if (step.abs() <= 1e-15 * (1 + z.abs())).all():
-            break
-    # mu from the end that is near, so that a small distance to it keeps its digits.
-    width = upper - lower
-    return torch.where(z < 0, upper - width * torch.sigmoid(z), lower + width * torch.sigmoid(-z))
+    high, cut = tau / q, q * math.log(2)
+    grown = 2 * torch.sinh(tau.clamp(max=40)) * math.exp(-cut)
+    low = torch.where(tau < 40, torch.log1p(grown), tau - cut) / q
+    w, limits = (low + high) / 2, torch.finfo(tau.dtype)
+    error = torch.zeros_like(tau)
+    for _ in range(steps):
+        error = _tau(w, q) - tau
+        new = torch.maximum(torch.minimum(w - error / _slope(w, q), high), low)
+        done = ((new - w).abs() <= 8 * limits.eps * w + limits.tiny).all()
+        w = new
+        if done:
+            return w
+    warnings.warn(
+        f"the mirror map of u^2k - v^2k has not converged after {steps} steps: the largest error "
+        f"of arcsinh(x) is {error.abs().max():.1e}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return w

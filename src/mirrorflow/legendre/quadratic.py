@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import CommutingQuadratic, Parameters, Reparam, factors
-from .function import LegendreFunction, RangeError, Scalar, checked
+from .function import LegendreFunction, RangeError, Scalar, checked, near_bregman
 
-__all__ = ["QuadraticEntropy"]
+__all__ = ["QuadraticEntropy", "in_double"]
 
 
 class QuadraticEntropy(LegendreFunction):
@@ -41,18 +41,13 @@ class QuadraticEntropy(LegendreFunction):
         assert isinstance(g, CommutingQuadratic) and isinstance(h, WeightDecay)
         g.validate(w0)
         w, A = factors(w0)[0], g.A
-        # A generic combination of commuting matrices has their joint eigenvectors.
-        mix = torch.randn(len(A), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        _, V = torch.linalg.eigh(torch.einsum("i,ijk->jk", mix.to(A.dtype), A))
-        rotated = V.mT @ A @ V
-        eigenvalues = rotated.diagonal(dim1=-2, dim2=-1)
-        off = (rotated - torch.diag_embed(eigenvalues)).abs().max() / A.abs().max()
-        if off > 1e-8:
+        V, eigenvalues, off = _diagonalized(A)
+        if off > _rounding(A):
             raise ValueError(f"{g}: the A_i do not commute (off-diagonal part {off:.1e})")
-        R = cls(eigenvalues, 2 * torch.log((V.mT @ w).abs()))
-        if torch.linalg.matrix_rank(R._hessian(torch.zeros_like(mix), 0.0)) < len(A):
+        c = (V.mT @ w.to(torch.float64)).abs()
+        if torch.linalg.matrix_rank(eigenvalues * c) < len(A):  # of the vectors A_i w0
             raise ValueError(f"{g} is not regular at w0: the vectors A_i w0 are dependent")
-        return R
+        return cls(eigenvalues.to(A.dtype), (2 * torch.log(c)).to(A.dtype))
 
     def _weights(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give the squared components of w(mu, a) in the eigenbasis."""
@@ -80,11 +75,24 @@ class QuadraticEntropy(LegendreFunction):
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Minimize conjugate(mu) - <mu, x> by Newton's method; `RangeError` if x is unreachable."""
         checked(self, "x", x, a)
+        if x.ndim > 1:
+            return torch.stack([self.mirror(row, a) for row in x])
         return _Mirror.apply(x, torch.as_tensor(a, dtype=self.dtype), self)  # pyright: ignore
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the inverse of J J^T."""
         return torch.linalg.inv(self._hessian(self.mirror(x, a), a))
+
+    def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
+        r"""Evaluate the divergence as that of the conjugate, a sum of terms >= 0.
+
+        With mu, nu the mirrors of x, y and e = 2 lambda^T (nu - mu) it is
+        1/4 sum_k w_k(mu)^2 (exp(e_k) - 1 - e_k).
+        """
+        checked(self, "x", x, a)
+        checked(self, "y", y, a)
+        mu, nu = self.mirror(x, a), self.mirror(y, a)
+        return (self._weights(mu, a) * _exp_excess(2 * (nu - mu) @ self.eigenvalues)).sum(-1) / 4
 
 
 class _Mirror(torch.autograd.Function):
@@ -104,28 +112,85 @@ class _Mirror(torch.autograd.Function):
         return dx, -2 * (dx * ctx.R.primal(mu, a)).sum(), None
 
 
-def _newton(R: QuadraticEntropy, x: Tensor, a: Tensor, steps: int = 200) -> Tensor:
-    """Minimize the convex conjugate(mu) - <mu, x> with a damped step."""
-    mu = torch.zeros_like(x)
+def in_double(g: Reparam) -> Reparam:
+    """Give g in float64, the precision of `check`; only quadratic forms hold numbers.
 
-    def objective(m: Tensor) -> Tensor:
-        return R.conjugate(m, a) - m @ x
+    Matrices that commute up to the rounding of a lower precision then commute.
+    """
+    if not isinstance(g, CommutingQuadratic) or g.A.dtype == torch.float64:
+        return g
+    V, eigenvalues, off = _diagonalized(g.A)
+    A = (V * eigenvalues[:, None]) @ V.mT if off <= _rounding(g.A) else g.A.to(torch.float64)
+    return CommutingQuadratic((A + A.mT) / 2)
 
+
+def _diagonalized(A: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Give joint eigenvectors, the eigenvalues, and what is left off the diagonal, in float64."""
+    A = A.to(torch.float64)
+    # A generic combination of commuting matrices has their joint eigenvectors.
+    mix = torch.randn(len(A), generator=torch.Generator().manual_seed(0), dtype=A.dtype)
+    V = torch.linalg.eigh(torch.einsum("i,ijk->jk", mix, A))[1]
+    rotated = V.mT @ A @ V
+    eigenvalues = rotated.diagonal(dim1=-2, dim2=-1)
+    off = (rotated - torch.diag_embed(eigenvalues)).abs().max() / A.abs().max()
+    return V, eigenvalues, float(off)
+
+
+def _rounding(A: Tensor) -> float:
+    """Give the off-diagonal part that rounding may leave."""
+    return max(1e-8, 100 * torch.finfo(A.dtype).eps)
+
+
+def _newton(R: QuadraticEntropy, x: Tensor, a: Tensor, steps: int = 1000) -> Tensor:
+    """Minimize conjugate(mu) - <mu, x>, in float64 and on the scale of x.
+
+    Along a step p every term is an exponential of rate at most r = max |2 lambda^T p|. Therefore
+    the fraction log(1 + r) / r of Newton's step always descends, without a line search; and where
+    the terms are e^{-300} of what they have to be, one step takes them most of the way.
+    """
+    known = torch.isfinite(R.log_c2)
+    rates = 2 * R.eigenvalues[:, known].to(torch.float64)
+    logs, target = (R.log_c2[known] + 2 * a).to(torch.float64), x.to(torch.float64)
+    size = target.abs().max()
+    log_unit = torch.log(size) if size > 0 else logs.max()
+    logs, target = logs - log_unit, target * torch.exp(-log_unit)
+    mu, error = torch.zeros_like(target), torch.inf
     for _ in range(steps):
-        gradient = R.primal(mu, a) - x
-        if gradient.abs().max() <= 4e-16 * (1 + x.abs().max()) * len(x):
-            return mu
-        step = -torch.linalg.lstsq(R._hessian(mu, a), gradient[:, None]).solution[:, 0]
-        slope, size, start = gradient @ step, 1.0, objective(mu)
-        while not objective(mu + size * step) <= start + 1e-4 * size * slope and size > 1e-10:
-            size /= 2
-        if size <= 1e-10:
+        moved = mu @ rates
+        terms = torch.exp(logs + moved)
+        gradient = rates @ terms / 4 - target
+        scale = rates.abs() @ terms / 4 + target.abs()
+        error = float((gradient.abs() / scale.clamp(min=1e-300)).max())
+        # An exponent that is the sum of two numbers of size 300 is known to 300 eps.
+        if error <= 2e-16 * (len(logs) + float(logs.abs().max() + moved.abs().max())):
             break
-        mu = mu + size * step
-    residual = (R.primal(mu, a) - x).abs().max()
-    if residual > 1e-9 * (1 + x.abs().max()):
+        mu = mu + _descent(rates, logs + moved, gradient)
+    if not error <= 1e-9:
         raise RangeError(
             f"x is outside the domain of R_a: no w on the flow has g(w) = x (residual "
-            f"{residual:.1e}); x must be a positive combination of the columns of the eigenvalues"
+            f"{error:.1e}); x must be a positive combination of the columns of the eigenvalues"
         )
-    return mu
+    return mu.to(x.dtype)
+
+
+def _descent(rates: Tensor, exponents: Tensor, gradient: Tensor) -> Tensor:
+    """Give the step log(1 + r) / r of Newton's, for the Hessian 1/4 rates exp(exponents) rates^T.
+
+    The largest term is taken out of the Hessian. Its rows are sorted for the QR factorization,
+    which then keeps the digits of terms of very different size.
+    """
+    exponents, order = torch.sort(exponents, descending=True)
+    rates, top = rates[:, order], exponents[0]
+    weights = torch.exp(((exponents - top) / 2).clamp(min=-300))  # never 0: the root is regular
+    root = torch.linalg.qr((weights * rates / 2).mT, mode="r")[1]
+    half = torch.linalg.solve_triangular(root.mT, -gradient[:, None], upper=False)
+    step = torch.linalg.solve_triangular(root, half, upper=True)[:, 0]
+    reach = (step @ rates).abs().max()
+    return step * torch.logaddexp(torch.zeros_like(top), torch.log(reach) - top) / reach
+
+
+def _exp_excess(e: Tensor) -> Tensor:
+    """Give exp(e) - 1 - e, without cancellation near 0."""
+    small = e.abs() < 1
+    near = near_bregman(torch.exp, torch.zeros_like(e), torch.where(small, e, 0.0))
+    return torch.where(small, near, torch.expm1(e) - e)

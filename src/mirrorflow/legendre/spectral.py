@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Parameters, Reparam, SymmetricFactor
+from .entropy import entropy_excess
 from .function import LegendreFunction, RangeError, Scalar, checked
 
 __all__ = ["MatrixEntropy"]
@@ -45,7 +46,7 @@ class MatrixEntropy(LegendreFunction):
         X0 = g(w0)
         beta = X0.diagonal().mean()
         off = (X0 - beta * torch.eye(len(X0), dtype=X0.dtype)).abs().max()
-        if not beta > 0 or off > 1e-10 * beta:
+        if not beta > 0 or off > max(1e-10, 100 * torch.finfo(X0.dtype).eps) * beta:
             raise ValueError(
                 f"{g}: R_a is known for U0 U0^T = beta I with beta > 0 only (Corollary C.3); the "
                 f"start is off by {off:.1e}. Take U0 = sqrt(beta) times an orthogonal matrix"
@@ -85,18 +86,19 @@ class MatrixEntropy(LegendreFunction):
     def value(self, x: Tensor, a: Scalar) -> Tensor:
         """Evaluate R_a(X); finite on the boundary too, where X is singular."""
         self._check("x", x, a)
-        eigenvalues = torch.linalg.eigvalsh(x)
-        _positive(eigenvalues, closed=True)
-        s = eigenvalues.clamp(min=0)
-        return 0.5 * (torch.xlogy(s, s) - s * (1 + self.log_scale(a))).sum(-1)
+        trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return 0.5 * (_Entropy.apply(x) - trace * (1 + self.log_scale(a)))  # pyright: ignore
+
+    def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
+        """Evaluate 1/2 Tr[X (log X - log Y) - X + Y], half the quantum relative entropy."""
+        self._check("x", x, a)
+        self._check("y", y, a)
+        return 0.5 * _Divergence.apply(x, y)  # pyright: ignore
 
     def apply_metric(self, x: Tensor, a: Scalar, direction: Tensor) -> Tensor:
         """Apply the Hessian of R_a at X to a symmetric direction: half the derivative of log."""
         self._check("x", x, a)
-        s, V = torch.linalg.eigh(x)
-        _positive(s, closed=False)
-        inner = V.mT @ direction @ V
-        return 0.5 * V @ (inner * _divided_log(s)) @ V.mT
+        return 0.5 * _InverseExpDerivative.apply(_Log.apply(x), direction)  # pyright: ignore
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the Hessian as an (n^2, n^2) matrix that acts on flattened symmetric matrices."""
@@ -106,8 +108,9 @@ class MatrixEntropy(LegendreFunction):
     def _check(self, name: str, matrix: Tensor, a: Scalar) -> None:
         """Require a symmetric matrix of the right shape."""
         checked(self, name, matrix, a)
-        gap = (matrix - matrix.mT).abs().max()
-        if gap > 1e-6 * (1 + matrix.abs().max()):
+        gap, size = (matrix - matrix.mT).abs().max(), matrix.abs().max()
+        # A dual matrix may be nothing but rounding around 0; X has a scale, however small.
+        if gap > 1e-6 * (size if name != "mu" else 1 + size):
             raise ValueError(f"{name} must be symmetric, it is off by {gap:.1e}")
 
 
@@ -139,7 +142,7 @@ class _InverseExpDerivative(torch.autograd.Function):
     def forward(ctx: Any, L: Tensor, G: Tensor) -> Tensor:
         s, V = torch.linalg.eigh(L)
         inner = V.mT @ (0.5 * (G + G.mT)) @ V
-        E = V @ (inner * _divided_log(torch.exp(s))) @ V.mT
+        E = V @ (inner * _divided_log(s)) @ V.mT
         ctx.save_for_backward(L, E)
         return E
 
@@ -151,20 +154,58 @@ class _InverseExpDerivative(torch.autograd.Function):
         solved = _InverseExpDerivative.apply(L, grads[0])
 
         def derivative(matrix: Tensor) -> Tensor:
-            return torch.func.jvp(torch.linalg.matrix_exp, (matrix,), (E,))[1]
+            return torch.func.jvp(torch.linalg.matrix_exp, (matrix.expand_as(E),), (E,))[1]
 
         pulled = torch.func.vjp(derivative, L)[1](solved)[0]
         return -pulled, solved
 
 
-def _divided_log(s: Tensor) -> Tensor:
-    """Give (log s_i - log s_j)/(s_i - s_j), and 1/s_i where they meet."""
-    ratio = (s[..., :, None] - s[..., None, :]) / s[..., None, :]
-    close = ratio.abs() < 1e-4
-    safe = torch.where(close, 1.0, ratio)
-    far = torch.log1p(safe) / safe
-    near = 1 - ratio / 2 + ratio**2 / 3 - ratio**3 / 4
-    return torch.where(close, near, far) / s[..., None, :]
+class _Entropy(torch.autograd.Function):
+    """Tr X log X, finite where X is singular; its derivative log X + I is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        s = torch.linalg.eigvalsh(x)
+        _positive(s, closed=True)
+        return torch.xlogy(s.clamp(min=0), s.clamp(min=0)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return grads[0][..., None, None] * (_Log.apply(x) + torch.eye(x.shape[-1], dtype=x.dtype))
+
+
+class _Divergence(torch.autograd.Function):
+    """Tr[X (log X - log Y) - X + Y], from the eigenvalues s of X and t of Y and the overlaps.
+
+    It is sum_ij (v_i . u_j)^2 t_j [(1 + r) log(1 + r) - r] with r = s_i / t_j - 1, where every term
+    is >= 0: the difference of two values of R_a would lose its digits for X close to Y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        (s, V), (t, U) = torch.linalg.eigh(x), torch.linalg.eigh(y)
+        _positive(s, closed=True)
+        _positive(t, closed=False)
+        s, t = s.clamp(min=0)[..., :, None], t[..., None, :]
+        return ((V.mT @ U) ** 2 * t * entropy_excess((s - t) / t)).sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        log_y, by = _Log.apply(y), grads[0][..., None, None]
+        curved = _InverseExpDerivative.apply(log_y, y - x)
+        return by * (_Log.apply(x) - log_y), by * curved
+
+
+def _divided_log(log_s: Tensor) -> Tensor:
+    """Give (log s_i - log s_j)/(s_i - s_j), and 1/s_i where they meet, from log s."""
+    one, two = log_s[..., :, None], log_s[..., None, :]
+    apart = (one - two).abs()
+    ratio = torch.where(apart > 0, apart / -torch.expm1(-apart), 1.0)
+    return ratio * torch.exp(-torch.maximum(one, two))
 
 
 def _positive(s: Tensor, closed: bool) -> None:

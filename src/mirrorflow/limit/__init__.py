@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..legendre import LegendreFunction, MatrixEntropy, OneSidedEntropy, RangeError
+from ..legendre import (
+    LegendreFunction,
+    MatrixEntropy,
+    OneSidedEntropy,
+    QuadraticEntropy,
+    RangeError,
+)
 from ..solution import Solution, Status
 from .continuation import Point
 from .families import family
@@ -44,8 +50,8 @@ class LimitStats:
     ----------
     kkt : float or array
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable.
-        For `MatrixEntropy`, whose mirror map
-        loses the small eigenvalues of X to rounding, |X - primal(Z^T theta, a)| / |X| instead.
+        For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
+        of X, or squares of w, to rounding, |x - primal(Z^T theta, a)| / |x| instead.
     residual : float or array
         |Zx - y| / |y| (|Zx| for y = 0).
     gap : float or array
@@ -132,10 +138,12 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     started = time.perf_counter()
     if not isinstance(R, LegendreFunction):
         raise TypeError(f"R must be a LegendreFunction (mf.legendre makes one), got {type(R)}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be >= 1, got {max_steps}")
     rows_of, targets, scalar, steps = _checked(R, Z, y, a)
     with np.errstate(all="ignore"):  # trial points may overflow; what is kept is checked
         points, rows = _solve(R, rows_of, targets, steps, max_steps)
-        statuses = _statuses(R, rows_of, rows, points, max_steps)
+        statuses = _statuses(R, rows_of, rows, points)
         stats = _measure(R, rows_of, targets, steps, rows, points, scalar, started)
     _warn(statuses, stats)
     x = np.stack([p.x for p in points]).reshape(len(steps), *R.shape)
@@ -165,7 +173,10 @@ def _array(name: str, value: Any) -> Array:
     """Give finite float64 numbers, or an error that names the argument."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name} is not an array of numbers: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     array = array.astype(np.float64, copy=False)
@@ -191,23 +202,21 @@ def _solve(
     return [points[i] for i in range(len(a))], rows
 
 
-def _statuses(
-    R: LegendreFunction, Z: Array, rows: Rows, points: list[Point], max_steps: int
-) -> list[Status]:
+def _statuses(R: LegendreFunction, Z: Array, rows: Rows, points: list[Point]) -> list[Status]:
     """Say how each point was left."""
     surrogate = False
     if isinstance(R, MatrixEntropy):
         full = Z.reshape(-1, R.n, R.n)
         surrogate = commutator((full + full.transpose(0, 2, 1)) / 2) > COMMUTING
-    return [_status(p, rows.consistent, surrogate, max_steps) for p in points]
+    return [_status(p, rows.consistent, surrogate) for p in points]
 
 
-def _status(point: Point, consistent: bool, surrogate: bool, max_steps: int) -> Status:
+def _status(point: Point, consistent: bool, surrogate: bool) -> Status:
     """Say how one point was left."""
     if point.infeasible or not consistent:
         return Status.inconsistent
     if not point.solved:
-        return Status.max_steps if point.steps >= max_steps else Status.stalled
+        return Status.max_steps if point.exhausted else Status.stalled
     if surrogate:
         return Status.surrogate
     return Status.vertex if point.vertex else Status.converged
@@ -239,9 +248,9 @@ def _measure(
 def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
     """Compare x and mu by the maps of R, which the solvers of the closed forms do not use."""
     point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
-    if isinstance(R, MatrixEntropy):
-        image = R.primal((dual + dual.mT) / 2, a)
-        return float((point - image).norm() / image.norm())
+    if isinstance(R, MatrixEntropy | QuadraticEntropy):
+        image = R.primal((dual + dual.mT) / 2 if dual.ndim == 2 else dual, a)
+        return float((point - image).norm() / image.norm().clamp(min=1e-300))
     held = torch.ones_like(point, dtype=torch.bool)
     if isinstance(R, OneSidedEntropy):  # x that underflows to 0 has no mu left to compare
         held = point != 0
@@ -273,7 +282,7 @@ def _entries(R: LegendreFunction, v: Array) -> Array:
     """Give the entries of a vector, or the eigenvalues of a matrix."""
     if isinstance(R, MatrixEntropy):
         M = v.reshape(R.n, R.n)
-        return np.linalg.eigvalsh((M + M.T) / 2)
+        return np.asarray(np.linalg.eigvalsh((M + M.T) / 2), dtype=np.float64)
     return v
 
 

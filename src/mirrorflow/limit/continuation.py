@@ -39,11 +39,13 @@ class Point:
     steps: int
     vertex: bool
     infeasible: bool = False
+    exhausted: bool = False  # the limit on steps was reached
+    tolerance: float = GOOD
 
     @property
     def solved(self) -> bool:
         """Whether Qx = b holds to the tolerance."""
-        return self.residual < GOOD
+        return self.residual < self.tolerance
 
 
 def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[Point]:
@@ -76,7 +78,10 @@ class _Walker:
         if self.stuck:
             return self.failed(tau)
         vertex = self.residual < GOOD and self.drift < VERTEX
-        return Point(self.x, self.theta, self.tangent, self.residual, self._spent(), vertex)
+        return Point(
+            self.x, self.theta, self.tangent, self.residual, self._spent(), vertex,
+            exhausted=self.steps >= self.max_steps,
+        )  # fmt: skip
 
     def _spent(self) -> int:
         """Give the Newton steps since the last call."""
@@ -84,17 +89,15 @@ class _Walker:
         return spent
 
     def failed(self, tau: float) -> Point:
-        """Give the last iterate at ``tau``, and whether it proves that there is no solution.
-
-        <theta, b> <= ceiling(theta) |x| for every x with Qx = b: where the left side is much
-        larger, a solution would have to be absurdly large (Farkas).
-        """
+        """Give the last iterate at ``tau``, and whether there is no solution."""
         theta = self.trial
-        gain, limit = float(theta @ self.b), self.dual.ceiling(theta)
         self.dual.place(theta, tau)
         residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))
-        infeasible = gain > 0 and limit * 1e4 < gain
-        return Point(self.dual.x, theta, -theta, residual, self._spent(), False, infeasible)
+        infeasible = self.dual.excludes(self.b, theta)
+        exhausted = self.steps >= self.max_steps
+        return Point(
+            self.dual.x, theta, -theta, residual, self._spent(), False, infeasible, exhausted
+        )
 
     def _step(self, length: float, tau: float) -> None:
         """Predict, correct, and adapt the stride to how hard that was."""
@@ -124,9 +127,11 @@ class _Walker:
             dual.place(theta, tau)
             residual = self.b - dual.Q @ dual.x
             size = math.sqrt(residual @ residual)
-            if not size < WILD and limit != FIRST or self.steps >= self.max_steps:
+            if (not size < WILD and limit != FIRST) or self.steps >= self.max_steps:
                 return None
             self.trial = theta
+            if not dual.weight.max(initial=0.0) > 0:  # all of x underflows: no step from here
+                return None
             system = NewtonSystem(dual.frame(), dual.speed * dual.weight)
             self.steps += 1
             # Rounding of the exponents moves x by eps |t|: nothing below that can be reached.

@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 __all__ = ["ExponentialDual", "HyperbolicDual", "OneSidedDual"]
 
 Array = NDArray[np.float64]
+APART = 1e-9  # distance from b to the x of the right signs at which there is no solution
 
 
 class ExponentialDual(ABC):
@@ -61,6 +63,15 @@ class ExponentialDual(ABC):
     def easy(self) -> float:
         """Give a scale tau at which x(0, tau) has size about 1."""
 
+    def excludes(self, b: Array, theta: Array) -> bool:
+        """Whether ``theta`` proves that no x in the domain has Qx = b.
+
+        <theta, b> <= ceiling(theta) |x| for every x with Qx = b: where the left side is much
+        larger, a solution would have to be absurdly large (Farkas).
+        """
+        gain = float(theta @ b)
+        return gain > 0 and self.ceiling(theta) * 1e4 < gain
+
 
 class HyperbolicDual(ExponentialDual):
     """x = A sinh(s Q^T theta + rho)."""
@@ -70,6 +81,7 @@ class HyperbolicDual(ExponentialDual):
         self.log_half, self.rho, self.speed = log_A - np.log(2.0), rho, speed
 
     def place(self, theta: Array, tau: float) -> None:
+        """Compute x and its derivative; see `ExponentialDual`."""
         t = self.QT @ (self.speed * theta)
         t += self.rho
         size = np.abs(t)
@@ -80,15 +92,19 @@ class HyperbolicDual(ExponentialDual):
         self.x = self.mass = np.copysign(half * np.expm1(size), t)
 
     def frame(self) -> Array:
+        """Give Q^T: the Hessian is diagonal as it is."""
         return self.QT
 
     def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
         return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
 
     def ceiling(self, theta: Array) -> float:
+        """Give the largest |<theta, Qx>|, of either sign."""
         return float(np.abs(self.QT @ theta).max(initial=0.0))
 
     def easy(self) -> float:
+        """Give the scale at which the largest x(0) is about 1."""
         return -float((self.log_half + np.abs(self.rho)).max(initial=-np.inf))
 
 
@@ -100,19 +116,28 @@ class OneSidedDual(ExponentialDual):
         self.log_x0, self.sign = log_x0, sign
 
     def place(self, theta: Array, tau: float) -> None:
+        """Compute x and its derivative; see `ExponentialDual`."""
         t = self.speed * self.sign * (self.QT @ theta)
         self.largest = float(np.abs(t).max(initial=0.0))
         self.weight = np.exp(self.log_x0 + tau + t)
         self.x = self.mass = self.sign * self.weight
 
     def frame(self) -> Array:
+        """Give Q^T: the Hessian is diagonal as it is."""
         return self.QT
 
     def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
         return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
 
     def ceiling(self, theta: Array) -> float:
+        """Give the largest <theta, Qx> for the signs that x has."""
         return float((self.sign * (self.QT @ theta)).max(initial=0.0))
 
     def easy(self) -> float:
+        """Give the scale at which the largest x(0) is about 1."""
         return -float(self.log_x0.max(initial=-np.inf))
+
+    def excludes(self, b: Array, theta: Array) -> bool:
+        """Whether b, of norm 1 or 0, is outside the cone of the columns of Q with their signs."""
+        return float(nnls(self.Q * self.sign, b)[1]) > APART

@@ -16,7 +16,6 @@ from .rows import Rows
 __all__ = ["solve_general"]
 
 Array = NDArray[np.float64]
-EPS = 2.2e-16
 SHORTEST = 1e-6  # part of the way from the centre to y below which a step gives up
 
 
@@ -52,6 +51,8 @@ class _Search:
         self.R, self.Q, self.b, self.a, self.max_steps = R, rows.Q, rows.b, a, max_steps
         self.QT, self.steps = np.ascontiguousarray(rows.Q.T), 0
         self.theta, self.x = np.zeros(len(rows.b)), np.zeros(rows.Q.shape[1])
+        self.eps = torch.finfo(R.dtype).eps
+        self.good = max(GOOD, 1e3 * self.eps)
 
     def place(self, theta: Array) -> Array | None:
         """Evaluate x and its derivative at Q^T theta; None outside the range of mu."""
@@ -90,15 +91,15 @@ class _Search:
         for _ in range(limit):
             residual = target - self.Q @ self.x
             size = float(np.linalg.norm(residual)) / scale
-            floor = 10 * EPS * (1 + float(np.linalg.norm(self.x)) / scale)
-            if size <= floor or (size < GOOD and size > 0.3 * best):
+            floor = 10 * self.eps * (1 + float(np.linalg.norm(self.x)) / scale)
+            if size <= floor or (size < self.good and size > 0.3 * best):
                 return self.theta
             if self.steps >= self.max_steps:
                 return None
             best, self.steps = min(best, size), self.steps + 1
             step = NewtonSystem(self.frame, self.weights).solve(residual)
             if not self._advance(step, residual, target):
-                return self.theta if size < GOOD else None
+                return self.theta if size < self.good else None
         return None
 
     def _advance(self, step: Array, residual: Array, target: Array) -> bool:
@@ -121,7 +122,11 @@ class _Search:
         """Give the last place, measured against b."""
         scale = float(np.linalg.norm(self.b)) or 1.0
         residual = float(np.linalg.norm(self.b - self.Q @ self.x)) / scale
-        return Point(self.x, self.theta, -self.theta, residual, self.steps, False)
+        exhausted = self.steps >= self.max_steps
+        return Point(
+            self.x, self.theta, -self.theta, residual, self.steps, False,
+            exhausted=exhausted, tolerance=self.good,
+        )  # fmt: skip
 
 
 def _numpy(value: torch.Tensor) -> Array:

@@ -22,6 +22,7 @@ class MatrixDual(ExponentialDual):
         self.root2 = np.where(self.rows == self.columns, 1.0, np.sqrt(2.0))
 
     def place(self, theta: Array, tau: float) -> None:
+        """Compute X and its derivative in the eigenbasis of M."""
         t, self.vectors = np.linalg.eigh(2 * smat(theta @ self.Q, self.n))
         self.largest = float(np.abs(t).max())
         values = np.exp(self.log_beta + tau + t)
@@ -31,21 +32,26 @@ class MatrixDual(ExponentialDual):
         self.weight = _logarithmic_mean(values)[self.rows, self.columns]
 
     def frame(self) -> Array:
+        """Give the rows, turned to the eigenbasis of M."""
         V, n = self.vectors, self.n
         turned = (self.full.reshape(-1, n) @ V).reshape(-1, n, n)
         turned = np.matmul(V.T, turned)
         return (turned[:, self.rows, self.columns] * self.root2).T
 
     def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
         return float(np.abs(self._eigenvalues(step)).max()) * self.speed
 
     def ceiling(self, theta: Array) -> float:
+        """Give the largest eigenvalue: X has no negative ones."""
         return float(self._eigenvalues(theta).max())
 
     def _eigenvalues(self, theta: Array) -> Array:
-        return np.linalg.eigvalsh(smat(theta @ self.Q, self.n))
+        values = np.linalg.eigvalsh(smat(theta @ self.Q, self.n))
+        return np.asarray(values, dtype=np.float64)
 
     def easy(self) -> float:
+        """Give the scale at which X is the identity for theta = 0."""
         return -self.log_beta
 
 

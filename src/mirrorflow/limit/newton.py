@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 
 __all__ = ["NewtonSystem"]
 
@@ -12,6 +12,9 @@ Array = NDArray[np.float64]
 ILL = 1e-7  # smallest pivot of the scaled Cholesky factor: below it, a QR solves instead
 SEEN = 1e-7  # pivots of sqrt(W) F^T below it, relative to the first, are below rounding in Fx
 LIGHT = 1e-22  # columns lighter than this next to the heaviest do not reach the Gram matrix
+potrf, potrs, trtrs, geqp3, ormqr = get_lapack_funcs(
+    ("potrf", "potrs", "trtrs", "geqp3", "ormqr"), dtype=np.float64
+)
 
 
 class NewtonSystem:
@@ -35,7 +38,7 @@ class NewtonSystem:
         self.scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         gram *= self.scale
         gram *= self.scale[:, None]
-        self.factor, failed = lapack.dpotrf(gram, lower=1, clean=0, overwrite_a=1)
+        self.factor, failed = potrf(gram, lower=1, clean=0, overwrite_a=1)
         self.ill = failed != 0 or not self.factor.diagonal().min(initial=1.0) > ILL
         if self.ill:
             self._orthogonal(root)
@@ -51,7 +54,7 @@ class NewtonSystem:
         last = self.w[order[min(2 * r, d) - 1]]
         self.order = order[self.w[order] > 1e-16 * last]
         KT = np.asfortranarray(self.FT[self.order] * root[self.order, None])
-        self.qr, pivot, self.tau, _, _ = lapack.dgeqp3(KT, overwrite_a=1)
+        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)
         self.pivot = pivot - 1
         size = np.abs(self.qr.diagonal())
         first = size.max(initial=0.0)
@@ -63,11 +66,11 @@ class NewtonSystem:
         if not len(r):
             return r
         if not self.ill:
-            return lapack.dpotrs(self.factor, r * self.scale, lower=1)[0] * self.scale
+            return potrs(self.factor, r * self.scale, lower=1)[0] * self.scale
         k, z = self.seen, np.zeros_like(r)
         R = self.qr[:k, :k]
-        half = lapack.dtrtrs(R, r[self.pivot[:k]], trans=1)[0]
-        z[self.pivot[:k]] = lapack.dtrtrs(R, half)[0]
+        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]
+        z[self.pivot[:k]] = trtrs(R, half)[0]
         return z
 
     def fit(self, u: Array, seen: bool = False) -> Array:
@@ -79,6 +82,6 @@ class NewtonSystem:
             return self.solve(self.FT.T @ (self.w * u))
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
         right = np.asfortranarray((np.sqrt(self.w[self.order]) * u[self.order])[:, None])
-        right = lapack.dormqr("L", "T", self.qr, self.tau, right, max(1, 64 * len(right)))[0]
-        z[self.pivot[:k]] = lapack.dtrtrs(self.qr[:k, :k], right[:k, 0])[0]
+        right = ormqr("L", "T", self.qr, self.tau, right, max(1, 64 * len(right)))[0]
+        z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
         return z

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 
 __all__ = ["Rows", "orthonormal"]
 
@@ -14,6 +14,7 @@ Array = NDArray[np.float64]
 RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
 DROP = 1e-11  # singular values, relative to the largest, that count as zero
 MISSED = 1e-9  # part of y outside the range of Z, relative to y, that counts as inconsistent
+potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def orthonormal(Z: Array, y: Array) -> Rows:
     U, v = Z / scale[:, None], y / scale
     n, d = Z.shape
     if 0 < n <= d:
-        factor, failed = lapack.dpotrf(U @ U.T, lower=1, clean=1)
+        factor, failed = potrf(U @ U.T, lower=1, clean=1)
         if failed == 0 and np.diag(factor).min() > RANK:
-            inverse = lapack.dtrtri(factor, lower=1)[0]
+            inverse = trtri(factor, lower=1)[0]
             return Rows(inverse @ U, inverse @ v, inverse.T / scale[:, None], 0.0)
     return _by_singular_vectors(Z, y, U, v, scale)
 
@@ -66,4 +67,4 @@ def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -
     if missed > MISSED:  # the flow on |Zx - y|^2 projects y in its own metric, not in that of U
         b = np.linalg.lstsq(Z @ Q.T, y, rcond=None)[0]
         missed = float(np.linalg.norm(Z @ (Q.T @ b) - y) / np.linalg.norm(y))
-    return Rows(Q, b, back, missed)
+    return Rows(Q, np.asarray(b, dtype=np.float64), back, missed)

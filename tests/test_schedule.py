@@ -1,0 +1,324 @@
+"""Schedules: rate and integral against quadrature, and what they refuse."""
+
+import copy
+import math
+import pickle
+from dataclasses import FrozenInstanceError
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+
+import mirrorflow as mf
+
+EVERY = {
+    "constant": mf.Constant(0.3),
+    "zero": mf.Constant(0),
+    "off": mf.SwitchOff(0.7, at=1.3),
+    "up": mf.Linear(0.0, 0.4, 1.7),
+    "down": mf.Linear(0.5, -0.2, 0.9),
+    "cosine": mf.Cosine(0.5, 0.1, 1.6),
+    "warm": mf.Cosine(0.0, 1.0, 0.7),
+    "piecewise": mf.Piecewise((0.4, 1.0, 1.9), (0.1, 0.6, -0.2, 0.05)),
+    "one piece": mf.Piecewise((), (0.3,)),
+    "joined": mf.join([(mf.Linear(0, 0.3, 0.6), 0.6), (mf.Cosine(0.3, 0.0, 1.0), 0.5),
+                       (mf.SwitchOff(0.2, at=0.4), None)]),
+    "cut": mf.join([(mf.SwitchOff(1.0, at=2.0), 0.7), (mf.Piecewise((0.3,), (0.0, 1.0)), 0.9),
+                    (mf.Constant(0.0), math.inf)]),
+}  # fmt: skip
+EVERY["nested"] = mf.join([(EVERY["joined"], 1.35), (EVERY["cut"], 1.0), (EVERY["up"], 5.0)])
+each = pytest.mark.parametrize("schedule", EVERY.values(), ids=EVERY)
+some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+strengths = st.floats(-2, 2)
+times = st.floats(1e-3, 20)
+
+
+@st.composite
+def pieces(draw):
+    count = draw(st.integers(0, 3))
+    jumps = sorted(draw(st.sets(times, min_size=count, max_size=count)))
+    return mf.Piecewise(jumps, [draw(strengths) for _ in range(count + 1)])
+
+
+def joins(parts):
+    return st.lists(st.tuples(parts, times), min_size=1, max_size=3).map(mf.join)
+
+
+simple = st.one_of(
+    st.builds(mf.Constant, strengths),
+    st.builds(mf.SwitchOff, strengths, times),
+    st.builds(mf.Linear, strengths, strengths, times),
+    st.builds(mf.Cosine, strengths, strengths, times),
+    pieces(),
+)
+schedules = st.recursive(simple, joins, max_leaves=5)
+
+
+def quadrature(schedule, start, end):
+    """Integrate the rate numerically between breakpoints."""
+    edges = [start, *(b for b in schedule.breakpoints if start < b < end), end]
+    return math.fsum(
+        quad(schedule.rate, a, b, epsabs=1e-12, epsrel=1e-12)[0] for a, b in pairwise(edges)
+    )
+
+
+# Values.
+
+
+@each
+def test_the_integral_is_that_of_the_rate(schedule):
+    for t in (0.0, 0.2, 0.4, 1.0, 1.3, 1.75, 2.9, 11.0):
+        assert schedule.integral(t) == pytest.approx(quadrature(schedule, 0.0, t), abs=1e-13)
+
+
+@some
+@given(schedule=schedules, start=st.floats(0, 60), span=st.floats(0, 60))
+def test_the_integral_is_that_of_the_rate_for_random_schedules(schedule, start, span):
+    gained = schedule.integral(start + span) - schedule.integral(start)
+    assert gained == pytest.approx(quadrature(schedule, start, start + span), abs=1e-10)
+
+
+@some
+@given(schedule=schedules)
+def test_the_rate_is_right_continuous_at_the_breakpoints(schedule):
+    points = schedule.breakpoints
+    assert list(points) == sorted(set(points)) and all(b > 0 for b in points)
+    after = [schedule.rate(np.nextafter(b, np.inf)) for b in points]
+    assert [schedule.rate(b) for b in points] == pytest.approx(after, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        (EVERY["constant"], ()),
+        (EVERY["off"], (1.3,)),
+        (EVERY["up"], (1.7,)),
+        (EVERY["cosine"], (1.6,)),
+        (EVERY["piecewise"], (0.4, 1.0, 1.9)),
+        (EVERY["joined"], (0.6, 1.1, 1.5)),
+        (EVERY["cut"], (0.7, 1.0, 1.6)),
+        (mf.join([(mf.Constant(1.0), 2.0)]), ()),
+        (mf.join([(mf.join([(mf.Constant(1.0), 1.0), (mf.Constant(2.0), 1.0)]), 1.0),
+                  (mf.SwitchOff(1.0, at=3.0), 3.0), (mf.Constant(0.5), None)]), (1.0, 4.0)),
+    ],
+)  # fmt: skip
+def test_breakpoints(schedule, points):
+    assert schedule.breakpoints == pytest.approx(points, abs=1e-15)
+
+
+def test_rates_at_and_between_the_breakpoints():
+    assert mf.SwitchOff(0.7, at=1.3).rate([0, 1.2999999, 1.3, 9]).tolist() == [0.7, 0.7, 0, 0]
+    assert mf.Linear(1.0, 0.2, 4.0).rate([0, 1, 4, 5]).tolist() == [1.0, 0.8, 0.2, 0.2]
+    np.testing.assert_allclose(
+        mf.Cosine(1.0, 0.2, 3.0).rate([0, 1, 1.5, 3, 4]), [1.0, 0.8, 0.6, 0.2, 0.2], rtol=1e-15
+    )
+    assert mf.Piecewise((1, 2), (3, 4, 5)).rate([0.99, 1, 1.99, 2]).tolist() == [3, 4, 4, 5]
+    joined = mf.join([(mf.Constant(1.0), 2.0), (mf.Linear(3.0, 4.0, 1.0), 0.5), (EVERY["off"], 9)])
+    assert joined.rate([1.999, 2.0, 2.25, 2.5, 3.7, 3.9]).tolist() == [1, 3, 3.25, 0.7, 0.7, 0]
+
+
+@pytest.mark.parametrize("end", (0.0, 0.1, 0.3))
+@pytest.mark.parametrize("kind", (mf.Linear, mf.Cosine))
+def test_a_ramp_ends_exactly_at_its_end(kind, end):
+    """So that a decay that was switched off is off: `weightdecay` compares with 0."""
+    for duration in (0.1, 1 / 3, 7.0, 1e5):
+        ramp = kind(0.7, end, duration)
+        assert ramp.rate([duration, 2 * duration, 1e9]).tolist() == [end] * 3
+
+
+def test_a_leading_zero_is_the_start_of_the_first_rate():
+    assert mf.Piecewise((0, 1, 2), (3, 4, 5)) == mf.Piecewise((1, 2), (3, 4, 5))
+    assert mf.Piecewise((0,), (3,)).integral(2) == 6
+
+
+@each
+def test_accumulated_is_minus_the_integral(schedule):
+    t = np.linspace(0, 5, 31)
+    assert schedule.accumulated(t).tolist() == (-schedule.integral(t)).tolist()
+    assert math.copysign(1, schedule.accumulated(0.0)) == 1  # 0, not -0
+    assert schedule.integral(0.0) == 0
+
+
+# Numbers and arrays.
+
+
+@each
+def test_arrays_are_evaluated_like_numbers(schedule):
+    grid = np.linspace(0, 4, 24).reshape(2, 3, 4)
+    for method in (schedule.rate, schedule.integral, schedule.accumulated):
+        values = method(grid)
+        assert values.shape == grid.shape and values.dtype == np.float64
+        assert values.ravel().tolist() == [method(float(t)) for t in grid.ravel()]
+        assert method([]).shape == (0,) and method(grid[:1, :1, :1]).shape == (1, 1, 1)
+        assert method(grid.tolist()).tolist() == values.tolist()
+        torched = method(torch.from_numpy(grid))
+        assert isinstance(torched, np.ndarray) and torched.tolist() == values.tolist()
+
+
+@each
+@pytest.mark.parametrize(
+    "make", (int, float, np.float32, np.float64, np.int64, np.array, torch.tensor, Fraction)
+)
+def test_numbers_of_any_kind_give_a_float(schedule, make):
+    for method in (schedule.rate, schedule.integral, schedule.accumulated):
+        value = method(make(2))
+        assert type(value) is float and value == method(2.0)
+
+
+@each
+def test_single_precision_times_are_evaluated_in_double(schedule):
+    t = np.linspace(0, 4, 9, dtype=np.float32)
+    assert schedule.integral(t).dtype == np.float64
+    assert schedule.integral(t).tolist() == schedule.integral(t.astype(float)).tolist()
+
+
+# Digits.
+
+
+def test_long_durations_keep_their_digits():
+    """300,000 updates of a large model, and far beyond: relative errors of a few eps."""
+    for t in (3e5, 1e12, 1e15):
+        exact = Fraction(1 / 3) * Fraction(t)
+        assert mf.Constant(1 / 3).integral(t) == pytest.approx(float(exact), rel=4e-16)
+        assert mf.SwitchOff(1e-5, at=t / 2).integral(t) == pytest.approx(t * 5e-6, rel=4e-16)
+        assert mf.Linear(0.1, 0.0, t).integral(2 * t) == pytest.approx(0.05 * t, rel=4e-16)
+        assert mf.Cosine(0.1, 0.0, t).integral(2 * t) == pytest.approx(0.05 * t, rel=4e-16)
+        many = mf.join([(mf.Constant(0.1), t), (mf.Constant(0.0), t), (mf.Constant(0.2), None)])
+        assert many.integral(3 * t) == pytest.approx(0.3 * t, rel=4e-16)
+
+
+@pytest.mark.parametrize("duration", (1.0, 1e6, 1e12))
+def test_the_start_of_a_long_warmup_keeps_its_digits(duration):
+    """t^2 end / (2 duration), which end t - end t (1 - t / (2 duration)) would lose."""
+    for t in (1e-6, 1e-3, 0.7):
+        got = mf.Linear(0.0, 0.3, duration).integral(t)
+        assert got == pytest.approx(0.15 * t * t / duration, rel=1e-15)
+
+
+@pytest.mark.parametrize("at", (0.1, 0.3, 0.7, 1 / 3))
+def test_a_switch_after_a_long_time_is_over_at_its_breakpoint(at):
+    """(start + at) - start may round to less than at; an integrator restarts at the breakpoint."""
+    for start in (0.2, 1e3 / 7, 1e6, 1e9 / 3):
+        joined = mf.join([(mf.Constant(0.5), start), (mf.SwitchOff(0.4, at=at), None)])
+        _, switch = joined.breakpoints
+        assert joined.rate(switch) == 0 and joined.rate(np.nextafter(switch, 0)) == 0.4
+        assert switch == pytest.approx(start + at, rel=4e-16)
+
+
+# Values, not objects.
+
+
+@each
+def test_schedules_are_values(schedule):
+    for twin in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
+        assert twin == schedule and hash(twin) == hash(schedule) and repr(twin) == repr(schedule)
+        assert twin.integral(2.3) == schedule.integral(2.3)
+    others = [s for s in EVERY.values() if s is not schedule]
+    assert all(s != schedule for s in others)
+    name = next(iter(vars(schedule)))
+    with pytest.raises(FrozenInstanceError):
+        setattr(schedule, name, 1.0)
+
+
+def test_equal_numbers_make_equal_schedules():
+    assert mf.Constant(1) == mf.Constant(1.0) == mf.Constant(torch.tensor(1.0))
+    assert mf.Piecewise([1, 2], [0, 1, 0]) == mf.Piecewise((1.0, 2.0), np.array([0, 1, 0]))
+    assert mf.Linear(0, 1, 2) != mf.Cosine(0, 1, 2)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("joined", "cut", "nested")])
+def test_the_repr_makes_the_schedule_again(name):
+    assert eval(repr(EVERY[name]), vars(mf)) == EVERY[name]
+
+
+# Joins.
+
+
+@some
+@given(parts=st.lists(st.tuples(simple, times), min_size=1, max_size=4), t=st.floats(0, 100))
+def test_a_join_runs_one_after_the_other(parts, t):
+    left, gained, rate = t, 0.0, None
+    for i, (schedule, duration) in enumerate(parts):
+        if left < duration or i == len(parts) - 1:
+            gained, rate = gained + schedule.integral(left), schedule.rate(left)
+            break
+        gained, left = gained + schedule.integral(duration), left - duration
+    joined = mf.join(parts)
+    assert joined.integral(t) == pytest.approx(gained, abs=1e-11)
+    near = [b for b in joined.breakpoints if abs(b - t) < 1e-9]
+    assert near or joined.rate(t) == pytest.approx(rate, abs=1e-8)
+
+
+def test_a_join_of_joins_is_the_flat_join():
+    a, b, c = mf.Linear(0, 1, 0.5), mf.Cosine(1, 0.2, 0.7), mf.SwitchOff(0.4, at=0.25)
+    flat = mf.join([(a, 0.5), (b, 0.25), (c, None)])
+    for deep in (
+        mf.join([(mf.join([(a, 0.5), (b, 9.0)]), 0.75), (c, None)]),
+        mf.join([(a, 0.5), (mf.join([(b, 0.25), (c, 1.0)]), 2.0)]),
+    ):
+        t = np.linspace(0, 2, 81)
+        np.testing.assert_allclose(deep.rate(t), flat.rate(t), atol=1e-15)
+        np.testing.assert_allclose(deep.integral(t), flat.integral(t), atol=1e-15)
+        assert deep.breakpoints == flat.breakpoints == (0.5, 0.75, 1.0)
+
+
+# Refusals.
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mf.Constant(NAN), "Constant: rate must be a finite number, got nan"),
+        (lambda: mf.Constant(INF), "Constant: rate must be a finite number, got inf"),
+        (lambda: mf.Constant(None), "Constant: rate must be a finite number, got None"),
+        (lambda: mf.Constant("strong"), "Constant: rate must be a finite number, got 'strong'"),
+        (lambda: mf.Constant([1, 2]), r"Constant: rate must be a finite number, got \[1, 2\]"),
+        (lambda: mf.SwitchOff(NAN, 1), "SwitchOff: rate must be a finite"),
+        (lambda: mf.SwitchOff(1, 0), "SwitchOff: at must be positive, got 0"),
+        (lambda: mf.SwitchOff(1, -1), "SwitchOff: at must be positive, got -1"),
+        (lambda: mf.SwitchOff(1, INF), "SwitchOff: at must be a finite"),
+        (lambda: mf.Linear(NAN, 0, 1), "Linear: start must be a finite"),
+        (lambda: mf.Linear(0, -INF, 1), "Linear: end must be a finite"),
+        (lambda: mf.Linear(0, 1, 0), "Linear: duration must be positive"),
+        (lambda: mf.Cosine(0, 1, -2.0), "Cosine: duration must be positive, got -2.0"),
+        (lambda: mf.Cosine(0, 1, NAN), "Cosine: duration must be a finite"),
+        (lambda: mf.Piecewise((1, NAN), (1, 2, 3)), "Piecewise: times must be a finite"),
+        (lambda: mf.Piecewise((1, 2), (1, INF, 3)), "Piecewise: rates must be a finite"),
+        (lambda: mf.Piecewise((2, 1), (1, 2, 3)), "times must be positive and ascending"),
+        (lambda: mf.Piecewise((1, 1), (1, 2, 3)), "times must be positive and ascending"),
+        (lambda: mf.Piecewise((-1, 1), (1, 2, 3)), "times must be positive and ascending"),
+        (lambda: mf.Piecewise((0, 1), (1, 2, 3)), "times must be positive and ascending"),
+        (lambda: mf.Piecewise((1, 2), (1, 2)), r"one entry more than .* times \(2\), got 2"),
+        (lambda: mf.Piecewise((1,), (1, 2, 3)), r"one entry more than .* times \(1\), got 3"),
+        (lambda: mf.Piecewise((), ()), r"one entry more than .* times \(0\), got 0"),
+        (lambda: mf.join([]), "join: at least one"),
+        (lambda: mf.join([(mf.Constant(1), None), (mf.Constant(2), 1)]), "join: duration"),
+        (lambda: mf.join([(mf.Constant(1), INF), (mf.Constant(2), 1)]), "join: duration"),
+        (lambda: mf.join([(mf.Constant(1), 0), (mf.Constant(2), 1)]), "join: duration"),
+        (lambda: mf.join([(mf.Constant(1), -1.0)]), "join: duration must be positive"),
+        (lambda: mf.join([(mf.Constant(1), NAN)]), "join: duration must be a finite"),
+    ],
+)
+def test_bad_numbers_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_join_needs_schedules():
+    with pytest.raises(TypeError, match=r"join: expected \(Schedule, duration\) pairs, got 0.1"):
+        mf.join([(mf.Constant(1), 1.0), (0.1, None)])
+
+
+@each
+@pytest.mark.parametrize("t", (-1e-9, -1, NAN, INF, -INF, None, [0.0, NAN], [1.0, -2.0, 3.0]))
+def test_times_are_finite_and_not_negative(schedule, t):
+    for method in (schedule.rate, schedule.integral, schedule.accumulated):
+        with pytest.raises(ValueError, match="t must be finite and >= 0, got"):
+            method(t)
