@@ -30,7 +30,7 @@ ALLOWED = {
     "integrations": ("schedule", "weightdecay", "spectrum"),
     "experiments": TOP,
     "sweep": ("experiments",),
-    "cli": ("experiments", "report", "sweep", "conditions", "reparam", "regularizer"),
+    "cli": ("experiments", "report", "sweep", "conditions", "reparam", "regularizer", "spectrum"),
 }
 FORBIDDEN = {"utils", "core", "common", "base", "helpers", "misc"}
 HEAVY = {"torch", "matplotlib", "altair", "sklearn", "scipy", "numpy", "pydantic"}

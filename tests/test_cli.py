@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from mirrorflow import cli
 
@@ -187,3 +188,25 @@ def test_the_documented_pair_passes(monkeypatch, capsys):
     path = ROOT / "docs" / "examples" / "own_pair.py"
     assert call(monkeypatch, "check", f"{path}:pair") == 0
     assert textwrap.dedent(capsys.readouterr().out).strip()
+
+
+def test_audit_measures_a_checkpoint_and_names_what_it_cannot_read(monkeypatch, capsys, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"layer.{name}_proj.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for name in "qv"
+        for side, shape in (("A", (2, 6)), ("B", (8, 2)))
+    }
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(weights, path)
+    assert call(monkeypatch, "audit", path, "--json") == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    A, B = (weights[f"layer.q_proj.lora_{side}.weight"] for side in "AB")
+    s = torch.linalg.svdvals(B.double() @ A.double())
+    assert records[0]["ratio"] == pytest.approx((s.sum() / s.norm()).item())
+    assert call(monkeypatch, "audit", path, "--match", "v_proj") == 0
+    out = capsys.readouterr().out
+    assert "v_proj" in out and "q_proj" not in out
+    assert call(monkeypatch, "audit", tmp_path / "none") == 2
+    assert "does not exist" in capsys.readouterr().err

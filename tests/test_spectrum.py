@@ -1,9 +1,12 @@
 """The spectrum of a product from Gram matrices, against the dense SVD."""
 
+import math
+
 import pytest
 import torch
+import torch.multiprocessing as mp
 
-from mirrorflow.spectrum import product_spectrum
+from mirrorflow.spectrum import product, product_spectrum
 
 
 def factors(seed, n, r, m, batch=(), dtype=torch.float64):
@@ -79,3 +82,129 @@ def test_errors_name_the_factor():
     B[0, 0] = torch.nan
     with pytest.raises(ValueError, match="B holds NaN"):
         product_spectrum(A, B)
+
+
+@pytest.mark.parametrize(("n", "r", "m"), [(50, 8, 40), (4, 8, 40), (40, 8, 3)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_batch_holds_full_deficient_and_zero_products_side_by_side(n, r, m, rank):
+    A, B = factors(6, n, r, m, batch=(4,))
+    A[1, :, rank:] = 0
+    B[2, rank:] = B[2, :1]
+    B[3] = 0
+    dense = torch.linalg.svdvals(A @ B)
+    spectrum = product_spectrum(A, B)
+    assert spectrum.defined.tolist() == [True, True, True, False]
+    assert torch.allclose(spectrum.nuclear, dense.sum(-1), rtol=1e-7, atol=1e-12)
+    assert torch.allclose(spectrum.frobenius, torch.linalg.matrix_norm(A @ B), rtol=1e-7)
+    stable = (dense.norm(dim=-1) / dense[:, 0]) ** 2
+    assert torch.allclose(spectrum.stable_rank[:3], stable[:3], rtol=1e-7)
+    assert torch.isnan(spectrum.ratio[3]) and spectrum.nuclear[3] == 0
+
+
+def test_a_product_that_is_rounding_alone_is_zero():
+    # A B = 0 although neither factor is: an invented ratio would be that of the rounding errors.
+    Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    A, B = torch.randn(20, 3, dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64)
+    spectrum = product_spectrum(A @ Q[:, :3].T, Q[:, 3:] @ B)
+    assert not spectrum.defined and spectrum.nuclear == 0 and spectrum.gap > 1
+    assert torch.isnan(spectrum.ratio)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-5, 1e-9])
+def test_ill_conditioned_products_keep_their_nuclear_norm(spread):
+    U, V = (torch.linalg.qr(torch.randn(60, 10, dtype=torch.float64))[0] for _ in range(2))
+    s = torch.logspace(0, math.log10(spread), 10, dtype=torch.float64)
+    mix = torch.randn(10, 10, dtype=torch.float64)
+    spectrum = product_spectrum(U * s @ mix, torch.linalg.solve(mix, V.T))
+    assert spectrum.nuclear.item() == pytest.approx(s.sum().item(), rel=1e-6)
+    assert torch.allclose(spectrum.singular_values, s, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12])
+def test_the_ratios_do_not_depend_on_the_size(size):
+    A, B = factors(7, 30, 4, 30, dtype=torch.float32)
+    one, other = product_spectrum(A, B), product_spectrum(A * size, B)
+    assert other.defined
+    assert torch.isclose(other.ratio, one.ratio, rtol=1e-6)
+    assert torch.isclose(other.nuclear, one.nuclear * size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 500, 4), (1, 3000, 4), (2, 3, 500, 4), (5000, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_matrices_are_the_same_in_chunks(shape, dtype, monkeypatch):
+    rows = torch.randn(shape).to(dtype).mT
+    expected = rows.double() @ rows.double().mT
+    monkeypatch.setattr(product, "CHUNK", 900)
+    assert torch.allclose(product.gram(rows), expected, rtol=1e-12)
+
+
+def test_no_float64_copy_of_a_large_factor_is_made(monkeypatch):
+    sizes, square = [], product._square
+    monkeypatch.setattr(product, "_square", lambda wide: sizes.append(wide.numel()) or square(wide))
+    A = torch.randn(3, 1 << 18, 4)
+    product_spectrum(A, A.mT)
+    assert max(sizes) <= product.CHUNK and sum(sizes) == 2 * A.numel()
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (torch.empty(4, 2, device="meta"), "A is on the meta device"),
+        (torch.zeros(4, 2, dtype=torch.int8), "A is int8, not floating: dequantize"),
+    ],
+)
+def test_factors_without_numbers_are_refused(factor, message):
+    with pytest.raises(ValueError, match=message):
+        product_spectrum(factor, torch.ones(2, 4))
+
+
+def test_the_start_of_lora_keeps_its_stored_geometry():
+    A, _ = factors(8, 16, 4, 16)
+    spectrum = product_spectrum(A, torch.zeros(4, 16))
+    assert torch.allclose(spectrum.imbalance, A.T @ A)
+    assert torch.isclose(spectrum.gap, A.norm() ** 2 / 2)
+
+
+def test_gradients_are_not_tracked():
+    A, B = factors(9, 6, 2, 6)
+    assert not product_spectrum(A.requires_grad_(), B).ratio.requires_grad
+
+
+def _sharded(rank, world, file, queue):
+    """Measure a product from shards: with a process group, and as DTensors of all placements."""
+    from torch.distributed import destroy_process_group, group, init_device_mesh, init_process_group
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    A, B = factors(10, 31, 4, 20, batch=(3,), dtype=torch.float32)  # 31: the shards are unequal
+    mine = product_spectrum(A.chunk(world, 1)[rank], B.chunk(world, 2)[rank], group.WORLD)
+    found = [mine.singular_values, mine.imbalance.norm()]
+    mesh = init_device_mesh("cpu", (world,))
+    for a, b in [
+        (Shard(1), Shard(2)),  # the long dimensions: only Gram matrices travel
+        (Shard(2), Shard(1)),  # the inner dimension, as FSDP2 shards lora_A
+        (Shard(0), Shard(0)),  # the heads
+        (Replicate(), Shard(2)),
+    ]:
+        spectrum = product_spectrum(
+            distribute_tensor(A, mesh, [a]), distribute_tensor(B, mesh, [b])
+        )
+        found += [spectrum.singular_values, spectrum.imbalance.norm()]
+    queue.put((rank, [tensor.tolist() for tensor in found]))
+    destroy_process_group()
+
+
+def test_two_processes_measure_what_one_measures(tmp_path):
+    A, B = factors(10, 31, 4, 20, batch=(3,), dtype=torch.float32)
+    whole = product_spectrum(A, B)
+    queue = mp.get_context("spawn").SimpleQueue()
+    processes = mp.start_processes(
+        _sharded, (2, str(tmp_path / "store"), queue), nprocs=2, join=False
+    )
+    found = dict(queue.get() for _ in range(2))
+    while not processes.join():
+        pass
+    assert found[0] == found[1]
+    for values, imbalance in zip(found[0][::2], found[0][1::2], strict=True):
+        assert torch.allclose(torch.tensor(values).double(), whole.singular_values, rtol=1e-6)
+        assert imbalance == pytest.approx(whole.imbalance.norm().item(), rel=1e-10)

@@ -118,6 +118,27 @@ def check(
 
 
 @app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="A safetensors file, a model folder, an adapter.")],
+    level: Annotated[str, typer.Option(help="layer, or head")] = "layer",
+    match: Annotated[str | None, typer.Option(help="A regular expression on names.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
+
+    The file is read pair by pair, so that memory stays near the largest pair.
+    """
+    from .spectrum import audit as measure
+    from .spectrum import table
+
+    try:
+        found = measure(path, level=level, match=match)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    print(found.to_json() if json else table(found))
+
+
+@app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Run the central experiment, draw the shapes of R_a, and make the page."""
     for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):

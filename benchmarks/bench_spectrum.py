@@ -1,0 +1,145 @@
+"""Spectra from Gram matrices against dense SVDs of the product, and against reading the factors.
+
+All heads of GPT-2 small, the whole width of its layers, and LoRA r = 8 at widths 768 and 4,096. The
+dense SVD of one product is timed and taken times the number of products: they are alike. The audit
+reads a checkpoint that is made here, in a process of its own, whose peak memory is its result.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import mirrorflow.spectrum as spectrum
+from benchmarks._measure import measure
+
+CASES = (  # name, products, n = m, r, target against float32
+    ("12 x 12 heads of GPT-2 small", 144, 768, 64, 100),
+    ("LoRA r = 8, 24 pairs of width 768", 24, 768, 8, 5000),
+    ("LoRA r = 8, 64 pairs of width 4,096", 64, 4096, 8, 5000),
+    ("W_Q^T W_K over the whole width of GPT-2 small, 12 layers", 12, 768, 768, None),
+)
+AUDIT_PAIRS, AUDIT_WIDTH = 16, 2048  # 2 x 16 + 2 x 16 matrices of 16 MB: 1 GB
+CHILD = """
+import json, sys, time
+import torch, safetensors.torch
+from mirrorflow.spectrum import audit
+def memory(entry):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before, started = memory("VmRSS"), time.perf_counter()
+found = audit(sys.argv[1], level="head")
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, before, memory("VmHWM"), len(found.records)]))
+"""
+
+
+def factors(count: int, n: int, r: int) -> tuple[Tensor, Tensor]:
+    """Make the stored weights: Q and K, or lora_B and lora_A, float32."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(count, r, n, generator=generator).mT
+    return A, torch.randn(count, r, n, generator=generator)
+
+
+def product(name: str, count: int, n: int, r: int, target: int | None) -> dict:
+    """Compare `product_spectrum` of a batch with dense SVDs."""
+    A, B = factors(count, n, r)
+    ours = spectrum.product_spectrum(A, B)
+    dense = torch.linalg.svdvals(A[0].double() @ B[0].double())
+    error = abs((ours.nuclear[0] / dense.sum()).item() - 1)
+    repeats = 15 if r < 100 else 3
+    quick = measure(
+        {
+            "ours": lambda: spectrum.product_spectrum(A, B).ratio,
+            "read": lambda: (A.sum(), B.sum()),
+        },
+        repeats,
+    )
+    slow = measure(
+        {
+            "float32": lambda: torch.linalg.svdvals(A[0] @ B[0]),
+            **(
+                {"float64": lambda: torch.linalg.svdvals(A[0].double() @ B[0].double())}
+                if n < 1000
+                else {}
+            ),
+        },
+        3 if n < 1000 else 1,
+    )
+    row = {
+        "case": name,
+        "seconds": quick["ours"],
+        "dense SVDs in float32, seconds": slow["float32"] * count,
+        "ratio": slow["float32"] * count / quick["ours"],
+        "target": target,
+        "reading the factors once, seconds": quick["read"],
+        "times the limit": quick["ours"] / quick["read"],
+        "relative error of the nuclear norm": error,
+    }
+    if "float64" in slow:
+        row["dense SVDs in float64, seconds"] = slow["float64"] * count
+        row["ratio to float64"] = slow["float64"] * count / quick["ours"]
+    return row
+
+
+def tracker() -> dict:
+    """Measure the tracker's own cost on the LoRA updates of a GPT-2-small-sized model."""
+    model = torch.nn.ModuleList(_Lora(768, 8) for _ in range(24))
+    tracked = spectrum.SpectralTracker(model)
+    seconds = measure({"measure": tracked.measure}, 15)["measure"]
+    return {
+        "case": "SpectralTracker.measure, 24 LoRA updates r = 8 of width 768",
+        "seconds": seconds,
+        "share of a step of 2.1 s, every 10 steps": seconds / 21,
+        "target": 0.01,
+    }
+
+
+class _Lora(torch.nn.Module):
+    """The weights of a LoRA layer, as PEFT names them."""
+
+    def __init__(self, width: int, r: int) -> None:
+        super().__init__()
+        self.scaling = {"default": 2.0}
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(width, r, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(r, width, bias=False)})
+
+
+def audited() -> dict:
+    """Measure time and peak memory of `audit` on a checkpoint of 1 GB."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {
+            f"layers.{i}.self_attn.{part}.weight": torch.randn(AUDIT_WIDTH, AUDIT_WIDTH) / 50
+            for i in range(AUDIT_PAIRS)
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
+        size = sum(weight.numel() * weight.element_size() for weight in weights.values()) / 2**20
+        save_file(weights, Path(folder) / "model.safetensors")
+        del weights
+        (Path(folder) / "config.json").write_text(json.dumps({"num_attention_heads": 32}))
+        command = [sys.executable, "-c", CHILD, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, before, peak, records = json.loads(done.stdout)
+    pair = 2 * AUDIT_WIDTH**2 * 4 / 2**20
+    return {
+        "case": f"audit of {size:.0f} MB, {AUDIT_PAIRS} layers of width {AUDIT_WIDTH}, by head",
+        "seconds": seconds,
+        "products": records,
+        "peak memory above the imports, MB": peak - before,
+        "largest pair, MB": pair,
+        "times the limit": (peak - before) / pair,
+    }
+
+
+def run() -> list[dict]:
+    """Measure products, the tracker and the audit."""
+    return [*(product(*case) for case in CASES), tracker(), audited()]

@@ -1,0 +1,21 @@
+"""Spectra of the products that weight decay shapes: LoRA's B A, attention's Q K^T.
+
+- `product_spectrum` measures one product, or a batch, from its factors.
+- `SpectralTracker` finds the products in a model and measures them while it trains.
+- `audit` measures those of a checkpoint on disk.
+"""
+
+from .audit import audit
+from .product import ProductSpectrum, product_spectrum
+from .records import Measurement, Record, table
+from .tracker import SpectralTracker
+
+__all__ = [
+    "Measurement",
+    "ProductSpectrum",
+    "Record",
+    "SpectralTracker",
+    "audit",
+    "product_spectrum",
+    "table",
+]

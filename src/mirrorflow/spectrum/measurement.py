@@ -1,0 +1,166 @@
+"""Measuring pairs of factors, those of equal shapes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pairs import Factor, Pair
+from .product import CHUNK, ProductSpectrum, columns, gram, is_sharded, spectrum_of_grams, trace
+from .records import Record
+
+__all__ = ["measure"]
+
+MEMORY = 1 << 24  # elements of factors and Gram matrices that a batch holds at most
+
+
+def measure(
+    pairs: Sequence[Pair], load: Callable[[Factor], Tensor], level: str, batch: int = MEMORY
+) -> tuple[Record, ...]:
+    """Measure pairs; those of equal shapes together, as many as ``batch`` elements allow.
+
+    Parameters
+    ----------
+    pairs : sequence of Pair
+    load : callable
+        Gives the rows of a factor, (r, long dimension).
+    level : str
+        "layer" or "head"; what has no heads is measured whole.
+    batch : int
+        The number of elements that factors and Gram matrices of a batch have at most; 0 takes pair
+        by pair.
+    """
+    records: dict[int, list[Record]] = {}
+    for chosen in _batches(pairs, level, batch):
+        group = [pairs[i] for i in chosen]
+        for i, found in zip(chosen, _measure_alike(group, load, level), strict=True):
+            records[i] = found
+    return tuple(record for i in range(len(pairs)) for record in records[i])
+
+
+def _batches(pairs: Sequence[Pair], level: str, batch: int) -> Iterator[list[int]]:
+    """Divide the indices of pairs into groups of the same shape and of limited size."""
+    alike: dict[Any, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        alike.setdefault((pair.shape, pair.heads, pair.key_heads), []).append(i)
+    for (shape, *_), members in alike.items():
+        n, r, m = shape
+        size = r * (n + m) + 4 * r * r
+        count = max(1, batch // size)
+        yield from (members[start : start + count] for start in range(0, len(members), count))
+
+
+def _measure_alike(
+    pairs: list[Pair], load: Callable[[Factor], Tensor], level: str
+) -> list[list[Record]]:
+    """Measure pairs of the same shape."""
+    first = pairs[0]
+    heads, key_heads = (first.heads, first.key_heads) if level == "head" else (None, None)
+    left = _grams([_by_head(load(pair.left), heads) for pair in pairs])
+    right = _grams([_by_head(load(pair.right), key_heads) for pair in pairs]).to(left.device)
+    n, r, m = first.shape
+    if heads and key_heads:
+        right = right.repeat_interleave(heads // key_heads, dim=1)
+        spectrum = spectrum_of_grams(left, right, min(n, r // heads, m))
+    elif first.heads and first.key_heads and first.heads != first.key_heads:
+        spectrum = _grouped(left, right, first)
+    else:
+        spectrum = spectrum_of_grams(left, right, min(n, r, m))
+    return [
+        _records(pair, rows, (n, r // heads if heads else r, m))
+        for pair, rows in zip(pairs, _numbers(spectrum), strict=True)
+    ]
+
+
+def _by_head(rows: Tensor, heads: int | None) -> Tensor:
+    """View (heads * width, n) as (heads, width, n)."""
+    if heads is None:
+        return rows
+    if is_sharded(rows) and heads % rows.device_mesh.size():  # type: ignore[attr-defined]
+        rows = columns(rows)
+    return rows.unflatten(0, (heads, -1))
+
+
+def _grams(matrices: list[Tensor]) -> Tensor:
+    """Give the stacked Gram matrices of matrices of one shape, few of them stacked at a time."""
+    devices = {(matrix.device, matrix.dtype) for matrix in matrices}
+    if any(is_sharded(matrix) for matrix in matrices) or len(devices) > 1:
+        grams = [gram(matrix) for matrix in matrices]
+        return torch.stack([found.to(grams[0].device) for found in grams])
+    count = max(1, CHUNK // max(1, matrices[0].numel()))
+    parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]
+    return torch.cat(
+        [gram(torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0)) for part in parts]
+    )
+
+
+def _grouped(left: Tensor, right: Tensor, pair: Pair) -> ProductSpectrum:
+    """Measure a layer whose query heads share key heads.
+
+    The product is that of Q with K repeated for each query head. As the query heads of a group meet
+    the same key head, it is also that of their sum with K, which has a smaller inner dimension.
+    """
+    heads, key_heads = pair.heads or 1, pair.key_heads or 1
+    n, r, m = pair.shape
+    group, width = heads // key_heads, r // heads
+    split = left.unflatten(-1, (key_heads, group, width))
+    split = split.unflatten(-4, (key_heads, group, width))
+    summed = split.sum((-5, -2)).flatten(-4, -3).flatten(-2, -1)
+    spectrum = spectrum_of_grams(summed, right, min(n, key_heads * width, m))
+    rows = torch.arange(key_heads * width, device=left.device).view(key_heads, 1, width)
+    shared = rows.expand(-1, group, -1).flatten()  # which row of K each row of Q meets
+    repeated = right[..., shared, :][..., shared]
+    return ProductSpectrum(spectrum.singular_values, left - repeated, trace(left + repeated) / 2)
+
+
+def _numbers(spectrum: ProductSpectrum) -> list[Any]:
+    """Give (pairs, [heads,] numbers) as lists, in one transfer."""
+    numbers = (
+        spectrum.nuclear,
+        spectrum.frobenius,
+        spectrum.singular_values[..., 0],
+        spectrum.ratio,
+        spectrum.effective_rank,
+        spectrum.stable_rank,
+        spectrum.gap,
+        torch.linalg.matrix_norm(spectrum.imbalance),
+    )
+    return torch.stack(numbers, -1).tolist()
+
+
+def _records(pair: Pair, rows: list[Any], shape: tuple[int, int, int]) -> list[Record]:
+    """Make the records of a pair: one, or one per head."""
+    if isinstance(rows[0], float):
+        return [_record(pair, None, rows, shape)]
+    return [_record(pair, head, row, shape) for head, row in enumerate(rows)]
+
+
+def _record(
+    pair: Pair, head: int | None, numbers: Iterable[float], shape: tuple[int, int, int]
+) -> Record:
+    """Make a record."""
+    nuclear, frobenius, spectral, ratio, effective, stable, gap, imbalance = numbers
+    status = "not finite" if isnan(gap) else "undefined" if isnan(ratio) else "ok"
+    size = abs(pair.scale)
+    return Record(
+        name=pair.name,
+        kind=pair.kind,
+        head=head,
+        adapter=pair.adapter,
+        shape=shape,
+        status=status,
+        nuclear=nuclear * size,
+        frobenius=frobenius * size,
+        spectral=spectral * size,
+        ratio=ratio,
+        effective_rank=effective,
+        stable_rank=stable,
+        gap=gap,
+        imbalance=imbalance,
+        scale=pair.scale,
+        notes=pair.notes,
+    )

@@ -1,0 +1,185 @@
+"""Records of measured products: data, their means, and a table of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import isfinite, isnan, nan
+from typing import Any
+
+__all__ = ["Measurement", "Record", "table"]
+
+COLUMNS = ("ratio", "nuclear", "frobenius", "effective_rank", "stable_rank", "gap", "imbalance")
+
+
+@dataclass(frozen=True)
+class Record:
+    r"""The spectrum of one product, as numbers.
+
+    Attributes
+    ----------
+    name, kind, adapter, notes
+        Of the `Pair`.
+    head : int or None
+        Which query head; None for the whole layer.
+    shape : tuple of int
+        (n, r, m) of the product that was measured.
+    status : str
+        "ok"; "undefined" where A B = 0, so that it has no ratio (LoRA at its start); "not finite"
+        where a factor holds NaN or infinite entries.
+    nuclear, frobenius, spectral : float
+        Norms of scale A B.
+    ratio, effective_rank, stable_rank : float
+        NaN unless the status is "ok".
+    gap : float
+        ``(|A|_F^2 + |B|_F^2) / 2 - |A B|_*``, of the factors as they are stored, without the scale.
+    imbalance : float
+        ``|A^T A - B B^T|_F``, likewise: under gradient flow with decay e^{2a} times its start.
+    scale : float
+        The model adds scale A B.
+    """
+
+    name: str
+    kind: str
+    head: int | None
+    adapter: str
+    shape: tuple[int, int, int]
+    status: str
+    nuclear: float
+    frobenius: float
+    spectral: float
+    ratio: float
+    effective_rank: float
+    stable_rank: float
+    gap: float
+    imbalance: float
+    scale: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, with the adapter and the head."""
+        adapter = f" [{self.adapter}]" if self.adapter else ""
+        return f"{self.name}{adapter}" + ("" if self.head is None else f" head {self.head}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The records of all pairs, and their means.
+
+    Attributes
+    ----------
+    records : tuple of Record
+    skipped : tuple of (str, str)
+        Names that look like factors and were not measured, each with the reason.
+    """
+
+    records: tuple[Record, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def defined(self) -> tuple[Record, ...]:
+        """The records that have a ratio: what the means are taken over."""
+        return tuple(record for record in self.records if record.status == "ok")
+
+    @property
+    def undefined(self) -> int:
+        """How many products are 0, so that they have no ratio."""
+        return sum(record.status == "undefined" for record in self.records)
+
+    @property
+    def not_finite(self) -> int:
+        """How many products have NaN or infinite factors."""
+        return sum(record.status == "not finite" for record in self.records)
+
+    @property
+    def mean_ratio(self) -> float:
+        """The mean of the ratios that are defined; NaN if none is."""
+        return self._mean("ratio")
+
+    @property
+    def ratio_of_means(self) -> float:
+        """The mean nuclear norm over the mean Frobenius norm: what the paper plots."""
+        nuclear, frobenius = self._mean("nuclear"), self._mean("frobenius")
+        return nuclear / frobenius if frobenius else nan
+
+    def summary(self) -> dict[str, float]:
+        """Give the numbers for a log: the means, and the counts of what is not in them."""
+        means = {f"mean_{column}": self._mean(column) for column in COLUMNS}
+        counts = {"undefined": float(self.undefined), "not_finite": float(self.not_finite)}
+        return {**means, "ratio_of_means": self.ratio_of_means, **counts}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values; what is NaN is None, as JSON has no NaN."""
+        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
+        found = {
+            "summary": self.summary(),
+            "records": [asdict(record) for record in self.records],
+            "skipped": skipped,
+        }
+        return _without_nan(found)
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """Give `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def _mean(self, column: str) -> float:
+        """Give the mean over the defined records."""
+        values = [getattr(record, column) for record in self.defined]
+        return sum(values) / len(values) if values else nan
+
+
+def table(measurement: Measurement) -> str:
+    """Give a measurement as lines of text: a row for each record, and the means.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mirrorflow.spectrum import SpectralTracker
+    >>> attention = torch.nn.MultiheadAttention(8, 2)
+    >>> print(table(SpectralTracker(attention, level="head").measure()).splitlines()[0].split())
+    ['product', 'r', 'ratio', 'nuclear', 'frobenius', 'effective_rank', 'stable_rank', 'gap', \
+'imbalance']
+    """
+    rows = [["product", "r", *COLUMNS]]
+    for record in measurement.records:
+        cells = [_cell(getattr(record, column)) for column in COLUMNS]
+        if record.status != "ok":
+            cells[0] = record.status
+        rows.append([record.label, str(record.shape[1]), *cells])
+    summary = measurement.summary()
+    rows.append(["mean", "", *(_cell(summary[f"mean_{column}"]) for column in COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, *_remarks(measurement)])
+
+
+def _cell(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.4g}"
+
+
+def _remarks(measurement: Measurement) -> list[str]:
+    """Say what is not in the means, and what has to be known of the rest."""
+    lines = [f"ratio of the mean norms: {_cell(measurement.ratio_of_means)}"]
+    if measurement.undefined:
+        lines.append(f"{measurement.undefined} undefined (A B = 0), not in the means")
+    if measurement.not_finite:
+        lines.append(f"{measurement.not_finite} not finite (NaN or infinite), not in the means")
+    noted: dict[str, int] = {}
+    for record in measurement.records:
+        for note in record.notes:
+            noted[note] = noted.get(note, 0) + 1
+    lines += [f"note on {count}: {note}" for note, count in noted.items()]
+    return [*lines, *(f"not measured: {name}: {reason}" for name, reason in measurement.skipped)]
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None for NaN and infinity, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

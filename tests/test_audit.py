@@ -1,0 +1,260 @@
+"""`audit` reads from disk what `SpectralTracker` measures in memory, or says what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from mirrorflow.spectrum import SpectralTracker, audit, table
+
+safetensors = pytest.importorskip("safetensors.torch")
+tf = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+WORDS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {
+    "hidden_size": 24, "num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 16,
+}  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA, **WORDS))
+
+
+def gpt2():
+    torch.manual_seed(1)
+    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=8, **WORDS))
+
+
+def t5():
+    torch.manual_seed(2)
+    config = tf.T5Config(
+        d_model=24, d_kv=5, d_ff=16, num_layers=2, num_heads=4, vocab_size=40,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return tf.T5ForConditionalGeneration(config)
+
+
+def phi3():
+    torch.manual_seed(3)
+    return tf.Phi3ForCausalLM(tf.Phi3Config(**{**LLAMA, "num_hidden_layers": 2}, **WORDS))
+
+
+def same(found, expected):
+    ours = {(r.name.rpartition("model.")[2], r.adapter, r.head): r for r in found.records}
+    theirs = {(r.name.rpartition("model.")[2], "", r.head): r for r in expected.records}
+    assert {key[::2] for key in ours} == {key[::2] for key in theirs} and len(ours) == len(theirs)
+    for (name, _, head), record in ours.items():
+        other = theirs[name, "", head]
+        assert record.shape == other.shape and record.status == other.status
+        for number in ("nuclear", "frobenius", "ratio", "gap", "imbalance", "scale"):
+            value = getattr(other, number)
+            assert getattr(record, number) == pytest.approx(value, rel=1e-9, nan_ok=True)
+    assert found.mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("level", ["layer", "head"])
+@pytest.mark.parametrize("build", [llama, gpt2, t5, phi3])
+def test_a_saved_model_is_what_the_model_was(build, level, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    found = audit(tmp_path, level=level)
+    expected = SpectralTracker(model, level=level).measure()
+    # save_pretrained drops the name of the head's inner model for some architectures
+    strip = {r.name.removeprefix("transformer.").removeprefix("model.") for r in expected.records}
+    assert {
+        r.name.removeprefix("transformer.").removeprefix("model.") for r in found.records
+    } == strip
+    assert found.mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9)
+    assert found.ratio_of_means == pytest.approx(expected.ratio_of_means, rel=1e-9)
+    if build is llama:
+        same(found, expected)
+
+
+def test_a_sharded_folder_is_read_across_its_files(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    same(audit(tmp_path), SpectralTracker(model).measure())
+    same(audit(tmp_path / "model.safetensors.index.json"), SpectralTracker(model).measure())
+
+
+def test_layers_come_in_their_order(tmp_path):
+    llama().save_pretrained(tmp_path)
+    layers = [int(r.name.split(".")[2]) for r in audit(tmp_path).records]
+    assert layers == list(range(11))
+
+
+def test_a_file_alone_is_measured_by_layer_and_needs_the_config_for_heads(tmp_path):
+    gpt2().save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "alone.safetensors")
+    assert len(audit(tmp_path / "alone.safetensors").records) == 2
+    with pytest.raises(ValueError, match="the number of heads is unknown"):
+        audit(tmp_path / "alone.safetensors", level="head")
+    assert len(audit(tmp_path / "whole" / "model.safetensors", level="head").records) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 6},
+        {"r": 4, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
+        {"r": 2, "use_dora": True},
+    ],
+)
+def test_a_peft_adapter_has_the_scale_of_its_configuration(options, tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "k_proj", "embed_tokens"]
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **options)
+    model = peft.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    found = audit(tmp_path)
+    same(found, SpectralTracker(model).measure())
+    assert len(found.records) == 23
+    assert any("DoRA" in note for r in found.records for note in r.notes) == ("use_dora" in options)
+
+
+def test_a_fresh_adapter_is_undefined_and_said_to_be(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    found = audit(tmp_path)
+    assert found.undefined == 11 and found.to_dict()["summary"]["mean_ratio"] is None
+    assert "11 undefined" in table(found)
+
+
+def test_an_adapter_without_its_configuration_says_that_its_scale_is_unknown(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "taken as 1" in audit(tmp_path).records[0].notes[0]
+
+
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="LOHA adapter: only LoRA"):
+        audit(tmp_path)
+
+
+def save(folder, **weights):
+    safetensors.save_file({k.replace("__", "."): v.clone() for k, v in weights.items()}, folder)
+
+
+def test_names_of_compiled_models_are_understood_and_pairs_can_be_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    Q, K = torch.randn(6, 4), torch.randn(6, 5)
+    save(file, _orig_mod__a__q_proj__weight=Q, _orig_mod__a__k_proj__weight=K, up=Q, down=K)
+    found = audit(file, pairs={"mlp": ("up.T", "down")}, match="^mlp|attention")
+    assert [r.name for r in found.records] == ["a", "mlp"]
+    assert found.records[0].nuclear == pytest.approx(found.records[1].nuclear)
+    dense = torch.linalg.svdvals(Q.double().T @ K.double())
+    assert found.records[1].nuclear == pytest.approx(dense.sum().item())
+    with pytest.raises(ValueError, match="there is no weight 'donw'; did you mean down"):
+        audit(file, pairs={"mlp": ("up.T", "donw")})
+
+
+def test_broken_and_quantized_weights_are_told(tmp_path):
+    file = tmp_path / "x.safetensors"
+    Q = torch.randn(6, 6)
+    save(
+        file,
+        a__q_proj__weight=Q, a__k_proj__weight=Q * torch.nan,
+        b__q_proj__weight=Q.to(torch.float8_e4m3fn), b__k_proj__weight=Q.to(torch.float8_e4m3fn),
+        c__q_proj__weight=Q.bfloat16(), c__k_proj__weight=Q.bfloat16(),
+    )  # fmt: skip
+    found = audit(file)
+    assert [(r.name, r.status) for r in found.records] == [("a", "not finite"), ("c", "ok")]
+    assert found.skipped == (("b", "stored as F8_E4M3: quantized"),)
+    assert json.loads(found.to_json())["skipped"][0]["name"] == "b"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty", "foreign"])
+def test_a_damaged_or_foreign_file_is_an_error_that_names_it(damage, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(file, q_proj__weight=torch.eye(6), k_proj__weight=torch.eye(6))
+    whole = file.read_bytes()
+    file.write_bytes(
+        {
+            "truncated": whole[:-10],
+            "header": whole[:8] + b"x" + whole[9:],
+            "empty": b"",
+            "foreign": b"GGUF" + bytes(100),
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged, or no safetensors file"):
+        audit(file)
+
+
+def test_what_is_missing_or_unusable_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+        audit(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no safetensors file$"):
+        audit(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"no safetensors file, only pytorch_model.bin: save it with"
+    ):
+        audit(tmp_path)
+    with pytest.raises(ValueError, match="is a pickle, which can run code"):
+        audit(tmp_path / "pytorch_model.bin")
+    save(tmp_path / "mlp.safetensors", fc__weight=torch.eye(6))
+    with pytest.raises(ValueError, match=r"no LoRA or attention pairs [\s\S]*audit\(..., pairs="):
+        audit(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        audit(tmp_path)
+
+
+def test_a_folder_whose_shards_are_not_all_there_is_refused(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    first, *_ = sorted(tmp_path.glob("*.safetensors"))
+    kept = first.read_bytes()
+    first.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"is missing: model.safetensors.index.json names it"
+    ):
+        audit(tmp_path)
+    save(first, other=torch.eye(2))
+    with pytest.raises(ValueError, match=r"lacks .* which the index names"):
+        audit(tmp_path)
+    first.write_bytes(kept)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match="no index of a sharded checkpoint"):
+        audit(tmp_path)
+
+
+def test_only_one_pair_is_in_memory(tmp_path, monkeypatch):
+    from mirrorflow.spectrum.audit import Checkpoint
+
+    llama().save_pretrained(tmp_path)
+    alive, most = [], 0
+    original = Checkpoint.load
+
+    def load(self, factor):
+        nonlocal most
+        tensor = original(self, factor)
+        alive.append(torch.utils.weak.WeakIdRef(tensor))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    audit(tmp_path)
+    assert len(alive) == 22 and most <= 2
+
+
+def test_fused_weights_are_read_in_part(tmp_path):
+    model = nn.MultiheadAttention(12, 3)
+    safetensors.save_file(model.state_dict(), tmp_path / "x.safetensors")
+    expected = SpectralTracker(model).measure()
+    assert audit(tmp_path).mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9)
