@@ -50,6 +50,15 @@ if TYPE_CHECKING:
     from .solution import Path as Path
     from .solution import Solution as Solution
     from .solution import Status as Status
+    from .spectrum import ProductSpectrum as ProductSpectrum
+    from .spectrum import SpectralTracker as SpectralTracker
+    from .spectrum import audit as audit
+    from .spectrum import product_spectrum as product_spectrum
+    from .weightdecay import WeightDecayLR as WeightDecayLR
+    from .weightdecay import WeightDecayScheduler as WeightDecayScheduler
+    from .weightdecay import WeightDecaySchedulers as WeightDecaySchedulers
+    from .weightdecay import preview as preview
+    from .weightdecay import scale_to_budget as scale_to_budget
 
 __version__ = "0.1.0"
 
@@ -90,6 +99,14 @@ _HOMES = {
         "join",
     ),
     "solution": ("Path", "Solution", "Status"),
+    "weightdecay": (
+        "WeightDecayLR",
+        "WeightDecayScheduler",
+        "WeightDecaySchedulers",
+        "preview",
+        "scale_to_budget",
+    ),
+    "spectrum": ("ProductSpectrum", "SpectralTracker", "audit", "product_spectrum"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

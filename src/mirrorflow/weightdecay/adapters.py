@@ -1,0 +1,124 @@
+"""Several schedulers as one, and one in the shape of a learning-rate scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from .scheduler import WeightDecayScheduler
+
+__all__ = ["WeightDecayLR", "WeightDecaySchedulers"]
+
+
+class WeightDecaySchedulers:
+    """The schedulers of several optimizers, each with the count of its own steps.
+
+    Parameters
+    ----------
+    schedulers : sequence of WeightDecayScheduler
+        One per optimizer; an optimizer without decay, such as the Adam beside a Muon, needs none.
+
+    Examples
+    --------
+    >>> from mirrorflow import SwitchOff
+    >>> w, v = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    >>> muon = torch.optim.Muon([w], lr=0.1, weight_decay=0.2)
+    >>> adam = torch.optim.AdamW([v], lr=0.1, weight_decay=0.1)
+    >>> both = WeightDecaySchedulers(
+    ...     [WeightDecayScheduler(o, SwitchOff(1.0, at=9), relative=True) for o in (muon, adam)]
+    ... )
+    >>> both.get_last_weight_decay()
+    [0.2, 0.1]
+    """
+
+    def __init__(self, schedulers: Sequence[WeightDecayScheduler]) -> None:
+        self.schedulers = list(schedulers)
+
+    def step(self) -> None:
+        """Write the decay of each optimizer's next step."""
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    def get_last_weight_decay(self) -> list[float]:
+        """Give the decay of the next step, optimizer after optimizer."""
+        return [decay for s in self.schedulers for decay in s.get_last_weight_decay()]
+
+    @property
+    def accumulated(self) -> list[float]:
+        """Give a_T, one number per group, optimizer after optimizer."""
+        return [a for scheduler in self.schedulers for a in scheduler.accumulated]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the states."""
+        return {"schedulers": [scheduler.state_dict() for scheduler in self.schedulers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the states of as many schedulers."""
+        states = state.get("schedulers", ())
+        if len(states) != len(self.schedulers):
+            raise ValueError(
+                f"the state is of {len(states)} schedulers, these are {len(self.schedulers)}"
+            )
+        for scheduler, saved in zip(self.schedulers, states, strict=True):
+            scheduler.load_state_dict(saved)
+
+    def close(self) -> None:
+        """Let the optimizers go."""
+        for scheduler in self.schedulers:
+            scheduler.close()
+
+
+class WeightDecayLR(LRScheduler):
+    """A `WeightDecayScheduler` for what accepts learning-rate schedulers only (Lightning).
+
+    It leaves the learning rate alone. A framework that steps it once per process or per epoch
+    changes nothing either, since the optimizer's own steps are counted.
+
+    Parameters
+    ----------
+    scheduler : WeightDecayScheduler
+        What it stands for.
+
+    Examples
+    --------
+    >>> from mirrorflow import Linear
+    >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], weight_decay=0.1)
+    >>> scheduler = WeightDecayScheduler(optimizer, Linear(0.1, 0.0, duration=100))
+    >>> isinstance(WeightDecayLR(scheduler), torch.optim.lr_scheduler.LRScheduler)
+    True
+    """
+
+    def __init__(self, scheduler: WeightDecayScheduler) -> None:
+        # Without super().__init__(), which sets initial_lr in the groups and patches the optimizer.
+        self.optimizer, self.scheduler = scheduler.optimizer, scheduler
+        self.base_lrs = self.get_lr()
+        self._last_lr = self.base_lrs
+
+    @property
+    def last_epoch(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of steps that the optimizer has taken."""
+        return self.scheduler.steps
+
+    def get_lr(self) -> list[Any]:
+        """Give the learning rates, which are somebody else's."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in rates]
+
+    def get_last_lr(self) -> list[Any]:
+        """Give the learning rates, which are somebody else's."""
+        return self.get_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Write the decay of the next step."""
+        self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the scheduler's state."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the scheduler's state."""
+        self.scheduler.load_state_dict(state_dict)

@@ -1,0 +1,80 @@
+"""What is done to an optimizer from outside: its decay set, or applied where AdamW applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["decaying", "shrink", "skipped", "write"]
+
+
+@torch.no_grad()
+def shrink(params: Iterable[torch.Tensor], factor: float) -> None:
+    """Multiply the parameters that have a gradient, in place.
+
+    Examples
+    --------
+    >>> w = torch.ones(2)
+    >>> w.grad = torch.zeros(2)
+    >>> shrink([w], 0.5)
+    >>> w
+    tensor([0.5000, 0.5000])
+    """
+    moved = [p for p in params if p.grad is not None]
+    if moved and factor != 1:
+        torch._foreach_mul_(moved, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def skipped(optimizer: Optimizer) -> bool:
+    """Tell whether a GradScaler makes a fused optimizer skip this step.
+
+    Other optimizers it does not call at all then.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def decaying(decay: Callable[[], None], args: Any, kwargs: Any) -> Any:
+    """Decay before a step: now, or after the gradient if a closure computes it.
+
+    Parameters
+    ----------
+    decay : callable
+        What shrinks the weights, once in a step: some optimizers ask the closure again.
+    args, kwargs : tuple and dict
+        Those of ``optimizer.step``, the optimizer first.
+
+    Returns
+    -------
+    None or (args, kwargs)
+        As a step hook of torch returns them, with the closure replaced.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return decay()
+
+    def closure_then_decay() -> Any:
+        loss = closure()
+        decay()
+        return loss
+
+    return (args[0], closure_then_decay), {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+def write(group: dict[str, Any], decay: float) -> None:
+    """Set the decay of a group that has one; a tensor in place, since a graph may hold it.
+
+    Examples
+    --------
+    >>> group = {"weight_decay": torch.tensor(0.1)}
+    >>> write(group, 0.5)
+    >>> group
+    {'weight_decay': tensor(0.5000)}
+    """
+    if isinstance(group.get("weight_decay"), torch.Tensor):
+        group["weight_decay"].fill_(decay)
+    elif "weight_decay" in group:
+        group["weight_decay"] = decay
