@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 
 import altair as alt
-import browser
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+import browser
 import mirrorflow as mf
 from mirrorflow import cli, experiments, report
 

@@ -39,7 +39,8 @@ ENTRIES = {
     "check_n_features_in_after_fitting", "check_fit2d_predict1d", "check_pipeline_consistency",
     "check_fit_idempotent", "check_estimators_pickle", "check_f_contiguous_array_estimator",
     "check_fit1d", "check_fit_score_takes_y", "check_dtype_object",
-    "check_transformer_preserve_dtypes", "check_do_not_raise_errors_in_init_or_set_param", "check_fit_check_is_fitted",
+    "check_transformer_preserve_dtypes", "check_do_not_raise_errors_in_init_or_set_param",
+    "check_fit_check_is_fitted",
 }  # fmt: skip
 
 
