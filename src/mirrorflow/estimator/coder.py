@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_array
+from sklearn.utils import check_array as sklearn_check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 
 __all__ = ["MirrorFlowCoder", "codes", "lipschitz"]
+
+check_array: Any = sklearn_check_array  # its defaults mislead type checkers
 
 Array = NDArray[Any]
 

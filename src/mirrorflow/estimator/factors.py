@@ -8,6 +8,7 @@ both then set alpha to 0 and go on from where they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,8 +103,8 @@ def _objective(f: Measured, U: Array, V: Array, rate: float) -> float:
 class Observed:
     """f(X) = sum over observed entries of (X_ij - Y_ij)^2 / 2: Y and its pattern, by rows."""
 
-    Y: csr_array
-    seen: csr_array
+    Y: Any
+    seen: Any
 
     @classmethod
     def of(cls, M: Array) -> Observed:
@@ -128,13 +129,13 @@ def solve_rows(problem: Observed, V: Array, alpha: float) -> Array:
     r, p = V.shape[1], problem.Y.shape[0]
     upper = np.triu_indices(r)
     products = V[:, upper[0]] * V[:, upper[1]]
-    right, U = problem.Y @ V, np.zeros((p, r))
+    right, U, seen = problem.Y @ V, np.zeros((p, r)), problem.seen
     ridge = (alpha + 1e-12 * float((V**2).sum()) / max(1, len(V))) * np.eye(r)
     block = max(1, BLOCK // (r * r))
     for begin in range(0, p, block):
         part = slice(begin, begin + block)
         gram = np.empty((min(block, p - begin), r, r))
-        gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = problem.seen[part] @ products
+        gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = seen[part] @ products
         U[part] = np.linalg.solve(gram + ridge, right[part][..., None])[..., 0]
     return U
 
@@ -174,7 +175,8 @@ def _extended(
     rows = csr_array(
         (-problem.residual(U, V), problem.Y.indices, problem.Y.indptr), shape=problem.Y.shape
     )
-    _, s, right = randomized_svd(rows, room, random_state=0)
+    decomposed: Any = randomized_svd(rows, room, random_state=0)
+    s, right = decomposed[1:]
     new = s > alpha * (1 + 1e-6) + 1e-12 * s.max(initial=0.0)
     return np.hstack([V, right[new].T * np.sqrt(s[new] - alpha)]), bool(new.any())
 

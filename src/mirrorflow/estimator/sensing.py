@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_array
+from sklearn.utils import check_array as sklearn_check_array
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.extmath import randomized_svd
 from sklearn.utils.validation import check_is_fitted, column_or_1d
@@ -18,6 +18,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from .factors import Measured, Observed, Trained, alternate, descend
 
 __all__ = ["MatrixSensing"]
+
+check_array: Any = sklearn_check_array  # its defaults mislead type checkers
 
 Array = NDArray[np.float64]
 PATH = (0.5, 0.2)  # stronger decay that comes first, relative to the largest, for entries
@@ -216,7 +218,8 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
                     UserWarning,
                     stacklevel=3,
                 )
-        top = float(randomized_svd(problem.Y, 1, random_state=0)[1].max(initial=0.0))
+        largest: Any = randomized_svd(problem.Y, 1, random_state=0)[1]
+        top = float(largest.max(initial=0.0))
         wanted = [c for c in PATH if c > self.alpha] + [self.alpha]
         alphas = [c * top for c in wanted] + ([0.0] if self.switch_off else [])
         return alternate(problem, self.max_rank, alphas, self.max_iter, self.tol)

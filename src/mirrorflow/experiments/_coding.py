@@ -34,12 +34,14 @@ def images(source: str) -> tuple[Array, str]:
 
     if source != "digits":
         try:
-            return fetch_olivetti_faces().data.astype(np.float64), "Olivetti faces"
+            faces: Any = fetch_olivetti_faces()
+            return faces.data.astype(np.float64), "Olivetti faces"
         except OSError as error:
             if source == "olivetti":
                 raise
             warnings.warn(f"Olivetti faces are not at hand ({error}); digits instead", stacklevel=2)
-    return load_digits().data / 16.0, "digits"
+    digits: Any = load_digits()
+    return digits.data / 16.0, "digits"
 
 
 def learned(X: Array, atoms: int, seed: int, passes: int) -> Array:
@@ -73,7 +75,7 @@ class Row:
     """A row of the figure: curves by name, what lies below them, and a word about the quantity."""
 
     curves: dict[str, dict[str, Array]]
-    x: Callable[[str], Array]
+    x: Callable[[str], NDArray[Any]]
     name: str
     note: str = ""
 

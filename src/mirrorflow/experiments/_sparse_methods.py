@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,32 +49,42 @@ def _flow(**options: Any) -> Any:
     return MirrorFlowRegressorCV(**options)
 
 
-def _by_path(
-    path: Callable[[Array, Array], tuple[Array, Array]],
-) -> Callable[[Array, Array], tuple[Array, float]]:
-    """Choose on a path of coefficients by cross-validation; ``path`` gives knobs and (d, m)."""
+def _elastic_net() -> Any:
+    """Make an elastic net that chooses its mixture, too."""
+    options: Any = {"l1_ratio": [0.1, 0.5, 0.9], "cv": FOLDS}
+    return ElasticNetCV(**options)
+
+
+class Path(Protocol):
+    """A path of coefficients: knobs (m,) and coefs (d, m), at given knobs or at its own."""
+
+    def __call__(self, X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+        """Follow the path."""
+        ...
+
+
+def _by_path(path: Path) -> Callable[[Array, Array], tuple[Array, float]]:
+    """Choose on a path of coefficients by cross-validation."""
 
     def run(X: Array, y: Array) -> tuple[Array, float]:
         knobs, coefs = path(X - X.mean(0), y - y.mean())
         errors = np.zeros(len(knobs))
         for train, test in KFold(FOLDS).split(X):
             mean, offset = X[train].mean(0), y[train].mean()
-            _, found = path_at(X[train] - mean, y[train] - offset, knobs)
+            _, found = path(X[train] - mean, y[train] - offset, knobs)
             predicted = (X[test] - mean) @ found + offset
             errors += ((y[test][:, None] - predicted) ** 2).sum(0)
         coef = coefs[:, errors.argmin()]
         return coef, float(y.mean() - X.mean(0) @ coef)
 
-    def path_at(X: Array, y: Array, knobs: Array) -> tuple[Array, Array]:
-        return path(X, y, knobs)  # pyright: ignore[reportCallIssue]
-
     return run
 
 
-def _relaxed(X: Array, y: Array, alphas: Array | None = None) -> tuple[Array, Array]:
+def _relaxed(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
     """Refit by least squares on the support of every point of the lasso's path."""
-    options = {"alphas": POINTS if alphas is None else alphas}
-    alphas, coefs, _ = lasso_path(X, y, **options)
+    options: Any = {"alphas": POINTS if knobs is None else knobs}
+    followed: Any = lasso_path(X, y, **options)
+    alphas, coefs = followed[:2]
     refitted = np.zeros_like(coefs)
     for i, coef in enumerate(coefs.T):
         support = np.flatnonzero(coef)
@@ -86,15 +96,14 @@ def _relaxed(X: Array, y: Array, alphas: Array | None = None) -> tuple[Array, Ar
     return alphas, refitted
 
 
-def _mcp(X: Array, y: Array, alphas: Array | None = None) -> tuple[Array, Array]:
+def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
     """Follow the path of the minimax concave penalty (skglm)."""
     from skglm.estimators import MCPRegression
 
-    if alphas is None:
-        top = np.abs(X.T @ y).max() / len(y)
-        alphas = np.geomspace(top, 1e-3 * top, POINTS)
-    model = MCPRegression(gamma=MCP_GAMMA, fit_intercept=False, warm_start=True)
-    coefs = np.zeros((X.shape[1], len(alphas)))
+    top = np.abs(X.T @ y).max() / len(y)
+    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    options: Any = {"gamma": MCP_GAMMA, "fit_intercept": False, "warm_start": True}
+    model, coefs = MCPRegression(**options), np.zeros((X.shape[1], len(alphas)))
     for i, alpha in enumerate(alphas):
         coefs[:, i] = model.set_params(alpha=alpha).fit(X, y).coef_
     return alphas, coefs
@@ -104,7 +113,7 @@ METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "mirrorflow": _estimator(_flow),
     "mirrorflow, refitted": _estimator(lambda: _flow(refit=True, zero_tol=0.1)),
     "lasso": _estimator(lambda: LassoCV(cv=FOLDS)),
-    "elastic net": _estimator(lambda: ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9], cv=FOLDS)),
+    "elastic net": _estimator(_elastic_net),
     "relaxed lasso": _by_path(_relaxed),
     "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
     "MCP": _by_path(_mcp),

@@ -184,15 +184,17 @@ def _diabetes() -> tuple[Array, Array]:
     from sklearn.datasets import load_diabetes
     from sklearn.preprocessing import PolynomialFeatures
 
-    X, y = load_diabetes(return_X_y=True)
-    return PolynomialFeatures(2, include_bias=False).fit_transform(X), y
+    data: Any = load_diabetes()
+    squared: Any = PolynomialFeatures(2, include_bias=False).fit_transform(data.data)
+    return squared, data.target
 
 
 def _digits() -> tuple[Array, Array]:
     """Give a pixel in the middle of the digits from all others, for 300 of them."""
     from sklearn.datasets import load_digits
 
-    X = load_digits().data[:300]
+    data: Any = load_digits()
+    X = data.data[:300]
     return np.delete(X, 28, axis=1), X[:, 28]
 
 
