@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def integrate(
         return rtol * 1e-2 * _joined(scale, more.abs().clamp(min=1))
 
     with np.errstate(all="ignore"), torch.no_grad():
-        solver = DOP853(rhs, 0.0, start, 1.0, rtol=rtol, atol=tolerance(start))
+        atol: Any = tolerance(start)  # SciPy takes an array too
+        solver = DOP853(rhs, 0.0, start, 1.0, rtol=rtol, atol=atol)
         done, spent = 0.0, 0
         while solver.status == "running" and solver.nfev < spent + MAX_EVALUATIONS:
             solver.step()
