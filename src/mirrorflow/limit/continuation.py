@@ -15,8 +15,9 @@ __all__ = ["VERTEX", "Point", "follow"]
 
 Array = NDArray[np.float64]
 EPS = 2.2e-16
-LOOSE = 0.3  # change of the exponents by the last Newton step at scales only passed through
-SETTLED = 1e-4  # drift of x below which every point is solved to full precision
+LOOSE = 0.5  # change of the exponents by the last Newton step at scales only passed through
+STRAIGHT = 1e-2  # drift of x below which the path is nearly straight: no bend is predicted
+SETTLED = 1e-6  # drift of x below which every point is solved to full precision
 WILD = 30.0  # residual, relative to y, at which a prediction is given up
 GOOD = 1e-9  # residual at which a point counts as solved
 VERTEX = 1e-13  # relative change of x per unit of log A at which the L1 vertex is reached
@@ -102,7 +103,9 @@ class _Walker:
     def _step(self, length: float, tau: float) -> None:
         """Predict, correct, and adapt the stride to how hard that was."""
         theta, tangent = self.theta, self.tangent
-        guess = theta - length * tangent + (0.5 * length * length) * self.bend
+        guess = theta - length * tangent
+        if self.drift > STRAIGHT:
+            guess += (0.5 * length * length) * self.bend
         target = tau if self.tau - length <= tau * (1 + EPS) else self.tau - length
         needed = self.correct(guess, target, target == tau)
         if needed is None:  # too far: a third of it, along the tangent alone
