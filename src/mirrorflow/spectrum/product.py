@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = ["ProductSpectrum", "gram", "product_spectrum", "spectrum_of_grams", "trace"]
 
+NATIVE = (torch.float64, torch.float32, torch.float16)  # dtypes that NumPy has
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
 EPS = torch.finfo(torch.float64).eps
 TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast path may have
@@ -240,20 +241,29 @@ def _local_gram(rows: Tensor) -> Tensor:
     if rows.device.type == "mps":  # it has no float64
         rows = rows.cpu()
     if rows.dtype == torch.float64 or rows.numel() <= CHUNK:
-        return _square(rows.to(torch.float64))
+        return _square(rows)
     if rows.ndim == 2:
         return _sum(_local_gram(part) for part in rows.split(max(1, CHUNK // len(rows)), -1))
     if len(rows) == 1:
         return _local_gram(rows[0])[None]
     entries = max(1, CHUNK // prod(rows.shape[1:]))
-    return torch.cat([_local_gram(part) for part in rows.split(entries)])
+    parts = [_local_gram(part) for part in rows.split(entries)]
+    if rows.device.type != "cpu":
+        return torch.cat(parts)
+    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
 
 def _square(wide: Tensor) -> Tensor:
-    """Give wide wide^T; NumPy sees that it is symmetric (syrk), and needs half the time."""
+    """Give wide wide^T in float64.
+
+    NumPy sees that it is symmetric (syrk), and needs half the time. It converts, too: torch and
+    NumPy taking turns would wait for each other's threads.
+    """
     if wide.device.type != "cpu":
+        wide = wide.to(torch.float64)
         return wide @ wide.mT
-    array = wide.numpy()
+    wide = wide if wide.dtype in NATIVE else wide.to(torch.float32)  # bfloat16 fits into it
+    array = wide.numpy().astype(np.float64, copy=False)
     with np.errstate(all="ignore"):  # NaN and inf are reported by the callers
         return torch.from_numpy(array @ array.swapaxes(-1, -2))
 

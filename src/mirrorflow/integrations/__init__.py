@@ -1,0 +1,1 @@
+"""One file for each framework; nothing in the package imports them."""

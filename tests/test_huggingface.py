@@ -1,0 +1,148 @@
+"""The Trainer: a small real model is trained, stopped, resumed, and compared with no stop."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+
+import mirrorflow as mf
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from mirrorflow.integrations.huggingface import control_decay  # noqa: E402
+
+STEPS, STOP, OFF = 12, 7, 5
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        row = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": row, "labels": row}
+
+
+def model(lora=False):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=16, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    base = transformers.GPT2LMHeadModel(config)
+    if not lora:
+        return base
+    settings = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return peft.get_peft_model(base, settings)
+
+
+def trainer(folder, steps=STEPS, lora=False, **changes):
+    options = {
+        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "weight_decay": 0.3, "lr_scheduler_type": "constant",
+        "logging_steps": 2, "save_steps": STOP, "report_to": [], "use_cpu": True, "seed": 3,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    args = transformers.TrainingArguments(**{**options, **changes})
+    return transformers.Trainer(model(lora), args, train_dataset=Tokens())
+
+
+def train(made, resume=None):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers and torch themselves
+        warnings.filterwarnings("error", module="mirrorflow")
+        made.train(resume_from_checkpoint=resume)
+    return {k: v.detach().clone() for k, v in made.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, lora, moved):
+    schedule = mf.SwitchOff(0.5, at=OFF)
+    whole = trainer(tmp_path / "whole", lora=lora)
+    control = control_decay(whole, schedule, track_every=3)
+    expected = train(whole)
+
+    first = trainer(tmp_path / "parts", lora=lora)
+    control_decay(first, schedule, track_every=3)
+    first.args.max_steps = STEPS
+    first.add_callback(_StopAt(STOP))
+    train(first)
+    checkpoint = tmp_path / "parts" / f"checkpoint-{STOP}"
+    assert json.loads((checkpoint / "mirrorflow.json").read_text())
+    if moved:  # without our own file, the optimizer's checkpoint still knows
+        (checkpoint / "mirrorflow.json").unlink()
+        checkpoint = shutil.move(checkpoint, tmp_path / "elsewhere")
+    second = trainer(tmp_path / "parts", lora=lora)
+    resumed = control_decay(second, schedule, track_every=3)
+    found = train(second, resume=str(checkpoint))
+
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert resumed.scheduler.accumulated == control.scheduler.accumulated
+    if not moved:
+        assert resumed.scheduler.audit() == control.scheduler.audit()
+    last = [m.mean_ratio for step, m in control.measurements if step > STOP]
+    assert last == [m.mean_ratio for _, m in resumed.measurements]
+
+
+class _StopAt(transformers.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_the_decay_is_that_of_the_schedule_and_is_logged(tmp_path):
+    made = trainer(tmp_path)
+    control = control_decay(made, mf.SwitchOff(0.5, at=OFF), track_every=4)
+    train(made)
+    rows = [(r["start"], r["stop"], r["decay"]) for r in control.scheduler.audit()
+            if r["group"] == "0"]  # fmt: skip
+    assert rows == [(0, OFF, 0.5), (OFF, STEPS, 0.0)]
+    assert control.scheduler.accumulated == [pytest.approx(-1e-2 * 0.5 * OFF), 0.0]
+    logged = {r["step"]: r for r in made.state.log_history if "weight_decay" in r}
+    assert logged[4]["weight_decay"] == 0.5 and logged[8]["weight_decay"] == 0.0
+    assert logged[8]["absorbed_decay"] == pytest.approx(1e-2 * 0.5 * OFF)
+    assert logged[8]["spectrum/ratio"] == pytest.approx(dict(control.measurements)[8].mean_ratio)
+    assert [step for step, _ in control.measurements] == [0, 4, 8, 12]
+
+
+def test_groups_without_decay_keep_none(tmp_path):
+    made = trainer(tmp_path)
+    control_decay(made, mf.Constant(0.5))
+    train(made)
+    assert [g["weight_decay"] for g in made.optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
+    made = trainer(tmp_path, steps=4, gradient_accumulation_steps=3)
+    control = control_decay(made, mf.Constant(0.5))
+    train(made)
+    assert control.scheduler.steps == 4
+
+
+def test_lora_starts_without_a_ratio(tmp_path):
+    made = trainer(tmp_path, lora=True)
+    control = control_decay(made, mf.Constant(0.5), track_every=6)
+    train(made)
+    first, last = control.measurements[0][1], control.measurements[-1][1]
+    assert first.undefined == len(first.records) == 2
+    assert last.undefined == 0 and last.mean_ratio >= 1
+
+
+def test_the_trainers_default_of_no_decay_is_an_error_that_says_what_to_do(tmp_path):
+    made = trainer(tmp_path, weight_decay=0.0)
+    control_decay(made, mf.Constant(0.5))
+    with pytest.raises(ValueError, match="weight_decay"):
+        train(made)
+
+
+def test_bad_intervals_are_named(tmp_path):
+    with pytest.raises(ValueError, match="track_every"):
+        control_decay(trainer(tmp_path), mf.Constant(0.5), track_every=-1)
