@@ -15,8 +15,13 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]  # pages write mathematics as $R_a$
 exclude_patterns = ["_build"]
 
+napoleon_use_ivar = True  # attributes that are properties, too, are described once
 napoleon_google_docstring = False  # docstrings are numpydoc
 autodoc_member_order = "groupwise"
 autodoc_typehints = "description"
+# scikit-learn generates these; their text refers to its own pages.
+autodoc_default_options = {
+    "exclude-members": "set_fit_request, set_score_request, set_predict_request"
+}
 
 html_theme = "furo"

@@ -224,14 +224,14 @@ class MirrorFlowRegressor(FlowRegressor):
     A_ : float or array of shape (n_targets,)
         The scale at the end, decay included, in the units of the coefficients.
     log_A_ : float or array
-        log(A_ / S).
+        Its logarithm, relative to S.
     t_ : float or array
         The time at which the flow was stopped, in its own units (learning rate times steps of
         gradient descent on the mean squared error / 2); infinity for ``interpolate``.
     support_ : array of bool, of the shape of ``coef_``
         Which coefficients are not 0.
     kkt_residual_ : float or array
-        max |arcsinh(x / A) / 2 - X^T nu|, relative to max |X^T nu|.
+        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu.
     gap_ : float or array
         How far from L1 the fit is: its L1 norm exceeds the smallest one of any coefficients with
         the same predictions by at most this fraction of itself.

@@ -46,7 +46,8 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
     shape : (int, int) or None, default=None
         Of X, where measurements are given as rows of p * q numbers.
     init : float, default=0.01
-        |U_0|^2 and |V_0|^2 in each direction, in units of |y|: the beta of the theory.
+        The squared size of U and V at the start, in each direction and in units of the data: the
+        beta of the theory.
     max_iter : int, default=2000
         The largest number of steps; for entries of alternations, at each strength of the decay.
     tol : float, default=1e-6
@@ -55,7 +56,7 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
     Attributes
     ----------
     U_, V_ : arrays of shape (p, r) and (q, r)
-        The factors; r is the rank that is left. U_ is V_ for ``symmetric``.
+        The factors; r is the rank that is left. With ``symmetric`` they are the same.
     singular_values_ : array of shape (r,)
         Of X, falling.
     rank_ : int
