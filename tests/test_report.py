@@ -16,7 +16,7 @@ import browser
 import mirrorflow as mf
 from mirrorflow import cli, experiments, report
 
-NAMES = ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre")
+NAMES = tuple(experiments.experiments())
 
 
 def section(**changes):

@@ -223,6 +223,8 @@ def _build(folder: Path, output: Path) -> Path:
     results = experiments.find_results(folder)
     if not results:
         raise UserError(f"there are no finished results in {folder}; make some with mirrorflow run")
+    # The paper's figures first, then the studies of our own.
+    results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
     sections = [_section(folder, result) for result in results]
     return page.build(sections, output, __version__)
 

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from ._contract import Record
-from ._drawing import MARKERS, ZOOM_HINT, short, zoomable
+from ._drawing import MARKERS, short
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -73,7 +73,7 @@ def make_charts(records: list[Record]) -> list[tuple[str, TopLevelMixin]]:
         "r2": "Test R² against the signal to noise ratio, medians over designs and draws.",
         "error": "Relative error of the coefficients, medians over designs and draws.",
     }
-    return [(f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, key))) for key in LABELS]
+    return [(captions[key], _chart(records, key)) for key in LABELS]
 
 
 def _chart(records: list[Record], key: str) -> Any:
