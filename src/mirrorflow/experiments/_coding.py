@@ -119,6 +119,8 @@ def _chart(curves: dict[str, dict[str, Array]], key: str, title: str) -> Any:
         for step, value in enumerate(values[key])
     ]
     colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    cycle = [[1, 0], [6, 2], [6, 2, 1, 2], [2, 2]]
+    dashes = alt.Scale(domain=names, range=[cycle[i % len(cycle)] for i in range(len(names))])
     legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300, title=title)
     return (
         alt.Chart(alt.Data(values=rows))
@@ -127,7 +129,7 @@ def _chart(curves: dict[str, dict[str, Array]], key: str, title: str) -> Any:
             x=alt.X("iteration:Q", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", title=METRICS[key], scale=alt.Scale(zero=False)),
             color=alt.Color("curve:N", sort=names, scale=colours, legend=legend),
-            strokeDash=alt.StrokeDash("curve:N", sort=names, legend=legend),
+            strokeDash=alt.StrokeDash("curve:N", sort=names, scale=dashes, legend=legend),
             tooltip=["curve:N", "iteration:Q", alt.Tooltip("value:Q", format=".4g")],
         )
         .properties(height=280)

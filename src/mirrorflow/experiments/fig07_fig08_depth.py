@@ -116,7 +116,7 @@ def _end(
     record: Record = {
         "model": name,
         "alpha": alpha,
-        "a": -alpha * config.eta * config.on,
+        "a": 0.0 - alpha * config.eta * config.on,
         "error": float(np.linalg.norm(x - truth)),
         "ratio": float(np.abs(x).sum() / np.linalg.norm(x)) if x.any() else 0.0,
         "alive": int(alive.sum()),

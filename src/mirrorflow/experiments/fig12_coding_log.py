@@ -76,7 +76,7 @@ def _one(config: Config, X: Any, D: Any, alpha: float, clock: float, source: str
     record = {
         "alpha": alpha,
         "data": source,
-        "a": -alpha * clock,
+        "a": 0.0 - alpha * clock,
         "scale": float((u2 + v2 - 4 * alpha * clock) / (u2 + v2)),
         "nuclear_start": float(curves["nuclear"][0]),
         "nuclear_end": float(curves["nuclear"][-1]),
