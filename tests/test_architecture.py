@@ -30,7 +30,16 @@ ALLOWED = {
     "integrations": ("schedule", "weightdecay", "spectrum"),
     "experiments": TOP,
     "sweep": ("experiments",),
-    "cli": ("experiments", "report", "sweep", "conditions", "reparam", "regularizer", "spectrum"),
+    "cli": (
+        "experiments",
+        "report",
+        "sweep",
+        "conditions",
+        "reparam",
+        "regularizer",
+        "spectrum",
+        "weightdecay",
+    ),
 }
 FORBIDDEN = {"utils", "core", "common", "base", "helpers", "misc"}
 HEAVY = {"torch", "matplotlib", "altair", "sklearn", "scipy", "numpy", "pydantic"}

@@ -146,3 +146,28 @@ def test_the_trainers_default_of_no_decay_is_an_error_that_says_what_to_do(tmp_p
 def test_bad_intervals_are_named(tmp_path):
     with pytest.raises(ValueError, match="track_every"):
         control_decay(trainer(tmp_path), mf.Constant(0.5), track_every=-1)
+
+
+def test_a_closed_loop_is_fed_and_resumes(tmp_path):
+    def loop():
+        return mf.HoldRatio(2.0, 0.3, gain=0.5, deadband=0.0)
+
+    whole = trainer(tmp_path / "whole")
+    control = control_decay(whole, loop(), track_every=2)
+    expected = train(whole)
+    assert len({row["rate"] for row in control.schedule.log}) > 3
+
+    first = trainer(tmp_path / "parts")
+    control_decay(first, loop(), track_every=2)
+    first.add_callback(_StopAt(STOP))
+    train(first)
+    second = trainer(tmp_path / "parts")
+    resumed = control_decay(second, loop(), track_every=2)
+    found = train(second, resume=str(tmp_path / "parts" / f"checkpoint-{STOP}"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert resumed.schedule.log == control.schedule.log
+
+
+def test_a_closed_loop_needs_measurements(tmp_path):
+    with pytest.raises(ValueError, match="track_every"):
+        control_decay(trainer(tmp_path), mf.OffWhenLevel(0.1))

@@ -54,9 +54,13 @@ if TYPE_CHECKING:
     from .spectrum import SpectralTracker as SpectralTracker
     from .spectrum import audit as audit
     from .spectrum import product_spectrum as product_spectrum
+    from .weightdecay import HoldRatio as HoldRatio
+    from .weightdecay import OffAtBudget as OffAtBudget
+    from .weightdecay import OffWhenLevel as OffWhenLevel
     from .weightdecay import WeightDecayLR as WeightDecayLR
     from .weightdecay import WeightDecayScheduler as WeightDecayScheduler
     from .weightdecay import WeightDecaySchedulers as WeightDecaySchedulers
+    from .weightdecay import lint as lint
     from .weightdecay import preview as preview
     from .weightdecay import scale_to_budget as scale_to_budget
 
@@ -100,9 +104,13 @@ _HOMES = {
     ),
     "solution": ("Path", "Solution", "Status"),
     "weightdecay": (
+        "HoldRatio",
+        "OffAtBudget",
+        "OffWhenLevel",
         "WeightDecayLR",
         "WeightDecayScheduler",
         "WeightDecaySchedulers",
+        "lint",
         "preview",
         "scale_to_budget",
     ),

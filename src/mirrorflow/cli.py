@@ -139,6 +139,24 @@ def audit(
 
 
 @app.command()
+def lint(
+    path: Annotated[Path, typer.Argument(help="A saved optimizer: optimizer.pt, a checkpoint.")],
+) -> None:
+    """Look for mistakes in the weight decay of a saved optimizer. Exit code 1 if there are any."""
+    from .weightdecay import lint_file
+
+    try:
+        found = lint_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for finding in found:
+        print(finding)
+    if not found:
+        print("nothing found")
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Run the central experiment, draw the shapes of R_a, and make the page."""
     for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..spectrum import Measurement, SpectralTracker
-from ..weightdecay import WeightDecayScheduler
+from ..weightdecay import Feedback, OffAtBudget, WeightDecayScheduler
 
 __all__ = ["DecayControl", "control_decay"]
 
@@ -40,8 +40,9 @@ def control_decay(
     trainer : transformers.Trainer
         With ``TrainingArguments(weight_decay=...)`` above 0: its value is replaced, but it says
         which parameters decay at all.
-    schedule : Schedule, or callable
-        The rate at each optimizer step.
+    schedule : Schedule, callable, or Feedback
+        The rate at each optimizer step. `HoldRatio` and `OffWhenLevel` are fed the mean ratio of
+        each measurement, `OffAtBudget` what has been absorbed; they need ``track_every``.
     track_every : int
         Measure the spectra every so many steps; 0 for never.
     level, match : str
@@ -62,6 +63,8 @@ def control_decay(
     """
     if not isinstance(track_every, int) or track_every < 0:
         raise ValueError(f"track_every must be an integer >= 0, got {track_every!r}")
+    if isinstance(schedule, Feedback) and not track_every:
+        raise ValueError(f"{type(schedule).__name__} needs track_every > 0: it is fed by measuring")
     control = DecayControl(
         trainer, schedule, track_every, {"level": level, "match": match}, options
     )
@@ -112,7 +115,7 @@ class DecayControl(TrainerCallback):
         )
         saved = self._folder(args, state) / STATE
         if state.global_step > 0 and saved.exists():
-            self.scheduler.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
+            self._load(json.loads(saved.read_text(encoding="utf-8")))
         if self.track_every:
             self.tracker = SpectralTracker(model, **self._tracking)
             if state.global_step == 0:
@@ -135,17 +138,33 @@ class DecayControl(TrainerCallback):
         path = self._folder(args, state) / STATE
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{STATE}.{os.getpid()}")
-        draft.write_text(json.dumps(self.scheduler.state_dict()), encoding="utf-8")
+        content = {"scheduler": self.scheduler.state_dict(), "feedback": None}
+        if isinstance(self.schedule, Feedback):
+            content["feedback"] = self.schedule.state_dict()
+        draft.write_text(json.dumps(content), encoding="utf-8")
         draft.replace(path)
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        """Continue from what `on_save` has written."""
+        assert self.scheduler is not None
+        if isinstance(self.schedule, Feedback) and saved["feedback"] is not None:
+            self.schedule.load_state_dict(saved["feedback"])
+        self.scheduler.load_state_dict(saved["scheduler"])
 
     def _folder(self, args: Any, state: Any) -> Path:
         """Give the folder of the checkpoint of this step."""
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
     def _measure(self, step: int) -> None:
-        """Measure the spectra; every process must."""
-        assert self.tracker is not None
-        self.measurements.append((step, self.tracker.measure()))
+        """Measure the spectra; every process must. A schedule with feedback takes its answer."""
+        assert self.tracker is not None and self.scheduler is not None
+        found = self.tracker.measure()
+        self.measurements.append((step, found))
+        if isinstance(self.schedule, Feedback):
+            budget = isinstance(self.schedule, OffAtBudget)
+            value = -min(self.scheduler.accumulated) if budget else found.mean_ratio
+            self.schedule.update(step, value)
+            self.scheduler.step()
 
     def _log(self, spectra: bool) -> None:
         """Hand the numbers to the Trainer, and thereby to all its reporters."""

@@ -6,17 +6,26 @@
   learning-rate scheduler for frameworks that insist on it.
 - `preview` shows what will really act, learning rate included; `WeightDecayScheduler.audit`
   what did.
+- `HoldRatio`, `OffWhenLevel` and `OffAtBudget` are schedules that answer to measurements.
+- `lint` looks for mistakes in how an optimizer decays weights.
 - `convert`, `budget` and `scale_to_budget` translate between the units of a decay.
 """
 
 from .adapters import WeightDecayLR, WeightDecaySchedulers
 from .coupling import CoupledDecayWarning, coupling
+from .feedback import Feedback, HoldRatio, OffAtBudget, OffWhenLevel
+from .lint import Finding, lint, lint_file
 from .preview import Preview, learning_rates, preview, table
 from .scheduler import WeightDecayScheduler
 from .units import Scaled, budget, convert, scale_to_budget
 
 __all__ = [
     "CoupledDecayWarning",
+    "Feedback",
+    "Finding",
+    "HoldRatio",
+    "OffAtBudget",
+    "OffWhenLevel",
     "Preview",
     "Scaled",
     "WeightDecayLR",
@@ -26,6 +35,8 @@ __all__ = [
     "convert",
     "coupling",
     "learning_rates",
+    "lint",
+    "lint_file",
     "preview",
     "scale_to_budget",
     "table",
