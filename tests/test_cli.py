@@ -182,7 +182,7 @@ def test_version_and_help(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == __version__
     assert call(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    for command in ("list", "run", "report", "check", "demo"):
+    for command in ("list", "run", "report", "check", "audit", "lint", "demo"):
         assert f"  {command} " in out
 
 
@@ -212,3 +212,13 @@ def test_audit_measures_a_checkpoint_and_names_what_it_cannot_read(monkeypatch, 
     assert "v_proj" in out and "q_proj" not in out
     assert call(monkeypatch, "audit", tmp_path / "none") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_lint_looks_at_a_saved_optimizer(monkeypatch, capsys, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    for make, code in ((torch.optim.AdamW, 0), (torch.optim.Adam, 1)):
+        torch.save(make([weight], weight_decay=0.1).state_dict(), tmp_path / "optimizer.pt")
+        assert call(monkeypatch, "lint", tmp_path / "optimizer.pt") == code
+        assert ("coupled" in capsys.readouterr().out) == bool(code)
+    assert call(monkeypatch, "lint", tmp_path / "none.pt") == 2
+    assert "none.pt" in capsys.readouterr().err
