@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from .descent import descend as descend
     from .estimator import MatrixSensing as MatrixSensing
     from .estimator import MirrorFlowCoder as MirrorFlowCoder
+    from .estimator import MirrorFlowCVDisplay as MirrorFlowCVDisplay
     from .estimator import MirrorFlowRegressor as MirrorFlowRegressor
     from .estimator import MirrorFlowRegressorCV as MirrorFlowRegressorCV
     from .estimator import TurnOff as TurnOff
+    from .estimator import entropy_path as entropy_path
+    from .estimator import flow_path as flow_path
     from .flow import flow as flow
     from .legendre import IncompatiblePair as IncompatiblePair
     from .legendre import LegendreFunction as LegendreFunction
@@ -71,10 +74,13 @@ _HOMES = {
     "descent": ("descend",),
     "estimator": (
         "MatrixSensing",
+        "MirrorFlowCVDisplay",
         "MirrorFlowCoder",
         "MirrorFlowRegressor",
         "MirrorFlowRegressorCV",
         "TurnOff",
+        "entropy_path",
+        "flow_path",
     ),
     "flow": ("flow",),
     "legendre": ("IncompatiblePair", "LegendreFunction", "RangeError", "legendre"),

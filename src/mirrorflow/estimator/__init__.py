@@ -2,13 +2,17 @@
 
 from .coder import MirrorFlowCoder
 from .cross_validation import MirrorFlowRegressorCV
+from .paths import MirrorFlowCVDisplay, entropy_path, flow_path
 from .regressor import MirrorFlowRegressor, TurnOff
 from .sensing import MatrixSensing
 
 __all__ = [
     "MatrixSensing",
+    "MirrorFlowCVDisplay",
     "MirrorFlowCoder",
     "MirrorFlowRegressor",
     "MirrorFlowRegressorCV",
     "TurnOff",
+    "entropy_path",
+    "flow_path",
 ]

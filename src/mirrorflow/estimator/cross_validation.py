@@ -20,7 +20,7 @@ from .columns import Columns, integrate
 from .data import Data, prepare
 from .regressor import FlowRegressor, TurnOff, validated
 
-__all__ = ["MirrorFlowRegressorCV"]
+__all__ = ["MirrorFlowRegressorCV", "candidates", "times"]
 
 Array = NDArray[np.float64]
 Fold = tuple[Array, Array]  # how often each row is in the training and in the test part
@@ -142,8 +142,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self
         """
         self._validate_params()
-        self.log_As_ = _candidates("log_As", self.log_As)
-        self.ts_ = _times(self.ts)
+        self.log_As_ = candidates("log_As", self.log_As)
+        self.ts_ = times(self.ts)
         X, y, sample_weight = validated(self, X, y, sample_weight)
         folds = self._folds(X, y, sample_weight, params)
         data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
@@ -272,7 +272,7 @@ def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:
         )
 
 
-def _candidates(name: str, values: Any) -> Array:
+def candidates(name: str, values: Any) -> Array:
     """Give a non-empty vector of finite numbers."""
     found = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if found.ndim != 1 or found.size == 0 or not np.isfinite(found).all():
@@ -280,11 +280,11 @@ def _candidates(name: str, values: Any) -> Array:
     return found
 
 
-def _times(values: Any) -> Array:
+def times(values: Any) -> Array:
     """Give the candidates for t, increasing."""
     if isinstance(values, Integral):
         return np.geomspace(0.3, 30, int(values))
-    found = np.sort(_candidates("ts", values))
+    found = np.sort(candidates("ts", values))
     if not found[0] > 0:
         raise ValueError(f"ts must be > 0, got {values!r}")
     return found

@@ -63,12 +63,12 @@ class Data:
         grown = np.logaddexp(0.0, z) if positive else _arcsinh_exp(z)
         return grown / (2 * np.where(self.pull > 0, self.pull, 1.0))
 
-    def intercept(self, coef: Array) -> Array:
-        """Give the intercepts of coefficients (K, d)."""
+    def intercept(self, coef: Array, repeat: bool = False) -> Array:
+        """Give the intercepts of coefficients (K, d); with ``repeat`` all are of the one target."""
         if not self.center:
             return np.zeros(len(coef))
-        means = np.asarray(self.weights @ self.X).ravel()
-        return self.weights @ self.y - coef @ means
+        means, targets = np.asarray(self.weights @ self.X).ravel(), self.weights @ self.y
+        return (targets[0] if repeat else targets) - coef @ means
 
 
 def _arcsinh_exp(z: float) -> float:

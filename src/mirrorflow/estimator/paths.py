@@ -1,0 +1,238 @@
+"""Whole paths: the flow at many times, and its end points at many scales; and a picture of a CV."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import check_X_y as sklearn_check_X_y
+from sklearn.utils.validation import check_is_fitted
+
+from .columns import Columns, integrate
+from .cross_validation import candidates, times
+from .data import prepare
+from .regressor import TurnOff, raise_unfinished
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["MirrorFlowCVDisplay", "entropy_path", "flow_path"]
+
+Array = NDArray[np.float64]
+checked: Any = sklearn_check_X_y  # its defaults mislead type checkers
+
+
+def flow_path(
+    X: Any,
+    y: Any,
+    log_A: float = -10.0,
+    ts: Any = 20,
+    *,
+    sample_weight: Any = None,
+    decay: TurnOff | None = None,
+    positive: bool = False,
+    fit_intercept: bool = True,
+    tol: float = 1e-3,
+    max_iter: int = 10_000,
+) -> tuple[Array, Array, Array]:
+    """Give the coefficients of `MirrorFlowRegressor` at many times, for the cost of the last.
+
+    Parameters
+    ----------
+    X : array or sparse matrix of shape (n_samples, n_features)
+        The features.
+    y : array of shape (n_samples,)
+        The target.
+    log_A, ts, decay, positive, fit_intercept, tol, max_iter
+        As for `MirrorFlowRegressorCV`. Nothing is set to exactly 0.
+    sample_weight : array of shape (n_samples,), default=None
+        Weights >= 0.
+
+    Returns
+    -------
+    ts : array of shape (m,)
+        The times, increasing.
+    coefs : array of shape (n_features, m)
+        The coefficients.
+    intercepts : array of shape (m,)
+        The intercepts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import flow_path
+    >>> X = np.eye(3)[[0, 0, 1, 1, 2, 2]]
+    >>> ts, coefs, _ = flow_path(X, 3 * X[:, 0], ts=[0.5, 5.0], fit_intercept=False)
+    >>> coefs[0].round(2)
+    array([0.01, 3.  ])
+    """
+    X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=np.float64, y_numeric=True)
+    at, off = times(ts), decay or TurnOff(0.0, 1.0)
+    data = prepare(X, y, sample_weight, fit_intercept, positive)
+    coefs = np.zeros((X.shape[1], len(at)))
+    if data.pull[0] > 0:
+
+        def save(_: Any, index: Any, __: Array, x: Array, ___: Array) -> None:
+            coefs[:, index] = x
+
+        unit = data.unit(log_A, positive)
+        columns = Columns(
+            data.X, data.y, data.weights[:, None], data.log_A(log_A), off.alpha / unit,
+            off.t * unit, fit_intercept, positive,
+        )  # fmt: skip
+        reached, _ = integrate(columns, unit[:, None] * at, save, tol, max_iter)
+        if reached[0] < len(at):
+            raise_unfinished(max_iter)
+    return at, coefs, data.intercept(coefs.T, repeat=True)
+
+
+def entropy_path(
+    X: Any,
+    y: Any,
+    log_As: Any = 30,
+    *,
+    sample_weight: Any = None,
+    positive: bool = False,
+    fit_intercept: bool = True,
+    max_iter: int = 2000,
+) -> tuple[Array, Array, Array, Array]:
+    """Give the end points of the flow for many scales, from ridge-like to L1, as one path.
+
+    Parameters
+    ----------
+    X : array of shape (n_samples, n_features)
+        The features, dense.
+    y : array of shape (n_samples,)
+        The target.
+    log_As : int or array of floats, default=30
+        log(A / S) of each end point; a number stands for so many from 4 down to -60.
+    sample_weight, positive, fit_intercept
+        As for `MirrorFlowRegressor`.
+    max_iter : int, default=2000
+        The largest number of Newton steps for the whole path.
+
+    Returns
+    -------
+    log_As : array of shape (m,)
+        The scales, as given.
+    coefs : array of shape (n_features, m)
+        The coefficients: they fit y exactly where that is possible.
+    intercepts : array of shape (m,)
+        The intercepts.
+    gaps : array of shape (m,)
+        By which fraction of itself the L1 norm exceeds the smallest one, at most.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import entropy_path
+    >>> X = np.random.default_rng(0).standard_normal((10, 30))
+    >>> _, coefs, _, gaps = entropy_path(X, X[:, 4], log_As=[2.0, -40.0])
+    >>> np.abs(coefs).sum(axis=0).round(2), bool(gaps[1] < 1e-6)
+    (array([1.99, 1.  ]), True)
+    """
+    import torch
+
+    from ..legendre import legendre
+    from ..limit import limit
+    from ..regularizer import WeightDecay
+    from ..reparam import Hadamard
+    from ..solution import Status
+
+    X, y = checked(X, y, dtype=np.float64, y_numeric=True)
+    scales = (
+        np.linspace(4.0, -60.0, log_As) if isinstance(log_As, int) else candidates("log_As", log_As)
+    )
+    data = prepare(X, y, sample_weight, fit_intercept, positive)
+    if not data.pull[0] > 0:
+        zeros = np.zeros((X.shape[1], len(scales)))
+        return scales, zeros, data.intercept(zeros.T, repeat=True), np.zeros(len(scales))
+    top = float(scales.max())
+    size = torch.full((X.shape[1],), float(np.exp(0.5 * data.log_A(top)[0])), dtype=torch.float64)
+    # A = w^2 / 2 for m = 0, and w^2 for m = w; a = (log A - log A_max) / 2.
+    w0 = (size, size) if positive else (torch.zeros_like(size), size * 2**0.5)
+    root = np.sqrt(data.weights)
+    mean = data.weights @ data.X if fit_intercept else 0.0
+    target = data.y[:, 0] - (data.weights @ data.y[:, 0] if fit_intercept else 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of below
+        found = limit(
+            legendre(Hadamard(), WeightDecay(), w0), root[:, None] * (data.X - mean),
+            root * target, (scales - top) / 2, max_iter,
+        )  # fmt: skip
+    if found.status in (Status.stalled, Status.max_steps):
+        raise_unfinished(max_iter)
+    coefs = found.value.numpy()
+    return scales, coefs.T, data.intercept(coefs, repeat=True), np.asarray(found.stats.gap)
+
+
+class MirrorFlowCVDisplay:
+    """The cross-validation error against the time, one line for each scale.
+
+    Parameters
+    ----------
+    log_As, ts : arrays
+        The candidates.
+    mse_path : array of shape (n_log_As, n_ts, n_folds)
+        The errors.
+
+    Attributes
+    ----------
+    ax_, figure_ : matplotlib objects
+        After `plot`.
+    """
+
+    def __init__(self, *, log_As: Array, ts: Array, mse_path: Array) -> None:
+        self.log_As, self.ts, self.mse_path = log_As, ts, mse_path
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
+        """Plot a fitted `MirrorFlowRegressorCV`.
+
+        Parameters
+        ----------
+        estimator : MirrorFlowRegressorCV
+            Fitted.
+        ax : matplotlib Axes, default=None
+            Where to plot; a new figure if None.
+
+        Returns
+        -------
+        MirrorFlowCVDisplay
+        """
+        check_is_fitted(estimator, "mse_path_")
+        display = cls(log_As=estimator.log_As_, ts=estimator.ts_, mse_path=estimator.mse_path_)
+        return display.plot(ax=ax)
+
+    def plot(self, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
+        """Plot the mean over the folds, with a standard error as a band.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to plot; a new figure if None.
+
+        Returns
+        -------
+        self
+        """
+        import matplotlib.pyplot as plt
+
+        axis = plt.subplots()[1] if ax is None else ax
+        mean = self.mse_path.mean(axis=2)
+        error = self.mse_path.std(axis=2) / np.sqrt(self.mse_path.shape[2])
+        markers = "osD^vP*X"
+        for i, log_A in enumerate(self.log_As):
+            (line,) = axis.plot(
+                self.ts, mean[i], marker=markers[i % len(markers)], label=f"log A = {log_A:g}"
+            )
+            band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(self.ts, mean[i] - error[i], mean[i] + error[i], **band)
+        axis.set(
+            xscale="log", xlabel="t, in units of the time to grow", ylabel="mean squared error"
+        )
+        axis.legend()
+        self.ax_, self.figure_ = axis, axis.figure
+        return self
