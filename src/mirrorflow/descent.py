@@ -86,7 +86,8 @@ def descend(
     _check_arguments(schedule, lr, steps, momentum, save_every)
     g.validate(w0)
     h.validate(g)
-    _check_loss(loss, g(w0))
+    if isinstance(loss, LeastSquares):
+        loss.require(g(w0), "descend")
     begun = time.perf_counter()
     # One call for all rates: the schedule at t = k lr, and the sums that a needs.
     rates = schedule.rate(lr * np.arange(steps))
@@ -184,17 +185,3 @@ def _check_arguments(
         raise ValueError(f"descend: momentum must be in [0, 1), got {momentum}")
     if save_every is not None and save_every < 1:
         raise ValueError(f"descend: save_every must be >= 1, got {save_every}")
-
-
-def _check_loss(loss: Loss, x: Tensor) -> None:
-    """Require measurements of the shape and dtype of x."""
-    if isinstance(loss, LeastSquares) and loss.Z.shape[1:] != x.shape:
-        raise ValueError(
-            f"descend: Z must be (n, {', '.join(map(str, x.shape))}) to measure g(w0), "
-            f"got {tuple(loss.Z.shape)}"
-        )
-    if isinstance(loss, LeastSquares) and not loss.Z.dtype == loss.y.dtype == x.dtype:
-        raise TypeError(
-            f"descend: w0, Z and y must have one dtype, got {x.dtype}, {loss.Z.dtype}, "
-            f"{loss.y.dtype}"
-        )

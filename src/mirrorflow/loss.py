@@ -36,6 +36,19 @@ class LeastSquares:
             if not torch.isfinite(value).all():
                 raise ValueError(f"LeastSquares: {name} holds NaN or infinite entries")
 
+    def require(self, x: Tensor, caller: str) -> None:
+        """Raise an error if Z does not measure x = g(w0), by shape and dtype."""
+        if self.Z.shape[1:] != x.shape:
+            raise ValueError(
+                f"{caller}: Z must be (n, {', '.join(map(str, x.shape))}) to measure g(w0), "
+                f"got {tuple(self.Z.shape)}"
+            )
+        if not self.Z.dtype == self.y.dtype == x.dtype:
+            raise TypeError(
+                f"{caller}: w0, Z and y must have one dtype, got {x.dtype}, {self.Z.dtype}, "
+                f"{self.y.dtype}"
+            )
+
     def predict(self, x: Tensor) -> Tensor:
         """Give Z x, of shape (n,)."""
         return self.Z.reshape(len(self.y), -1) @ x.reshape(-1)

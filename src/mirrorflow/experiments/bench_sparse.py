@@ -240,8 +240,7 @@ def summary(records: list[Record]) -> str:
     )
     return (
         f"MirrorFlowRegressorCV: {'; '.join(said)}. It takes {ratio:.1f} times the time of LassoCV "
-        "(median over the cells); where coefficients are few and the noise is low, methods that "
-        "fit their support without shrinkage are the better choice."
+        "(median over the cells)."
     )
 
 

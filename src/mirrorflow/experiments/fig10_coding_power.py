@@ -107,10 +107,10 @@ def summary(records: list[Record]) -> str:
         f"The MSE of the codes ({first['data']}) settles sooner for larger k as in the paper, but "
         f"the norm does not: it ends at {first['nuclear_end']:.0f} for k = {first['k']} and at "
         f"{last['nuclear_end']:.0f} for k = {last['k']}, and without the penalty it is the same to "
-        f"{effect:.0e}. What differs is the speed of the codes, (2k)² (u⁴ᵏ⁻² + v⁴ᵏ⁻²), which grows "
-        f"{last['speed'] / first['speed']:.0f} times: on its clock the curves nearly meet (lower "
-        "row). The range of the mirror map cannot explain it: it widens as decay accumulates "
-        "(errata 2)."
+        f"{effect:.0e}. The range of the mirror map, which widens as decay accumulates (errata 2), "
+        "cannot explain it: what differs is the speed of the codes, (2k)² (u⁴ᵏ⁻² + v⁴ᵏ⁻²), which "
+        f"grows {last['speed'] / first['speed']:.0f} times, and on its clock the curves nearly meet "
+        "(lower row)."
     )
 
 

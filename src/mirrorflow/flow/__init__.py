@@ -113,7 +113,8 @@ def flow(
     g.validate(w0)
     h.validate(g)
     w0 = unflatten(flatten(w0).detach(), w0)
-    _check_loss(loss, g(w0))
+    if isinstance(loss, LeastSquares):
+        loss.require(g(w0), "flow")
     _check_tolerances(rtol, atol, w0)
     times = None if save_at is None else _save_times(save_at, t_end)
     begun = time.perf_counter()
@@ -144,19 +145,6 @@ def _check_arguments(
         raise ValueError(f"flow: t_end must be positive and finite, got {t_end}")
     if max_steps < 1:
         raise ValueError(f"flow: max_steps must be >= 1, got {max_steps}")
-
-
-def _check_loss(loss: Loss, x: Tensor) -> None:
-    """Require measurements of the shape and dtype of x."""
-    if isinstance(loss, LeastSquares) and loss.Z.shape[1:] != x.shape:
-        raise ValueError(
-            f"flow: Z must be (n, {', '.join(map(str, x.shape))}) to measure g(w0), "
-            f"got {tuple(loss.Z.shape)}"
-        )
-    if isinstance(loss, LeastSquares) and not loss.Z.dtype == loss.y.dtype == x.dtype:
-        raise TypeError(
-            f"flow: w0, Z and y must have one dtype, got {x.dtype}, {loss.Z.dtype}, {loss.y.dtype}"
-        )
 
 
 def _check_tolerances(rtol: float, atol: float | None, w0: Parameters) -> None:
