@@ -109,7 +109,7 @@ def summary(records: list[Record]) -> str:
         f"{last['nuclear_end']:.0f} for k = {last['k']}, and without the penalty it is the same to "
         f"{effect:.0e}. The range of the mirror map, which widens as decay accumulates (errata 2), "
         "cannot explain it: what differs is the speed of the codes, (2k)² (u⁴ᵏ⁻² + v⁴ᵏ⁻²), which "
-        f"grows {last['speed'] / first['speed']:.0f} times, and on its clock the curves nearly meet "
+        f"grows {last['speed'] / first['speed']:.0f} times; on its clock the curves nearly meet "
         "(lower row)."
     )
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..loss import LeastSquares
 from ..regularizer import Regularizer

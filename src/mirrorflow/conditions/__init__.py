@@ -3,30 +3,27 @@ r"""Whether the theory holds for a pair (g, h): regular, commuting, well posed, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.integrate import DOP853
 from torch import Tensor
 
-from .regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay
-from .reparam import (
-    CommutingQuadratic,
+from ..regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay
+from ..reparam import (
     CustomReparam,
-    Depth,
-    Identity,
     LogRatio,
     Parameters,
     PowerDifference,
     Product,
     Reparam,
-    SeparableReparam,
     SymmetricFactor,
     factors,
     flatten,
     unflatten,
 )
+from .advice import advice
+from .probe import Probe, norm
+from .report import Condition, Report
 
 __all__ = ["Condition", "Report", "check"]
 
@@ -34,77 +31,6 @@ BRACKET_TOLERANCE = 1e-8  # relative, in float64: rounding leaves about 1e-15
 PATH_TOLERANCE = 1e-6  # relative difference of two flows integrated to 1e-10
 RANK_TOLERANCE = 1e-10
 SAMPLED_COORDINATES = 256
-MAX_EVALUATIONS = 600  # a flow that needs more is about to blow up, or chatters at a kink
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One condition: whether it holds, the size of what decides it, and what that is."""
-
-    name: str
-    ok: bool
-    size: float
-    detail: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `check` found; true in a boolean context if Theorem 3.2 applies.
-
-    Attributes
-    ----------
-    pair : str
-        The pair that was checked.
-    conditions : tuple of Condition
-        In the order of the argument.
-    advice : str
-        What would work, where the theory says so; empty if nothing failed.
-    """
-
-    pair: str
-    conditions: tuple[Condition, ...]
-    advice: str = ""
-
-    def _all(self, name: str) -> bool:
-        return all(c.ok for c in self.conditions if c.name == name)
-
-    @property
-    def regular(self) -> bool:
-        """Whether J_g has full rank at w0 and along the flow (Definition A.3)."""
-        return self._all("regular")
-
-    @property
-    def commuting(self) -> bool:
-        """Whether all Lie brackets vanish (Definition A.5)."""
-        return self._all("commuting")
-
-    @property
-    def well_posed(self) -> bool:
-        """Whether h is bounded below."""
-        return self._all("well posed")
-
-    @property
-    def contracting(self) -> bool:
-        """Whether d R_a / d a = -h(w) <= 0 along the flow (Definition 3.3)."""
-        return self._all("contracting")
-
-    @property
-    def applies(self) -> bool:
-        """Whether Theorem 3.2 holds: the pair is regular and commutes."""
-        return self.regular and self.commuting
-
-    def __bool__(self) -> bool:
-        """Give `applies`."""
-        return self.applies
-
-    def explain(self) -> str:
-        """Say in words which conditions hold, by how much others fail, and what would work."""
-        verdict = "applies" if self.applies else "does not apply"
-        lines = [f"{self.pair}: Theorem 3.2 {verdict}."]
-        for c in self.conditions:
-            size = "" if np.isnan(c.size) else f" ({c.size:.2g})"
-            lines.append(f"  {'yes' if c.ok else 'NO ':3} {c.name}{size}: {c.detail}")
-        return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
 
 
 def check(
@@ -159,14 +85,14 @@ def check(
     whole = _double(w0)
     _require_finite(g, h, whole)
     _validate_sensing(sensing, g(whole).shape)
-    probe = _Probe(g, h, _sampled(g, h, whole), sensing, seed)
+    probe = Probe(g, h, _sampled(g, h, whole), sensing, seed)
     regular, promise = _regular(g, whole, probe), _promise(probe)
     commuting = [*promise, *_brackets(probe), _paths(probe)]
     conditions = [regular, *commuting, _well_posed(probe)]
     failed = not all(c.ok for c in (regular, *commuting))
     conditions.append(_contracting(probe, failed))
-    advice = "" if not failed else _advice(g, h, conditions)
-    return Report(f"{g} with {h}", tuple(conditions), advice)
+    remedy = advice(g, h, conditions) if failed else ""
+    return Report(f"{g} with {h}", tuple(conditions), remedy)
 
 
 def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:
@@ -191,69 +117,7 @@ def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
         raise ValueError("sensing holds NaN or infinite entries")
 
 
-class _Probe:
-    """A pair with random combinations of g, and points along its flow."""
-
-    def __init__(
-        self, g: Reparam, h: Regularizer, w0: Parameters, sensing: Tensor | None, seed: int
-    ) -> None:
-        self.g, self.h, self.w0 = g, h, w0
-        self.random = torch.Generator().manual_seed(seed)
-        self.sensing = None if sensing is None else g.project(sensing.to(torch.float64))
-        self.shape = g(w0).shape
-        self.elementwise = g.elementwise and h.elementwise
-        self.points = [w0, *self._reached()]
-
-    def direction(self) -> Tensor:
-        """Draw a direction in x that a gradient can have."""
-        if self.sensing is None:
-            return self.g.project(self.normal(self.shape))
-        return torch.einsum("i,i...->...", self.normal((len(self.sensing),)), self.sensing)
-
-    def normal(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """Draw standard normal numbers."""
-        return torch.randn(shape, generator=self.random, dtype=torch.float64)
-
-    def field(self, p: Tensor) -> Callable[[Parameters], Parameters]:
-        """Give the vector field grad (p . g)."""
-        return torch.func.grad(lambda w: (p * self.g(w)).sum())
-
-    def penalty(self) -> Callable[[Parameters], Parameters]:
-        """Give the vector field grad h."""
-        return lambda w: self.h.gradient(w, self.g)
-
-    def steps(self, scale: float) -> tuple[Tensor, float]:
-        """Draw (mu, a), a < 0, that move w by about ``scale`` times its size."""
-        p, size = self.direction(), _norm(self.w0)
-        speed, decay = _norm(self.g.pullback(self.w0, p)), _norm(self.penalty()(self.w0))
-        a = -0.5 * scale * size / decay if decay > 0 else -scale
-        return p * (scale * size / speed if speed > 0 else 1.0), a
-
-    def move(self, w: Parameters, mu: Tensor, a: float) -> Parameters | None:
-        """Follow dw = J^T mu + a grad h over unit time; None if the flow ends before."""
-
-        def velocity(_: float, flat: np.ndarray) -> np.ndarray:
-            here = unflatten(torch.from_numpy(flat), self.w0)
-            along = flatten(self.g.pullback(here, mu))
-            return (along + a * flatten(self.penalty()(here))).numpy()
-
-        if not np.isfinite(velocity(0.0, flatten(w).numpy())).all():
-            return None  # SciPy's first step would be NaN, and never end
-        with np.errstate(all="ignore"):
-            solver = DOP853(velocity, 0.0, flatten(w).numpy(), 1.0, rtol=1e-10, atol=1e-12)
-            while solver.status == "running" and solver.nfev < MAX_EVALUATIONS:
-                solver.step()
-        end = torch.from_numpy(solver.y.copy())
-        there = solver.status == "finished" and bool(torch.isfinite(end).all())
-        return unflatten(end, self.w0) if there else None
-
-    def _reached(self) -> list[Parameters]:
-        """Give points that the flow reaches, near and farther away."""
-        moved = [self.move(self.w0, *self.steps(scale)) for scale in (0.1, 0.3, 1.0)]
-        return [w for w in moved if w is not None]
-
-
-def _regular(g: Reparam, w0: Parameters, probe: _Probe) -> Condition:
+def _regular(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
     """Find the smallest relative singular value of J_g, at w0 (all of it) and along the flow."""
     if g.elementwise:
         return _regular_rows(g, w0, probe)
@@ -265,7 +129,7 @@ def _regular(g: Reparam, w0: Parameters, probe: _Probe) -> Condition:
     return Condition("regular", ok, smallest, f"{detail}; smallest over largest singular value")
 
 
-def _regular_rows(g: Reparam, w0: Parameters, probe: _Probe) -> Condition:
+def _regular_rows(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
     """Find rows that vanish: those of an elementwise g share no parameter, whatever their sizes."""
     rows = torch.stack([_row_sizes(g, w) for w in probe.points])
     lost = bool((_row_sizes(g, w0) == 0).any())
@@ -301,7 +165,7 @@ def _rank_of(matrix: Tensor) -> float:
     return float(s[-1] / s[0]) if s[0] > 0 else 0.0
 
 
-def _promise(probe: _Probe) -> list[Condition]:
+def _promise(probe: Probe) -> list[Condition]:
     """Test what elementwise=True promises of functions that a user wrote."""
     g, h, found = probe.g, probe.h, []
     for f in range(len(factors(probe.w0))):
@@ -317,7 +181,7 @@ def _promise(probe: _Probe) -> list[Condition]:
 
 
 def _crosstalk(
-    probe: _Probe, function: Callable[[Parameters], Tensor], name: str, factor: int
+    probe: Probe, function: Callable[[Parameters], Tensor], name: str, factor: int
 ) -> Condition:
     """Perturb half of the coordinates of a factor, and see whether the others respond."""
     parts = factors(probe.w0)
@@ -333,7 +197,7 @@ def _crosstalk(
     return Condition("commuting", size < BRACKET_TOLERANCE, size, detail)
 
 
-def _brackets(probe: _Probe) -> list[Condition]:
+def _brackets(probe: Probe) -> list[Condition]:
     """Measure [grad g_i, grad g_j] and [grad g_i, grad h] at every point."""
     found = []
     if not probe.g.elementwise:  # distinct coordinates of an elementwise g share no parameter
@@ -359,7 +223,7 @@ def _condition(name: str, size: float, worst: str) -> Condition:
 
 
 def _bracket(
-    probe: _Probe,
+    probe: Probe,
     w: Parameters,
     X: Callable[[Parameters], Parameters],
     Y: Callable[[Parameters], Parameters],
@@ -374,12 +238,12 @@ def _bracket(
     return float((bracket / (terms + scale)).max())
 
 
-def _stacked(probe: _Probe, w: Parameters) -> Tensor:
+def _stacked(probe: Probe, w: Parameters) -> Tensor:
     """Give a tangent vector with the dimension that is to be summed first."""
     return torch.stack(factors(w)) if probe.elementwise else flatten(w)
 
 
-def _worst_pair(probe: _Probe, size: float) -> str:
+def _worst_pair(probe: Probe, size: float) -> str:
     """Name the pair (i, j) whose bracket is largest, if one does not vanish and d is small."""
     d = probe.shape.numel()
     if size < BRACKET_TOLERANCE or d > 30 or probe.sensing is not None:
@@ -393,7 +257,7 @@ def _worst_pair(probe: _Probe, size: float) -> str:
     return f"; largest at w0 for i = {j}, j = {i} ({sizes[i, j]:.2g})"
 
 
-def _paths(probe: _Probe) -> Condition:
+def _paths(probe: Probe) -> Condition:
     """Follow g and h in both orders: the flows of commuting fields end in the same point."""
     gaps = []
     for scale in (0.01, 0.3, 2.0):
@@ -408,7 +272,7 @@ def _paths(probe: _Probe) -> Condition:
     return Condition("commuting", ok, size, detail)
 
 
-def _gap_of_orders(probe: _Probe, mu: Tensor, a: float) -> float | None:
+def _gap_of_orders(probe: Probe, mu: Tensor, a: float) -> float | None:
     """Give the relative distance of the two ends; None where one of the flows ends before."""
     zero, ends = torch.zeros_like(mu), []
     for first, second in (((mu, 0.0), (zero, a)), ((zero, a), (mu, 0.0))):
@@ -418,11 +282,11 @@ def _gap_of_orders(probe: _Probe, mu: Tensor, a: float) -> float | None:
             return None
         ends.append(end)
     one, two = ends
-    gap = _norm(unflatten(flatten(one) - flatten(two), probe.w0))
-    return gap / (_norm(one) + _norm(two) + _norm(probe.w0) + 1e-300)
+    gap = norm(unflatten(flatten(one) - flatten(two), probe.w0))
+    return gap / (norm(one) + norm(two) + norm(probe.w0) + 1e-300)
 
 
-def _well_posed(probe: _Probe) -> Condition:
+def _well_posed(probe: Probe) -> Condition:
     """Decide whether h is bounded below: by its form where that is known, else by sampling."""
     g, h = probe.g, probe.h
     if isinstance(h, WeightDecay):
@@ -444,7 +308,7 @@ def _well_posed(probe: _Probe) -> Condition:
     return Condition("well posed", ok, lows[2], f"{detail} on random w of size up to 1e6; lowest h")
 
 
-def _lowest(probe: _Probe, size: float) -> float:
+def _lowest(probe: Probe, size: float) -> float:
     """Give the lowest h over random parameters of the given size."""
     values = []
     for _ in range(64):
@@ -455,7 +319,7 @@ def _lowest(probe: _Probe, size: float) -> float:
     return min(finite, default=np.inf)
 
 
-def _contracting(probe: _Probe, failed: bool) -> Condition:
+def _contracting(probe: Probe, failed: bool) -> Condition:
     """Decide whether d R_a / d a = -h(w) <= 0 at the points of the flow."""
     if failed:
         return Condition(
@@ -466,48 +330,6 @@ def _contracting(probe: _Probe, failed: bool) -> Condition:
     relation = ">= 0" if ok else "negative"
     detail = f"d R_a/da = -h(w), and h is {relation} along the flow; lowest h"
     return Condition("contracting", ok, lowest, detail)
-
-
-def _advice(g: Reparam, h: Regularizer, conditions: list[Condition]) -> str:
-    """Say what would work, where the theory says so."""
-    mixed = any("[grad g_i, grad g_j]" in c.detail and not c.ok for c in conditions)
-    if isinstance(g, SymmetricFactor) and not mixed:
-        return "Corollary C.3: start from U0 U0^T = beta I; U needs full row rank."
-    if isinstance(g, Product | SymmetricFactor):
-        return (
-            "What is needed: gradients that stay aligned with the factors (shared singular "
-            "vectors), or measurements <A_i, X> with commuting A_i: pass them as sensing=."
-        )
-    if not all(c.ok for c in conditions if c.name == "regular"):
-        return "Definition A.3: start where no row of J_g vanishes (not at a zero of all factors)."
-    if any("was promised" in c.detail for c in conditions):
-        return "Leave elementwise=True out: coordinates that are mixed are followed together."
-    if isinstance(g, Identity):
-        return (
-            "Corollary D.1: without overparametrization only a linear h commutes; none is positive."
-        )
-    if isinstance(g, Depth):
-        return "Theorem D.2: a product of more than two factors does not commute with weight decay."
-    if isinstance(g, SeparableReparam) and not isinstance(h, Separable):
-        return (
-            "Corollary 3.7: h must be a combination of the terms of g; use Separable(), "
-            f"h = {_positive_terms(g)}."
-        )
-    if isinstance(g, CommutingQuadratic) and mixed:
-        return "Theorem 3.10: the matrices A_i must commute with each other; no penalty mends that."
-    if isinstance(g, CommutingQuadratic):
-        return (
-            "Theorem 3.10: h = 1/2 w^T B w works for a symmetric B that commutes with every A_i; "
-            "B = I is WeightDecay()."
-        )
-    if mixed:
-        return "The coordinates of g do not commute with each other: no penalty mends that."
-    return "h must commute with every coordinate of g; a multiple of a coordinate of g always does."
-
-
-def _positive_terms(g: SeparableReparam) -> str:
-    """Write the default penalty of a separable g."""
-    return f"u^{2 * g.k} + v^{2 * g.k}" if isinstance(g, PowerDifference) else "log u + log v"
 
 
 def _sampled(g: Reparam, h: Regularizer, w0: Parameters) -> Parameters:
@@ -526,8 +348,3 @@ def _double(w: Parameters) -> Parameters:
     """Give w in float64, detached."""
     parts = tuple(f.detach().to(torch.float64) for f in factors(w))
     return parts[0] if isinstance(w, Tensor) else parts
-
-
-def _norm(w: Parameters) -> float:
-    """Give the Euclidean norm of all factors."""
-    return float(torch.linalg.vector_norm(flatten(w)))
