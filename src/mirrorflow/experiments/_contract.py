@@ -5,7 +5,7 @@ A run lives in ``<out>/<experiment>/<hash>/``, named by the hash of its configur
 - ``config.json``: the configuration, whole.
 - ``metrics.jsonl``: numbers on the way, a line each, flushed as they are written (until the run is
   done the file is called ``metrics.partial.jsonl``).
-- ``parts/``: what is finished of a run that is not (gone when it is).
+- ``parts/`` and ``trunks/``: what is finished of a run that is not (gone when it is).
 - ``trajectory.npz``: the curves, under ``<part>/<name>``.
 - ``result.json``: the records, and where and when they were made. It is written last: a folder
   with it holds a finished run. ``failure.json`` says why a run failed.
@@ -123,6 +123,7 @@ def execute(
     out: str | Path,
     force: bool = False,
     progress: Progress | None = None,
+    trunks: Path | None = None,
 ) -> Path:
     """Run an experiment into its folder, unless a finished run is there already.
 
@@ -140,6 +141,9 @@ def execute(
         Compute again what is there.
     progress : callable, optional
         Called with (done, total, label).
+    trunks : path, optional
+        Where training runs store the states that others go on from, and find those of others;
+        without it a folder of the run's own, gone when the run is done.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def execute(
     write_json(folder / "config.json", config.model_dump(mode="json"))
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     try:
-        recorder = Recorder(folder, progress)
+        recorder = Recorder(folder, progress, trunks)
         with recorder.logging():
             records = module.run(config, recorder)
         require_finite(module.NAME, Part(records))
@@ -182,7 +186,8 @@ def execute(
         "meta": provenance([part.data for part in recorder.parts.values() if part.data]),
     }
     write_json(folder / "result.json", result)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
+    for unfinished in ("parts", "trunks"):
+        shutil.rmtree(folder / unfinished, ignore_errors=True)
     return folder
 
 

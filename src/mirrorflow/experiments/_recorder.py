@@ -15,6 +15,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._trunks import Checkpoints
+
 __all__ = [
     "Part",
     "Progress",
@@ -53,8 +55,11 @@ class Part:
 class Recorder:
     """What ``run`` is given: it logs numbers, keeps finished parts, and tells the progress."""
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress | None = None, trunks: Path | None = None
+    ) -> None:
         self.folder, self._progress = folder, progress
+        self.checkpoints = Checkpoints(trunks or folder / "trunks")
         self.parts: dict[str, Part] = {}
         self._current: str | None = None
         self._stream: IO[str] | None = None
