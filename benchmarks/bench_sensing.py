@@ -8,6 +8,8 @@ step. The linear model is timed over a whole run, because it skips what has sett
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import torch
 
@@ -86,6 +88,29 @@ def limits(problem: Problem, rows: int) -> dict[str, float]:
     }
 
 
+def linear_steps(problem: Problem, scenarios: list[Scenario]) -> tuple[int, int]:
+    """Count the steps that the linear model takes before it settles, and those with a penalty."""
+    slope, matrix = Problem.slope, Problem.matrix
+    with (
+        patch.object(Problem, "slope", autospec=True, side_effect=slope) as slopes,
+        patch.object(Problem, "matrix", autospec=True, side_effect=matrix) as shrinks,
+    ):
+        train_linear(problem, scenarios, ETA, WHOLE, START, WHOLE)
+    return slopes.call_count, shrinks.call_count
+
+
+def linear_limit(problem: Problem, scenarios: list[Scenario], floor: dict[str, float]) -> float:
+    """Give the time of the linear model's steps if only memory, or only arithmetic, took time.
+
+    Each step reads H once; a penalty takes an eigendecomposition and a product: 11 n^3 flops.
+    """
+    steps, penalized = linear_steps(problem, scenarios)
+    flop = floor["arithmetic"] / (4 * (4 * problem.H.size + 4 * N**3))  # seconds, of 4 rows
+    return (
+        steps * max(floor["from cache"], 4 * problem.H.size * flop) + penalized * 11 * N**3 * flop
+    )
+
+
 def compare(m: int) -> list[dict]:
     """Time one m: first that all do the same, then how long they take."""
     problem = Problem.random(0, N, R, m)
@@ -117,8 +142,10 @@ def compare(m: int) -> list[dict]:
     factor = {k: scale * seconds[k] for k in ("together", "sum", "einsum")}
     both = factor["together"] + seconds["linear"]
     both_literal = factor["sum"] + scale * seconds["linear_literal"]
-    floor = {k: WHOLE * v for k, v in limits(problem, rows=4).items()}
+    step = limits(problem, rows=4)
+    floor = {k: WHOLE * v for k, v in step.items()}
     limit = max(floor["from cache"], floor["arithmetic"])
+    limit_both = limit + linear_limit(problem, whole, step)
     return [
         {
             "case": f"matrix sensing, m = {m}, U U^T in 4 scenarios, {WHOLE} steps",
@@ -140,6 +167,9 @@ def compare(m: int) -> list[dict]:
             "literal autograd, seconds": both_literal,
             "ratio": both_literal / both,
             "target": 8,
+            "limit, seconds": limit_both,
+            "limit": "as above, and for X: H read once a step, and the flops of the penalty",
+            "times the limit": both / limit_both,
             "scaled from steps": STEPS,
         },
     ]

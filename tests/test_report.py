@@ -136,6 +136,12 @@ X = [-6.0, -1.5, -0.3, -1e-3, 1e-3, 0.3, 1.5, 6.0]  # beyond, mu of the log rati
 CASES = {
     "hadamard": (mf.Hadamard(), mf.WeightDecay(), (0.0, -0.4, -5.0)),
     "balanced": (mf.Hadamard(), mf.WeightDecay(), (0.0, -0.4, -5.0)),
+    "quadratic": (
+        mf.CommutingQuadratic(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))[None]),
+        mf.WeightDecay(),
+        (0.0, -0.4, -5.0),
+    ),
+    "eigenvalue": (mf.SymmetricFactor(), mf.WeightDecay(), (0.0, -0.4, -5.0)),
     "square": (mf.PowerDifference(1), mf.Separable(), (0.0, -0.4, -3.0)),
     "fourth": (mf.PowerDifference(2), mf.Separable(), (0.0, -0.4, -5.0)),
     "sixth": (mf.PowerDifference(3), mf.Separable(), (0.0, -0.4, -5.0)),
@@ -150,6 +156,10 @@ def start_of(name, p, q):
             w0 = ((p + q) / math.sqrt(2), (p - q) / math.sqrt(2))
         case "balanced":
             w0 = (math.sqrt(p), math.sqrt(p))
+        case "quadratic":
+            return torch.tensor([p, q], dtype=torch.float64)
+        case "eigenvalue":
+            return torch.tensor([[p]], dtype=torch.float64)
         case _:
             w0 = (p, q)
     return tuple(torch.tensor(w, dtype=torch.float64) for w in w0)
@@ -164,7 +174,7 @@ def test_the_grid_covers_every_case_of_the_explorer():
 @pytest.mark.browser
 def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
     grid = [
-        (name, p, q, a, [x for x in X if name != "balanced" or x > 0])
+        (name, p, q, a, [x for x in X if name not in ("balanced", "eigenvalue") or x > 0])
         for name, (_, _, rates) in CASES.items() for p, q in STARTS for a in rates
         if name != "ratio" or min(p, q) ** 2 + 2 * a > 0
     ]  # fmt: skip
@@ -172,12 +182,15 @@ def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
     for (name, p, q, a, xs), found in zip(grid, computed, strict=True):
         g, h, _ = CASES[name]
         R = mf.legendre(g, h, start_of(name, p, q))
-        x = torch.tensor(xs, dtype=torch.float64)
-        mu = R.mirror(x, a)
-        value = R.value(x, a) - R.value(R.centre(a), a)
-        for key, expected in {
-            "mirror": mu, "value": value, "metric": R.metric(x, a), "back": x,
-        }.items():  # fmt: skip
+        laws = {
+            "mirror": R.mirror,
+            "value": lambda x, a, R=R: R.value(x, a) - R.value(R.centre(a), a),
+            "metric": R.metric,
+            "back": lambda x, a: x,
+        }
+        for key, law in laws.items():
+            points = [torch.full(R.shape, t, dtype=torch.float64) for t in xs]
+            expected = torch.stack([law(x, a).reshape(()) for x in points])
             scale = np.abs(expected.numpy()).max()
             np.testing.assert_allclose(
                 found[key], expected.numpy(), rtol=1e-8, atol=1e-11 * scale,

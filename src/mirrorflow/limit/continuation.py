@@ -18,6 +18,8 @@ EPS = 2.2e-16
 LOOSE = 0.5  # change of the exponents by the last Newton step at scales only passed through
 STRAIGHT = 1e-2  # drift of x below which the path is nearly straight: no bend is predicted
 SETTLED = 1e-6  # drift of x below which every point is solved to full precision
+CROSSING = 1e-2  # drift of x below which the support may show already
+SHOWS = 1e-3  # weight of a coordinate of the support, relative to the heaviest
 WILD = 30.0  # residual, relative to y, at which a prediction is given up
 GOOD = 1e-9  # residual at which a point counts as solved
 VERTEX = 1e-13  # relative change of x per unit of log A at which the L1 vertex is reached
@@ -67,11 +69,15 @@ class _Walker:
         self.steps = self.counted = 0
         self.stride, self.growth, self.bend, self.stuck = 3.0, GROWTH, np.zeros(len(b)), False
         self.start, self.drift, self.trial = -math.inf, math.inf, np.zeros(len(b))
+        self.crossing = CROSSING
 
     def go(self, tau: float) -> Point:
         """Walk to ``tau`` and solve there."""
         while self.tau > tau and not self.stuck:
             left = self.tau - tau
+            ready = self.drift < self.crossing and left > self.start - self.tau > 0
+            if ready and self._cross(tau):
+                break
             # Two equal steps rather than a long one and a remainder.
             self._step(left if left <= self.stride else min(self.stride, left / 2), tau)
         if self.tau <= tau and self.residual > GOOD and not self.stuck:
@@ -119,6 +125,19 @@ class _Walker:
         self.stride = max(grown, self.stride) if target == tau and needed <= 5 else grown
         self.growth = min(2 * self.growth, GROWTH)
 
+    def _cross(self, tau: float) -> bool:
+        """Jump to ``tau`` on the support that shows already; False if that was too early.
+
+        Continued along its average slope since the start, theta lets every coordinate off the
+        support go on falling, as (its size)^(length). Whatever solves Qx = b at ``tau`` is right.
+        """
+        heavy = self.system.w > SHOWS * self.system.w.max()
+        slope, F = self.theta / (self.tau - self.start), self.system.FT[heavy]
+        slope = slope - np.linalg.lstsq(F, self.u[heavy] + F @ slope, rcond=None)[0]
+        guess = self.theta - (self.tau - tau) * slope
+        self.crossing = self.drift * CROSSING  # and not again before much has changed
+        return self.correct(guess, tau, True, 6) is not None
+
     def correct(self, theta: Array, tau: float, last: bool, limit: int = 12) -> int | None:
         """Solve at ``tau`` by Newton's method from ``theta``; None if it does not converge.
 
@@ -160,12 +179,15 @@ class _Walker:
         self.theta, self.tau, self.x, self.residual = theta, tau, self.dual.x, size
         mass, w = self.dual.mass, system.w
         u = np.divide(mass, w, out=np.zeros_like(mass), where=w > 0)
-        self.tangent = -system.fit(u)
+        self.u, self.system = u, system
+        self.tangent = -system.fit(u, seen=True)
         moved = mass + w * (system.FT @ self.tangent)
         largest = float(np.abs(mass).max(initial=0.0))
         self.drift = float(np.abs(moved).max(initial=0.0)) / largest if largest > 0 else math.inf
         if self.drift < VERTEX and self.start > tau:
             self._aim(u, system)
+        elif system.ill:  # x goes on moving, perhaps through directions that do not show in it yet
+            self.tangent = -system.fit(u)
 
     def _aim(self, u: Array, system: NewtonSystem) -> None:
         """Point the tangent at the vertex: theta is linear in log A from here on.

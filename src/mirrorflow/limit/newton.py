@@ -11,6 +11,7 @@ __all__ = ["NewtonSystem"]
 Array = NDArray[np.float64]
 ILL = 1e-7  # smallest pivot of the scaled Cholesky factor: below it, a QR solves instead
 SEEN = 1e-7  # pivots of sqrt(W) F^T below it, relative to the first, are below rounding in Fx
+MANY = 1000  # columns from which looking for the heavy ones pays
 LIGHT = 1e-22  # columns lighter than this next to the heaviest do not reach the Gram matrix
 potrf, potrs, trtrs, geqp3, ormqr = get_lapack_funcs(
     ("potrf", "potrs", "trtrs", "geqp3", "ormqr"), dtype=np.float64
@@ -29,33 +30,41 @@ class NewtonSystem:
     """
 
     def __init__(self, FT: Array, w: Array) -> None:
-        self.FT, self.w = FT, w
-        root = np.sqrt(w)
-        heavy = np.flatnonzero(w > LIGHT * w.max(initial=0.0))
-        KT = FT * root[:, None] if 2 * len(heavy) > len(w) else FT[heavy] * root[heavy, None]
+        self.FT, self.w, self.root = FT, w, np.sqrt(w)
+        KT = self._heavy() if len(w) > MANY else FT * self.root[:, None]
         gram = KT.T @ KT
         diagonal = gram.diagonal()
-        self.scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-        gram *= self.scale
-        gram *= self.scale[:, None]
-        self.factor, failed = potrf(gram, lower=1, clean=0, overwrite_a=1)
-        self.ill = failed != 0 or not self.factor.diagonal().min(initial=1.0) > ILL
-        if self.ill:
-            self._orthogonal(root)
+        self.factor, failed = potrf(gram, lower=1, clean=0)
+        # Pivots next to the diagonal they came from: what Cholesky loses does not depend on units.
+        pivots = self.factor.diagonal()
+        self.ill = failed != 0 or not (pivots * pivots > ILL * ILL * diagonal).all()
+        self.order: NDArray[np.intp] | None = None  # of the QR, once there is one
+        self.complete = False
 
-    def _orthogonal(self, root: Array) -> None:
+    def _heavy(self) -> Array:
+        """Give sqrt(W) F^T without the rows that do not reach the Gram matrix."""
+        heavy = np.flatnonzero(self.w > LIGHT * self.w.max(initial=0.0))
+        if 2 * len(heavy) > len(self.w):
+            return self.FT * self.root[:, None]
+        return np.asarray(self.FT[heavy] * self.root[heavy, None])
+
+    def _orthogonal(self, complete: bool) -> None:
         """Factor sqrt(W) F^T with its heavy rows first, which keeps the light ones accurate.
 
         (Cox and Higham 1998: Householder QR with sorted rows and column pivoting is backward
-        stable row by row.) Columns far below the 2r heaviest cannot reach the factor.
+        stable row by row.) Rows far below the 2r heaviest cannot reach the factor; unless it is
+        to be ``complete``, nor can those whose effect on F x is below rounding.
         """
+        if self.order is not None and self.complete >= complete:
+            return
         r, d = self.FT.shape[1], len(self.w)
         order = np.argsort(-self.w, kind="stable")
-        last = self.w[order[min(2 * r, d) - 1]]
-        self.order = order[self.w[order] > 1e-16 * last]
-        KT = np.asfortranarray(self.FT[self.order] * root[self.order, None])
+        last = 1e-16 * self.w[order[min(2 * r, d) - 1]]
+        lightest = last if complete else max(last, LIGHT * self.w[order[0]])
+        self.order = order[self.w[order] > lightest]
+        KT = np.asfortranarray(self.FT[self.order] * self.root[self.order, None])
         self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)
-        self.pivot = pivot - 1
+        self.pivot, self.complete = pivot - 1, complete
         size = np.abs(self.qr.diagonal())
         first = size.max(initial=0.0)
         self.seen = int((size > SEEN * first).sum())
@@ -66,7 +75,8 @@ class NewtonSystem:
         if not len(r):
             return r
         if not self.ill:
-            return potrs(self.factor, r * self.scale, lower=1)[0] * self.scale
+            return potrs(self.factor, r, lower=1)[0]
+        self._orthogonal(complete=False)
         k, z = self.seen, np.zeros_like(r)
         R = self.qr[:k, :k]
         half = trtrs(R, r[self.pivot[:k]], trans=1)[0]
@@ -80,8 +90,10 @@ class NewtonSystem:
         """
         if not self.ill:
             return self.solve(self.FT.T @ (self.w * u))
+        self._orthogonal(complete=not seen)
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
-        right = np.asfortranarray((np.sqrt(self.w[self.order]) * u[self.order])[:, None])
-        right = ormqr("L", "T", self.qr, self.tau, right, max(1, 64 * len(right)))[0]
+        right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
+        reflectors = self.qr[:, : len(self.tau)]
+        right = ormqr("L", "T", reflectors, self.tau, right, max(1, 64 * len(right)))[0]
         z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
         return z

@@ -96,6 +96,18 @@ const CASES = {
     note: "x keeps the sign it starts with, so that R is defined for x ≥ 0 only.",
     make: (x0, _, a) => oneSided(Math.log(x0) + 2 * a, 2),
   },
+  quadratic: {
+    label: "½ wᵀAw with A = diag(1, −1), weight decay", aMin: -5,
+    start: [["w₁", 0.05, 2, 1], ["w₂", 0.05, 2, 0.6]],
+    note: "A quadratic form with eigenvalues of both signs has the curve of m · w, here at u₀ = w₁, v₀ = w₂.",
+    make: (p, q, a) => hyperbolic(Math.log(p * q) + 2 * a, Math.log(p / q), 2),
+  },
+  eigenvalue: {
+    label: "an eigenvalue of U Uᵀ, weight decay (Corollary C.3)", aMin: -5,
+    start: [["U₀ = p · I, p", 0.05, 1.5, 1]],
+    note: "Where the sensing matrices commute, each eigenvalue of X = U Uᵀ has the entropy of m · w at m₀ = w₀, from β = p².",
+    make: (p, _, a) => oneSided(2 * Math.log(p) + 2 * a, 2),
+  },
   square: {
     label: "u² − v², penalty u² + v²", aMin: -3, start: UV,
     note: "The same shape as m · w, but the decay acts twice as fast.",
