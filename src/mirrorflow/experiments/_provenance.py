@@ -36,13 +36,19 @@ def provenance(data: Sequence[str]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Give the git commit of the package's checkout, marked if files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    command += ["--abbrev=40", "--match="]
+    """Give the git commit of the package's checkout, marked if files other than results differ."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """Ask git about the checkout that holds this file."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 

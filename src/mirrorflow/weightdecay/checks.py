@@ -14,7 +14,15 @@ from ..schedule import Constant
 from .coupling import CoupledDecayWarning
 from .selection import Target
 
-__all__ = ["check_decay", "check_free", "check_not_captured", "inner", "one_of", "warn_if_coupled"]
+__all__ = [
+    "check_decay",
+    "check_exact_off",
+    "check_free",
+    "check_not_captured",
+    "inner",
+    "one_of",
+    "warn_if_coupled",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -61,6 +69,20 @@ def check_decay(optimizer: Optimizer, targets: Sequence[Target], decoupled: bool
         )
 
 
+def check_exact_off(
+    optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]
+) -> None:
+    """Raise where the decay cannot be taken out of what the optimizer remembers."""
+    for target, kind in zip(targets, kinds, strict=True):
+        if target.schedule is not None and kind in ("coupled", "unknown"):
+            raise ValueError(
+                f"exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in "
+                f"it; {type(optimizer).__name__} rescales its gradient by moments that are not, "
+                "and what they hold of the decay cannot be told from the gradients. "
+                "decoupled=True keeps the decay out of them from the start"
+            )
+
+
 def check_not_captured() -> None:
     """Raise while a CUDA graph records, which would keep the decay of this moment."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -70,12 +92,16 @@ def check_not_captured() -> None:
         )
 
 
-def warn_if_coupled(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
+def warn_if_coupled(
+    optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str], exact_off: bool
+) -> None:
     """Warn of a decay that a schedule cannot switch off, or that no ledger can count."""
     name = type(optimizer).__name__
     found = set()
     for target, kind in zip(targets, kinds, strict=True):
         if target.schedule is None or kind in ("decoupled", "fixed"):
+            continue
+        if kind == "sgd" and exact_off:
             continue
         momentum = optimizer.param_groups[target.group].get("momentum", 0)
         if kind != "sgd" or (momentum != 0 and not isinstance(target.schedule, Constant)):
@@ -87,8 +113,8 @@ def warn_if_coupled(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
 _ADVICE = {
     "sgd": (
         "{name} with momentum takes weight decay into the gradient: its buffer goes on decaying "
-        "after the schedule has reached 0 (`pending` says how much). decoupled=True decays from "
-        "outside and ends exactly"
+        "after the schedule has reached 0 (`pending` says how much). exact_off=True takes the decay "
+        "out of the buffer then; decoupled=True decays from outside and never puts it there"
     ),
     "coupled": (
         "{name} takes weight decay into the gradient, which it rescales and may remember: a decay "

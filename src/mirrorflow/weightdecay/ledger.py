@@ -91,12 +91,15 @@ class Entry:
         self.absorbed += share
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
 
-    def pending(self, group: Mapping[str, Any]) -> float:
-        """Give what the momentum would still absorb if the decay were 0 from now on."""
+    def pending(self, group: Mapping[str, Any], removed: bool = False) -> float:
+        """Give what the momentum would still absorb if the decay were 0 from now on.
+
+        Nothing, if it were removed then.
+        """
         if self.kind != "sgd":
             return math.nan if math.isnan(self.absorbed) else 0.0
         momentum = float(group["momentum"])
-        if not self.held or momentum == 0:
+        if removed or not self.held or momentum == 0:
             return 0.0
         passed = momentum if group["nesterov"] else 1.0
         left = momentum / (1 - momentum) if momentum < 1 else math.inf

@@ -89,11 +89,14 @@ def preview(
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
     for step, _ in enumerate(_moved(shadow, scheduler.optimizer, lr, steps), scheduler.steps):
-        decays = scheduler.decays(step, shadow.param_groups)
-        for target, decay, entry, curve in zip(
-            scheduler.targets, decays, entries, curves, strict=True
+        rates = scheduler.rates(step)
+        decays = scheduler.decays(rates, shadow.param_groups)
+        for target, rate, decay, entry, curve in zip(
+            scheduler.targets, rates, decays, entries, curves, strict=True
         ):
             group = shadow.param_groups[target.group]
+            if scheduler.exact_off and rate == 0 and entry.held:
+                entry.held = 0.0
             if target.params(scheduler.optimizer.param_groups[target.group]):
                 entry.record(step, decay, group)
             _extend(curve, float(group["lr"]), decay, entry.accumulated)

@@ -9,9 +9,19 @@ import torch
 from torch.optim import Optimizer
 
 from .account import TOTALS, Account, begun
-from .checks import check_decay, check_free, check_not_captured, inner, one_of, warn_if_coupled
+from .checks import (
+    check_decay,
+    check_exact_off,
+    check_free,
+    check_not_captured,
+    inner,
+    one_of,
+    warn_if_coupled,
+)
 from .coupling import KINDS
+from .memory import MEMORY, recall, remember
 from .ledger import Entry
+from .momentum import follow, forget, remove
 from .outside import decaying, shrink, skipped, write
 from .selection import (
     Rule,
@@ -56,6 +66,11 @@ class WeightDecayScheduler:
     decoupled : bool
         Set the optimizer's decay to 0 and shrink the weights by 1 - lr x decay here, before the
         step, as AdamW does: for any optimizer, tensor by tensor, with an exact end.
+    exact_off : bool
+        For SGD with momentum, which takes L2 into its buffer: follow the decay's part of each
+        buffer, and take it out when the rate becomes 0, so that the next steps are those of a
+        buffer that never saw decay. It costs as much memory as the momentum, and is saved with
+        the optimizer's state.
     convention : {"follow-lr", "fixed", "adamc"}
         What the rate means: the optimizer's decay, so that lr x rate acts; what acts itself,
         whatever the learning rate; or lr^2 / lr_max x rate, as in AdamC.
@@ -101,6 +116,7 @@ class WeightDecayScheduler:
         *,
         groups: Iterable[Rule] = (),
         decoupled: bool = False,
+        exact_off: bool = False,
         convention: str = "follow-lr",
         model: torch.nn.Module | None = None,
         coupling: str | None = None,
@@ -113,7 +129,8 @@ class WeightDecayScheduler:
         check_free(self.optimizer, WeightDecayScheduler)
         self.schedule, self.relative = schedule, relative
         self.groups, self.model = rules(groups), model
-        self.decoupled, self.convention, self.coupling = decoupled, convention, coupling
+        self.decoupled, self.exact_off = decoupled, exact_off
+        self.convention, self.coupling = convention, coupling
         self.targets: list[Target] = []
         self.account = Account()
         self._initial: list[float] = []
@@ -124,9 +141,13 @@ class WeightDecayScheduler:
         """Take the optimizer over."""
         warn_if_unused(self.groups, self.optimizer.param_groups, names_of(self.model))
         self._cover_groups()
+        kinds = [entry.kind for entry in self.account.entries]
         check_decay(self.optimizer, self.targets, self.decoupled)
-        warn_if_coupled(self.optimizer, self.targets, [e.kind for e in self.account.entries])
+        if self.exact_off:
+            check_exact_off(self.optimizer, self.targets, kinds)
+        warn_if_coupled(self.optimizer, self.targets, kinds, self.exact_off)
         self.account.agree(self.optimizer.param_groups)
+        recall(self.targets, self.optimizer.param_groups)
         self._attach()
         self.step()
 
@@ -136,13 +157,15 @@ class WeightDecayScheduler:
         """Write the decay of the step that comes next; it does not count steps."""
         self._cover_groups()
         groups = self.optimizer.param_groups
-        self._last = self.decays(self.steps, groups)
+        self._rates = self.rates(self.steps)
+        self._last = self.decays(self._rates, groups)
         for target, decay in zip(self.targets, self._last, strict=True):
             group = groups[target.group]
             if self.decoupled:
                 write(group, 0.0)
             elif target.schedule is not None:
                 write(group, decay)
+        remember(self.targets, groups)
 
     def get_last_weight_decay(self) -> list[float]:
         """Give the decay of the step that comes next, in the order of ``accumulated``."""
@@ -164,8 +187,8 @@ class WeightDecayScheduler:
     @property
     def pending(self) -> list[float]:
         """Give what momentum would still absorb of the past decay, if it were 0 from now on."""
-        groups = self.optimizer.param_groups
-        return [0.0 - entry.pending(groups[t.group]) for t, entry in self._ledgers()]
+        groups, exact = self.optimizer.param_groups, self.exact_off
+        return [0.0 - entry.pending(groups[t.group], exact) for t, entry in self._ledgers()]
 
     def audit(self) -> list[dict[str, Any]]:
         """Give what was really applied, as rows: a run of steps of one group each.
@@ -203,6 +226,8 @@ class WeightDecayScheduler:
             handle.remove()
         for group in self.optimizer.param_groups:
             group.pop(TOTALS, None)
+            group.pop(MEMORY, None)
+        forget(self.optimizer)
 
     def __enter__(self) -> Self:
         """Close at the end of a with block."""
@@ -212,11 +237,18 @@ class WeightDecayScheduler:
         """Close."""
         self.close()
 
-    def decays(self, step: int, groups: Sequence[Mapping[str, Any]]) -> list[float]:
-        """Give the decay of each set of tensors at a step, for the settings of the groups."""
+    def rates(self, step: int) -> list[float | None]:
+        """Give the rate of each set of tensors at a step; None where nothing schedules it."""
         schedules = {id(t.schedule): t.schedule for t in self.targets if t.schedule is not None}
-        rates = {key: rate_at(schedule, step) for key, schedule in schedules.items()}
-        return [self._decay(rates.get(id(t.schedule)), groups[t.group]) for t in self.targets]
+        found = {key: rate_at(schedule, step) for key, schedule in schedules.items()}
+        return [found.get(id(t.schedule)) for t in self.targets]
+
+    def decays(
+        self, rates: Sequence[float | None], groups: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """Turn rates into decays, for the settings of the groups."""
+        pairs = zip(rates, self.targets, strict=True)
+        return [self._decay(rate, groups[target.group]) for rate, target in pairs]
 
     def _decay(self, rate: float | None, group: Mapping[str, Any]) -> float:
         """Turn a rate into the decay of a group; without a rate it keeps its own."""
@@ -245,7 +277,7 @@ class WeightDecayScheduler:
         self.account.warn_if_missing()
         self.step()
         self._begun = True
-        if not self.decoupled or skipped(optimizer):
+        if not (self.decoupled or self.exact_off) or skipped(optimizer):
             return None
         return decaying(self._decay_outside, args, kwargs)
 
@@ -269,16 +301,29 @@ class WeightDecayScheduler:
         for group, initial in zip(optimizer.param_groups, self._initial, strict=False):
             group.setdefault(INITIAL, initial)
         self.account.agree(optimizer.param_groups)
+        recall(self.targets, optimizer.param_groups)
         self.step()
 
     def _decay_outside(self) -> None:
-        """Decay the weights that have a gradient, as AdamW does, once in a step."""
+        """Do before the update, once in a step, what the optimizer's own decay does not do."""
         if self._decayed:
             return
         self._decayed = True
-        for target, decay in zip(self.targets, self._last, strict=True):
+        rows = zip(self._ledgers(), self._rates, self._last, strict=True)
+        for (target, entry), rate, decay in rows:
             group = self.optimizer.param_groups[target.group]
-            shrink(target.params(group), 1 - float(group["lr"]) * decay)
+            if self.decoupled:  # decay the weights that have a gradient, as AdamW does
+                shrink(target.params(group), 1 - float(group["lr"]) * decay)
+            elif rate == 0 and entry.kind == "sgd":
+                self._remove(entry, target.params(group))
+            elif entry.kind == "sgd":
+                follow(self.optimizer, group, target.params(group), float(group["weight_decay"]))
+
+    def _remove(self, entry: Entry, params: list[torch.Tensor]) -> None:
+        """Take the decay out of the buffers, if there is any, and out of the ledger."""
+        if entry.held:
+            remove(self.optimizer, params)
+            entry.held = 0.0
 
     # The groups
 
