@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 EPS = 2.2e-16
 LOOSE = 0.5  # change of the exponents by the last Newton step at scales only passed through
 STRAIGHT = 1e-2  # drift of x below which the path is nearly straight: no bend is predicted
+PLAIN = 1e-4  # drift of x above which systems are plain enough for single precision
 SETTLED = 1e-6  # drift of x below which every point is solved to full precision
 CROSSING = 1e-2  # drift of x below which the support may show already
 SHOWS = 1e-3  # weight of a coordinate of the support, relative to the heaviest
@@ -69,7 +70,7 @@ class _Walker:
         self.steps = self.counted = 0
         self.stride, self.growth, self.bend, self.stuck = 3.0, GROWTH, np.zeros(len(b)), False
         self.start, self.drift, self.trial = -math.inf, math.inf, np.zeros(len(b))
-        self.crossing = CROSSING
+        self.crossing, self.distrust = CROSSING, False
 
     def go(self, tau: float) -> Point:
         """Walk to ``tau`` and solve there."""
@@ -114,7 +115,8 @@ class _Walker:
             guess += (0.5 * length * length) * self.bend
         target = tau if self.tau - length <= tau * (1 + EPS) else self.tau - length
         needed = self.correct(guess, target, target == tau)
-        if needed is None:  # too far: a third of it, along the tangent alone
+        if needed is None:  # too far: a third of it, along the tangent alone, with all digits
+            self.distrust = True
             self.bend, self.stride, self.growth = np.zeros_like(self.bend), length / 3, 1.0
             self.stuck = self.stride < SHORTEST or self.steps >= self.max_steps
             return
@@ -154,7 +156,8 @@ class _Walker:
             self.trial = theta
             if not dual.weight.max(initial=0.0) > 0:  # all of x underflows: no step from here
                 return None
-            system = NewtonSystem(dual.frame(), dual.speed * dual.weight)
+            rough = dual.rough if self.drift > PLAIN and not self.distrust else None
+            system = NewtonSystem(dual.frame(), dual.speed * dual.weight, rough)
             self.steps += 1
             # Rounding of the exponents moves x by eps |t|: nothing below that can be reached.
             floor = EPS * (10 + dual.largest) * (1 + math.sqrt(dual.x @ dual.x))

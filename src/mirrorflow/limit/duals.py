@@ -7,14 +7,16 @@ the continuation follows the solution down to the wanted scale.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-__all__ = ["ExponentialDual", "HyperbolicDual", "OneSidedDual"]
+__all__ = ["ColumnDual", "ExponentialDual", "HyperbolicDual", "OneSidedDual"]
 
 Array = NDArray[np.float64]
+LARGE = 5_000_000  # r^2 d, from which Newton steps are computed in single precision
 APART = 1e-9  # distance from b to the x of the right signs at which there is no solution
 
 
@@ -42,6 +44,11 @@ class ExponentialDual(ABC):
     mass: Array
     weight: Array
     largest: float
+
+    @property
+    def rough(self) -> NDArray[np.float32] | None:
+        """F^T in single precision, where systems are so large that it pays."""
+        return None
 
     @abstractmethod
     def place(self, theta: Array, tau: float) -> None:
@@ -73,17 +80,54 @@ class ExponentialDual(ABC):
         return gain > 0 and self.ceiling(theta) * 1e4 < gain
 
 
-class HyperbolicDual(ExponentialDual):
+class ColumnDual(ExponentialDual):
+    """A dual with one exponent for each column of Q: t = s Q^T theta + shift, or sigma times it."""
+
+    one_sided: bool  # whether x keeps its signs
+
+    def __init__(self, Q: Array, speed: float, shift: Array | float) -> None:
+        self.Q, self.QT, self.speed, self.shift = Q, np.ascontiguousarray(Q.T), speed, shift
+        self.large = self.QT.size * len(Q) > LARGE
+
+    @cached_property
+    def rough(self) -> NDArray[np.float32] | None:
+        """Q^T in single precision, where systems are so large that it pays."""
+        return self.QT.astype(np.float32) if self.large else None
+
+    def frame(self) -> Array:
+        """Give Q^T."""
+        return self.QT
+
+    def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
+        return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
+
+    @abstractmethod
+    def log_scale(self, tau: float) -> Array:
+        """Give log(|x| e^-t) for large exponents t."""
+
+    @abstractmethod
+    def turn(self) -> Array | float:
+        """Give the signs that x keeps, or 1."""
+
+    def signed(self) -> Array:
+        """Give Q, its columns turned to the signs that x keeps, if it does."""
+        return self.Q * self.turn() if self.one_sided else self.Q
+
+
+class HyperbolicDual(ColumnDual):
     """x = A sinh(s Q^T theta + rho)."""
 
+    one_sided = False
+
     def __init__(self, Q: Array, log_A: Array, rho: Array, speed: float) -> None:
-        self.Q, self.QT = Q, np.ascontiguousarray(Q.T)
-        self.log_half, self.rho, self.speed = log_A - np.log(2.0), rho, speed
+        super().__init__(Q, speed, rho)
+        self.log_half = log_A - np.log(2.0)
 
     def place(self, theta: Array, tau: float) -> None:
         """Compute x and its derivative; see `ExponentialDual`."""
         t = self.QT @ (self.speed * theta)
-        t += self.rho
+        t += self.shift
         size = np.abs(t)
         half = np.exp(self.log_half + (tau + size))  # never e^t alone
         size *= -2
@@ -91,28 +135,30 @@ class HyperbolicDual(ExponentialDual):
         self.weight = half + half * np.exp(size)  # A cosh t
         self.x = self.mass = np.copysign(half * np.expm1(size), t)
 
-    def frame(self) -> Array:
-        """Give Q^T: the Hessian is diagonal as it is."""
-        return self.QT
-
-    def reach(self, step: Array) -> float:
-        """Give the largest change of an exponent along a step."""
-        return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
-
     def ceiling(self, theta: Array) -> float:
         """Give the largest |<theta, Qx>|, of either sign."""
         return float(np.abs(self.QT @ theta).max(initial=0.0))
 
     def easy(self) -> float:
         """Give the scale at which the largest x(0) is about 1."""
-        return -float((self.log_half + np.abs(self.rho)).max(initial=-np.inf))
+        return -float((self.log_half + np.abs(self.shift)).max(initial=-np.inf))
+
+    def log_scale(self, tau: float) -> Array:
+        """Give log(A/2)."""
+        return self.log_half + tau
+
+    def turn(self) -> float:
+        """Give 1: x has either sign."""
+        return 1.0
 
 
-class OneSidedDual(ExponentialDual):
+class OneSidedDual(ColumnDual):
     """x = sigma X_0 e^{tau + s sigma Q^T theta}, sigma = +-1 per coordinate."""
 
+    one_sided = True
+
     def __init__(self, Q: Array, log_x0: Array, sign: Array, speed: float) -> None:
-        self.Q, self.QT, self.speed = Q, np.ascontiguousarray(Q.T), speed
+        super().__init__(Q, speed, 0.0)
         self.log_x0, self.sign = log_x0, sign
 
     def place(self, theta: Array, tau: float) -> None:
@@ -122,14 +168,6 @@ class OneSidedDual(ExponentialDual):
         self.weight = np.exp(self.log_x0 + tau + t)
         self.x = self.mass = self.sign * self.weight
 
-    def frame(self) -> Array:
-        """Give Q^T: the Hessian is diagonal as it is."""
-        return self.QT
-
-    def reach(self, step: Array) -> float:
-        """Give the largest change of an exponent along a step."""
-        return float(self.speed * np.abs(self.QT @ step).max(initial=0.0))
-
     def ceiling(self, theta: Array) -> float:
         """Give the largest <theta, Qx> for the signs that x has."""
         return float((self.sign * (self.QT @ theta)).max(initial=0.0))
@@ -137,6 +175,14 @@ class OneSidedDual(ExponentialDual):
     def easy(self) -> float:
         """Give the scale at which the largest x(0) is about 1."""
         return -float(self.log_x0.max(initial=-np.inf))
+
+    def log_scale(self, tau: float) -> Array:
+        """Give log X_0."""
+        return self.log_x0 + tau
+
+    def turn(self) -> Array:
+        """Give sigma."""
+        return self.sign
 
     def excludes(self, b: Array, theta: Array) -> bool:
         """Whether b, of norm 1 or 0, is outside the cone of the columns of Q with their signs."""

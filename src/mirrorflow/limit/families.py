@@ -18,9 +18,10 @@ from ..legendre import (
     QuadraticEntropy,
 )
 from .continuation import Point, follow
-from .duals import ExponentialDual, HyperbolicDual, OneSidedDual
+from .duals import ColumnDual, ExponentialDual, HyperbolicDual, OneSidedDual
 from .matrix import MatrixDual, smat, svec
 from .rows import Rows
+from .vertex import at_vertex
 
 __all__ = ["Family", "family"]
 
@@ -66,7 +67,11 @@ class Family:
         if not math.isfinite(log_unit):  # no coordinate at all
             log_unit = 0.0
         unit = math.exp(log_unit)
-        points = follow(self.make(rows.Q, a, log_unit), rows.b / unit, taus, max_steps)
+        dual, b = self.make(rows.Q, a, log_unit), rows.b / unit
+        vertex = None
+        if isinstance(dual, ColumnDual) and dual.large and len(taus) == 1 and size > 0:
+            vertex = at_vertex(dual, b, taus[0])
+        points = [vertex] if vertex else follow(dual, b, taus, max_steps)
         return [replace(p, x=self.expand(p.x * unit)) for p in points]
 
 

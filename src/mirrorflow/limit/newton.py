@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
@@ -9,13 +11,16 @@ from scipy.linalg import get_lapack_funcs
 __all__ = ["NewtonSystem"]
 
 Array = NDArray[np.float64]
+Single = NDArray[np.float32]
 ILL = 1e-7  # smallest pivot of the scaled Cholesky factor: below it, a QR solves instead
+ROUGH = 3e-3  # smallest pivot in single precision: below it, double precision takes over
 SEEN = 1e-7  # pivots of sqrt(W) F^T below it, relative to the first, are below rounding in Fx
 MANY = 1000  # columns from which looking for the heavy ones pays
 LIGHT = 1e-22  # columns lighter than this next to the heaviest do not reach the Gram matrix
 potrf, potrs, trtrs, geqp3, ormqr = get_lapack_funcs(
     ("potrf", "potrs", "trtrs", "geqp3", "ormqr"), dtype=np.float64
 )
+spotrf, spotrs = get_lapack_funcs(("potrf", "potrs"), dtype=np.float32)
 
 
 class NewtonSystem:
@@ -27,19 +32,39 @@ class NewtonSystem:
         F transposed.
     w : array of shape (d,)
         The weights, >= 0.
+    rough : array of shape (d, r), optional
+        FT in single precision. Where the system is well conditioned, a factor of that precision,
+        for half the time, gives steps that are right to a few digits: enough for Newton's method,
+        whose residuals are exact.
     """
 
-    def __init__(self, FT: Array, w: Array) -> None:
+    def __init__(self, FT: Array, w: Array, rough: Single | None = None) -> None:
         self.FT, self.w, self.root = FT, w, np.sqrt(w)
-        KT = self._heavy() if len(w) > MANY else FT * self.root[:, None]
-        gram = KT.T @ KT
-        diagonal = gram.diagonal()
-        self.factor, failed = potrf(gram, lower=1, clean=0)
-        # Pivots next to the diagonal they came from: what Cholesky loses does not depend on units.
-        pivots = self.factor.diagonal()
-        self.ill = failed != 0 or not (pivots * pivots > ILL * ILL * diagonal).all()
         self.order: NDArray[np.intp] | None = None  # of the QR, once there is one
-        self.complete = False
+        self.complete = self.ill = False
+        self.unit = 0.0  # of the factor in single precision, if that is the one in use
+        if rough is None or not self._single(rough):
+            self._double()
+
+    def _single(self, rough: Single) -> bool:
+        """Factor in single precision; False where too many digits would be lost."""
+        unit = float(self.root.max(initial=0.0))
+        if unit == 0.0:
+            return False
+        KT = rough * (self.root / unit).astype(np.float32)[:, None]
+        gram = KT.T @ KT
+        self.factor, failed = spotrf(gram, lower=1, clean=0)
+        if failed or not _sound(self.factor, gram, ROUGH):
+            return False
+        self.unit = unit * unit
+        return True
+
+    def _double(self) -> None:
+        """Factor in double precision."""
+        KT = self._heavy() if len(self.w) > MANY else self.FT * self.root[:, None]
+        gram = KT.T @ KT
+        self.factor, failed = potrf(gram, lower=1, clean=0)
+        self.ill = failed != 0 or not _sound(self.factor, gram, ILL)
 
     def _heavy(self) -> Array:
         """Give sqrt(W) F^T without the rows that do not reach the Gram matrix."""
@@ -74,6 +99,9 @@ class NewtonSystem:
         """Give z, zero in the directions whose effect on F x is below rounding."""
         if not len(r):
             return r
+        if self.unit:
+            z = spotrs(self.factor, r.astype(np.float32), lower=1)[0]
+            return z.astype(np.float64) / self.unit
         if not self.ill:
             return potrs(self.factor, r, lower=1)[0]
         self._orthogonal(complete=False)
@@ -89,7 +117,10 @@ class NewtonSystem:
         With ``seen``, z is zero in the directions whose effect on F x is below rounding.
         """
         if not self.ill:
-            return self.solve(self.FT.T @ (self.w * u))
+            z = self.solve(self.FT.T @ (self.w * u))
+            if self.unit:  # one refinement doubles the digits
+                z = z + self.solve(self.FT.T @ (self.w * (u - self.FT @ z)))
+            return z
         self._orthogonal(complete=not seen)
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
         right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
@@ -97,3 +128,9 @@ class NewtonSystem:
         right = ormqr("L", "T", reflectors, self.tau, right, max(1, 64 * len(right)))[0]
         z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
         return z
+
+
+def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
+    """Whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
+    pivots = factor.diagonal()
+    return bool((pivots * pivots > least * least * gram.diagonal()).all())

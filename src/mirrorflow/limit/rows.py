@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import get_lapack_funcs
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 __all__ = ["Rows", "orthonormal"]
 
@@ -14,6 +14,7 @@ Array = NDArray[np.float64]
 RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
 DROP = 1e-11  # singular values, relative to the largest, that count as zero
 MISSED = 1e-9  # part of y outside the range of Z, relative to y, that counts as inconsistent
+(trmm,) = get_blas_funcs(("trmm",), dtype=np.float64)
 potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 
@@ -52,7 +53,9 @@ def orthonormal(Z: Array, y: Array) -> Rows:
         factor, failed = potrf(U @ U.T, lower=1, clean=1)
         if failed == 0 and np.diag(factor).min() > RANK:
             inverse = trtri(factor, lower=1)[0]
-            return Rows(inverse @ U, inverse @ v, inverse.T / scale[:, None], 0.0)
+            # inverse @ U, in half the time
+            Q = trmm(1.0, inverse, U.T, side=1, lower=1, trans_a=1).T
+            return Rows(Q, inverse @ v, inverse.T / scale[:, None], 0.0)
     return _by_singular_vectors(Z, y, U, v, scale)
 
 
