@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from mirrorflow.integrations.huggingface import control_decay  # noqa: E402
+from mirrorflow.weightdecay import PerLayer  # noqa: E402
 
 STEPS, STOP, OFF = 12, 7, 5
 
@@ -113,6 +114,17 @@ def test_the_decay_is_that_of_the_schedule_and_is_logged(tmp_path):
     assert [step for step, _ in control.measurements] == [0, 4, 8, 12]
 
 
+def test_the_trainers_own_logs_are_all_there(tmp_path):
+    def losses(controlled):
+        made = trainer(tmp_path / str(controlled))
+        if controlled:
+            control_decay(made, mf.Constant(0.3), track_every=3)
+        train(made)
+        return [(r["step"], r["loss"]) for r in made.state.log_history if "loss" in r]
+
+    assert losses(True) == losses(False) != []
+
+
 def test_groups_without_decay_keep_none(tmp_path):
     made = trainer(tmp_path)
     control_decay(made, mf.Constant(0.5))
@@ -148,24 +160,52 @@ def test_bad_intervals_are_named(tmp_path):
         control_decay(trainer(tmp_path), mf.Constant(0.5), track_every=-1)
 
 
-def test_a_closed_loop_is_fed_and_resumes(tmp_path):
-    def loop():
-        return mf.HoldRatio(2.0, 0.3, gain=0.5, deadband=0.0)
+def overall():
+    return mf.HoldRatio(2.0, 0.3, gain=0.5, deadband=0.0)
 
-    whole = trainer(tmp_path / "whole")
-    control = control_decay(whole, loop(), track_every=2)
+
+def per_layer():
+    targets = iter((1.5, 2.5))
+    return PerLayer(lambda layer: mf.HoldRatio(next(targets), 0.3, gain=0.5, deadband=0.0))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    ("make", "lora"), [(overall, False), (per_layer, False), (per_layer, True)]
+)
+def test_a_closed_loop_is_fed_and_resumes(tmp_path, make, lora, moved):
+    whole = trainer(tmp_path / "whole", lora=lora)
+    control = control_decay(whole, make(), track_every=2)
     expected = train(whole)
     assert len({row["rate"] for row in control.schedule.log}) > 3
 
-    first = trainer(tmp_path / "parts")
-    control_decay(first, loop(), track_every=2)
+    first = trainer(tmp_path / "parts", lora=lora)
+    control_decay(first, make(), track_every=2)
     first.add_callback(_StopAt(STOP))
     train(first)
-    second = trainer(tmp_path / "parts")
-    resumed = control_decay(second, loop(), track_every=2)
-    found = train(second, resume=str(tmp_path / "parts" / f"checkpoint-{STOP}"))
+    checkpoint = tmp_path / "parts" / f"checkpoint-{STOP}"
+    if moved:  # what the loops know is in the optimizer's checkpoint, too
+        checkpoint = shutil.move(checkpoint, tmp_path / "elsewhere")
+    second = trainer(tmp_path / "parts", lora=lora)
+    resumed = control_decay(second, make(), track_every=2)
+    found = train(second, resume=str(checkpoint))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert resumed.schedule.log == control.schedule.log
+    rows = [row for row in control.schedule.log if not moved or row["step"] > STOP]
+    assert str(resumed.schedule.log) == str(rows)  # with NaN where B is 0 yet
+
+
+def test_each_layer_is_logged(tmp_path):
+    made = trainer(tmp_path)
+    control = control_decay(made, per_layer(), track_every=4)
+    train(made)
+    names = list(control.schedule.loops)
+    assert len(names) == 2
+    logged = {r["step"]: r for r in made.state.log_history if "spectrum/ratio" in r}
+    assert list(logged) == [0, 4, 8, 12]
+    for name in names:
+        rates = [logged[step][f"weight_decay/{name}"] for step in logged]
+        assert rates == [row["rate"] for row in control.schedule.loops[name].log]
+        assert logged[4][f"ratio/{name}"] == control.schedule.loops[name].log[1]["value"]
 
 
 def test_a_closed_loop_needs_measurements(tmp_path):

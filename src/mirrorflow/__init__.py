@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .weightdecay import HoldRatio as HoldRatio
     from .weightdecay import OffAtBudget as OffAtBudget
     from .weightdecay import OffWhenLevel as OffWhenLevel
+    from .weightdecay import PerLayer as PerLayer
     from .weightdecay import WeightDecayLR as WeightDecayLR
     from .weightdecay import WeightDecayScheduler as WeightDecayScheduler
     from .weightdecay import WeightDecaySchedulers as WeightDecaySchedulers
@@ -113,6 +114,7 @@ _HOMES = {
         "HoldRatio",
         "OffAtBudget",
         "OffWhenLevel",
+        "PerLayer",
         "WeightDecayLR",
         "WeightDecayScheduler",
         "WeightDecaySchedulers",

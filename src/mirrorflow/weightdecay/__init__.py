@@ -6,14 +6,17 @@
   learning-rate scheduler for frameworks that insist on it.
 - `preview` shows what will really act, learning rate included; `WeightDecayScheduler.audit`
   what did.
-- `HoldRatio`, `OffWhenLevel` and `OffAtBudget` are schedules that answer to measurements.
+- `HoldRatio`, `OffWhenLevel` and `OffAtBudget` are schedules that answer to measurements,
+  `PerLayer` one of them for each layer.
 - `lint` looks for mistakes in how an optimizer decays weights.
 - `convert`, `budget` and `scale_to_budget` translate between the units of a decay.
 """
 
 from .adapters import WeightDecayLR, WeightDecaySchedulers
 from .coupling import CoupledDecayWarning, coupling
-from .feedback import Feedback, HoldRatio, OffAtBudget, OffWhenLevel
+from .feedback import Feedback, OffAtBudget, OffWhenLevel
+from .hold import HoldRatio
+from .layers import PerLayer
 from .lint import Finding, lint, lint_file
 from .preview import Preview, learning_rates, preview, table
 from .scheduler import WeightDecayScheduler
@@ -26,6 +29,7 @@ __all__ = [
     "HoldRatio",
     "OffAtBudget",
     "OffWhenLevel",
+    "PerLayer",
     "Preview",
     "Scaled",
     "WeightDecayLR",

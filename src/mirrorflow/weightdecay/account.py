@@ -29,6 +29,8 @@ class Account:
     ----------
     steps : int
         The optimizer's steps, skipped ones not counted.
+    fresh : bool
+        Whether a step has been taken since somebody set this to False, or since a state was loaded.
     entries : list of Entry
         The ledgers.
 
@@ -44,7 +46,7 @@ class Account:
     """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps, self.fresh = 0, False
         self.entries: list[Entry] = []
         self._group_of: list[int] = []
         self._missing: tuple[int, int] | None = None
@@ -57,6 +59,7 @@ class Account:
     def close_step(self, groups: Groups) -> None:
         """Count a step whose entries have been made."""
         self.steps += 1
+        self.fresh = True
         self.share(groups)
 
     def share(self, groups: Groups) -> None:
@@ -90,7 +93,7 @@ class Account:
             if totals[index]:
                 entry.adopt(totals[index].pop(0), self.steps, steps)
         self._missing = (self.steps, steps) if steps > self.steps else None
-        self.steps = steps
+        self.steps, self.fresh = steps, False
 
     def warn_if_missing(self) -> None:
         """Say, once, which steps the record lacks."""
@@ -114,6 +117,7 @@ class Account:
         for entry, saved in zip(self.entries, entries, strict=True):
             entry.load(saved)
         self.steps, self._missing = int(state["steps"]), None
+        self.fresh = False
         if any(group.get(TOTALS, (0,))[0] for group in groups):
             self.agree(groups)
         else:

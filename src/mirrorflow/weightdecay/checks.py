@@ -21,6 +21,7 @@ __all__ = [
     "check_not_captured",
     "inner",
     "one_of",
+    "warn_if_apart",
     "warn_if_coupled",
 ]
 
@@ -69,9 +70,7 @@ def check_decay(optimizer: Optimizer, targets: Sequence[Target], decoupled: bool
         )
 
 
-def check_exact_off(
-    optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]
-) -> None:
+def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
     """Raise where the decay cannot be taken out of what the optimizer remembers."""
     for target, kind in zip(targets, kinds, strict=True):
         if target.schedule is not None and kind in ("coupled", "unknown"):
@@ -89,6 +88,19 @@ def check_not_captured() -> None:
         raise RuntimeError(
             "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
             "of this moment for ever. Capture forward and backward, and step outside of the graph"
+        )
+
+
+def warn_if_apart(optimizer: Optimizer, steps: int) -> None:
+    """Warn if the optimizer has counted its steps, and comes to another number."""
+    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    if counts and max(counts) != steps:
+        warnings.warn(
+            f"{type(optimizer).__name__} has taken {max(counts)} steps by its own count, the decay "
+            f"schedule is at step {steps}: one of the two was not loaded, or the scheduler is new. "
+            f"To begin a schedule here as if at another step, shift it: "
+            "lambda step: schedule.rate(step + ...)",
+            stacklevel=4,
         )
 
 
@@ -113,8 +125,8 @@ def warn_if_coupled(
 _ADVICE = {
     "sgd": (
         "{name} with momentum takes weight decay into the gradient: its buffer goes on decaying "
-        "after the schedule has reached 0 (`pending` says how much). exact_off=True takes the decay "
-        "out of the buffer then; decoupled=True decays from outside and never puts it there"
+        "after the schedule has reached 0 (`pending` says how much). exact_off=True takes it out "
+        "of the buffer then; decoupled=True decays from outside and never puts it there"
     ),
     "coupled": (
         "{name} takes weight decay into the gradient, which it rescales and may remember: a decay "

@@ -62,7 +62,9 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
         return "sgd"
     try:
         factors = _try_decay(optimizer, group)
-    except Exception:  # third-party code on a state that it did not make itself
+    except Exception:
+        # Any class may be tried, on groups and state that it did not make itself, and may fail in
+        # any way. Nothing is hidden by this: "unknown" is said to the user, with what to do.
         return "unknown"
     if not _same(factors[1:], 1.0):
         return "coupled"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,16 @@ from .scheduler import WeightDecayScheduler
 __all__ = ["Finding", "lint", "lint_file"]
 
 INITIAL = "initial_weight_decay"
+# How torch, zip and pickle fail on bytes that are no checkpoint.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+)
 Groups = Sequence[Mapping[str, Any]]
 
 
@@ -75,6 +87,8 @@ def lint(
     """
     groups = optimizer.param_groups
     kinds = {i: coupling(optimizer, g) for i, g in enumerate(groups) if _decay(g) > 0}
+    if scheduler is not None and scheduler.exact_off:  # it ends as if it had not been coupled
+        kinds = {i: kind for i, kind in kinds.items() if kind != "sgd"}
     scheduled = None if scheduler is None else {t.group for t in scheduler.targets if t.schedule}
     return [
         *_of_groups(groups, kinds, outside=bool(scheduler and scheduler.decoupled)),
@@ -104,9 +118,7 @@ def lint_file(path: str | Path) -> list[Finding]:
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # pickle, zip and torch all fail in their own way
+    except _DAMAGED as error:
         raise ValueError(f"{path} is damaged, or no file of torch.save: {error}") from error
     groups = _groups_of(loaded)
     if groups is None:
@@ -162,7 +174,8 @@ def _of_groups(groups: Groups, kinds: Mapping[int, str], outside: bool) -> Itera
             if momentum:
                 yield Finding(
                     "coupled", i, "the decay is added to the gradient and lives on in the moments",
-                    "Use AdamW, or WeightDecayScheduler(..., decoupled=True)",
+                    "Use AdamW, or WeightDecayScheduler(..., decoupled=True), or exact_off=True "
+                    "for SGD",
                 )  # fmt: skip
         if isinstance(value, np.generic):
             yield Finding(

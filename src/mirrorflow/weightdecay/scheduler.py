@@ -16,12 +16,13 @@ from .checks import (
     check_not_captured,
     inner,
     one_of,
+    warn_if_apart,
     warn_if_coupled,
 )
 from .coupling import KINDS
-from .memory import MEMORY, recall, remember
 from .ledger import Entry
-from .momentum import follow, forget, remove
+from .memory import MEMORY, recall, remember
+from .momentum import forget, keep_apart
 from .outside import decaying, shrink, skipped, write
 from .selection import (
     Rule,
@@ -135,6 +136,7 @@ class WeightDecayScheduler:
         self.account = Account()
         self._initial: list[float] = []
         self._begun = self._decayed = False  # within a step
+        self._compared = False  # with the optimizer's own count
         self._begin()
 
     def _begin(self) -> None:
@@ -148,8 +150,8 @@ class WeightDecayScheduler:
         warn_if_coupled(self.optimizer, self.targets, kinds, self.exact_off)
         self.account.agree(self.optimizer.param_groups)
         recall(self.targets, self.optimizer.param_groups)
-        self._attach()
         self.step()
+        self._attach()  # last, so that nothing is left in the optimizer if any of this fails
 
     # What a user calls
 
@@ -295,6 +297,9 @@ class WeightDecayScheduler:
                 acted = decay if self.decoupled else float(group["weight_decay"])
                 entry.record(self.steps, acted, group)
         self.account.close_step(optimizer.param_groups)
+        if not self._compared:
+            self._compared = True
+            warn_if_apart(optimizer, self.steps)
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what the loaded groups know."""
@@ -309,21 +314,12 @@ class WeightDecayScheduler:
         if self._decayed:
             return
         self._decayed = True
-        rows = zip(self._ledgers(), self._rates, self._last, strict=True)
-        for (target, entry), rate, decay in rows:
+        if not self.decoupled:
+            keep_apart(self.optimizer, self._ledgers(), self._rates)
+            return
+        for target, decay in zip(self.targets, self._last, strict=True):
             group = self.optimizer.param_groups[target.group]
-            if self.decoupled:  # decay the weights that have a gradient, as AdamW does
-                shrink(target.params(group), 1 - float(group["lr"]) * decay)
-            elif rate == 0 and entry.kind == "sgd":
-                self._remove(entry, target.params(group))
-            elif entry.kind == "sgd":
-                follow(self.optimizer, group, target.params(group), float(group["weight_decay"]))
-
-    def _remove(self, entry: Entry, params: list[torch.Tensor]) -> None:
-        """Take the decay out of the buffers, if there is any, and out of the ledger."""
-        if entry.held:
-            remove(self.optimizer, params)
-            entry.held = 0.0
+            shrink(target.params(group), 1 - float(group["lr"]) * decay)
 
     # The groups
 

@@ -92,11 +92,17 @@ def rate_at(schedule: Any, step: int) -> float:
     """
     try:
         value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
-        rate = float(value)
-    except Exception as error:
+    except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
         raise RuntimeError(
             f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
             "the run, let it keep its last value, for the step after the last too"
+        ) from error
+    try:
+        rate = float(value)
+    except TypeError as error:
+        raise TypeError(
+            f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
+            "number"
         ) from error
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(

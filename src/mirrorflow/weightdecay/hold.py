@@ -1,0 +1,140 @@
+r"""Hold a measured ratio at a target, by proportional and integral control of the decay."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from .feedback import Feedback, number
+
+__all__ = ["HoldRatio"]
+
+AUTHORITY = 0.01  # relative change of the value below which a saturated decay has done nothing
+
+
+class HoldRatio(Feedback):
+    r"""Hold a measured ratio at a target, by proportional and integral control of the rate.
+
+    .. math:: r = r_0 + K (e + \tfrac{1}{T} \sum e), \quad e = \log(\text{value} / \text{target})
+
+    More decay lowers the ratio of nuclear to Frobenius norm, so a ratio above the target raises
+    the rate.
+
+    Parameters
+    ----------
+    target : float
+        The ratio, > 0.
+    rate : float
+        The rate r_0 to begin with, >= 0.
+    gain : float
+        K, > 0: the change of the rate for a ratio e times the target.
+    integral : float
+        T, > 0: the number of updates in which a lasting error is added once more.
+    bounds : (float, float)
+        The lowest and the highest rate. The sum stops where the rate would leave them.
+    slew : float
+        The largest change in one update, > 0.
+    deadband : float
+        Relative errors smaller than this are taken as 0, >= 0.
+    patience : int
+        After so many updates in a row at the upper bound without an effect, the decay has no
+        authority: it shrinks both factors alike, which does not change the ratio. A warning says
+        so, and the loop gives up: the rate goes back to ``rate`` and stays there.
+
+    Examples
+    --------
+    >>> hold = HoldRatio(target=3.0, rate=0.1, gain=0.1)
+    >>> hold.update(50, value=4.0) > 0.1
+    True
+    """
+
+    def __init__(
+        self,
+        target: float,
+        rate: float,
+        gain: float,
+        *,
+        integral: float = 10.0,
+        bounds: tuple[float, float] = (0.0, 1.0),
+        slew: float = math.inf,
+        deadband: float = 0.02,
+        patience: int = 10,
+    ) -> None:
+        super().__init__(rate)
+        self.target, self.base = number("target", target, 0.0, strict=True), self.current
+        self.gain = number("gain", gain, 0.0, strict=True)
+        self.integral = number("integral", integral, 0.0, strict=True)
+        self.low, self.high = (number("bounds", b, 0.0) for b in bounds)
+        if not self.low <= self.current <= self.high:
+            raise ValueError(f"rate={rate} must lie within bounds={bounds}")
+        self.slew = slew if slew == math.inf else number("slew", slew, 0.0, strict=True)
+        self.deadband = number("deadband", deadband, 0.0)
+        self.patience = int(number("patience", patience, 1.0))
+        self.sum, self.given_up = 0.0, False
+        self._saturated, self._since = 0, 0.0  # for so many updates, since the ratio had this value
+
+    def _decide(self, value: float) -> tuple[float, str]:
+        """Control the rate."""
+        error = math.log(number("value", value, 0.0, strict=True) / self.target)
+        if self.given_up:
+            return self.current + self._slewed(self.base), "no authority: given up"
+        if abs(error) <= self.deadband:
+            error = 0.0
+        wanted, bounded = self._control(error)
+        if self._has_no_authority(value, saturated=wanted >= self.high):
+            return self.current + self._slewed(self.base), "no authority: given up"
+        change = self._slewed(bounded)
+        return self.current + change, self._reason(error, bounded != wanted, change)
+
+    def _control(self, error: float) -> tuple[float, float]:
+        """Give the rate that the error asks for, without and with its bounds; move the sum."""
+        summed = self.sum + error / self.integral
+        wanted = self.base + self.gain * (error + summed)
+        bounded = min(max(wanted, self.low), self.high)
+        if bounded == wanted or (wanted - bounded) * error <= 0:
+            self.sum = summed  # else the rate is at its bound, and a longer sum would wind up
+        return wanted, bounded
+
+    def _slewed(self, rate: float) -> float:
+        """Give the change towards a rate that one update may make."""
+        return min(max(rate - self.current, -self.slew), self.slew)
+
+    def _reason(self, error: float, bound: bool, change: float) -> str:
+        """Name what decided."""
+        if error == 0:
+            return "within the deadband"
+        if abs(change) == self.slew:
+            return "slew limit"
+        return "at a bound" if bound else "held"
+
+    def _has_no_authority(self, value: float, saturated: bool) -> bool:
+        """Give up, with a warning, where the highest rate has no effect."""
+        if not saturated:
+            self._saturated = 0
+            return False
+        if self._saturated == 0:
+            self._since = value
+        self._saturated += 1
+        if self._saturated <= self.patience:
+            return False
+        first, self._saturated = self._since, 0
+        self.given_up = value > first * (1 - AUTHORITY)
+        if self.given_up:
+            warnings.warn(
+                f"the decay has no authority: {self.patience} updates at its upper bound "
+                f"{self.high} have moved the ratio from {first:.4g} to {value:.4g}. Decay that "
+                "shrinks both factors alike does not change it; it acts only together with the "
+                f"loss. The rate goes back to {self.base}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return self.given_up
+
+    def _memory(self) -> tuple[float, ...]:
+        """Give the sum, and what is known of the authority."""
+        return self.sum, float(self._saturated), self._since, float(self.given_up)
+
+    def _recall(self, *memory: float) -> None:
+        """Take them back."""
+        self.sum, saturated, self._since, given_up = memory
+        self._saturated, self.given_up = int(saturated), bool(given_up)

@@ -1,0 +1,83 @@
+"""Optimizers to schedule, and the loop over their groups written by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import SGD, Adam, AdamW, Muon
+
+from mirrorflow.schedule import Linear, SwitchOff
+
+FALL = Linear(0.5, 0.0, duration=6)
+OFF = SwitchOff(0.5, at=4)
+STEPS = 9
+
+quiet = pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
+
+
+class Plain(torch.optim.Optimizer):
+    """A third-party optimizer: decays by 1 - wd, and keeps settings of its own in itself."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0, scale=1.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.scale = scale
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["weight_decay"]).sub_(self.scale * group["lr"] * p.grad)
+
+
+MAKE = {
+    "sgd": partial(SGD, lr=0.1),
+    "sgd momentum": partial(SGD, lr=0.1, momentum=0.9, dampening=0.3),
+    "sgd nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "sgd fused": partial(SGD, lr=0.1, momentum=0.9, fused=True),
+    "adam": partial(Adam, lr=0.1),
+    "adam fused": partial(Adam, lr=0.1, fused=True),
+    "adamw": partial(AdamW, lr=0.1),
+    "adamw foreach": partial(AdamW, lr=0.1, foreach=True),
+    "adamw fused": partial(AdamW, lr=0.1, fused=True),
+    "muon": partial(Muon, lr=0.1),
+    "third party": partial(Plain, lr=0.1, scale=2.0),
+}
+optimizers = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+
+
+def weights(n=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(n)]
+
+
+def pull(params):
+    """The gradient of a loss whose minimum is not 0."""
+    for i, p in enumerate(params):
+        p.grad = (p.detach() - 1.0 - i) * 0.5
+
+
+def two_groups(make, params, decay=0.3):
+    return make(
+        [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}], weight_decay=decay
+    )
+
+
+def by_hand(make, schedule, steps=STEPS, lr_at=None):
+    params = weights()
+    optimizer = two_groups(make, params)
+    for t in range(steps):
+        optimizer.param_groups[0]["weight_decay"] = schedule(t)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(t) if lr_at else group["lr"]
+        pull(params)
+        optimizer.step()
+    return params
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def named(*parts):
+    return torch.nn.ModuleDict({part: torch.nn.Linear(2, 2) for part in parts})
