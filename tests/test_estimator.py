@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linprog
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.linear_model import Lasso, LinearRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,6 +18,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
 from mirrorflow.estimator.chebyshev import stages
+from mirrorflow.estimator.data import growth
 
 MODELS = [
     mf.MirrorFlowRegressor(),
@@ -281,25 +282,43 @@ def test_the_scale_is_that_of_the_shortest_solution():
 
 @pytest.mark.parametrize("options", [{}, {"decay": mf.TurnOff(1.0, 1.0)}, {"positive": True}])
 def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
+    """Without a decay that is given, one flow more shrinks: its decay stays on."""
     X, y, _ = problem(noise=1.0)
     weights = np.random.default_rng(3).uniform(0.5, 2, len(y))
     cv = KFold(4, shuffle=True, random_state=0)
     model = mf.MirrorFlowRegressorCV((-2.0, -9.0), (0.5, 2.0, 9.0), cv=cv, tol=1e-5, **options)
     model.fit(X, y, sample_weight=weights)
-    units = {}
-    for i, log_A in enumerate(model.log_As_):
-        whole = mf.MirrorFlowRegressor(log_A, 1.0, **options).fit(X, y, sample_weight=weights)
+    units, ways = {}, {}
+    for i, (log_A, shrinkage) in enumerate(zip(model.log_As_, model.shrinkages_, strict=True)):
+        rate = shrinkage * growth(log_A, model.positive)
+        ways[i] = options | ({"decay": mf.TurnOff(rate, 99.0)} if shrinkage else {})
+        whole = mf.MirrorFlowRegressor(log_A, 1.0, **ways[i]).fit(X, y, sample_weight=weights)
         units[i] = whole.t_, whole.A_
     for f, (train, test) in enumerate(cv.split(X)):
         for i, log_A in enumerate(model.log_As_):
             for j, t in enumerate(model.ts_):
-                found = _same_flow(log_A, t, units[i], X[train], y[train], weights[train], options)
+                found = _same_flow(log_A, t, units[i], X[train], y[train], weights[train], ways[i])
                 error = np.average((found.predict(X[test]) - y[test]) ** 2, weights=weights[test])
                 assert model.mse_path_[i, j, f] == pytest.approx(error, rel=3e-3)
-    best = np.unravel_index(model.mse_path_.mean(2).argmin(), (2, 3))
+    best = np.unravel_index(model.mse_path_.mean(2).argmin(), model.mse_path_.shape[:2])
     assert (model.best_log_A_, model.best_t_) == (model.log_As_[best[0]], model.ts_[best[1]])
-    last = mf.MirrorFlowRegressor(model.best_log_A_, model.best_t_, tol=1e-6, **options)
+    way = options | {"decay": model.best_decay_}
+    last = mf.MirrorFlowRegressor(model.best_log_A_, model.best_t_, tol=1e-6, **way)
     np.testing.assert_allclose(model.coef_, last.fit(X, y, sample_weight=weights).coef_, atol=1e-6)
+
+
+def test_the_flow_whose_decay_stays_on_tends_to_the_lasso():
+    X, y, _ = problem(noise=1.0)
+    model = mf.MirrorFlowRegressorCV((-6.0,), [60.0], shrinkages=[0.3], zero_tol=0).fit(X, y)
+    np.testing.assert_array_equal(model.shrinkages_, [0.0, 0.3])
+    decay = mf.TurnOff(0.3 * growth(-6.0, False), 60.0)
+    found = mf.MirrorFlowRegressor(-6.0, 60.0, decay=decay, zero_tol=0).fit(X, y)
+    penalty = 0.3 * np.abs((X - X.mean(0)).T @ (y - y.mean())).max() / len(y)
+    lasso = Lasso(penalty, tol=1e-10, max_iter=100_000).fit(X, y)
+    np.testing.assert_allclose(found.coef_, lasso.coef_, atol=2e-3 * np.abs(lasso.coef_).max())
+    if model.best_decay_ is not None:
+        assert model.best_decay_ == decay
+        np.testing.assert_allclose(model.coef_, found.coef_, atol=1e-3)
 
 
 def _same_flow(log_A, t, unit, X, y, weights, options):
@@ -347,7 +366,7 @@ def test_metadata_is_routed_to_the_splitter():
     with pytest.raises(ValueError, match="enable_metadata_routing"):
         model.fit(X, y, groups=groups)
     with sklearn.config_context(enable_metadata_routing=True):
-        assert model.fit(X, y, groups=groups).mse_path_.shape == (1, 3, 3)
+        assert model.fit(X, y, groups=groups).mse_path_.shape == (2, 3, 3)
 
 
 def test_it_works_in_pipelines_searches_and_pickles():
@@ -396,7 +415,9 @@ def test_bad_parameters_are_named(options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"log_As": []}, "log_As"), ({"log_As": [np.inf]}, "log_As"), ({"ts": [0.0, 1.0]}, "ts"),
-     ({"ts": 0}, "'ts'"), ({"cv": 1}, "n_splits")],
+     ({"ts": 0}, "'ts'"), ({"cv": 1}, "n_splits"), ({"shrinkages": [0.0]}, "between 0 and 1"),
+     ({"shrinkages": [1.0]}, "between 0 and 1"), ({"shrinkages": [[0.5]]}, "between 0 and 1"),
+     ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "give one of them")],
 )  # fmt: skip
 def test_bad_candidates_are_named(options, said):
     X, y, _ = problem()

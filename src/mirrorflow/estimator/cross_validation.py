@@ -17,11 +17,13 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, proces
 from sklearn.utils.parallel import Parallel, delayed
 
 from .columns import Columns, integrate
-from .data import Data, prepare
-from .regressor import FlowRegressor, TurnOff, validated
+from .data import Data, growth, prepare
+from .regressor import FlowRegressor, Run, TurnOff, validated
+from .transaction import all_or_nothing
 
 __all__ = ["MirrorFlowRegressorCV", "candidates", "times"]
 
+SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
 Array = NDArray[np.float64]
 Fold = tuple[Array, Array]  # how often each row is in the training and in the test part
 
@@ -29,7 +31,8 @@ Fold = tuple[Array, Array]  # how often each row is in the training and in the t
 class MirrorFlowRegressorCV(FlowRegressor):
     r"""`MirrorFlowRegressor` whose scale A and stopping time are chosen by cross-validation.
 
-    The flows of all folds and scales are integrated together, once; each gives a whole path.
+    The flows of all folds and scales are integrated together, once; each gives a whole path. One
+    flow more keeps its decay on to the end and shrinks like the lasso, as strong noise asks for.
 
     Parameters
     ----------
@@ -38,26 +41,36 @@ class MirrorFlowRegressorCV(FlowRegressor):
     ts : int or array of floats > 0, default=20
         Candidates for ``t``; a number stands for so many between 0.3 and 30, spaced
         geometrically.
+    shrinkages : array of floats in (0, 1), default=None
+        A flow more for each, from the median of ``log_As``, whose decay stays on: it tends to the
+        lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
+        the others. None is (0.2,), and no flow where ``decay`` is given.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
-    decay, positive, fit_intercept, zero_tol, refit
+    decay : TurnOff or None, default=None
+        Weight decay on the way of all flows, as for `MirrorFlowRegressor`.
+    positive, fit_intercept, zero_tol, refit
         As for `MirrorFlowRegressor`.
     tol : float, default=1e-2
         As for `MirrorFlowRegressor`; the last fit uses a tenth of it.
     max_iter : int, default=10000
         The largest number of steps.
     n_jobs : int, default=None
-        Processes or threads of joblib; the candidates for ``log_A`` are shared out among them.
+        Processes or threads of joblib; the flows are shared out among them.
 
     Attributes
     ----------
     best_log_A_, best_t_ : float
         The candidates of least error.
-    mse_path_ : array of shape (n_log_As, n_ts, n_folds)
+    best_decay_ : TurnOff or None
+        The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
+    mse_path_ : array of shape (n_flows, n_ts, n_folds)
         The mean squared error on the fold that was left out; several targets are each divided by
         their variance.
-    log_As_, ts_ : arrays
-        The candidates.
+    log_As_, shrinkages_ : arrays of shape (n_flows,)
+        The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
+    ts_ : array of shape (n_ts,)
+        The times, increasing.
     coef_, intercept_, dual_coef_, A_, log_A_, t_, support_, kkt_residual_, gap_, n_iter_
         As for `MirrorFlowRegressor`, fitted to all samples.
     n_features_in_, feature_names_in_
@@ -85,6 +98,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "log_As": ["array-like"],
         "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "shrinkages": ["array-like", None],
         "cv": ["cv_object"],
         "decay": [TurnOff, None],
         "positive": ["boolean"],
@@ -101,6 +115,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         log_As: Any = (2.0, -2.0, -6.0, -12.0, -20.0),
         ts: Any = 20,
         *,
+        shrinkages: Any = None,
         cv: Any = None,
         decay: TurnOff | None = None,
         positive: bool = False,
@@ -113,6 +128,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     ) -> None:
         self.log_As = log_As
         self.ts = ts
+        self.shrinkages = shrinkages
         self.cv = cv
         self.decay = decay
         self.positive = positive
@@ -142,20 +158,40 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self
         """
         self._validate_params()
-        self.log_As_ = candidates("log_As", self.log_As)
-        self.ts_ = times(self.ts)
-        X, y, sample_weight = validated(self, X, y, sample_weight)
-        folds = self._folds(X, y, sample_weight, params)
-        data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
-        self.mse_path_ = self._errors(data, folds)
-        i, j = np.unravel_index(np.argmin(self.mse_path_.mean(axis=2)), self.mse_path_.shape[:2])
-        self.best_log_A_, self.best_t_ = float(self.log_As_[i]), float(self.ts_[j])
-        tol, self.tol = self.tol, 0.1 * self.tol
-        try:
-            self._fit(data, self.best_log_A_, self.best_t_, X.dtype, y.ndim == 1)
-        finally:
-            self.tol = tol
+        with all_or_nothing(self):
+            self.log_As_, self.shrinkages_ = self._flows()
+            self.ts_ = times(self.ts)
+            X, y, sample_weight = validated(self, X, y, sample_weight)
+            folds = self._folds(X, y, sample_weight, params)
+            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
+            self.mse_path_ = self._errors(data, folds)
+            self._fit(data, self._best(), X.dtype, y.ndim == 1)
         return self
+
+    def _flows(self) -> tuple[Array, Array]:
+        """Give log A and shrinkage of each flow."""
+        log_As = candidates("log_As", self.log_As)
+        given = self.shrinkages
+        if given is None:
+            given = () if self.decay else SHRUNK
+        shrunk = np.asarray(given, dtype=np.float64)
+        if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
+            raise ValueError(f"shrinkages must be numbers between 0 and 1, got {given!r}")
+        if self.decay and shrunk.size:
+            raise ValueError("decay and shrinkages both set the decay: give one of them")
+        middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
+        return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
+
+    def _best(self) -> Run:
+        """Give the flow of least error."""
+        mean = self.mse_path_.mean(axis=2)
+        i, j = np.unravel_index(np.argmin(mean), mean.shape)
+        self.best_log_A_, self.best_t_ = float(self.log_As_[i]), float(self.ts_[j])
+        self.best_decay_ = self.decay
+        if self.shrinkages_[i] > 0:
+            rate = float(self.shrinkages_[i]) * growth(self.best_log_A_, self.positive)
+            self.best_decay_ = TurnOff(rate, self.best_t_)
+        return Run(self.best_log_A_, self.best_t_, self.best_decay_, 0.1 * self.tol)
 
     def _folds(self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]) -> list[Fold]:
         """Count the rows of the training and the test part of each fold."""
@@ -180,13 +216,15 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return folds
 
     def _errors(self, data: Data, folds: list[Fold]) -> Array:
-        """Give the errors (n_log_As, n_ts, n_folds), the work shared out by scales."""
+        """Give the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
         shared = [(train[data.rows], test[data.rows]) for train, test in folds]
         job = _Job(data, shared, self.ts_, self.decay, self.positive, self.tol, int(self.max_iter))
         if self.n_jobs in (None, 1):
-            return job.run(self.log_As_)
-        run = delayed(job.run)
-        parts: Any = Parallel(n_jobs=self.n_jobs)(run(z) for z in self.log_As_[:, None])
+            return job.run(self.log_As_, self.shrinkages_)
+        run, flows = delayed(job.run), zip(self.log_As_, self.shrinkages_, strict=True)
+        parts: Any = Parallel(n_jobs=self.n_jobs)(
+            run(np.array([z]), np.array([s])) for z, s in flows
+        )
         return np.concatenate(list(parts))
 
     def get_metadata_routing(self) -> MetadataRouter:
@@ -203,7 +241,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
 @dataclass(frozen=True)
 class _Job:
-    """The flows of some scales, all folds and all targets."""
+    """The flows of all folds and all targets."""
 
     data: Data
     folds: list[Fold]
@@ -213,16 +251,16 @@ class _Job:
     tol: float
     max_iter: int
 
-    def run(self, log_As: Array) -> Array:
+    def run(self, log_As: Array, shrinkages: Array) -> Array:
         """Give the errors (len(log_As), n_ts, n_folds), the mean over the targets."""
         targets = range(self.data.y.shape[1])
-        return np.mean([self._target(k, log_As) for k in targets], axis=0)
+        return np.mean([self._target(k, log_As, shrinkages) for k in targets], axis=0)
 
-    def _target(self, k: int, log_As: Array) -> Array:
+    def _target(self, k: int, log_As: Array, shrinkages: Array) -> Array:
         """Give the errors of one target, relative to its variance where there are several."""
         y, count = self.data.y[:, k], len(log_As)
         train, test = (np.stack([f[i] / f[i].sum() for f in self.folds], axis=1) for i in (0, 1))
-        predictions, late = self._predictions(k, log_As, train)
+        predictions, late = self._predictions(k, log_As, shrinkages, train)
         if self.data.center:  # the intercept of each training part
             of = np.tile(train, (1, count)).T[:, None, :]
             predictions += (of * (y - predictions)).sum(axis=2, keepdims=True)
@@ -232,8 +270,10 @@ class _Job:
         variance = float(self.data.weights @ (y - self.data.weights @ y) ** 2)
         return errors / variance if self.data.y.shape[1] > 1 and variance > 0 else errors
 
-    def _predictions(self, k: int, log_As: Array, train: Array) -> tuple[Array, NDArray[Any]]:
-        """Give X x (scales and folds, times, samples), and which of them steps did not reach."""
+    def _predictions(
+        self, k: int, log_As: Array, shrinkages: Array, train: Array
+    ) -> tuple[Array, NDArray[Any]]:
+        """Give X x (flows and folds, times, samples), and which of them steps did not reach."""
         y, folds = self.data.y[:, k], train.shape[1]
         found = np.zeros((len(log_As) * folds, len(self.ts), len(y)))
         if not self.data.pull[k] > 0:  # a constant target
@@ -244,13 +284,16 @@ class _Job:
 
         units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
         decay = self.decay or TurnOff(0.0, 1.0)
+        stays = shrinkages > 0
+        rates = np.where(stays, shrinkages * self.data.pull[k], decay.alpha / units)
+        offs = np.where(stays, np.inf, decay.t * units)
         columns = Columns(
             self.data.X,
             np.tile(y[:, None], (1, len(found))),
             np.tile(train, (1, len(log_As))),
             np.repeat([self.data.log_A(z)[k] for z in log_As], folds),
-            np.repeat(decay.alpha / units, folds),
-            np.repeat(decay.t * units, folds),
+            np.repeat(rates, folds),
+            np.repeat(offs, folds),
             self.data.center,
             self.positive,
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator, lsqr
 
-__all__ = ["Data", "prepare"]
+__all__ = ["Data", "growth", "prepare"]
 
 Array = NDArray[np.float64]
 RANK = 1e-10  # eigenvalues of the Gram matrix below it, relative to the largest, count as zero
@@ -58,10 +58,7 @@ class Data:
 
         A sinh(2 t pull) = scale for t = arcsinh(scale / A) / (2 pull).
         """
-        # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
-        z = -relative
-        grown = np.logaddexp(0.0, z) if positive else _arcsinh_exp(z)
-        return grown / (2 * np.where(self.pull > 0, self.pull, 1.0))
+        return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)
 
     def intercept(self, coef: Array, repeat: bool = False) -> Array:
         """Give the intercepts of coefficients (K, d); with ``repeat`` all are of the one target."""
@@ -69,6 +66,13 @@ class Data:
             return np.zeros(len(coef))
         means, targets = np.asarray(self.weights @ self.X).ravel(), self.weights @ self.y
         return (targets[0] if repeat else targets) - coef @ means
+
+
+def growth(relative: float, positive: bool) -> float:
+    """Give mu at which a coordinate has grown to the scale: the unit of time times the pull."""
+    # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
+    z = -relative
+    return 0.5 * (float(np.logaddexp(0.0, z)) if positive else _arcsinh_exp(z))
 
 
 def _arcsinh_exp(z: float) -> float:

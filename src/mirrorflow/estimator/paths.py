@@ -173,10 +173,14 @@ class MirrorFlowCVDisplay:
 
     Parameters
     ----------
-    log_As, ts : arrays
-        The candidates.
-    mse_path : array of shape (n_log_As, n_ts, n_folds)
+    log_As : array of shape (n_flows,)
+        The scale of each flow.
+    ts : array of shape (n_ts,)
+        The times.
+    mse_path : array of shape (n_flows, n_ts, n_folds)
         The errors.
+    shrinkages : array of shape (n_flows,), default=None
+        The shrinkage of each flow; None is 0 for all.
 
     Attributes
     ----------
@@ -184,8 +188,11 @@ class MirrorFlowCVDisplay:
         After `plot`.
     """
 
-    def __init__(self, *, log_As: Array, ts: Array, mse_path: Array) -> None:
+    def __init__(
+        self, *, log_As: Array, ts: Array, mse_path: Array, shrinkages: Array | None = None
+    ) -> None:
         self.log_As, self.ts, self.mse_path = log_As, ts, mse_path
+        self.shrinkages = np.zeros(len(log_As)) if shrinkages is None else shrinkages
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
@@ -203,7 +210,8 @@ class MirrorFlowCVDisplay:
         MirrorFlowCVDisplay
         """
         check_is_fitted(estimator, "mse_path_")
-        display = cls(log_As=estimator.log_As_, ts=estimator.ts_, mse_path=estimator.mse_path_)
+        shown = {"ts": estimator.ts_, "mse_path": estimator.mse_path_}
+        display = cls(log_As=estimator.log_As_, shrinkages=estimator.shrinkages_, **shown)
         return display.plot(ax=ax)
 
     def plot(self, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
@@ -225,9 +233,9 @@ class MirrorFlowCVDisplay:
         error = self.mse_path.std(axis=2) / np.sqrt(self.mse_path.shape[2])
         markers = "osD^vP*X"
         for i, log_A in enumerate(self.log_As):
-            (line,) = axis.plot(
-                self.ts, mean[i], marker=markers[i % len(markers)], label=f"log A = {log_A:g}"
-            )
+            shrunk = f", shrinkage {self.shrinkages[i]:g}" if self.shrinkages[i] else ""
+            style: Any = {"marker": markers[i % len(markers)]}
+            (line,) = axis.plot(self.ts, mean[i], label=f"log A = {log_A:g}{shrunk}", **style)
             band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
             axis.fill_between(self.ts, mean[i] - error[i], mean[i] + error[i], **band)
         axis.set(

@@ -15,10 +15,19 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from .certificate import gap, kkt
 from .columns import Columns, integrate
 from .data import Data, prepare
+from .transaction import all_or_nothing
 
-__all__ = ["FlowRegressor", "MirrorFlowRegressor", "TurnOff", "raise_unfinished", "validated"]
+__all__ = [
+    "FlowRegressor",
+    "MirrorFlowRegressor",
+    "Run",
+    "TurnOff",
+    "raise_unfinished",
+    "validated",
+]
 
 Array = NDArray[np.float64]
 
@@ -46,32 +55,41 @@ class TurnOff:
             raise ValueError(f"t must be a number > 0, got {self.t!r}")
 
 
+@dataclass(frozen=True)
+class Run:
+    """The flow that is to be fitted: from where, to when (perhaps infinity), how exactly."""
+
+    log_A: float  # noqa: N815
+    t: float
+    decay: TurnOff | None
+    tol: float
+
+
 class FlowRegressor(RegressorMixin, BaseEstimator):
     """What the regressors share: the run of the flow, and prediction."""
 
     coef_: Array
     intercept_: Any
     n_iter_: int
-    decay: TurnOff | None
     positive: bool
     zero_tol: float
     refit: bool
-    tol: float
     max_iter: int
 
-    def _fit(self, data: Data, log_A: float, t: float, dtype: Any, single: bool) -> None:
-        """Run the flow to the time t, perhaps infinity, and keep its end."""
-        end = np.isinf(t)
-        coef, nu, drop = self._interpolated(data, log_A) if end else self._stopped(data, log_A, t)
-        relative = log_A + drop
+    def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
+        """Run the flow to its time, perhaps infinity, and keep its end."""
+        end = np.isinf(run.t)
+        coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
+        relative = run.log_A + drop
         A = np.exp(data.log_A(0.0) + relative)
         x, predictions = coef.T, data.X @ coef.T
         mu = data.X.T @ nu
-        kkt = np.array([_kkt(x[:, k], A[k], mu[:, k], self.positive) for k in range(len(coef))])
-        gap = np.array([_gap(x[:, k], predictions[:, k] @ nu[:, k], mu[:, k], self.positive)
-                        for k in range(len(coef))])  # fmt: skip
+        outputs = range(len(coef))
+        kkts = [kkt(x[:, k], A[k], mu[:, k], self.positive) for k in outputs]
+        gains = [predictions[:, k] @ nu[:, k] for k in outputs]
+        gaps = [gap(x[:, k], gains[k], mu[:, k], self.positive) for k in outputs]
         coef = self._sparsified(coef, data)
-        unit = data.unit(log_A, self.positive)
+        unit = data.unit(run.log_A, self.positive)
         dual = np.zeros((len(coef), data.samples))
         dual[:, data.rows] = nu.T
         values = {
@@ -80,30 +98,28 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             "dual_coef_": dual,
             "A_": A,
             "log_A_": np.broadcast_to(relative, A.shape),
-            "t_": np.full(len(A), np.inf) if end else t * unit,
+            "t_": np.full(len(A), np.inf) if end else run.t * unit,
             "support_": coef != 0,
-            "kkt_residual_": kkt,
-            "gap_": gap,
+            "kkt_residual_": np.array(kkts),
+            "gap_": np.array(gaps),
         }
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)
 
-    def _stopped(self, data: Data, log_A: float, t: float) -> tuple[Array, Array, float]:
-        """Integrate the flow to the time t; also give how far log A has fallen."""
-        decay, K = self.decay or TurnOff(0.0, 1.0), data.y.shape[1]
-        units = data.unit(log_A, self.positive)
+    def _stopped(self, data: Data, run: Run) -> tuple[Array, Array, float]:
+        """Integrate the flow to its time; also give how far log A has fallen."""
+        decay, K = run.decay or TurnOff(0.0, 1.0), data.y.shape[1]
         coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
         active = np.flatnonzero(data.pull > 0)
         self.n_iter_ = 1
         for k in active:  # each output has its own unit of time, in which decay is given
-            coef[k], nus[:, k] = self._one(data, int(k), log_A, t, units[k], decay)
-        return coef, nus, -2 * decay.alpha * min(t, decay.t)
+            coef[k], nus[:, k] = self._one(data, int(k), run, decay)
+        return coef, nus, -2 * decay.alpha * min(run.t, decay.t)
 
-    def _one(
-        self, data: Data, k: int, log_A: float, t: float, unit: float, decay: TurnOff
-    ) -> tuple[Array, Array]:
+    def _one(self, data: Data, k: int, run: Run, decay: TurnOff) -> tuple[Array, Array]:
         """Integrate one output."""
         found: dict[str, Array] = {}
+        unit = data.unit(run.log_A, self.positive)[k]
 
         def save(_: Any, __: Any, nu: Array, x: Array, ___: Any) -> None:
             found.update(nu=nu[:, 0], x=x[:, 0])
@@ -112,23 +128,23 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             data.X,
             data.y[:, [k]],
             data.weights[:, None],
-            data.log_A(log_A)[[k]],
+            data.log_A(run.log_A)[[k]],
             np.array([decay.alpha / unit]),
             np.array([decay.t * unit]),
             data.center,
             self.positive,
         )
-        times = np.array([[t * unit]])
-        reached, steps = integrate(columns, times, save, self.tol, int(self.max_iter))
+        times = np.array([[run.t * unit]])
+        reached, steps = integrate(columns, times, save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
         if not reached[0]:
             raise_unfinished(self.max_iter)
         return found["x"], found["nu"]
 
-    def _interpolated(self, data: Data, log_A: float) -> tuple[Array, Array, float]:
+    def _interpolated(self, data: Data, run: Run) -> tuple[Array, Array, float]:
         """Solve for the end of the flow of each output."""
-        drop = -2 * self.decay.alpha * self.decay.t if self.decay else 0.0
-        scales = data.log_A(log_A + drop)
+        drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
+        scales = data.log_A(run.log_A + drop)
         root = np.sqrt(data.weights)[:, None]
         Z = root * (data.X - data.weights @ data.X) if data.center else root * data.X
         y = root * (data.y - data.weights @ data.y) if data.center else root * data.y
@@ -162,7 +178,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         -------
         array of shape (n_samples,) or (n_samples, n_targets)
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "coef_")
         X = validate_data(
             self, X, accept_sparse=("csr", "csc"), dtype=[np.float64, np.float32], reset=False
         )
@@ -313,10 +329,11 @@ class MirrorFlowRegressor(FlowRegressor):
         self
         """
         self._validate_params()
-        X, y, sample_weight = validated(self, X, y, sample_weight, sparse=not self.interpolate)
-        data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
-        end = np.inf if self.interpolate else self.t
-        self._fit(data, self.log_A, end, X.dtype, y.ndim == 1)
+        run = Run(self.log_A, np.inf if self.interpolate else self.t, self.decay, self.tol)
+        with all_or_nothing(self):
+            X, y, sample_weight = validated(self, X, y, sample_weight, sparse=not self.interpolate)
+            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
+            self._fit(data, run, X.dtype, y.ndim == 1)
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -378,37 +395,6 @@ def raise_unfinished(max_iter: float) -> None:
         ConvergenceWarning,
         stacklevel=5,
     )
-
-
-def _kkt(x: Array, A: float, mu: Array, positive: bool) -> float:
-    """Compare mirror(x) with X^T nu."""
-    size = float(np.abs(mu).max(initial=0.0))
-    if size == 0:
-        return 0.0
-    if positive:
-        held = x > 0
-        error = (np.log(x[held]) - np.log(A)) / 2 - mu[held]
-    else:
-        error = np.sign(x) * _arcsinh(np.abs(x), A) / 2 - mu
-    return float(np.abs(error).max(initial=0.0)) / size
-
-
-def _arcsinh(x: Array, A: float) -> Array:
-    """Give arcsinh(x / A), x >= 0, also where x / A overflows."""
-    with np.errstate(over="ignore", divide="ignore"):
-        ratio = x / A
-    large = ratio > 1e150
-    safe = np.arcsinh(np.where(large, 0.0, ratio))
-    return np.where(large, np.log(2 * np.maximum(x, 1e-300)) - np.log(max(A, 1e-320)), safe)
-
-
-def _gap(x: Array, gain: float, mu: Array, positive: bool) -> float:
-    """Give the relative duality gap of the L1 norm, with nu as the witness."""
-    size = float(np.abs(x).sum())
-    height = float((mu if positive else np.abs(mu)).max(initial=0.0))
-    if size == 0 or height <= 0:
-        return 0.0
-    return min(1.0, max(0.0, 1 - gain / (height * size)))
 
 
 def _least_squares(data: Data, k: int, coef: Array) -> Array:
