@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from ._contract import Record
-from ._drawing import MARKERS, short
+from ._drawing import DASHES, short
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["draw_figure", "make_charts"]
 
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = (
+    "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F",
+    "#8C6D31",
+)  # fmt: skip
+MARKERS = "osD^vP*X<"
+SHAPES = (
+    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "arrow", "wedge",
+    "triangle-left",
+)  # fmt: skip
 
 
 def _name(snr: float) -> str:
@@ -62,6 +70,7 @@ def _draw(axis: Axes, lines: dict[str, list[tuple[str, float]]], key: str) -> No
         ours = method.startswith("mirrorflow")
         style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         style |= {"linewidth": 2.2 if ours else 1.2, "markersize": 5}
+        style["linestyle"] = DASHES[i % len(DASHES)]
         axis.plot(*zip(*points, strict=True), label=method, **style)
     axis.set(xlabel="signal to noise (none: no noise)", ylabel=LABELS[key])
     axis.grid(alpha=0.25)
@@ -94,6 +103,7 @@ def _chart(records: list[Record], key: str) -> Any:
     )  # fmt: skip
     legend = alt.Legend(orient="bottom", columns=4)
     colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
+    shapes = alt.Scale(domain=names, range=list(SHAPES[: len(names)]))  # one legend for both
     return (
         alt.Chart(alt.Data(values=rows))
         .transform_filter(alt.datum.truth == menu)
@@ -102,7 +112,7 @@ def _chart(records: list[Record], key: str) -> Any:
             x=alt.X("SNR:O", sort=None, title="signal to noise (none: no noise)"),
             y=alt.Y("value:Q", title=LABELS[key], scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
-            shape=alt.Shape("method:N", sort=names, legend=legend),
+            shape=alt.Shape("method:N", sort=names, scale=shapes, legend=legend),
             tooltip=["method:N", "SNR:O", alt.Tooltip("value:Q", format=".3g")],
         )
         .add_params(menu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -18,12 +19,14 @@ from sklearn.linear_model import (
 )
 from sklearn.model_selection import KFold
 
-__all__ = ["METHODS", "OPTIONAL", "fit"]
+__all__ = ["METHODS", "OPTIONAL", "available", "fit"]
 
 Array = NDArray[np.float64]
 FOLDS = 5
 POINTS = 100  # of a path
 MCP_GAMMA = 3.0
+SCAD_GAMMA = 3.7
+ITERATIONS = 1000  # of iterreg, as its estimator takes
 
 
 def fit(name: str, X: Array, y: Array) -> tuple[Array, float]:
@@ -109,6 +112,31 @@ def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
     return alphas, coefs
 
 
+def _scad(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Follow the path of the smoothly clipped absolute deviation (skglm)."""
+    from skglm import GeneralizedLinearEstimator
+    from skglm.datafits import Quadratic
+    from skglm.penalties import SCAD
+    from skglm.solvers import AndersonCD
+
+    top = np.abs(X.T @ y).max() / len(y)
+    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    penalty, coefs = SCAD(top, SCAD_GAMMA), np.zeros((X.shape[1], len(alphas)))
+    solver = AndersonCD(fit_intercept=False, warm_start=True)
+    model = GeneralizedLinearEstimator(Quadratic(), penalty, solver)
+    for i, alpha in enumerate(alphas):
+        penalty.alpha = float(alpha)
+        coefs[:, i] = model.fit(X, y).coef_
+    return alphas, coefs
+
+
+def _early_stopped(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Give the iterates of Chambolle and Pock's method for basis pursuit (iterreg)."""
+    solvers: Any = import_module("iterreg.sparse")  # not on PyPI: type checkers do not find it
+    iterates = solvers.dual_primal(X, y, max_iter=ITERATIONS, f_store=1)[-1]
+    return np.arange(ITERATIONS, dtype=np.float64), iterates.T
+
+
 METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "mirrorflow": _estimator(_flow),
     "mirrorflow, refitted": _estimator(lambda: _flow(refit=True, zero_tol=0.1)),
@@ -117,10 +145,12 @@ METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "relaxed lasso": _by_path(_relaxed),
     "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
     "MCP": _by_path(_mcp),
+    "SCAD": _by_path(_scad),
+    "early-stopped basis pursuit": _by_path(_early_stopped),
 }
-OPTIONAL = {"MCP": "skglm"}
+OPTIONAL = {"MCP": "skglm", "SCAD": "skglm", "early-stopped basis pursuit": "iterreg"}
 
 
-def available() -> list[str]:
-    """Name the methods whose packages are installed."""
-    return [m for m in METHODS if m not in OPTIONAL or find_spec(OPTIONAL[m]) is not None]
+def available(name: str) -> bool:
+    """Whether the package of a method is installed."""
+    return name not in OPTIONAL or find_spec(OPTIONAL[name]) is not None
