@@ -43,7 +43,7 @@ def _seconds(call: Callable[[], Any], count: int = 1) -> float:
 
 def machine() -> dict[str, Any]:
     """Say where and with what the numbers were measured."""
-    found = provenance([])
+    found = provenance([], "cpu")
     for package in PACKAGES:
         try:
             found["versions"][package] = metadata.version(package)

@@ -183,7 +183,9 @@ def execute(
         "seconds": time.perf_counter() - begun,
         "started": started,
         "records": records,
-        "meta": provenance([part.data for part in recorder.parts.values() if part.data]),
+        "meta": provenance(
+            [part.data for part in recorder.parts.values() if part.data], recorder.device
+        ),
     }
     write_json(folder / "result.json", result)
     for unfinished in ("parts", "trunks"):

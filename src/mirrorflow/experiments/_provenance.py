@@ -16,23 +16,28 @@ from .. import __version__
 
 __all__ = ["provenance"]
 
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
 
-def provenance(data: Sequence[str]) -> dict[str, Any]:
+def provenance(data: Sequence[str], device: str) -> dict[str, Any]:
     """Say with what and where a run was made, and the checksum of its data (of its parts)."""
     return {
         "versions": {
             "mirrorflow": __version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES},
+            **{name: metadata.version(name) for name in PACKAGES if _installed(name)},
         },
         "commit": _commit(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "device": "cpu",
+        "device": device,
         "data": hashlib.sha256("".join(data).encode()).hexdigest()[:12] if data else "none",
     }
+
+
+def _installed(name: str) -> bool:
+    """Whether a package is there; transformers and peft are extras."""
+    return bool(list(metadata.distributions(name=name)))
 
 
 def _commit() -> str:

@@ -61,6 +61,7 @@ class Recorder:
         self.folder, self._progress = folder, progress
         self.checkpoints = Checkpoints(trunks or folder / "trunks")
         self.parts: dict[str, Part] = {}
+        self.device = "cpu"  # what the run computes on, for its provenance
         self._current: str | None = None
         self._stream: IO[str] | None = None
 

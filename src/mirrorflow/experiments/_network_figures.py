@@ -1,0 +1,273 @@
+"""What the page shows of networks trained with decay kept, switched off and halved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._contract import Record, Trajectory
+from ._drawing import MARKERS, ZOOM_HINT, short, zoomable
+from ._networks import Study, compared, interval, values
+
+if TYPE_CHECKING:
+    from altair import TopLevelMixin
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_figure", "ends", "make_charts", "rows", "sentences"]
+
+KINDS = {
+    "constant": "kept",
+    "off": "switched off",
+    "half": "half of it",
+    "budget": "constant, same Σ lr·decay",
+    "time": "switched off at another step",
+    "hold": "ratio held by closed loop",
+    "level": "off when the ratio is level",
+}
+AGAINST = {
+    "constant": "keeping it",
+    "half": "half of it",
+    "budget": "the constant one of equal budget",
+}
+RATIO = "mean nuclear / Frobenius norm"
+# Colour by family and kind, lightness falling from what is kept to what is halved.
+COLOURS = (("#7F3C00", "#E66100", "#F5B27A"), ("#00264D", "#0072B2", "#7CC0E8"))
+SHORT = {"half": " (half)", "budget": " (same budget)"}
+DRAWN = ("constant", "off", "half")
+LINES = {"constant": "solid", "off": (0, (5, 1.5)), "half": (0, (1.2, 1.2))}
+
+
+# --- In words and numbers -------------------------------------------------------------------------
+
+
+def sentences(study: Study, records: list[Record]) -> str:
+    """Say whether the paper's claim holds in these runs, at equal budget too."""
+    found = compared(study, records)
+    parts = [_verdict(study, family, found) for family in dict.fromkeys(c["family"] for c in found)]
+    seeds = found[0]["seeds"]
+    return (
+        f"The paper's claim is that decay switched off ends better than the same decay kept and "
+        f"than half of it. {' '.join(parts)} Gains are of {study.label}, means over {seeds} "
+        f"seed{'s' * (seeds != 1)} with 95% intervals of the differences within a seed."
+    )
+
+
+def _verdict(study: Study, family: float, found: list[Record]) -> str:
+    """Judge one family."""
+    mine = {c["against"]: c for c in found if c["family"] == family}
+    holds = mine["constant"]["holds"] and mine["half"]["holds"]
+    clear = mine["constant"]["clear"] and mine["half"]["clear"]
+    verdict = ("holds" if clear else "holds on average") if holds else "does not hold"
+    gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in mine.items())
+    return f"For decay {family:g} it {verdict}: {gains}."
+
+
+def _gain(found: Record) -> str:
+    """Write a gain with its interval."""
+    return f"{found['gain']:+.2g}" + (f" ± {found['width']:.1g}" if found["seeds"] > 1 else "")
+
+
+def ends(study: Study, records: list[Record]) -> list[Record]:
+    """Give for each run the mean over seeds and its interval."""
+    found = []
+    for name in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
+        where = dict(zip(("family", "kind", "run"), name, strict=True))
+        numbers = {key: values(records, key, **where) for key in (study.metric, "ratio", "budget")}
+        mean, width = interval(numbers[study.metric])
+        found.append({**where, "mean": mean, "width": width, "all": numbers[study.metric],
+                      "ratio": interval(numbers["ratio"])[0],
+                      "budget": interval(numbers["budget"])[0]})  # fmt: skip
+    return found
+
+
+def rows(study: Study, records: list[Record]) -> list[Record]:
+    """Give the rows of the table: a run each, the paper's number beside it."""
+    ranks = {family: i for i, family in enumerate(dict.fromkeys(r["family"] for r in records))}
+    return [
+        {
+            "decay": end["run"],
+            "what": KINDS[end["kind"]],
+            study.label: end["mean"],
+            "± 95%": end["width"] or None,
+            "paper": study.paper.get((ranks[end["family"]], end["kind"]), ""),
+            RATIO: end["ratio"],
+            "absorbed, −a": end["budget"],
+        }
+        for end in ends(study, records)
+    ]
+
+
+# --- The figure -----------------------------------------------------------------------------------
+
+
+def draw_figure(study: Study, records: list[Record], trajectory: Trajectory) -> Figure:
+    """Draw ratio and metric by step, the ratio by what was absorbed, and the ends of all runs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for axis, across, up in (
+        (axes[0, 0], "step", "ratio"),
+        (axes[0, 1], "step", study.metric),
+        (axes[1, 0], "a", "ratio"),
+    ):
+        _draw_curves(axis, records, trajectory, across, up)
+        axis.set_ylabel(study.label if up == study.metric else RATIO)
+        axis.set_xlabel("step" if across == "step" else "absorbed decay −a = Σ lr·decay")
+    _zoom(axes[0, 1], study, records, trajectory)
+    _draw_ends(axes[1, 1], study, records)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_curves(
+    axis: Axes, records: list[Record], trajectory: Trajectory, across: str, up: str
+) -> None:
+    """Draw the mean over seeds of the paper's runs, and the range."""
+    for rank, family in enumerate(dict.fromkeys(r["family"] for r in records)):
+        for kind, colour in zip(DRAWN, COLOURS[rank % 2], strict=True):
+            x, y = curves(records, trajectory, family, kind, across, up)
+            name = next(r["run"] for r in records if (r["family"], r["kind"]) == (family, kind))
+            axis.plot(x, y.mean(0), color=colour, linestyle=LINES[kind], label=f"decay {name}",
+                      linewidth=1.8)  # fmt: skip
+            axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
+            _mark_switch(axis, records, x, y, family, kind, across, colour)
+    axis.grid(alpha=0.25)
+
+
+def _mark_switch(
+    axis: Axes, records: list[Record], x: Any, y: Any, family: float, kind: str, across: str,
+    colour: str,
+) -> None:  # fmt: skip
+    """Mark where the decay is switched off."""
+    off = next(r["off"] for r in records if (r["family"], r["kind"]) == (family, kind))
+    if across == "step" and off is not None:
+        axis.plot([off], [np.interp(off, x, y.mean(0))], "o", color=colour, markersize=5)
+
+
+def curves(
+    records: list[Record], trajectory: Trajectory, family: float, kind: str, across: str, up: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Give the points of a run of each seed: (points,), (seeds, points)."""
+    keys = [r["part"] for r in records if (r["family"], r["kind"]) == (family, kind)]
+    steps = trajectory[f"{keys[0]}/{up}.step"]
+    y = np.array([trajectory[f"{key}/{up}"] for key in keys])
+    if across == "step":
+        return steps, y
+    absorbed = [
+        np.interp(steps, trajectory[f"{key}/a.step"], trajectory[f"{key}/a"]) for key in keys
+    ]
+    return -np.mean(absorbed, axis=0), y
+
+
+def _zoom(axis: Axes, study: Study, records: list[Record], trajectory: Trajectory) -> None:
+    """Show the second half of the training: its differences are small beside the beginning's."""
+    found = []
+    for family in dict.fromkeys(r["family"] for r in records):
+        for kind in DRAWN:
+            x, y = curves(records, trajectory, family, kind, "step", study.metric)
+            found.append(y[:, x >= 0.3 * x[-1]])
+    low, high = min(y.min() for y in found), max(y.max() for y in found)
+    axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
+    """Draw the mean of each run with its interval, and each seed."""
+    found = ends(study, records)
+    ranks = {family: i for i, family in enumerate(dict.fromkeys(r["family"] for r in records))}
+    for place, end in enumerate(found):
+        colour = COLOURS[ranks[end["family"]] % 2][1]
+        marker = MARKERS[list(KINDS).index(end["kind"]) % len(MARKERS)]
+        axis.plot(end["all"], [place] * len(end["all"]), "|", color=colour, markersize=9)
+        axis.errorbar([end["mean"]], [place], xerr=[end["width"]], color=colour, marker=marker,
+                      capsize=3, markersize=6)  # fmt: skip
+    labels = [end["run"] + SHORT.get(end["kind"], "") for end in found]
+    axis.set_yticks(range(len(found)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{study.label} at the end: mean, 95% interval, seeds")
+    axis.set_ylabel("run")
+    axis.grid(alpha=0.25, axis="x")
+
+
+# --- Interactive ----------------------------------------------------------------------------------
+
+
+def make_charts(
+    study: Study, records: list[Record], trajectory: Trajectory
+) -> list[tuple[str, TopLevelMixin]]:
+    """Make a chart of the ratio and one of the metric, all kinds of runs, and one of the ends."""
+    made = []
+    for up, label in (("ratio", RATIO), (study.metric, study.label)):
+        caption = f"{label}, mean over seeds; click in the legend to single out a run."
+        chart = _chart(records, trajectory, up, label)
+        made.append((f"{caption} {ZOOM_HINT}", zoomable(chart)))
+    ending = "Where each run ends: its ratio and its metric, mean over seeds."
+    return [*made, (f"{ending} {ZOOM_HINT}", zoomable(_scatter(study, records)))]
+
+
+def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -> Any:
+    """Draw the curves of all runs of one quantity."""
+    import altair as alt
+
+    points, names = [], {}
+    for family, kind, run in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
+        mine = [r for r in records if (r["family"], r["kind"], r["run"]) == (family, kind, run)]
+        x, y = curves(mine, trajectory, family, kind, "step", up)
+        name = names.setdefault((family, kind, run), f"{run} ({KINDS[kind]})")
+        absorbed = -np.mean([np.interp(x, trajectory[f"{k}/a.step"], trajectory[f"{k}/a"])
+                             for k in (r["part"] for r in mine)], axis=0)  # fmt: skip
+        points += [
+            {"run": name, "step": float(s), "value": short(v), "absorbed": short(a)}
+            for s, v, a in zip(x, y.mean(0), absorbed, strict=True)
+        ]
+    pick = alt.selection_point(fields=["run"], bind="legend")
+    axis = alt.param(
+        name=f"across_{up}", value="step",
+        bind=alt.binding_select(options=["step", "absorbed"], name="horizontal "),
+    )  # fmt: skip
+    order = list(dict.fromkeys(names.values()))
+    return (
+        alt.Chart(alt.Data(values=points))
+        .transform_calculate(x=f"datum[{axis.name}]")
+        .mark_line(point=alt.OverlayMarkDef(size=18), clip=True)
+        .encode(
+            x=alt.X("x:Q", title="step, or absorbed decay −a", scale=alt.Scale(nice=False)),
+            y=alt.Y("value:Q", title=label, scale=alt.Scale(zero=False)),
+            color=alt.Color("run:N", sort=order, scale=alt.Scale(scheme="category20"),
+                            legend=alt.Legend(orient="right", labelLimit=260, title=None)),
+            strokeDash=alt.StrokeDash("run:N", sort=order, legend=None),
+            opacity=alt.condition(pick, alt.value(1.0), alt.value(0.12)),
+            order="step:Q",
+            tooltip=["run:N", "step:Q", "value:Q", "absorbed:Q"],
+        )
+        .add_params(pick, axis)
+        .properties(height=320)
+    )  # fmt: skip
+
+
+def _scatter(study: Study, records: list[Record]) -> Any:
+    """Draw the ends of all runs."""
+    import altair as alt
+
+    points = [
+        {"run": f"{end['run']} ({KINDS[end['kind']]})", "decay": f"{end['family']:g}",
+         "kind": KINDS[end["kind"]], "metric": short(end["mean"]), "ratio": short(end["ratio"]),
+         "absorbed": short(end["budget"])}
+        for end in ends(study, records)
+    ]  # fmt: skip
+    return (
+        alt.Chart(alt.Data(values=points))
+        .mark_point(size=90, filled=True, clip=True)
+        .encode(
+            x=alt.X("ratio:Q", title=RATIO, scale=alt.Scale(zero=False)),
+            y=alt.Y("metric:Q", title=study.label, scale=alt.Scale(zero=False)),
+            color=alt.Color("decay:N", scale=alt.Scale(range=["#E66100", "#0072B2"])),
+            shape=alt.Shape("kind:N", sort=list(KINDS.values()), title="what happens to it"),
+            tooltip=["run:N", "metric:Q", "ratio:Q", "absorbed:Q"],
+        )
+        .properties(height=320)
+    )

@@ -1,0 +1,216 @@
+"""A vision transformer from scratch: weight decay kept, switched off, and halved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from . import _contract
+from ._contract import Record, Recorder, Trajectory, checksum
+from ._networks import Array, Plan, Study, absorbed, plans, run_plans, timeline
+from ._trunks import Checkpoints, Timeline
+
+if TYPE_CHECKING:
+    from altair import TopLevelMixin
+    from matplotlib.figure import Figure
+
+    from ._training import Session, Watch
+
+NAME = "tab02_fig03b_fig13_vit"
+TITLE = "Attention: weight decay switched off in the middle of a ViT's training"
+PAPER = "Table 2, Figures 3b and 13"
+STUDY = Study(
+    metric="accuracy",
+    label="validation accuracy (%)",
+    better=1,
+    paper={
+        (0, "constant"): "52.38 ± 0.16", (0, "off"): "56.7 ± 0.39", (0, "half"): "54.95 ± 0.36",
+        (1, "constant"): "57.05 ± 0.27", (1, "off"): "57.78 ± 0.32", (1, "half"): "57.33 ± 0.44",
+    },
+)  # fmt: skip
+
+
+class Config(_contract.Config):
+    """The setting of Table 2.
+
+    Attributes
+    ----------
+    data : str
+        "cifar10", "digits", or a folder with train/<class>/ and val/<class>/ (ImageNet).
+    size : int
+        Pixels of an image's side.
+    model : str
+        "own", from scratch; or whatever transformers loads for image classification, to fine-tune.
+    patch, width, layers, heads : int
+        Of the own model; its MLPs are 2 x width.
+    batch, validation : int
+        Images in a step; images that are validated, 0 for all.
+    augment : bool
+        Move and mirror the images.
+    lr : float
+        Of AdamW.
+    warmup : int
+        Steps in which the learning rate rises; it falls along a cosine after them.
+    constant : bool
+        Keep the learning rate instead (fine-tuning).
+    steps, off, every : int
+        Steps in all, the step of switching off, steps between measurements.
+    decays : tuple of float
+        Each is kept, switched off, halved, and replaced by the constant of equal budget.
+    times : tuple of int
+        Further steps at which the first decay is switched off.
+    loops : bool
+        Also let the ratio decide about the first decay.
+    target : float
+        The ratio that the closed loop holds.
+    seeds : tuple of int
+        Of the start and of the order of the data.
+    """
+
+    data: str = "cifar10"
+    size: int = Field(default=32, ge=1)
+    model: str = "own"
+    patch: int = Field(default=4, ge=1)
+    width: int = Field(default=192, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=3, ge=1)
+    batch: int = Field(default=128, ge=1)
+    validation: int = Field(default=0, ge=0)
+    augment: bool = False
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: int = Field(default=1000, ge=0)
+    constant: bool = False
+    steps: int = Field(default=39_000, ge=2)
+    off: int = Field(default=19_500, ge=1)
+    every: int = Field(default=390, ge=1)
+    decays: tuple[float, ...] = Field(default=(0.2, 0.02), min_length=1)
+    times: tuple[int, ...] = ()
+    loops: bool = False
+    target: float = Field(default=4.0, gt=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Config:
+        """Refuse a decay that would be switched off after the end, and patches that do not fit."""
+        if bad := [time for time in (self.off, *self.times) if not 0 < time < self.steps]:
+            raise ValueError(f"a decay is switched off within the {self.steps} steps, not at {bad}")
+        if self.model == "own" and (self.size % self.patch or self.width % self.heads):
+            raise ValueError("patch must divide size, and heads must divide width")
+        return self
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """Give smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
+        if name == "smoke":
+            return cls(
+                data="digits", size=8, patch=4, width=16, layers=2, heads=2, batch=64,
+                validation=100, warmup=5, steps=20, off=10, every=5, decays=(2.0, 0.2),
+                times=(5,), loops=True, target=2.0, seeds=(0, 1),
+            )  # fmt: skip
+        if name == "full":
+            return cls(times=(9_750, 29_250), loops=True)
+        return cls(
+            patch=8, width=64, layers=6, heads=4, validation=5000, warmup=100, steps=1500, off=750,
+            every=75, decays=(8.0, 0.8), times=(375, 1125), loops=True, target=2.0,
+        )  # fmt: skip
+
+    def lrs(self) -> Array:
+        """Give the learning rate of each step."""
+        steps = np.arange(self.steps)
+        if self.constant:
+            return np.full(self.steps, self.lr)
+        rise = np.minimum(1.0, (steps + 1) / max(1, self.warmup))
+        fall = np.clip((steps - self.warmup) / max(1, self.steps - self.warmup), 0, 1)
+        return self.lr * rise * (1 + np.cos(np.pi * fall)) / 2
+
+    def plans(self) -> dict[str, Plan]:
+        """Name the runs."""
+        weights = absorbed(self.lrs())
+        found = plans(self.decays, self.off, weights, self.seeds, self.times, self.loops)
+        return {plan.key: plan for plan in found}
+
+
+def timelines(config: Config) -> dict[str, Timeline]:
+    """Give what each run does."""
+    without = {"seeds", "decays", "off", "times", "loops"}
+    shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
+    return {key: timeline(p, config.steps, shared) for key, p in config.plans().items()}
+
+
+def advance(
+    config: Config, name: str, until: int, checkpoints: Checkpoints, watch: Watch | None = None
+) -> None:
+    """Train one run up to a step and store its state there, for those that go on from it."""
+    from ._training import train
+
+    plan, line = config.plans()[name], timelines(config)[name]
+    train(
+        lambda: _session(config, plan), line, checkpoints, until, keep=(until,),
+        watch=watch or (lambda *_: None),
+    )  # fmt: skip
+
+
+def run(config: Config, recorder: Recorder) -> list[Record]:
+    """Train all runs."""
+    from ._vision import images
+
+    data = checksum(images(config.data, config.size)[0].labels)
+    lines, chosen = timelines(config), config.plans()
+    return run_plans(recorder, chosen, lines, lambda plan: _session(config, plan), data)
+
+
+def _session(config: Config, plan: Plan) -> Session:
+    """Build a run."""
+    import torch
+
+    from mirrorflow import SpectralTracker
+
+    from ._training import Session, controlled
+    from ._vision import accuracy, images, loss_of, parameter_groups, vit
+
+    training, validation = images(config.data, config.size)
+    model = vit(
+        config.model, config.size, config.patch, config.width, config.layers, config.heads,
+        training.classes, plan.seed,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(parameter_groups(model, plan.rate), config.lr)
+    held = validation.parts(config.validation, 4 * config.batch)
+    return Session(
+        model, optimizer, controlled(optimizer, plan.schedule(config.target, window=5)),
+        config.lrs(),
+        lambda s: loss_of(model, training.batch(plan.seed, s, config.batch, config.augment)),
+        lambda: accuracy(model, held), SpectralTracker(model), config.every,
+    )  # fmt: skip
+
+
+# --- What the page shows of it --------------------------------------------------------------------
+
+
+def summary(records: list[Record]) -> str:
+    """Say what the run shows, with its numbers."""
+    from ._network_figures import sentences
+
+    return sentences(STUDY, records)
+
+
+def table(records: list[Record]) -> list[Record]:
+    """Give a row for each kind of run, with the paper's number."""
+    from ._network_figures import rows
+
+    return rows(STUDY, records)
+
+
+def draw(records: list[Record], trajectory: Trajectory) -> Figure:
+    """Draw ratio and accuracy along the way, and where each run ends."""
+    from ._network_figures import draw_figure
+
+    return draw_figure(STUDY, records, trajectory)
+
+
+def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
+    """Make the interactive versions."""
+    from ._network_figures import make_charts
+
+    return make_charts(STUDY, records, trajectory)
