@@ -20,7 +20,7 @@ demo: .venv/.installed ## run the main experiment and make a page with the pictu
 test: .venv/.installed-test ## run the tests (minutes)
 	$(THREADS) $(BIN)/pytest -q -n 2
 
-test-slow: .venv/.installed-test ## run the slow tests
+test-slow: .venv/.installed-cluster ## run the slow tests, those of a Ray cluster too
 	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow and not gpu and not download"
 
 test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium

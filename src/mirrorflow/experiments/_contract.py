@@ -22,8 +22,9 @@ import shutil
 import time
 import tomllib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ._provenance import provenance
 from ._recorder import (
+    Observer,
     Part,
     Progress,
     Record,
@@ -61,8 +63,10 @@ __all__ = [
     "experiments",
     "find_results",
     "load",
+    "needs",
     "result_folder",
     "trajectory",
+    "write_json",
 ]
 
 FORMAT = 1
@@ -84,6 +88,10 @@ class Config(BaseModel):
 
 class Experiment(Protocol):
     """What the module of an experiment defines.
+
+    One that needs packages of an extra names their modules in ``NEEDS``; one that trains gives its
+    runs by ``timelines(config)`` and trains one of them to a step by ``advance``, so that sweeps
+    share what runs have in common.
 
     ``run`` computes and never draws. ``draw``, ``charts``, ``table`` and ``summary`` read what was
     stored and never compute; matplotlib and altair are imported inside them.
@@ -117,6 +125,23 @@ class Experiment(Protocol):
         ...
 
 
+def needs(module: Experiment) -> tuple[str, ...]:
+    """Give the modules of extras that an experiment imports.
+
+    Raises
+    ------
+    ImportError
+        If one is not installed; the message says what to install.
+    """
+    names: tuple[str, ...] = getattr(module, "NEEDS", ())
+    missing = {n.partition(".")[0] for n in names if not find_spec(n.partition(".")[0])}
+    if missing:
+        raise ImportError(
+            f"{module.NAME} needs {', '.join(sorted(missing))}: pip install 'mirrorflow[networks]'"
+        )
+    return names
+
+
 def execute(
     module: Experiment,
     config: Config,
@@ -124,6 +149,7 @@ def execute(
     force: bool = False,
     progress: Progress | None = None,
     trunks: Path | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Path:
     """Run an experiment into its folder, unless a finished run is there already.
 
@@ -144,6 +170,8 @@ def execute(
     trunks : path, optional
         Where training runs store the states that others go on from, and find those of others;
         without it a folder of the run's own, gone when the run is done.
+    observers : sequence of callable
+        Called with the numbers that the run logs.
 
     Returns
     -------
@@ -152,9 +180,12 @@ def execute(
 
     Raises
     ------
+    ImportError
+        If a package is missing that the experiment needs.
     Exception
         Whatever the run raises, after failure.json says so. KeyboardInterrupt passes through.
     """
+    needs(module)
     folder = result_folder(module, config, out)
     if force:
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,7 +196,7 @@ def execute(
     write_json(folder / "config.json", config.model_dump(mode="json"))
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     try:
-        recorder = Recorder(folder, progress, trunks)
+        recorder = Recorder(folder, progress, trunks, observers)
         with recorder.logging():
             records = module.run(config, recorder)
         require_finite(module.NAME, Part(records))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ._trunks import Checkpoints
 
 __all__ = [
+    "Observer",
     "Part",
     "Progress",
     "Record",
@@ -31,6 +32,7 @@ __all__ = [
 
 Record = dict[str, Any]
 Progress = Callable[[int, int, str], None]
+Observer = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ class Recorder:
     """What ``run`` is given: it logs numbers, keeps finished parts, and tells the progress."""
 
     def __init__(
-        self, folder: Path, progress: Progress | None = None, trunks: Path | None = None
+        self,
+        folder: Path,
+        progress: Progress | None = None,
+        trunks: Path | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
-        self.folder, self._progress = folder, progress
+        self.folder, self._progress, self._observers = folder, progress, observers
         self.checkpoints = Checkpoints(trunks or folder / "trunks")
         self.parts: dict[str, Part] = {}
         self.device = "cpu"  # what the run computes on, for its provenance
@@ -83,6 +89,8 @@ class Recorder:
         part = {"part": self._current} if self._current else {}
         self._stream.write(json.dumps(part | numbers) + "\n")
         self._stream.flush()
+        for observe in self._observers:
+            observe(part | numbers)
 
     def part(self, key: str, compute: Callable[[], Part]) -> Part:
         """Compute a part, or read it where an interrupted run has stored it.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAME = "fig15_fig16_lr_schedule"
 TITLE = "A falling learning rate: does it act like switching the decay off?"
 PAPER = "Figures 15 and 16"
+NEEDS = ("transformers.models.vit.modeling_vit",)
 PRETRAINING = "pretraining"
 OPTIMIZERS = ("adamw", "sgd")
 # "held": the learning rate falls, what the decay does to a weight in a step stays.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAME = "tab02_fig03b_fig13_vit"
 TITLE = "Attention: weight decay switched off in the middle of a ViT's training"
 PAPER = "Table 2, Figures 3b and 13"
+NEEDS = ("transformers.models.vit.modeling_vit",)
 STUDY = Study(
     metric="accuracy",
     label="validation accuracy (%)",

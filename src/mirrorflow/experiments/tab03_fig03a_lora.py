@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NAME = "tab03_fig03a_lora"
 TITLE = "LoRA: weight decay switched off at 2/5 of the fine-tuning"
 PAPER = "Table 3 and Figure 3a"
+NEEDS = ("transformers.models.gpt2.modeling_gpt2", "peft")
 PRETRAINING = "pretraining"
 STUDY = Study(
     metric="loss",

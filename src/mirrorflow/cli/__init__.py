@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from .. import __version__
+from .errors import INTERRUPTED, UserError
+from .sweeps import sweeps
 
-__all__ = ["app", "main"]
+__all__ = ["UserError", "app", "main"]
 
 app = typer.Typer(
     help="What weight decay does to a model, and when to switch it off.",
@@ -21,19 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # a traceback that can be pasted into an issue
 )
+app.add_typer(sweeps, name="sweep")
 PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
-
-
-INTERRUPTED = "interrupted; finished parts are kept: the same command goes on from them"
-
-
-class UserError(Exception):
-    """What the user can mend: one line, no traceback."""
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def main() -> None:
@@ -64,7 +56,7 @@ def _options(
 @app.command("list")
 def list_(out: Out = Path("runs")) -> None:
     """List the experiments, the figures they reproduce, and whether results are stored."""
-    from . import experiments
+    from .. import experiments
 
     stored = [result["experiment"] for result in experiments.find_results(out)]
     for name in experiments.experiments():
@@ -106,7 +98,7 @@ def check(
     NAME is a tuple (g, h, w0) in the file, or a function without arguments that returns one. Exit
     code 0 if Theorem 3.2 applies, 1 if it does not.
     """
-    from .conditions import check as check_pair
+    from ..conditions import check as check_pair
 
     g, h, w0 = _load_pair(target)
     try:
@@ -128,8 +120,8 @@ def audit(
 
     The file is read pair by pair, so that memory stays near the largest pair.
     """
-    from .spectrum import audit as measure
-    from .spectrum import table
+    from ..spectrum import audit as measure
+    from ..spectrum import table
 
     try:
         found = measure(path, level=level, match=match)
@@ -143,7 +135,7 @@ def lint(
     path: Annotated[Path, typer.Argument(help="A saved optimizer: optimizer.pt, a checkpoint.")],
 ) -> None:
     """Look for mistakes in the weight decay of a saved optimizer. Exit code 1 if there are any."""
-    from .weightdecay import lint_file
+    from ..weightdecay import lint_file
 
     try:
         found = lint_file(path)
@@ -176,7 +168,7 @@ def _execute(
     force: bool,
 ) -> Path:
     """Configure an experiment and run it, with progress."""
-    from . import experiments
+    from .. import experiments
 
     if name not in experiments.experiments():
         known = ", ".join(experiments.experiments())
@@ -189,6 +181,8 @@ def _execute(
     try:
         with _progress(name) as advance:
             return experiments.execute(module, chosen, out, force=force, progress=advance)
+    except ImportError as error:
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         raise UserError(INTERRUPTED, 130) from None
 
@@ -226,7 +220,7 @@ def _summary(folder: Path) -> str:
     import json
     import textwrap
 
-    from . import experiments
+    from .. import experiments
 
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     module = experiments.load(result["experiment"])
@@ -235,8 +229,8 @@ def _summary(folder: Path) -> str:
 
 def _build(folder: Path, output: Path) -> Path:
     """Read the stored results of a folder and make the page."""
-    from . import experiments
-    from . import report as page
+    from .. import experiments
+    from .. import report as page
 
     results = experiments.find_results(folder)
     if not results:
@@ -249,8 +243,8 @@ def _build(folder: Path, output: Path) -> Path:
 
 def _section(folder: Path, result: dict[str, Any]) -> Any:
     """Let an experiment say what its stored records show."""
-    from . import experiments
-    from . import report as page
+    from .. import experiments
+    from .. import report as page
 
     module, records = experiments.load(result["experiment"]), result["records"]
     curves = experiments.trajectory(folder / result["experiment"] / result["hash"])
@@ -268,7 +262,7 @@ def _section(folder: Path, result: dict[str, Any]) -> Any:
 
 def _command(module: Any, config: dict[str, Any]) -> str:
     """Give the command that makes a run: a preset, its seeds, and a file for what else differs."""
-    from . import experiments
+    from .. import experiments
 
     stored = module.Config(**config)
     changes = {p: _changes(experiments.config_from(module, p), stored) for p in experiments.PRESETS}
@@ -314,7 +308,3 @@ def _load_pair(target: str) -> tuple[Any, Any, Any]:
     if not isinstance(pair, tuple) or len(pair) != 3:
         raise UserError(f"{name} in {path} must be (g, h, w0), or a function that returns that")
     return pair
-
-
-if __name__ == "__main__":
-    main()
