@@ -181,6 +181,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         D = self._atoms(X)
         off = np.inf if self.switch_off is None else self.switch_off
+        if self.switch_off is not None and off > self.n_steps:
+            raise ValueError(
+                f"switch_off={off} comes after n_steps={self.n_steps}: the decay would never be "
+                "switched off; None says so"
+            )
         start = self._starts((len(X), len(D)))
         steps = codes(
             X, D, self.form, self.k, self.alpha, self.beta, start,

@@ -33,8 +33,9 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    max_rank : int, default=10
-        The columns of U and V, >= 1; decay leaves those that the data need.
+    max_rank : int or None, default=None
+        The columns of U and V, >= 1; decay leaves those that the data need. None for 10, or fewer
+        where X is smaller.
     alpha : float, default=0.1
         The decay, >= 0, in units of the smallest that would keep X at 0: the largest singular
         value of the gradient there.
@@ -90,7 +91,7 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "max_rank": [Interval(Integral, 1, None, closed="left")],
+        "max_rank": [Interval(Integral, 1, None, closed="left"), None],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "switch_off": ["boolean"],
         "symmetric": ["boolean"],
@@ -102,7 +103,7 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        max_rank: int = 10,
+        max_rank: int | None = None,
         alpha: float = 0.1,
         *,
         switch_off: bool = True,
@@ -157,17 +158,18 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
         A = check_array(X, dtype=np.float64, allow_nd=True, input_name="X")
         y = column_or_1d(check_array(y, dtype=np.float64, ensure_2d=False, input_name="y"))
         shape = self._shape(A, y)
+        columns = self._columns(shape)
         self.n_features_in_ = shape[0] * shape[1]
         f = Measured(A.reshape(len(A), -1), y, shape)
         empty = np.zeros((shape[0], 0)), np.zeros((shape[1], 0))
         G = -f.gradient(*empty)
         if self.symmetric:
             values, L = np.linalg.eigh((G + G.T) / 2)
-            s, R = values[::-1][: self.max_rank], L[:, ::-1][:, : self.max_rank]
+            s, R = values[::-1][:columns], L[:, ::-1][:, :columns]
             L, top = R, float(s.max())
         else:
             L, s, Rt = np.linalg.svd(G, full_matrices=False)
-            L, R, top = L[:, : self.max_rank], Rt[: self.max_rank].T, float(s.max(initial=0.0))
+            L, R, top = L[:, :columns], Rt[:columns].T, float(s.max(initial=0.0))
         if not top > 1e-14 * float(np.linalg.norm(A)) * float(np.linalg.norm(y)):
             return Trained(np.zeros((shape[0], 1)), np.zeros((shape[1], 1)), 1, True)
         # |X| is about the first gradient's size where measurements are near isometric.
@@ -195,21 +197,25 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
             raise ValueError(f"shape={shape} does not fit measurements of {A[0].size} numbers")
         if self.symmetric and shape[0] != shape[1]:
             raise ValueError(f"symmetric=True needs p = q, got {shape}")
-        self._check_rank(shape)
         return shape
 
-    def _check_rank(self, shape: tuple[int, int]) -> None:
-        """Refuse ranks above the dimension."""
+    def _columns(self, shape: tuple[int, int]) -> int:
+        """Give the columns of the factors; refuse more than X has."""
+        if self.max_rank is None:
+            return min(10, *shape)
         if self.max_rank > min(shape):
             raise ValueError(f"max_rank={self.max_rank} is above the dimension of X, {shape}")
+        return self.max_rank
 
     def _complete(self, X: Any) -> Trained:
         """Alternate on the entries that are known."""
         if self.symmetric:
             raise ValueError("symmetric=True is for measurements: give y")
         M = check_array(X, dtype=np.float64, ensure_all_finite="allow-nan", input_name="X")
-        self._check_rank(M.shape)
+        columns = self._columns(M.shape)
         self.n_features_in_ = M.shape[1]
+        if np.isnan(M).all():
+            raise ValueError("X has no entry that is known: there is nothing to complete it from")
         problem = Observed.of(M)
         missing = [("rows", problem.seen.sum(axis=1)), ("columns", problem.seen.sum(axis=0))]
         for name, counts in missing:
@@ -223,7 +229,7 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
         top = float(largest.max(initial=0.0))
         wanted = [c for c in PATH if c > self.alpha] + [self.alpha]
         alphas = [c * top for c in wanted] + ([0.0] if self.switch_off else [])
-        return alternate(problem, self.max_rank, alphas, self.max_iter, self.tol)
+        return alternate(problem, columns, alphas, self.max_iter, self.tol)
 
     def matrix(self) -> Array:
         """Form X.

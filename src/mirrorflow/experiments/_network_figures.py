@@ -51,7 +51,17 @@ def sentences(study: Study, records: list[Record]) -> str:
     return (
         f"The paper's claim is that decay switched off ends better than the same decay kept and "
         f"than half of it. {' '.join(parts)} Gains are of {study.label}, means over {seeds} "
-        f"seed{'s' * (seeds != 1)} with 95% intervals of the differences within a seed."
+        f"seed{'s' * (seeds != 1)}, with 95% intervals of the differences within a seed. "
+        f"{_best(study, records)}"
+    )
+
+
+def _best(study: Study, records: list[Record]) -> str:
+    """Name the best of all runs: less decay may be better than any decay switched off."""
+    best = max(ends(study, records), key=lambda end: study.better * end["mean"])
+    return (
+        f"The best of all runs is decay {best['run']} ({KINDS[best['kind']]}): {best['mean']:.4g} "
+        f"at a ratio of {best['ratio']:.3g}."
     )
 
 
