@@ -1,7 +1,10 @@
 """`audit` reads from disk what `SpectralTracker` measures in memory, or says what is wrong."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -258,3 +261,23 @@ def test_fused_weights_are_read_in_part(tmp_path):
     safetensors.save_file(model.state_dict(), tmp_path / "x.safetensors")
     expected = SpectralTracker(model).measure()
     assert audit(tmp_path).mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9)
+
+
+def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
+    weights = {
+        "a<b.q_proj.weight": torch.randn(8, 8), "a<b.k_proj.weight": torch.randn(8, 8),
+        "zero.q_proj.weight": torch.zeros(8, 8), "zero.k_proj.weight": torch.randn(8, 8),
+        "odd.query_key_value.weight": torch.randn(24, 8),
+    }  # fmt: skip
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    page = tmp_path / "deep" / "page.html"
+    command = [sys.executable, "-m", "mirrorflow.cli", "audit", str(tmp_path), "--page", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and str(page) in done.stderr
+    text = page.read_text()
+    assert "a&lt;b" in text and "<td>a<b" not in text
+    assert "2 products; mean ratio" in text and "1 are 0 and have no ratio" in text
+    assert "odd.query_key_value.weight: " in text and "undefined" in text
+    body = re.sub(r"<script.*?</script>", "", text, flags=re.S)  # libraries name their licences
+    assert not re.search(r'(?:src|href)="(?!data:|#)', body)
+    assert "<svg" in body and 'id="audit-ratio"' in body

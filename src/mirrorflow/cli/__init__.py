@@ -115,6 +115,7 @@ def audit(
     level: Annotated[str, typer.Option(help="layer, or head")] = "layer",
     match: Annotated[str | None, typer.Option(help="A regular expression on names.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
 ) -> None:
     """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
 
@@ -128,6 +129,11 @@ def audit(
     except (OSError, ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     print(found.to_json() if json else table(found))
+    if page is not None:
+        from ..report.checkpoint import audit_page
+
+        written = audit_page(found.to_dict(), path.name, page, __version__)
+        print(f"page: {written.resolve()}", file=sys.stderr)
 
 
 @app.command()

@@ -79,10 +79,15 @@ def build(sections: Sequence[Section], output: str | Path, version: str) -> Path
     Path
         Of the page.
     """
+    return _written(_page(sections, version), output)
+
+
+def _written(page: str, output: str | Path) -> Path:
+    """Write a page to a file, replacing it in one step."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
-    draft.write_text(_page(sections, version), encoding="utf-8")
+    draft.write_text(page, encoding="utf-8")
     draft.replace(output)
     return output
 
@@ -195,7 +200,12 @@ def _provenance(result: Mapping[str, Any]) -> list[str]:
 
 
 def _scripts(specs: Mapping[str, Any]) -> str:
-    """Give the scripts of the page: the libraries once, the charts, the explorer."""
+    """Give the scripts of the page: those of the charts, and the explorer."""
+    return f"{_chart_scripts(specs)}\n<script>{_resource('explorer.js')}</script>"
+
+
+def _chart_scripts(specs: Mapping[str, Any]) -> str:
+    """Give the scripts of charts: the libraries once, and what they draw."""
     import altair
     import vl_convert
 
@@ -206,7 +216,6 @@ def _scripts(specs: Mapping[str, Any]) -> str:
     parts = [
         f'<script type="application/json" id="charts">{data}</script>',
         f'<script type="module">{libraries}\n{_resource("charts.js")}</script>',
-        f"<script>{_resource('explorer.js')}</script>",
     ]
     return "\n".join(parts)
 
