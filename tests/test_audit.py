@@ -48,6 +48,15 @@ def phi3():
     return tf.Phi3ForCausalLM(tf.Phi3Config(**{**LLAMA, "num_hidden_layers": 2}, **WORDS))
 
 
+def falcon():
+    torch.manual_seed(4)
+    config = tf.FalconConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True, **WORDS,
+    )  # fmt: skip
+    return tf.FalconForCausalLM(config)
+
+
 def same(found, expected):
     ours = {(r.name.rpartition("model.")[2], r.adapter, r.head): r for r in found.records}
     theirs = {(r.name.rpartition("model.")[2], "", r.head): r for r in expected.records}
@@ -62,7 +71,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("level", ["layer", "head"])
-@pytest.mark.parametrize("build", [llama, gpt2, t5, phi3])
+@pytest.mark.parametrize("build", [llama, gpt2, t5, phi3, falcon])
 def test_a_saved_model_is_what_the_model_was(build, level, tmp_path):
     model = build()
     model.save_pretrained(tmp_path)

@@ -137,6 +137,52 @@ def phi(module):
     return weight[:D], weight[D : D + 2 * (D // HEADS)]
 
 
+def neox():
+    tf = pytest.importorskip("transformers")
+    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, **WORDS))
+
+
+def bloom():
+    tf = pytest.importorskip("transformers")
+    config = tf.BloomConfig(hidden_size=D, n_layer=LAYERS, n_head=HEADS, **WORDS)
+    return tf.BloomForCausalLM(config)
+
+
+def falcon(**options):
+    def build():
+        tf = pytest.importorskip("transformers")
+        return tf.FalconForCausalLM(tf.FalconConfig(**SMALL, **WORDS, **options))
+
+    return build
+
+
+def divided(split):
+    """Q and K as the model's own code divides them: its output for the identity."""
+
+    def weights(module):
+        fused = module.query_key_value.weight.detach().T[None]
+        return tuple(part.mT.flatten(0, 1) for part in split(module, fused))  # (heads x width, in)
+
+    return weights
+
+
+def neox_split(module, fused):
+    """As in GPTNeoXAttention.forward: (heads, in, width) each."""
+    return fused[0].view(D, -1, 3 * module.head_size).transpose(0, 1).chunk(3, dim=-1)[:2]
+
+
+def bloom_split(module, fused):
+    return [part[0] for part in module._reshape(fused)[:2]]
+
+
+def falcon_split(key_heads):
+    def split(module, fused):
+        query, key, _ = (part[0].transpose(0, 1) for part in module._split_heads(fused))
+        return query, key[:: max(1, len(key) // key_heads)]  # each key head once
+
+    return split
+
+
 # build, the weights of an attention module, query heads, key heads
 FAMILIES = {
     "gpt2": (gpt2, conv1d, 4, 4),
@@ -151,6 +197,16 @@ FAMILIES = {
     "phi3": (phi3, phi, 4, 2),
     "timm": (timm, lambda m: thirds(m.qkv.weight), 4, 4),
     "torch": (torch_encoder, lambda m: thirds(m.in_proj_weight), 4, 4),
+    "neox": (neox, divided(neox_split), 4, 4),
+    "bloom": (bloom, divided(bloom_split), 4, 4),
+    "falcon rw": (falcon(multi_query=False), divided(falcon_split(4)), 4, 4),
+    "falcon 7b": (falcon(multi_query=True), divided(falcon_split(1)), 4, 1),
+    "falcon 40b": (
+        falcon(new_decoder_architecture=True, num_kv_heads=2),
+        divided(falcon_split(2)),
+        4,
+        2,
+    ),
     "torch kdim": (kdim, lambda m: (m.q_proj_weight, m.k_proj_weight), 4, 4),
 }
 
@@ -288,9 +344,12 @@ def test_adalora_and_interleaved_weights_are_listed_and_not_measured():
     config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=3, target_r=2)
     tracker = SpectralTracker(peft.get_peft_model(llama(), config), frozen=True)
     assert any("third factor" in reason for _, reason in tracker.skipped)
-    neox = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, **WORDS))
+    fused = nn.ModuleDict({"query_key_value": nn.Linear(8, 24)})
     with pytest.raises(ValueError, match="differs from model to model"):
-        SpectralTracker(neox)
+        SpectralTracker(fused)
+    codegen = tf.CodeGenConfig(n_embd=24, n_layer=1, n_head=4, rotary_dim=2, **WORDS)
+    with pytest.raises(ValueError, match="codegen stores its rows in an order of its own"):
+        SpectralTracker(tf.CodeGenForCausalLM(codegen))
 
 
 def test_stacked_experts_are_not_one_product():

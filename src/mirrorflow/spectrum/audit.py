@@ -116,7 +116,7 @@ class Checkpoint:
         span = slice(factor.start, factor.stop)
         with self._open(file) as content:
             part = content.get_slice(name)
-            if factor.stop is None:
+            if factor.stop is None or factor.block:
                 return factor.rows(part[:])
             return part[:, span].mT if factor.transposed else part[span]
 
@@ -140,6 +140,10 @@ class Checkpoint:
         side = "decoder" if "decoder" in module else "encoder"
         counts = (f"{side}_attention_heads", *COUNTS)
         return _integer(config, counts), _integer(config, WIDTHS)
+
+    def architecture(self) -> str:
+        """Read the model_type from config.json."""
+        return str(self._config.get("model_type", ""))
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
         """Compute LoRA's scale from adapter_config.json."""

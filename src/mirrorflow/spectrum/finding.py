@@ -24,7 +24,9 @@ SEPARATE = (  # the query's and the key's projection side by side in one module
     ("wq", "wk"),  # Llama as published
 )
 FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv")  # GPT-2, timm, Phi-3, ModernBERT: [Q, K, V]
-UNKNOWN = ("query_key_value",)  # GPT-NeoX, BLOOM and Falcon each interleave the heads differently
+# Their query_key_value holds for each key head: its query heads, itself, its value head.
+INTERLEAVED = ("gpt_neox", "gpt_neox_japanese", "bloom", "falcon")
+SHUFFLED = ("codegen",)  # its qkv_proj is divided by the TPU cores that it was trained on
 NORMS = ("q_norm", "q_layernorm", "query_norm", "norm_q")
 
 
@@ -33,7 +35,7 @@ def find(shapes: Shapes, facts: Facts) -> Found:
     pairs: list[Pair] = []
     skipped: list[tuple[str, str]] = []
     for key in shapes:
-        for family in (lora, lora_embedding, adalora, separate, fused, multihead, unknown):
+        for family in (lora, lora_embedding, adalora, separate, fused, multihead, interleaved):
             found = family(key, shapes, facts)
             if isinstance(found, Pair):
                 pairs.append(found)
@@ -110,6 +112,8 @@ def fused(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
     match = re.fullmatch(rf"((?:.*\.)?)({'|'.join(FUSED)})\.weight", key)
     if not match or len(shapes[key]) != 2:
         return None
+    if facts.architecture() in SHUFFLED:
+        return f"{facts.architecture()} stores its rows in an order of its own"
     rows, columns = shapes[key]
     apart = f"{match[1]}q_attn.weight"  # GPT-2's cross-attention: Q apart, [K, V] fused
     if match[2] == "c_attn" and apart in shapes:
@@ -139,11 +143,30 @@ def multihead(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
     return _attention(match[1], left, right, shapes, facts)
 
 
-def unknown(key: str, shapes: Shapes, facts: Facts) -> str | None:
-    """Say that a fused weight has an order which only its model knows."""
-    if re.fullmatch(rf"(?:.*\.)?(?:{'|'.join(UNKNOWN)})\.weight", key):
+def interleaved(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
+    """Q, K and V head by head in one weight: GPT-NeoX, BLOOM, Falcon.
+
+    With G key heads the weight is G blocks, each of the query heads that share a key head, the key
+    head and the value head. H query heads of width d make (H + 2 G) d rows, which gives G.
+    """
+    match = re.fullmatch(r"((?:.*\.)?)query_key_value\.weight", key)
+    if not match or len(shapes[key]) != 2:
+        return None
+    if facts.architecture() not in INTERLEAVED:
         return "the order of its rows differs from model to model: name the pair yourself"
-    return None
+    rows, width = shapes[key]
+    heads, size = facts.heads(match[1].removesuffix("."))
+    size = size or (width // heads if heads else None)
+    if not heads or not size or (rows - heads * size) % (2 * size):
+        return f"how {rows} rows divide into Q, K and V is unknown without the heads"
+    groups = (rows - heads * size) // (2 * size)
+    if groups == 0 or heads % groups:
+        return f"{rows} rows do not hold {heads} query heads of width {size} and their keys"
+    queries = heads // groups * size
+    block = queries + 2 * size
+    left, right = (Factor(key, False, a, b, block) for a, b in
+                   ((0, queries), (queries, queries + size)))  # fmt: skip
+    return _attention(match[1], left, right, shapes, facts)
 
 
 def _attention(

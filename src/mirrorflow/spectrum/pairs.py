@@ -43,6 +43,7 @@ class Factor:
     transposed: bool = False  # stored as (long dimension, r)
     start: int = 0
     stop: int | None = None
+    block: int = 0  # start and stop are within each block of so many rows; 0: within all rows
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Take the factor out of its weight."""
@@ -50,7 +51,10 @@ class Factor:
         rows = matrix.mT if self.transposed else matrix
         if self.stop is None:
             return rows
-        return (columns(rows) if is_sharded(rows) else rows)[self.start : self.stop]
+        whole = columns(rows) if is_sharded(rows) else rows
+        if not self.block:
+            return whole[self.start : self.stop]
+        return whole.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
 
     def size(self, shapes: Shapes) -> tuple[int, int]:
         """Give (r, long dimension)."""
@@ -59,7 +63,8 @@ class Factor:
         for size in rest:
             second *= size
         r, long = (second, first) if self.transposed else (first, second)
-        return len(range(r)[self.start : self.stop]), long
+        block = self.block or r
+        return r // block * len(range(block)[self.start : self.stop]), long
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,10 @@ class Facts(Protocol):
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
         """Give the scale of a LoRA update."""
+        ...
+
+    def architecture(self) -> str:
+        """Give the model_type of Hugging Face's configuration; empty where unknown."""
         ...
 
 

@@ -187,6 +187,12 @@ class _Modules:
         owners = (*modules, *(getattr(module, "config", None) for module in modules))
         return _first(owners, COUNTS), _first(owners, WIDTHS)
 
+    def architecture(self) -> str:
+        """Read the model_type of the outermost module that has a configuration."""
+        every = (module for modules in self._modules.values() for module in modules)
+        kinds = (getattr(getattr(module, "config", None), "model_type", "") for module in every)
+        return next((kind for kind in kinds if kind), "")
+
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
         """Read the scale from PEFT's layer; a LoRA of another make has no scale that is known."""
         layers = [m for m in self._modules[module] if isinstance(getattr(m, "scaling", None), dict)]
