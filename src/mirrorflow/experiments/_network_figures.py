@@ -52,7 +52,8 @@ def sentences(study: Study, records: list[Record]) -> str:
         f"The paper's claim is that decay switched off ends better than the same decay kept and "
         f"than half of it. {' '.join(parts)} Gains are of {study.label}, means over {seeds} "
         f"seed{'s' * (seeds != 1)}, with 95% intervals of the differences within a seed. "
-        f"{_best(study, records)}"
+        f"{_best(study, records)} The paper's numbers in the table are for {study.setting}; the "
+        "preset and the configuration of these runs stand below it."
     )
 
 
@@ -102,7 +103,7 @@ def rows(study: Study, records: list[Record]) -> list[Record]:
             "what": KINDS[end["kind"]],
             study.label: end["mean"],
             "± 95%": end["width"] or None,
-            "paper": study.paper.get((ranks[end["family"]], end["kind"]), ""),
+            "paper (decay)": study.paper.get((ranks[end["family"]], end["kind"]), ""),
             RATIO: end["ratio"],
             "absorbed, −a": end["budget"],
         }
@@ -175,14 +176,19 @@ def curves(
 
 
 def _zoom(axis: Axes, study: Study, records: list[Record], trajectory: Trajectory) -> None:
-    """Show the second half of the training: its differences are small beside the beginning's."""
+    """Show the later training: its differences are small beside the beginning's."""
     found = []
     for family in dict.fromkeys(r["family"] for r in records):
         for kind in DRAWN:
             x, y = curves(records, trajectory, family, kind, "step", study.metric)
             found.append(y[:, x >= 0.3 * x[-1]])
-    low, high = min(y.min() for y in found), max(y.max() for y in found)
-    axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axis.set_ylim(*_around(np.concatenate(found, axis=None)))
+
+
+def _around(numbers: Any) -> tuple[float, float]:
+    """Give the limits of an axis that holds numbers."""
+    low, high = float(np.min(numbers)), float(np.max(numbers))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
@@ -234,6 +240,8 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
             {"run": name, "step": float(s), "value": short(v), "absorbed": short(a)}
             for s, v, a in zip(x, y.mean(0), absorbed, strict=True)
         ]
+    later = [p["value"] for p in points if p["step"] >= 0.3 * points[-1]["step"]]
+    scale = alt.Scale(zero=False) if up == "ratio" else alt.Scale(domain=_around(later), nice=False)
     pick = alt.selection_point(fields=["run"], bind="legend")
     axis = alt.param(
         name=f"across_{up}", value="step",
@@ -246,7 +254,7 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
         .mark_line(point=alt.OverlayMarkDef(size=18), clip=True)
         .encode(
             x=alt.X("x:Q", title="step, or absorbed decay −a", scale=alt.Scale(nice=False)),
-            y=alt.Y("value:Q", title=label, scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title=label, scale=scale),
             color=alt.Color("run:N", sort=order, scale=alt.Scale(scheme="category20"),
                             legend=alt.Legend(orient="right", labelLimit=260, title=None)),
             strokeDash=alt.StrokeDash("run:N", sort=order, legend=None),
@@ -263,6 +271,7 @@ def _scatter(study: Study, records: list[Record]) -> Any:
     """Draw the ends of all runs."""
     import altair as alt
 
+    families = [f"{family:g}" for family in dict.fromkeys(r["family"] for r in records)]
     points = [
         {"run": f"{end['run']} ({KINDS[end['kind']]})", "decay": f"{end['family']:g}",
          "kind": KINDS[end["kind"]], "metric": short(end["mean"]), "ratio": short(end["ratio"]),
@@ -275,7 +284,13 @@ def _scatter(study: Study, records: list[Record]) -> Any:
         .encode(
             x=alt.X("ratio:Q", title=RATIO, scale=alt.Scale(zero=False)),
             y=alt.Y("metric:Q", title=study.label, scale=alt.Scale(zero=False)),
-            color=alt.Color("decay:N", scale=alt.Scale(range=["#E66100", "#0072B2"])),
+            color=alt.Color(
+                "decay:N",
+                sort=families,
+                scale=alt.Scale(
+                    domain=families, range=[COLOURS[i % 2][1] for i in range(len(families))]
+                ),
+            ),
             shape=alt.Shape("kind:N", sort=list(KINDS.values()), title="what happens to it"),
             tooltip=["run:N", "metric:Q", "ratio:Q", "absorbed:Q"],
         )

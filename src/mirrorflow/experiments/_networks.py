@@ -195,13 +195,16 @@ class Study:
     better : int
         1 if more is better, -1 if less is.
     paper : mapping of (rank of the family, kind) to str
-        The numbers of the paper.
+        The numbers of the paper, with its decay.
+    setting : str
+        What the paper has trained, and how.
     """
 
     metric: str
     label: str
     better: int
     paper: Mapping[tuple[int, str], str]
+    setting: str = ""
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:

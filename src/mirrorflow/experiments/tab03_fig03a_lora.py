@@ -29,13 +29,14 @@ STUDY = Study(
     label="validation loss",
     better=-1,
     paper={
-        (0, "constant"): "3.44 (xl 2.99)",
-        (0, "off"): "3.42 (xl 2.96)",
-        (0, "half"): "3.43 (xl 2.97)",
-        (1, "constant"): "3.43 (xl 2.96)",
-        (1, "off"): "3.41 (xl 2.95)",
-        (1, "half"): "3.42 (xl 2.96)",
+        (0, "constant"): "3.44, xl 2.99 (1.0)",
+        (0, "off"): "3.42, xl 2.96 (1.0, off)",
+        (0, "half"): "3.43, xl 2.97 (0.5)",
+        (1, "constant"): "3.43, xl 2.96 (0.2)",
+        (1, "off"): "3.41, xl 2.95 (0.2, off)",
+        (1, "half"): "3.42, xl 2.96 (0.1)",
     },
+    setting="GPT-2 and GPT-2 xl, decay 1.0 and 0.2 at the learning rate 2e-4",
 )
 
 
