@@ -16,7 +16,7 @@ from typing import Any
 from mirrorflow.experiments._provenance import provenance
 
 RESULTS = Path(__file__).parents[1] / "results"
-PACKAGES = ("torchdiffeq", "numba")
+PACKAGES = ("torchdiffeq", "numba", "skglm", "celer", "clarabel")
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""Training of small networks: what control and measurement cost, and six of them at once or in turn.
+"""Training of small networks: what control and measurement cost, and six at once or in turn.
 
 The plain loop is what one writes without mirrorflow: the same model, data and optimizer, without a
 schedule, a ledger, spectra or states. The part of the matmul peak is what the multiplications of
 forward and backward pass would take at the speed of large matrices, over the time taken.
 """
 
+import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-import mirrorflow.experiments as ex
 from benchmarks._measure import measure
 from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
 from mirrorflow.experiments import tab03_fig03a_lora as tab03
@@ -26,7 +26,9 @@ STEPS = 20
 
 
 def run() -> list[dict[str, Any]]:
-    return [images_per_second(), tokens_per_second(), *(stacked(*size) for size in SIZES)]
+    return [
+        images_per_second(), tokens_per_second(), compiled(), *(stacked(*size) for size in SIZES)
+    ]  # fmt: skip
 
 
 def peak() -> float:
@@ -70,7 +72,8 @@ def images_per_second() -> dict[str, Any]:
     tokens = batch * ((32 // config.patch) ** 2 + 1)
     flops = multiplications(model, tokens, tokens // batch)
     return {
-        "case": f"ViT 32/{config.patch}, {config.width} wide, {config.layers} layers, batch {batch}",
+        "case": f"ViT 32/{config.patch}, {config.width} wide, {config.layers} layers, "
+        f"batch {batch}",
         "images per second": batch * STEPS / taken["session"],
         "of a plain loop": batch * STEPS / taken["plain"],
         "time to plain": taken["session"] / taken["plain"],
@@ -125,6 +128,31 @@ def tokens_per_second() -> dict[str, Any]:
     }
 
 
+def compiled() -> dict[str, Any]:
+    """Compare a step of the ViT with that of its compiled twin, and count when it pays."""
+    config = tab02.Config.preset("cpu")
+    batch = random_images(config.batch, 32).batch(0, 0, config.batch, augment=False)
+    eager, twin = (vit("own", 32, config.patch, config.width, config.layers, config.heads, 10, 0)
+                   for _ in range(2))  # fmt: skip
+    fast = torch.compile(twin)
+    started = time.perf_counter()
+    image_loss(fast, batch).backward()
+    compiling = time.perf_counter() - started
+    taken = measure(
+        {"eager": lambda: image_loss(eager, batch).backward(),
+         "compiled": lambda: image_loss(fast, batch).backward()}
+    )  # fmt: skip
+    saved = taken["eager"] - taken["compiled"]
+    return {
+        "case": "forward and backward pass of the ViT under torch.compile",
+        "eager, seconds": taken["eager"],
+        "compiled, seconds": taken["compiled"],
+        "times faster compiled": taken["eager"] / taken["compiled"],
+        "seconds to compile": compiling,
+        "steps until it pays": compiling / saved if saved > 0 else "never",
+    }
+
+
 # --- Six configurations at once -------------------------------------------------------------------
 
 # (pixels, patch, width, layers, heads, batch): that of the cpu preset, and ever smaller ones.
@@ -164,7 +192,3 @@ def stacked(
         "in turn, seconds": taken["in turn"],
         "times faster stacked": taken["in turn"] / taken["stacked"],
     }
-
-
-if __name__ == "__main__":
-    print(ex.experiments()["tab02_fig03b_fig13_vit"], *run(), sep="\n")

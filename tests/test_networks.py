@@ -125,7 +125,7 @@ def test_absorbed_is_what_a_buffer_with_momentum_adds_up():
 def test_sharing_saves_the_steps_before_the_switches():
     config = tab02.Config(decays=(0.2, 0.02), times=(9_750, 29_250), seeds=(0,))
     alone, shared = steps_saved(tab02.timelines(config))
-    assert alone == 10 * config.steps
+    assert alone == 11 * config.steps
     assert alone - shared == 2 * config.off + 9_750 + 29_250
 
 

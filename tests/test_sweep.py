@@ -80,13 +80,13 @@ def test_the_plan_trains_what_is_shared_once(tmp_path):
     todo = sw.plan(SHARING, tmp_path)
     trunks = [job for job in todo.jobs if job.line]
     runs = [job for job in todo.jobs if not job.line]
-    # Two configurations, each: constant, off, half, budget. Shared: constant (12) and half (12)
-    # to their ends, and constant to step 4, where the first of them is switched off, and 8.
-    assert sorted(job.until for job in trunks) == [4, 8, 12, 12]
-    assert todo.steps == (96, 96 - 4 - 8 - 12 - 12)
+    # Two configurations, each: constant, off, half, budget, none. Shared: constant, half and none
+    # to their ends (12), and constant to step 4, where the first is switched off, and 8.
+    assert sorted(job.until for job in trunks) == [4, 8, 12, 12, 12]
+    assert todo.steps == (120, 120 - 4 - 8 - 12 - 12 - 12)
     assert str(todo) == (
-        "2 configurations, 0 of them finished; 96 training steps one by one, 60 with shared "
-        "beginnings: 38% saved"
+        "2 configurations, 0 of them finished; 120 training steps one by one, 72 with shared "
+        "beginnings: 40% saved"
     )
     order = [job.key for job in todo.jobs]
     for job in todo.jobs:

@@ -200,7 +200,7 @@ def execute(
         with recorder.logging():
             records = module.run(config, recorder)
         require_finite(module.NAME, Part(records))
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is written down, and raised again
         reason = {"reason": f"{type(error).__name__}: {error}", "started": started}
         write_json(folder / "failure.json", reason | {"traceback": traceback.format_exc()})
         raise

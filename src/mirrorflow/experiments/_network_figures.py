@@ -23,6 +23,7 @@ KINDS = {
     "off": "switched off",
     "half": "half of it",
     "budget": "constant, same Σ lr·decay",
+    "none": "no decay at all",
     "time": "switched off at another step",
     "hold": "ratio held by closed loop",
     "level": "off when the ratio is level",
@@ -31,11 +32,12 @@ AGAINST = {
     "constant": "keeping it",
     "half": "half of it",
     "budget": "the constant one of equal budget",
+    "none": "no decay at all",
 }
 RATIO = "mean nuclear / Frobenius norm"
 # Colour by family and kind, lightness falling from what is kept to what is halved.
 COLOURS = (("#7F3C00", "#E66100", "#F5B27A"), ("#00264D", "#0072B2", "#7CC0E8"))
-SHORT = {"half": " (half)", "budget": " (same budget)"}
+SHORT = {"half": " (half)", "budget": " (same budget)", "none": " (none)"}
 DRAWN = ("constant", "off", "half")
 LINES = {"constant": "solid", "off": (0, (5, 1.5)), "half": (0, (1.2, 1.2))}
 

@@ -39,8 +39,8 @@ class Plan:
         The decay whose switching off is studied.
     kind : str
         "constant"; "off" at the step of the study; "half" of the decay; "budget", constant with
-        the sum of lr x decay that "off" has; "time", off at another step; "hold" and "level",
-        closed loops.
+        the sum of lr x decay that "off" has; "none"; "time", off at another step; "hold" and
+        "level", closed loops.
     rate : float
         The decay at the start.
     off : int or None
@@ -96,10 +96,10 @@ def plans(
     times: Sequence[int] = (),
     loops: bool = False,
 ) -> list[Plan]:
-    """List the runs: for each decay those of the paper and the constant one of equal budget.
+    """List the runs: for each decay those of the paper, and the constant one of equal budget.
 
     ``weights`` is what a decay of 1 in each step adds to the budget (`absorbed`). The first decay
-    is also switched off at the other ``times``, and by the closed loops.
+    is also switched off at the other ``times``, and by the closed loops; one run has no decay.
     """
     share = float(weights[:off].sum() / weights.sum())
     found = []
@@ -111,6 +111,7 @@ def plans(
                 Plan(rate, "half", rate / 2, None, seed),
                 Plan(rate, "budget", rate * share, None, seed),
             ]
+        found.append(Plan(decays[0], "none", 0.0, None, seed))
         found += [Plan(decays[0], "time", decays[0], time, seed) for time in times]
         if loops:
             found += [Plan(decays[0], kind, decays[0], None, seed) for kind in ("hold", "level")]
@@ -232,8 +233,11 @@ def compared(study: Study, records: Sequence[Record]) -> list[Record]:
     found = []
     for family in dict.fromkeys(r["family"] for r in records):
         off = values(records, study.metric, family=family, kind="off")
-        for kind in ("constant", "half", "budget"):
-            other = values(records, study.metric, family=family, kind=kind)
+        for kind in ("constant", "half", "budget", "none"):
+            where = {"kind": kind} if kind == "none" else {"kind": kind, "family": family}
+            other = values(records, study.metric, **where)
+            if not other:
+                continue
             gains = [study.better * (a - b) for a, b in zip(off, other, strict=True)]
             mean, width = interval(gains)
             verdict = {"holds": mean > 0, "clear": mean > width > 0, "seeds": len(gains)}

@@ -248,7 +248,7 @@ def summary(records: list[Record]) -> str:
 def _left_out(records: list[Record]) -> str:
     """Say what is missing, and why."""
     found = [f"{r['method']} ({r['reason']})" for r in records if r["data"] == "left out"]
-    return f" Left out: {', '.join(found)}." if found else ""
+    return f" Left out where a row is missing: {', '.join(found)}." if found else ""
 
 
 def table(records: list[Record]) -> list[Record]:
