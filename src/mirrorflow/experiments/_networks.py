@@ -5,18 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from ._contract import Part, Record, Recorder
+from ._contract import Config, Part, Record, Recorder
 from ._training import Session, device, train
 from ._trunks import Timeline, branch_points
 
 __all__ = [
     "Plan",
     "Study",
+    "SwitchConfig",
     "absorbed",
     "compared",
     "interval",
@@ -27,6 +29,42 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+
+
+class SwitchConfig(Config):
+    """What a study of switching off has to say, whatever is trained.
+
+    Attributes
+    ----------
+    steps, off, every : int
+        Steps in all, the step of switching off, steps between measurements.
+    decays : tuple of float
+        Each is kept, switched off, halved, and replaced by the constant of equal budget.
+    times : tuple of int
+        Further steps at which the first decay is switched off.
+    loops : bool
+        Also let the ratio decide about the first decay.
+    target : float
+        The ratio that the closed loop holds.
+    seeds : tuple of int
+        Of the start and of the order of the data.
+    """
+
+    steps: int = Field(default=39_000, ge=2)
+    off: int = Field(default=19_500, ge=1)
+    every: int = Field(default=390, ge=1)
+    decays: tuple[float, ...] = Field(default=(0.2, 0.02), min_length=1)
+    times: tuple[int, ...] = ()
+    loops: bool = False
+    target: float = Field(default=4.0, gt=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        """Refuse a decay that would be switched off after the end."""
+        if bad := [time for time in (self.off, *self.times) if not 0 < time < self.steps]:
+            raise ValueError(f"a decay is switched off within the {self.steps} steps, not at {bad}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from . import _contract
-from ._contract import Record, Recorder, Trajectory, checksum
-from ._networks import Array, Plan, Study, absorbed, plans, run_plans, timeline
+from ._contract import Record, Recorder, checksum
+from ._network_figures import draw_figure, make_charts, rows, sentences
+from ._networks import Array, Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._trunks import Checkpoints, Timeline
 
 if TYPE_CHECKING:
-    from altair import TopLevelMixin
-    from matplotlib.figure import Figure
-
     from ._training import Session, Watch
 
 NAME = "tab02_fig03b_fig13_vit"
@@ -38,7 +36,7 @@ STUDY = Study(
 )
 
 
-class Config(_contract.Config):
+class Config(SwitchConfig):
     """The setting of Table 2.
 
     Attributes
@@ -61,18 +59,8 @@ class Config(_contract.Config):
         Steps in which the learning rate rises; it falls along a cosine after them.
     constant : bool
         Keep the learning rate instead (fine-tuning).
-    steps, off, every : int
-        Steps in all, the step of switching off, steps between measurements.
-    decays : tuple of float
-        Each is kept, switched off, halved, and replaced by the constant of equal budget.
-    times : tuple of int
-        Further steps at which the first decay is switched off.
-    loops : bool
-        Also let the ratio decide about the first decay.
-    target : float
-        The ratio that the closed loop holds.
-    seeds : tuple of int
-        Of the start and of the order of the data.
+    steps, off, every, decays, times, loops, target, seeds
+        Of `SwitchConfig`.
     """
 
     data: str = "cifar10"
@@ -88,20 +76,10 @@ class Config(_contract.Config):
     lr: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=1000, ge=0)
     constant: bool = False
-    steps: int = Field(default=39_000, ge=2)
-    off: int = Field(default=19_500, ge=1)
-    every: int = Field(default=390, ge=1)
-    decays: tuple[float, ...] = Field(default=(0.2, 0.02), min_length=1)
-    times: tuple[int, ...] = ()
-    loops: bool = False
-    target: float = Field(default=4.0, gt=1)
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Config:
-        """Refuse a decay that would be switched off after the end, and patches that do not fit."""
-        if bad := [time for time in (self.off, *self.times) if not 0 < time < self.steps]:
-            raise ValueError(f"a decay is switched off within the {self.steps} steps, not at {bad}")
+    def _divided(self) -> Config:
+        """Refuse patches and heads that do not fit."""
         if self.model == "own" and (self.size % self.patch or self.width % self.heads):
             raise ValueError("patch must divide size, and heads must divide width")
         return self
@@ -191,32 +169,6 @@ def _session(config: Config, plan: Plan) -> Session:
     )  # fmt: skip
 
 
-# --- What the page shows of it --------------------------------------------------------------------
-
-
-def summary(records: list[Record]) -> str:
-    """Say what the run shows, with its numbers."""
-    from ._network_figures import sentences
-
-    return sentences(STUDY, records)
-
-
-def table(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of run, with the paper's number."""
-    from ._network_figures import rows
-
-    return rows(STUDY, records)
-
-
-def draw(records: list[Record], trajectory: Trajectory) -> Figure:
-    """Draw ratio and accuracy along the way, and where each run ends."""
-    from ._network_figures import draw_figure
-
-    return draw_figure(STUDY, records, trajectory)
-
-
-def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
-    """Make the interactive versions."""
-    from ._network_figures import make_charts
-
-    return make_charts(STUDY, records, trajectory)
+# What the page shows of it.
+summary, table = partial(sentences, STUDY), partial(rows, STUDY)
+draw, charts = partial(draw_figure, STUDY), partial(make_charts, STUDY)

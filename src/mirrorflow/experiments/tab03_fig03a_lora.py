@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from . import _contract
-from ._contract import Record, Recorder, Trajectory, checksum
-from ._networks import Plan, Study, absorbed, plans, run_plans, timeline
+from ._contract import Record, Recorder, checksum
+from ._network_figures import draw_figure, make_charts, rows, sentences
+from ._networks import Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._trunks import Checkpoints, Timeline
 
 if TYPE_CHECKING:
-    from altair import TopLevelMixin
-    from matplotlib.figure import Figure
-
     from ._training import Session, Watch
 
 NAME = "tab03_fig03a_lora"
@@ -40,7 +38,7 @@ STUDY = Study(
 )
 
 
-class Config(_contract.Config):
+class Config(SwitchConfig):
     """The setting of Table 3.
 
     Attributes
@@ -62,18 +60,8 @@ class Config(_contract.Config):
         LoRA's alpha: the model adds alpha / rank times B A.
     lr, momentum : float
         Of SGD.
-    steps, off, every : int
-        Steps in all, the step of switching off, steps between measurements.
-    decays : tuple of float
-        Each is kept, switched off, halved, and replaced by the constant of equal budget.
-    times : tuple of int
-        Further steps at which the first decay is switched off.
-    loops : bool
-        Also let the ratio decide about the first decay.
-    target : float
-        The ratio that the closed loop holds.
-    seeds : tuple of int
-        Of LoRA's start and of the order of the data.
+    steps, off, every, decays, times, loops, target, seeds
+        Of `SwitchConfig`.
     """
 
     model: str = "own"
@@ -91,21 +79,13 @@ class Config(_contract.Config):
     scaling: float = Field(default=8.0, gt=0)
     lr: float = Field(default=2e-4, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+
     steps: int = Field(default=500, ge=2)
     off: int = Field(default=200, ge=1)
     every: int = Field(default=20, ge=1)
     decays: tuple[float, ...] = Field(default=(1.0, 0.2), min_length=1)
-    times: tuple[int, ...] = ()
-    loops: bool = False
     target: float = Field(default=1.5, gt=1)
     seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Config:
-        """Refuse a decay that would be switched off after the end."""
-        if bad := [time for time in (self.off, *self.times) if not 0 < time < self.steps]:
-            raise ValueError(f"a decay is switched off within the {self.steps} steps, not at {bad}")
-        return self
 
     @classmethod
     def preset(cls, name: str) -> Config:
@@ -253,32 +233,6 @@ def _tokens(config: Config) -> Any:
     return Tokens(encode(found[: config.characters or len(found)]), config.length)
 
 
-# --- What the page shows of it --------------------------------------------------------------------
-
-
-def summary(records: list[Record]) -> str:
-    """Say what the run shows, with its numbers."""
-    from ._network_figures import sentences
-
-    return sentences(STUDY, records)
-
-
-def table(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of run, with the paper's number."""
-    from ._network_figures import rows
-
-    return rows(STUDY, records)
-
-
-def draw(records: list[Record], trajectory: Trajectory) -> Figure:
-    """Draw ratio and loss along the way, and where each run ends."""
-    from ._network_figures import draw_figure
-
-    return draw_figure(STUDY, records, trajectory)
-
-
-def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
-    """Make the interactive versions."""
-    from ._network_figures import make_charts
-
-    return make_charts(STUDY, records, trajectory)
+# What the page shows of it.
+summary, table = partial(sentences, STUDY), partial(rows, STUDY)
+draw, charts = partial(draw_figure, STUDY), partial(make_charts, STUDY)
