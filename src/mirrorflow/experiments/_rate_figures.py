@@ -45,9 +45,10 @@ def sentences(records: list[Record]) -> str:
     seeds = len({r["seed"] for r in records})
     verdicts = " ".join(_verdict(records, optimizer) for optimizer in NAMES)
     return (
-        f"{verdicts} So a falling learning rate does act on the ratio like less decay, as Appendix G "
-        "says, as far as holding lr·decay brings the effect back; the rest, and what accuracy keeps "
-        f"at held decay, is the learning rate's own. Means over {seeds} seed{'s' * (seeds != 1)}."
+        f"{verdicts} So a falling learning rate does act on the ratio like less decay, as "
+        "Appendix G says, as far as holding lr·decay brings the effect back; the rest, and what "
+        "accuracy keeps at held decay, is the learning rate's own. Means over "
+        f"{seeds} seed{'s' * (seeds != 1)}."
     )
 
 
