@@ -16,7 +16,8 @@ from mirrorflow.experiments._training import train
 from mirrorflow.experiments._trunks import Checkpoints, branch_points, steps_saved
 from mirrorflow.sweep import Study, sweep
 
-RUNS, WORKERS = 24, 2
+FEW, RUNS, WORKERS = 8, 32, 2
+STEPS = 2000  # of a run of about a second
 
 
 def run() -> list[dict[str, Any]]:
@@ -66,10 +67,29 @@ def session(config: tab02.Config, plan: Plan) -> Any:
 
 
 def overhead() -> dict[str, Any]:
-    """Sweep runs of about a second, and compare with the seconds that the runs count themselves."""
+    """Compare a sweep's time with the seconds that its runs count themselves.
+
+    A small sweep and a large one tell what each run adds from what the start of a sweep takes.
+    """
+    few, few_own = swept(FEW)
+    many, many_own = swept(RUNS)
+    each = ((many - few) * WORKERS - (many_own - few_own)) / (RUNS - FEW)
+    return {
+        "case": f"{RUNS} runs of about a second on {WORKERS} processes",
+        "seconds of a run": many_own / RUNS,
+        "seconds of the sweep": many,
+        "seconds that a run adds beside its own": each,
+        "overhead per run": each / (many_own / RUNS),
+        "seconds until the first run starts": few - (few_own + FEW * each) / WORKERS,
+        "overhead of the whole sweep": (many * WORKERS - many_own) / many_own,
+    }
+
+
+def swept(runs: int) -> tuple[float, float]:
+    """Sweep, and give its seconds and those that the runs count themselves."""
     study = Study(
         experiment="fig02_matrix_sensing", preset="smoke", set={"steps": STEPS},
-        grid={"start": [0.1 + 0.01 * i for i in range(RUNS)]},
+        grid={"start": [0.1 + 0.01 * i for i in range(runs)]},
     )  # fmt: skip
     out = Path(tempfile.mkdtemp())
     started = time.perf_counter()
@@ -77,12 +97,4 @@ def overhead() -> dict[str, Any]:
     seconds = time.perf_counter() - started
     assert outcome.complete, outcome.failed
     own = [json.loads(path.read_text())["seconds"] for path in out.glob("*/*/result.json")]
-    return {
-        "case": f"{RUNS} runs of about a second on {WORKERS} processes",
-        "seconds of a run": sum(own) / RUNS,
-        "seconds of the sweep": seconds,
-        "overhead per run": (seconds * WORKERS - sum(own)) / sum(own),
-    }
-
-
-STEPS = 20_000
+    return seconds, sum(own)
