@@ -54,7 +54,7 @@ class OnRay:
         # Neither reports of usage nor a dashboard: they are set before Ray is imported.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError:
             raise ImportError("--engine ray needs Ray: pip install 'mirrorflow[ray]'") from None
         here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}

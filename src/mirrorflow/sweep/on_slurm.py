@@ -46,8 +46,8 @@ class OnSlurm:
         hours: float = 24.0,
     ) -> None:
         try:
-            import submitit
-            from submitit.core.utils import UncompletedJobError
+            import submitit  # pyright: ignore[reportMissingImports]  # an extra
+            from submitit.core import utils  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ImportError(
                 "--engine slurm needs submitit: pip install 'mirrorflow[slurm]'"
@@ -61,7 +61,7 @@ class OnSlurm:
             name="mirrorflow",
         )  # fmt: skip
         self.slots = slots or 100
-        self._uncompleted: Any = UncompletedJobError
+        self._uncompleted: Any = utils.UncompletedJobError
         self._settings = (str(out.absolute()), store, hooks)
         self._running: dict[str, Any] = {}
 
