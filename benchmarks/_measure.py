@@ -8,12 +8,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mirrorflow.experiments._provenance import provenance
+from mirrorflow.experiments._provenance import provenance, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torchdiffeq", "numba", "skglm", "celer", "clarabel")
@@ -44,11 +43,7 @@ def _seconds(call: Callable[[], Any], count: int = 1) -> float:
 def machine() -> dict[str, Any]:
     """Say where and with what the numbers were measured."""
     found = provenance([], "cpu")
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found["versions"] |= versions(PACKAGES)
     threads = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
     return {**found, "machine": platform.machine(), "threads": threads or "as the libraries choose"}
 

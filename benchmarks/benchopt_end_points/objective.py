@@ -14,9 +14,9 @@ class Objective(BaseObjective):
 
     name = "Basis pursuit and end points of training"
     url = "https://github.com/mirrorflow/mirrorflow"
-    requirements = ["numpy"]  # noqa: RUF012
+    requirements = ["numpy"]
     min_benchopt_version = "1.7"
-    parameters = {"log_A": [None, -4.0]}  # noqa: RUF012
+    parameters = {"log_A": [None, -4.0]}
 
     def set_data(self, Z, y):
         """Take the data; the rows of Z must be independent."""

@@ -9,9 +9,9 @@ class Dataset(BaseDataset):
     """The columns of Z are images, y is one that is not among them; dependent pixels are merged."""
 
     name = "Digits"
-    parameters = {"images": [1000]}  # noqa: RUF012
-    test_parameters = {"images": [200]}  # noqa: RUF012
-    requirements = ["scikit-learn"]  # noqa: RUF012
+    parameters = {"images": [1000]}
+    test_parameters = {"images": [200]}
+    requirements = ["scikit-learn"]
 
     def get_data(self):
         """Give Z and y in an orthonormal basis of the span of the images."""

@@ -8,7 +8,7 @@ class Dataset(BaseDataset):
     """Z is standard normal; y = Z x for an x with ones, or standard normal where there is none."""
 
     name = "Simulated"
-    parameters = {  # noqa: RUF012
+    parameters = {
         "n_samples, n_features, nonzeros": [
             (40, 100, 5),
             (200, 1000, 0),
@@ -16,8 +16,8 @@ class Dataset(BaseDataset):
             (500, 5000, 0),
         ],
     }
-    test_parameters = {"n_samples, n_features, nonzeros": [(10, 20, 2)]}  # noqa: RUF012
-    requirements = []  # noqa: RUF012
+    test_parameters = {"n_samples, n_features, nonzeros": [(10, 20, 2)]}
+    requirements = []
 
     def get_data(self):
         """Draw Z and y."""

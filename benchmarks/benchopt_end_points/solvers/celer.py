@@ -11,7 +11,7 @@ class Solver(BaseSolver):
     """Working sets and extrapolation; benchopt's tolerance is the penalty, relative to its top."""
 
     name = "celer"
-    requirements = ["pip::celer"]  # noqa: RUF012
+    requirements = ["pip::celer"]
     sampling_strategy = "tolerance"
 
     def skip(self, Z, y, log_size):

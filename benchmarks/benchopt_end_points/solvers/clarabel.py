@@ -10,7 +10,7 @@ class Solver(BaseSolver):
     """x is the difference of two vectors >= 0."""
 
     name = "Clarabel"
-    requirements = ["pip::clarabel", "scipy"]  # noqa: RUF012
+    requirements = ["pip::clarabel", "scipy"]
     sampling_strategy = "run_once"
 
     def skip(self, Z, y, log_size):

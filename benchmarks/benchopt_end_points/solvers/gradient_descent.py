@@ -8,9 +8,9 @@ class Solver(BaseSolver):
     """x = m * w from m = 0, w = sqrt(2 A), with steps that shrink as the factors grow."""
 
     name = "gradient-descent"
-    requirements = []  # noqa: RUF012
-    parameters = {"learning_rate": [0.25]}  # noqa: RUF012
-    test_config = {"objective": {"log_A": -4.0}}  # noqa: RUF012
+    requirements = []
+    parameters = {"learning_rate": [0.25]}
+    test_config = {"objective": {"log_A": -4.0}}
     sampling_strategy = "callback"
 
     def skip(self, Z, y, log_size):

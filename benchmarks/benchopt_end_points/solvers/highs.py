@@ -9,8 +9,8 @@ class Solver(BaseSolver):
     """x is the difference of two vectors >= 0."""
 
     name = "HiGHS"
-    requirements = ["scipy"]  # noqa: RUF012
-    parameters = {"method": ["highs-ds", "highs-ipm"]}  # noqa: RUF012
+    requirements = ["scipy"]
+    parameters = {"method": ["highs-ds", "highs-ipm"]}
     sampling_strategy = "run_once"
 
     def skip(self, Z, y, log_size):

@@ -11,7 +11,7 @@ class Solver(BaseSolver):
     """scikit-learn's homotopy."""
 
     name = "LARS"
-    requirements = ["scikit-learn"]  # noqa: RUF012
+    requirements = ["scikit-learn"]
     sampling_strategy = "run_once"
 
     def skip(self, Z, y, log_size):

@@ -13,7 +13,7 @@ class Solver(BaseSolver):
     """Newton's method on the dual; basis pursuit as the end point of a very small A."""
 
     name = "mirrorflow-limit"
-    requirements = ["pip::mirrorflow"]  # noqa: RUF012
+    requirements = ["pip::mirrorflow"]
     sampling_strategy = "run_once"
 
     def set_objective(self, Z, y, log_size):

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import __version__
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "versions"]
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
@@ -25,7 +25,7 @@ def provenance(data: Sequence[str], device: str) -> dict[str, Any]:
         "versions": {
             "mirrorflow": __version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES if _installed(name)},
+            **versions(PACKAGES),
         },
         "commit": _commit(),
         "platform": platform.platform(),
@@ -35,9 +35,9 @@ def provenance(data: Sequence[str], device: str) -> dict[str, Any]:
     }
 
 
-def _installed(name: str) -> bool:
-    """Whether a package is there; transformers and peft are extras."""
-    return bool(list(metadata.distributions(name=name)))
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Give the versions of the packages that are installed; some are extras."""
+    return {n: metadata.version(n) for n in names if next(metadata.distributions(name=n), None)}
 
 
 def _commit() -> str:
