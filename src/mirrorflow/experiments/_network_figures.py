@@ -73,7 +73,8 @@ def _verdict(study: Study, family: float, found: list[Record]) -> str:
     mine = {c["against"]: c for c in found if c["family"] == family}
     holds = mine["constant"]["holds"] and mine["half"]["holds"]
     clear = mine["constant"]["clear"] and mine["half"]["clear"]
-    verdict = ("holds" if clear else "holds on average") if holds else "does not hold"
+    unsure = "holds on average" if mine["half"]["seeds"] > 1 else "holds in its one seed"
+    verdict = ("holds" if clear else unsure) if holds else "does not hold"
     gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in mine.items())
     return f"For decay {family:g} it {verdict}: {gains}."
 
