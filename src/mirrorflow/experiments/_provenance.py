@@ -37,7 +37,9 @@ def provenance(data: Sequence[str], device: str) -> dict[str, Any]:
 
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Give the versions of the packages that are installed; some are extras."""
-    return {n: metadata.version(n) for n in names if next(metadata.distributions(name=n), None)}
+    return {
+        n: metadata.version(n) for n in names if any(True for _ in metadata.distributions(name=n))
+    }
 
 
 def _commit() -> str:

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
+from ._contract import Config
 from ._download import data_file
 from ._training import autocast, device
 
@@ -21,10 +23,47 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-__all__ = ["Images", "accuracy", "images", "loss_of", "parameter_groups", "vit"]
+__all__ = ["ImageConfig", "Images", "accuracy", "images", "loss_of", "parameter_groups", "vit"]
 
 Pixels = NDArray[np.uint8]
 CIFAR10 = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/{}-00000-of-00001.parquet"
+
+
+class ImageConfig(Config):
+    """Which images, and which model reads them.
+
+    Attributes
+    ----------
+    data : str
+        "cifar10", "digits", or a folder with train/<class>/ and val/<class>/ (ImageNet).
+    size : int
+        Pixels of an image's side.
+    model : str
+        "own", untrained; or whatever transformers loads for image classification.
+    patch, width, layers, heads : int
+        Of the own model; its MLPs are 2 x width.
+    batch, validation : int
+        Images in a step; images that are validated, 0 for all.
+    """
+
+    data: str = "cifar10"
+    size: int = Field(default=32, ge=1)
+    model: str = "own"
+    patch: int = Field(default=4, ge=1)
+    width: int = Field(default=192, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=3, ge=1)
+    batch: int = Field(default=128, ge=1)
+    validation: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        """Refuse patches and heads that do not fit."""
+        if self.model == "own" and (self.size % self.patch or self.width % self.heads):
+            raise ValueError("patch must divide size, and heads must divide width")
+        return self
+
+
 PAD = 4  # pixels that an augmented image may be moved by
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from . import _contract
 from ._contract import Part, Record, Recorder, Trajectory, checksum
 from ._networks import Array, values
 from ._trunks import Checkpoints, Timeline
+from ._vision import ImageConfig
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -30,15 +31,11 @@ OPTIMIZERS = ("adamw", "sgd")
 RATES = ("constant", "restarts", "held")
 
 
-class Config(_contract.Config):
+class Config(ImageConfig):
     """The setting of Appendix G.
 
     Attributes
     ----------
-    data, size, patch, width, layers, heads, batch, validation
-        As in tab02_fig03b_fig13_vit.
-    model : str
-        "own", trained here first; or whatever transformers loads for image classification.
     pretraining : int
         Steps of AdamW that train the own model before.
     lr, sgd_lr, momentum : float
@@ -48,18 +45,9 @@ class Config(_contract.Config):
     decays, sgd_decays : tuple of float
         The decay under AdamW, and under SGD (L2 in the gradient, as torch has it).
     seeds : tuple of int
-        Of the start and of the order of the data.
+        Of the start and of the order of the data; the images and the model are of `ImageConfig`.
     """
 
-    data: str = "cifar10"
-    size: int = Field(default=32, ge=1)
-    model: str = "own"
-    patch: int = Field(default=4, ge=1)
-    width: int = Field(default=192, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=3, ge=1)
-    batch: int = Field(default=128, ge=1)
-    validation: int = Field(default=0, ge=0)
     pretraining: int = Field(default=20_000, ge=1)
     lr: float = Field(default=1e-4, gt=0)
     sgd_lr: float = Field(default=1e-2, gt=0)
@@ -160,9 +148,9 @@ def advance(
 
     if name.startswith(PRETRAINING):
         seed = int(name.rpartition("seed")[2])
-        build = lambda: _pretraining(config, seed)  # noqa: E731
+        build = partial(_pretraining, config, seed)
     else:
-        build = lambda: _session(config, config.plans()[name], checkpoints)  # noqa: E731
+        build = partial(_session, config, config.plans()[name], checkpoints)
     train(
         build, timelines(config)[name], checkpoints, until, keep=(until,),
         watch=watch or (lambda *_: None),

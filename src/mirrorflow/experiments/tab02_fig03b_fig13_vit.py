@@ -6,12 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ._contract import Record, Recorder, checksum
 from ._network_figures import draw_figure, make_charts, rows, sentences
 from ._networks import Array, Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._trunks import Checkpoints, Timeline
+from ._vision import ImageConfig
 
 if TYPE_CHECKING:
     from ._training import Session, Watch
@@ -36,21 +37,11 @@ STUDY = Study(
 )
 
 
-class Config(SwitchConfig):
+class Config(SwitchConfig, ImageConfig):
     """The setting of Table 2.
 
     Attributes
     ----------
-    data : str
-        "cifar10", "digits", or a folder with train/<class>/ and val/<class>/ (ImageNet).
-    size : int
-        Pixels of an image's side.
-    model : str
-        "own", from scratch; or whatever transformers loads for image classification, to fine-tune.
-    patch, width, layers, heads : int
-        Of the own model; its MLPs are 2 x width.
-    batch, validation : int
-        Images in a step; images that are validated, 0 for all.
     augment : bool
         Move and mirror the images.
     lr : float
@@ -60,29 +51,13 @@ class Config(SwitchConfig):
     constant : bool
         Keep the learning rate instead (fine-tuning).
     steps, off, every, decays, times, loops, target, seeds
-        Of `SwitchConfig`.
+        Of `SwitchConfig`; the images and the model are of `ImageConfig`.
     """
 
-    data: str = "cifar10"
-    size: int = Field(default=32, ge=1)
-    model: str = "own"
-    patch: int = Field(default=4, ge=1)
-    width: int = Field(default=192, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=3, ge=1)
-    batch: int = Field(default=128, ge=1)
-    validation: int = Field(default=0, ge=0)
     augment: bool = False
     lr: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=1000, ge=0)
     constant: bool = False
-
-    @model_validator(mode="after")
-    def _divided(self) -> Config:
-        """Refuse patches and heads that do not fit."""
-        if self.model == "own" and (self.size % self.patch or self.width % self.heads):
-            raise ValueError("patch must divide size, and heads must divide width")
-        return self
 
     @classmethod
     def preset(cls, name: str) -> Config:
