@@ -64,8 +64,8 @@ def run(
     hooks = (*(hook or ()), *(("mirrorflow.sweep.observers:tensorboard",) if tensorboard else ()))
     try:
         chosen = package.Study.read(study)
-        print(package.plan(chosen, out), flush=True)
         if dry_run:
+            print(package.plan(chosen, out))
             return
         where = _engine(engine, address, out, workers, (cpus, gpus), store, hooks)
         with _shown() as watch:
@@ -147,7 +147,7 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
         from rich.live import Live
 
         with Live(transient=True, refresh_per_second=4) as live:
-            yield lambda progress: live.update(_text(progress))
+            yield _after_plan(lambda progress: live.update(_text(progress)))
         return
     last = (-1, -1)
 
@@ -157,7 +157,21 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
             last = ended
             print(_counts(progress), flush=True)
 
-    yield watch
+    yield _after_plan(watch)
+
+
+def _after_plan(watch: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Print the plan before the first progress is shown."""
+    told = False
+
+    def tell(progress: Progress) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            print(progress.plan, flush=True)
+        watch(progress)
+
+    return tell
 
 
 def _counts(progress: Progress) -> str:

@@ -203,6 +203,7 @@ class _Driver:
 
     def run(self) -> dict[str, str]:
         """Carry everything out, and give the reasons of the runs that failed."""
+        self.watch(self.progress)
         while self.waiting or self.running:
             self._start()
             for key, kind, content in self.engine.wait(0.5):
