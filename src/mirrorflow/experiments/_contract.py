@@ -7,7 +7,8 @@ A run lives in ``<out>/<experiment>/<hash>/``, named by the hash of its configur
   done the file is called ``metrics.partial.jsonl``).
 - ``parts/`` and ``trunks/``: what is finished of a run that is not (gone when it is).
 - ``trajectory.npz``: the curves, under ``<part>/<name>``.
-- ``result.json``: the records, and where and when they were made. It is written last: a folder
+- ``result.json``: the records, where and when they were made, and the seconds that took, those of
+  parts finished by interrupted runs included. It is written last: a folder
   with it holds a finished run. ``failure.json`` says why a run failed.
 
 Every file is written under a temporary name, synced, and renamed.
@@ -211,7 +212,7 @@ def execute(
         "hash": folder.name,
         "config": config.model_dump(mode="json"),
         "status": "completed",
-        "seconds": time.perf_counter() - begun,
+        "seconds": recorder.earlier + time.perf_counter() - begun,
         "started": started,
         "records": records,
         "meta": provenance(

@@ -21,6 +21,7 @@ __all__ = [
     "SwitchConfig",
     "absorbed",
     "compared",
+    "diverged",
     "interval",
     "plans",
     "run_plans",
@@ -216,8 +217,14 @@ def _part(plan: Plan, session: Session, data: str) -> Part:
         "off": plan.off,
         "seed": plan.seed,
         "budget": 0.0 - ends["a"],
+        "diverged": diverged(curves),
     }
     return Part([record | ends], curves, data)
+
+
+def diverged(curves: Mapping[str, Array]) -> bool:
+    """Whether a run ends with a higher loss than it began with: nothing follows from it."""
+    return bool(curves["loss"][-1] > curves["loss"][0])
 
 
 # --- Comparing ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Recorder:
         self.checkpoints = Checkpoints(trunks or folder / "trunks")
         self.parts: dict[str, Part] = {}
         self.device = "cpu"  # what the run computes on, for its provenance
+        self.earlier = 0.0  # seconds that interrupted runs took for the parts they have finished
         self._current: str | None = None
         self._stream: IO[str] | None = None
 
@@ -100,12 +102,14 @@ class Recorder:
         ArithmeticError
             If it holds NaN or infinite numbers; it is not stored then.
         """
-        if not self._finished(key):
-            self._current = key
+        if self._finished(key):
+            self.earlier += self._content(key)["seconds"]
+        else:
+            self._current, begun = key, time.perf_counter()
             part = compute()
             self._current = None
             require_finite(key, part)
-            self._store(key, part)
+            self._store(key, part, time.perf_counter() - begun)
         self.parts[key] = self._read(key)
         return self.parts[key]
 
@@ -122,14 +126,17 @@ class Recorder:
         """Whether a part is stored; its JSON file is written last."""
         return key is not None and (self.folder / "parts" / f"{key}.json").exists()
 
-    def _store(self, key: str, part: Part) -> None:
+    def _store(self, key: str, part: Part, seconds: float) -> None:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_arrays(self.folder / "parts" / f"{key}.npz", part.arrays)
-        content = {"records": part.records, "data": part.data}
+        content = {"records": part.records, "data": part.data, "seconds": seconds}
         write_json(self.folder / "parts" / f"{key}.json", content)
 
+    def _content(self, key: str) -> dict[str, Any]:
+        return json.loads((self.folder / "parts" / f"{key}.json").read_text())
+
     def _read(self, key: str) -> Part:
-        content = json.loads((self.folder / "parts" / f"{key}.json").read_text())
+        content = self._content(key)
         return Part(
             content["records"], read_arrays(self.folder / "parts" / f"{key}.npz"), content["data"]
         )

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ._contract import Part, Record, Recorder, Trajectory, checksum
-from ._networks import Array, values
+from ._networks import Array, diverged, values
 from ._trunks import Checkpoints, Timeline
 from ._vision import ImageConfig
 
@@ -80,6 +80,7 @@ class Config(ImageConfig):
         return cls(
             patch=8, width=64, layers=6, heads=4, validation=5000, pretraining=1500, lr=3e-4,
             steps=400, restart=200, every=40, decays=(0.3, 0.9, 1.5, 2.1, 3.0),
+            seeds=(0, 1, 2),
         )  # fmt: skip
 
     def lrs(self, optimizer: str, rate: str) -> Array:
@@ -205,6 +206,7 @@ def _part(config: Config, key: str, recorder: Recorder, watch: Watch, data: str)
         "ratio": float(curves["ratio"][-1]),
         "accuracy": float(curves["accuracy"][-1]),
         "loss": float(curves["loss"][-1]),
+        "diverged": diverged(curves),
     }
     return Part([record], curves, data)
 
