@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mirrorflow.experiments._provenance import provenance, versions
+from mirrorflow.experiments._provenance import checkout, provenance, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
+COMMIT = checkout()  # of the code that is loaded, whatever is edited while it measures
 PACKAGES = ("torchdiffeq", "numba", "skglm", "celer", "clarabel")
 
 
@@ -42,7 +43,7 @@ def _seconds(call: Callable[[], Any], count: int = 1) -> float:
 
 def machine() -> dict[str, Any]:
     """Say where and with what the numbers were measured."""
-    found = provenance([], "cpu")
+    found = provenance([], "cpu", COMMIT)
     found["versions"] |= versions(PACKAGES)
     threads = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
     return {**found, "machine": platform.machine(), "threads": threads or "as the libraries choose"}

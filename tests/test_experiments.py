@@ -181,12 +181,15 @@ def test_a_run_that_was_killed_continues_behind_its_finished_parts(tmp_path, fai
         assert reason == "RuntimeError: no memory"
     with (folder / "metrics.partial.jsonl").open("a") as log:
         log.write('{"part": "part0", "cut": ')  # a kill in the middle of a line
+    stored = folder / "parts" / "part0.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"seconds": 1000.0}))
     toy.fails = {}
     assert ex.execute(toy, ToyConfig(), tmp_path, progress=lambda *p: seen.append(p)) == folder
     assert toy.computed == [0, 1, 2] and seen[-1] == (3, 3, "part2")
     ex.execute(whole, ToyConfig(), tmp_path / "whole")
     again, once = ex.find_results(tmp_path)[0], ex.find_results(tmp_path / "whole")[0]
     assert (again["records"], again["meta"]) == (once["records"], once["meta"])
+    assert 1000 < again["seconds"] < 1001 and once["seconds"] < 1
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"part": f"part{i}", "step": i} for i in range(3)]
     np.testing.assert_array_equal(ex.trajectory(folder)["part2/curve"], [2, 3, 4])

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ._provenance import provenance
+from ._provenance import checkout, provenance
 from ._recorder import (
     Observer,
     Part,
@@ -196,6 +196,7 @@ def execute(
     (folder / "failure.json").unlink(missing_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    commit = checkout()
     try:
         recorder = Recorder(folder, progress, trunks, observers)
         with recorder.logging():
@@ -216,7 +217,7 @@ def execute(
         "started": started,
         "records": records,
         "meta": provenance(
-            [part.data for part in recorder.parts.values() if part.data], recorder.device
+            [part.data for part in recorder.parts.values() if part.data], recorder.device, commit
         ),
     }
     write_json(folder / "result.json", result)

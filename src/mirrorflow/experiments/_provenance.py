@@ -14,20 +14,23 @@ from typing import Any
 
 from .. import __version__
 
-__all__ = ["provenance", "versions"]
+__all__ = ["checkout", "provenance", "versions"]
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "peft")
 
 
-def provenance(data: Sequence[str], device: str) -> dict[str, Any]:
-    """Say with what and where a run was made, and the checksum of its data (of its parts)."""
+def provenance(data: Sequence[str], device: str, commit: str) -> dict[str, Any]:
+    """Say with what and where a run was made, and the checksum of its data (of its parts).
+
+    ``commit`` is the `checkout` when it began: a long run outlives edits of the files.
+    """
     return {
         "versions": {
             "mirrorflow": __version__,
             "python": platform.python_version(),
             **versions(PACKAGES),
         },
-        "commit": _commit(),
+        "commit": commit,
         "platform": platform.platform(),
         "cpu": _cpu(),
         "device": device,
@@ -42,7 +45,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _commit() -> str:
+def checkout() -> str:
     """Give the git commit of the package's checkout, marked if files other than results differ."""
     try:
         commit = _git("rev-parse", "HEAD")
