@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,22 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[st
         for name, call in calls.items():
             taken[name].append(_seconds(call, counts[name]) / counts[name])
     return {name: median(times) for name, times in taken.items()}
+
+
+def once(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Give the seconds of each call, made once: for what takes long beside the rest."""
+    return {name: _seconds(call) for name, call in calls.items()}
+
+
+def kept(
+    calls: Mapping[str, Callable[[], Any]], found: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """Give the calls, each of which leaves its last result in ``found``."""
+    return {name: partial(_keep, name, call, found) for name, call in calls.items()}
+
+
+def _keep(name: str, call: Callable[[], Any], found: dict[str, Any]) -> None:
+    found[name] = call()
 
 
 def _seconds(call: Callable[[], Any], count: int = 1) -> float:

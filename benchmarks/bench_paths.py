@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import mirrorflow as mf
-from benchmarks._measure import measure
+from benchmarks._measure import kept, measure
 
 POINTS = 30
 CASES = ((200, 1000, 0), (500, 5000, 40))  # rows, columns, non-zeros of the truth (0: no truth)
@@ -52,27 +52,27 @@ def lasso(X: np.ndarray, y: np.ndarray, points: int) -> Any:
         return celer_path(X, y, "lasso", alphas=np.geomspace(top, 1e-3 * top, points))
 
 
-def compare(n: int, d: int, nonzero: int, points: int = POINTS, repeats: int = 3) -> dict[str, Any]:
+def compare(n: int, d: int, nonzero: int, points: int = POINTS, repeats: int = 2) -> dict[str, Any]:
     """Time one size."""
     X, y = problem(n, d, nonzero)
     X = np.asfortranarray(X)
     log_As = np.linspace(HIGH, LOW, points)
-    path = mf.entropy_path(X, y, log_As, fit_intercept=False)
-    alone = np.stack(separate(X, y, log_As), axis=1)
     calls = {
         "path": lambda: mf.entropy_path(X, y, log_As, fit_intercept=False),
         "separate": lambda: separate(X, y, log_As),
     }
     if find_spec("celer"):
         calls["celer"] = lambda: lasso(X, y, points)
-    seconds = measure(calls, repeats)
+    found: dict[str, Any] = {}
+    seconds = measure(kept(calls, found), repeats)
+    coefs, alone = found["path"][1], np.stack(found["separate"], axis=1)
     row: dict[str, Any] = {
         "case": f"path of {points}, {n} x {d}, "
         + (f"{nonzero} non-zeros" if nonzero else "no truth"),
         "seconds": seconds["path"],
         "separate solves, seconds": seconds["separate"],
         "ratio": seconds["separate"] / seconds["path"],
-        "relative difference": float(np.linalg.norm(path[1] - alone) / np.linalg.norm(alone)),
+        "relative difference": float(np.linalg.norm(coefs - alone) / np.linalg.norm(alone)),
     }
     if "celer" not in seconds:
         return {**row, "celer_path": "left out: celer is not installed"}

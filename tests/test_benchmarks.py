@@ -1,0 +1,59 @@
+"""The benchmarks at small sizes: what they time is the same problem, solved."""
+
+from importlib.util import find_spec
+
+import pytest
+from benchmarks import bench_paths, bench_pursuit, bench_scaling
+from benchmarks._measure import kept, measure, once
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Leave out celer where it is not installed: it comes with the extra of the benchmarks."""
+    if not find_spec("celer"):
+        monkeypatch.delitem(bench_pursuit.SLOW, "celer")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_all_solvers_of_basis_pursuit_find_the_sparse_truth(installed):
+    row = bench_pursuit.compare(30, 100, 3, -300.0, {"HiGHS": 50.0}, repeats=1)
+    names = ["limit", "LassoLars", *bench_pursuit.SLOW]
+    assert row["status"] == "vertex" and row["target to HiGHS"] == 50
+    for name in names:
+        accuracy = 1e-3 if name == "celer" else 1e-8  # celer solves a lasso
+        assert row[f"residual of {name}"] < accuracy, name
+        assert row[f"error of {name}"] < max(accuracy, 1e-5), name
+        assert abs(row[f"norm of {name} above the least"]) < max(accuracy, 1e-6), name
+    for name in names[1:]:
+        ratio = row[f"{name}, seconds"] / row["seconds"]
+        assert row[f"ratio to {name}"] == pytest.approx(ratio)
+
+
+def test_a_path_and_separate_solves_end_at_the_same_points(monkeypatch):
+    monkeypatch.setattr(bench_paths, "find_spec", lambda name: None)
+    for nonzero in (0, 3):
+        row = bench_paths.compare(20, 60, nonzero, points=5, repeats=1)
+        assert row["relative difference"] < 1e-6
+        assert row["ratio"] == pytest.approx(row["separate solves, seconds"] / row["seconds"])
+        assert "not installed" in row["celer_path"]
+
+
+def test_exponents_are_slopes_and_every_case_can_be_drawn(tmp_path):
+    assert bench_scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    sizes = {name: (20, 40) for name in bench_scaling.SIZES} | {"MatrixSensing, rank": (1, 2)}
+    sizes["limit, d"] = (200, 400)  # more columns than the hundred rows
+    rows = bench_scaling.run(sizes, repeats=1)
+    assert [len(row["seconds of each size"]) for row in rows] == [2] * len(sizes)
+    drawn = bench_scaling.draw(rows, tmp_path / "scaling.svg").read_text()
+    assert "<svg" in drawn
+    assert bench_scaling.draw(rows, tmp_path / "again.svg").read_text() == drawn
+
+
+def test_calls_take_turns_and_leave_their_last_result():
+    made, found = [], {}
+    calls = {"a": lambda: made.append("a") or len(made), "b": lambda: made.append("b") or len(made)}
+    assert set(measure(kept(calls, found), 1)) == {"a", "b"}
+    assert made[:2] == ["a", "b"] and made[-1] == "b" and found["b"] == len(made)
+    before = len(made)
+    assert set(once(kept(calls, found))) == {"a", "b"} and made[before:] == ["a", "b"]
+    assert found == {"a": before + 1, "b": before + 2}
