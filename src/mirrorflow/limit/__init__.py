@@ -26,6 +26,7 @@ from .families import family
 from .general import solve_general
 from .matrix import commutator
 from .rows import Rows, orthonormal
+from .threads import one_pool
 
 __all__ = ["LimitStats", "limit"]
 
@@ -141,7 +142,8 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
     rows_of, targets, scalar, steps = _checked(R, Z, y, a)
-    with np.errstate(all="ignore"):  # trial points may overflow; what is kept is checked
+    # Trial points may overflow; what is kept is checked.
+    with np.errstate(all="ignore"), one_pool():
         points, rows = _solve(R, rows_of, targets, steps, max_steps)
         statuses = _statuses(R, rows_of, rows, points)
         stats = _measure(R, rows_of, targets, steps, rows, points, scalar, started)
