@@ -8,7 +8,7 @@ import torch
 from scipy.stats import ttest_rel
 
 import mirrorflow.experiments as ex
-from mirrorflow.experiments import _download, _language, _vision
+from mirrorflow.experiments import _download, _language, _network_figures, _networks, _vision
 from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
 from mirrorflow.experiments import tab03_fig03a_lora as tab03
 from mirrorflow.experiments._networks import Study, absorbed, compared, interval
@@ -182,10 +182,11 @@ def test_the_learning_rate_is_that_of_torch():
 def test_intervals_are_those_of_student():
     rng = np.random.default_rng(0)
     records = [
-        {"family": 1.0, "kind": kind, "seed": s, "loss": float(rng.normal(mean, 0.1))}
+        {"family": 1.0, "kind": kind, "seed": s, "loss": float(rng.normal(mean, 0.1)),
+         "diverged": False}
         for kind, mean in (("constant", 3.0), ("off", 2.0), ("half", 2.05), ("budget", 1.0))
         for s in range(5)
-    ]
+    ]  # fmt: skip
     found = {c["against"]: c for c in compared(Study("loss", "loss", -1, {}), records)}
     by = {k: [r["loss"] for r in records if r["kind"] == k] for k in ("off", *found)}
     for kind, entry in found.items():
@@ -199,6 +200,42 @@ def test_intervals_are_those_of_student():
 
 
 # --- Data -----------------------------------------------------------------------------------------
+
+
+def ended(kind, loss, seed=0, decay=0.1, start=4.0):
+    """Give the record of a run that has ended with a loss."""
+    curves = {"loss": np.array([start, loss])}
+    return {
+        "run": f"{kind}", "part": f"{kind}-seed{seed}", "kind": kind, "family": decay,
+        "decay": decay, "off": None, "seed": seed, "budget": 1.0, "ratio": 1.5, "loss": loss,
+        "diverged": _networks.diverged(curves),
+    }  # fmt: skip
+
+
+LOSS = _networks.Study("loss", "validation loss", -1, {}, "nothing")
+
+
+def test_nothing_follows_from_runs_that_diverged():
+    kinds = {"constant": 3.0, "off": 2.8, "half": 2.9, "budget": 2.85, "none": 9.0}
+    records = [ended(kind, loss) for kind, loss in kinds.items()]
+    assert [r["diverged"] for r in records] == [False] * 4 + [True]
+    found = {c["against"]: c["diverged"] for c in _networks.compared(LOSS, records)}
+    assert found == {"constant": False, "half": False, "budget": False, "none": True}
+    told = _network_figures.sentences(LOSS, records)
+    assert "For decay 0.1 it holds in its one seed: +0.2 against keeping it" in told
+    assert "nothing follows against no decay at all." in told
+    assert "-6" not in told and "The best of all runs is decay off" in told
+    table = {row["decay"]: row["what"] for row in _network_figures.rows(LOSS, records)}
+    assert table["none"] == "no decay at all (1 of 1 diverged)"
+    assert table["off"] == "switched off"
+
+
+def test_a_switched_off_run_that_diverged_is_not_judged():
+    records = [ended(k, v) for k, v in {"constant": 3.0, "off": 7.0, "half": 2.9}.items()]
+    told = _network_figures.sentences(LOSS, records)
+    assert "For decay 0.1 it cannot be judged: nothing. Runs diverged" in told
+    assert "against keeping it, half of it." in told
+    assert "Every run" in _network_figures.sentences(LOSS, [ended("off", 7.0), ended("half", 8.0)])
 
 
 def test_windows_of_text_are_a_function_of_seed_and_step():

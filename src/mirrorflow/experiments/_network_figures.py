@@ -61,7 +61,10 @@ def sentences(study: Study, records: list[Record]) -> str:
 
 def _best(study: Study, records: list[Record]) -> str:
     """Name the best of all runs: less decay may be better than any decay switched off."""
-    best = max(ends(study, records), key=lambda end: study.better * end["mean"])
+    sound = [end for end in ends(study, records) if not end["diverged"]]
+    if not sound:
+        return "Every run has diverged."
+    best = max(sound, key=lambda end: study.better * end["mean"])
     return (
         f"The best of all runs is decay {best['run']} ({KINDS[best['kind']]}): {best['mean']:.4g} "
         f"at a ratio of {best['ratio']:.3g}."
@@ -69,14 +72,19 @@ def _best(study: Study, records: list[Record]) -> str:
 
 
 def _verdict(study: Study, family: float, found: list[Record]) -> str:
-    """Judge one family."""
-    mine = {c["against"]: c for c in found if c["family"] == family}
-    holds = mine["constant"]["holds"] and mine["half"]["holds"]
-    clear = mine["constant"]["clear"] and mine["half"]["clear"]
-    unsure = "holds on average" if mine["half"]["seeds"] > 1 else "holds in its one seed"
+    """Judge one family; where a run has diverged, a difference says nothing."""
+    sound = {c["against"]: c for c in found if c["family"] == family and not c["diverged"]}
+    lost = [AGAINST[c["against"]] for c in found if c["family"] == family and c["diverged"]]
+    gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in sound.items())
+    note = " Runs diverged (their loss ends above its start): nothing follows against {}."
+    told = (gains or "nothing") + "." + (note.format(", ".join(lost)) if lost else "")
+    if not {"constant", "half"} <= set(sound):
+        return f"For decay {family:g} it cannot be judged: {told}"
+    judged = [sound["constant"], sound["half"]]
+    holds, clear = (all(c[key] for c in judged) for key in ("holds", "clear"))
+    unsure = "holds on average" if judged[0]["seeds"] > 1 else "holds in its one seed"
     verdict = ("holds" if clear else unsure) if holds else "does not hold"
-    gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in mine.items())
-    return f"For decay {family:g} it {verdict}: {gains}."
+    return f"For decay {family:g} it {verdict}: {told}"
 
 
 def _gain(found: Record) -> str:
@@ -89,10 +97,12 @@ def ends(study: Study, records: list[Record]) -> list[Record]:
     found = []
     for name in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
         where = dict(zip(("family", "kind", "run"), name, strict=True))
-        numbers = {key: values(records, key, **where) for key in (study.metric, "ratio", "budget")}
+        keys = (study.metric, "ratio", "budget", "diverged")
+        numbers = {key: values(records, key, **where) for key in keys}
         mean, width = interval(numbers[study.metric])
         found.append({**where, "mean": mean, "width": width, "all": numbers[study.metric],
                       "ratio": interval(numbers["ratio"])[0],
+                      "diverged": sum(numbers["diverged"]),
                       "budget": interval(numbers["budget"])[0]})  # fmt: skip
     return found
 
@@ -103,7 +113,7 @@ def rows(study: Study, records: list[Record]) -> list[Record]:
     return [
         {
             "decay": end["run"],
-            "what": KINDS[end["kind"]],
+            "what": KINDS[end["kind"]] + _lost(end),
             study.label: end["mean"],
             "± 95%": end["width"] or None,
             "paper (decay)": study.paper.get((ranks[end["family"]], end["kind"]), ""),
@@ -112,6 +122,11 @@ def rows(study: Study, records: list[Record]) -> list[Record]:
         }
         for end in ends(study, records)
     ]
+
+
+def _lost(end: Record) -> str:
+    """Say how many of a run's seeds diverged."""
+    return f" ({end['diverged']} of {len(end['all'])} diverged)" if end["diverged"] else ""
 
 
 # --- The figure -----------------------------------------------------------------------------------
@@ -183,9 +198,13 @@ def _zoom(axis: Axes, study: Study, records: list[Record], trajectory: Trajector
     found = []
     for family in dict.fromkeys(r["family"] for r in records):
         for kind in DRAWN:
+            sound = [r for r in records if (r["family"], r["kind"]) == (family, kind)]
+            if any(r["diverged"] for r in sound):
+                continue
             x, y = curves(records, trajectory, family, kind, "step", study.metric)
             found.append(y[:, x >= 0.3 * x[-1]])
-    axis.set_ylim(*_around(np.concatenate(found, axis=None)))
+    if found:
+        axis.set_ylim(*_around(np.concatenate(found, axis=None)))
 
 
 def _around(numbers: Any) -> tuple[float, float]:
@@ -204,7 +223,10 @@ def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
         axis.plot(end["all"], [place] * len(end["all"]), "|", color=colour, markersize=9)
         axis.errorbar([end["mean"]], [place], xerr=[end["width"]], color=colour, marker=marker,
                       capsize=3, markersize=6)  # fmt: skip
-    labels = [end["run"] + SHORT.get(end["kind"], "") for end in found]
+    labels = [
+        end["run"] + SHORT.get(end["kind"], "") + " diverged" * bool(end["diverged"])
+        for end in found
+    ]
     axis.set_yticks(range(len(found)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"{study.label} at the end: mean, 95% interval, seeds")
@@ -243,7 +265,9 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
             {"run": name, "step": float(s), "value": short(v), "absorbed": short(a)}
             for s, v, a in zip(x, y.mean(0), absorbed, strict=True)
         ]
-    later = [p["value"] for p in points if p["step"] >= 0.3 * points[-1]["step"]]
+    lost = {r["run"] for r in records if r["diverged"]}
+    sound = [p for p in points if p["run"].split(" (")[0] not in lost] or points
+    later = [p["value"] for p in sound if p["step"] >= 0.3 * points[-1]["step"]]
     scale = alt.Scale(zero=False) if up == "ratio" else alt.Scale(domain=_around(later), nice=False)
     pick = alt.selection_point(fields=["run"], bind="legend")
     axis = alt.param(

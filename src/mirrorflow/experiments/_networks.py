@@ -273,6 +273,8 @@ def values(records: Sequence[Record], key: str, **where: Any) -> list[float]:
 def compared(study: Study, records: Sequence[Record]) -> list[Record]:
     """Say of each family by how much switching off is better than what it is compared with.
 
+    Where a run has diverged the difference says nothing about the decay, and is marked so.
+
     Differences are taken seed by seed, as the runs of a seed share start and data.
     """
     found = []
@@ -286,7 +288,16 @@ def compared(study: Study, records: Sequence[Record]) -> list[Record]:
             gains = [study.better * (a - b) for a, b in zip(off, other, strict=True)]
             mean, width = interval(gains)
             verdict = {"holds": mean > 0, "clear": mean > width > 0, "seeds": len(gains)}
+            pair = [{"family": family, "kind": "off"}, where]
+            lost = any(any(values(records, "diverged", **one)) for one in pair)
             found.append(
-                {"family": family, "against": kind, "gain": mean, "width": width, **verdict}
+                {
+                    "family": family,
+                    "against": kind,
+                    "gain": mean,
+                    "width": width,
+                    "diverged": lost,
+                    **verdict,
+                }
             )
     return found

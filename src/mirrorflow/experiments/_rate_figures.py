@@ -8,7 +8,7 @@ import numpy as np
 
 from ._contract import Record, Trajectory
 from ._drawing import DASHES, ZOOM_HINT, shade, short, zoomable
-from ._networks import values
+from ._networks import interval, values
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -30,14 +30,27 @@ def _mean(records: list[Record], key: str, **where: Any) -> float:
     return float(np.mean(values(records, key, **where)))
 
 
-def _effect(records: list[Record], optimizer: str, rate: str, key: str = "ratio") -> float:
-    """Give how much less the strongest decay's number is than the weakest's."""
+def _effects(records: list[Record], optimizer: str, rate: str) -> Any:
+    """Give for each seed how much smaller the strongest decay's ratio is than the weakest's."""
     ranks = {r["rank"] for r in records}
     low, high = (
-        _mean(records, key, optimizer=optimizer, rate=rate, rank=rank)
+        np.array(values(records, "ratio", optimizer=optimizer, rate=rate, rank=rank))
         for rank in (min(ranks), max(ranks))
     )
     return low - high
+
+
+def _accuracies(records: list[Record], optimizer: str, rate: str) -> Any:
+    """Give for each seed the accuracy, mean over the decays."""
+    ranks = sorted({r["rank"] for r in records})
+    found = [values(records, "accuracy", optimizer=optimizer, rate=rate, rank=k) for k in ranks]
+    return np.mean(found, axis=0)
+
+
+def _said(numbers: Any, form: str, unit: str = "") -> str:
+    """Write a mean over seeds, with its 95% interval if there are several."""
+    mean, width = interval([float(n) for n in numbers])
+    return f"{mean:{form}}{unit}" + (f" ± {width:.1g}" if width > 0 else "")
 
 
 def sentences(records: list[Record]) -> str:
@@ -48,23 +61,27 @@ def sentences(records: list[Record]) -> str:
         f"{verdicts} So a falling learning rate does act on the ratio like less decay, as "
         "Appendix G says, as far as holding lr·decay brings the effect back; the rest, and what "
         "accuracy keeps at held decay, is the learning rate's own. Means over "
-        f"{seeds} seed{'s' * (seeds != 1)}."
+        f"{seeds} seed{'s' * (seeds != 1)}{', with 95% intervals' * (seeds > 1)}; differences are "
+        "taken within a seed."
     )
 
 
 def _verdict(records: list[Record], optimizer: str) -> str:
     """Compare the three learning rates under one optimizer."""
-    fixed, fallen, held = (_effect(records, optimizer, rate) for rate in RATES)
-    accuracy = [_mean(records, "accuracy", optimizer=optimizer, rate=rate) for rate in RATES]
+    fixed, fallen, held = (_effects(records, optimizer, rate) for rate in RATES)
+    accuracy = [_accuracies(records, optimizer, rate) for rate in RATES]
     absorbed = [_mean(records, "budget", optimizer=optimizer, rate=rate) for rate in RATES]
-    back = f"{(held - fallen) / (fixed - fallen):.0%}" if fixed != fallen else "none"
+    weaker = float(np.mean(fixed - fallen))
+    back = f"{float(np.mean(held - fallen)) / weaker:.0%}" if weaker else "none"
     return (
         f"{NAMES[optimizer]}: from the weakest to the strongest decay the ratio falls by "
-        f"{fixed:.2g} at a constant learning rate and by {fallen:.2g} under the cosine, which "
+        f"{_said(fixed, '.2g')} at a constant learning rate and by {_said(fallen, '.2g')} under "
+        "the cosine, which "
         f"absorbs {absorbed[1] / absorbed[0]:.0%} as much decay; with lr·decay held under the "
-        f"cosine it falls by {held:.2g}, which brings {back} of the difference back. Accuracy is "
-        f"{accuracy[0]:.1f}% at a constant learning rate, {accuracy[1]:.1f}% under the cosine and "
-        f"{accuracy[2]:.1f}% at held decay."
+        f"cosine it falls by {_said(held, '.2g')}, which brings {back} of the difference back. "
+        f"Accuracy (mean over the decays) is {_said(accuracy[0], '.1f', '%')} at a constant "
+        f"learning rate; the cosine changes it by {_said(accuracy[1] - accuracy[0], '+.1f')} "
+        f"points, and by {_said(accuracy[2] - accuracy[0], '+.1f')} at held decay."
     )
 
 
@@ -87,7 +104,7 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
 def _draw_curves(
     axis: Axes, records: list[Record], trajectory: Trajectory, optimizer: str, key: str
 ) -> None:
-    """Draw the weakest and the strongest decay, mean over the seeds."""
+    """Draw the weakest and the strongest decay: the mean over the seeds, and their range."""
     ranks = sorted({r["rank"] for r in records})
     for shown, rank in enumerate((ranks[0], ranks[-1])):
         for dash, (rate, name) in zip(DASHES, RATES.items(), strict=False):
@@ -98,6 +115,9 @@ def _draw_curves(
                 steps, mean, linestyle=dash, color=("#0072B2", "#B34700")[shown], linewidth=1.6,
                 label=f"{'strongest' if shown else 'weakest'} decay, {name}",
             )  # fmt: skip
+            span = [trajectory[f"{r['part']}/{key}"] for r in found]
+            axis.fill_between(steps, np.min(span, axis=0), np.max(span, axis=0), alpha=0.12,
+                              color=("#0072B2", "#B34700")[shown], linewidth=0)  # fmt: skip
     axis.set_xlabel("step of fine-tuning")
     axis.set_ylabel(LABELS[key])
     axis.grid(alpha=0.25)
@@ -111,11 +131,11 @@ def _draw_ends(axis: Axes, records: list[Record], optimizer: str) -> None:
     """Draw the ratio at the end over what was absorbed: one line if the decay alone decides."""
     for dash, marker, (rate, name) in zip(DASHES, "osD", RATES.items(), strict=False):
         ranks = sorted({r["rank"] for r in records})
-        x, y = (
-            [_mean(records, key, optimizer=optimizer, rate=rate, rank=rank) for rank in ranks]
-            for key in ("budget", "ratio")
-        )
-        axis.plot(x, y, linestyle=dash, marker=marker, color="0.25", markersize=5, label=name)
+        wheres = [{"optimizer": optimizer, "rate": rate, "rank": rank} for rank in ranks]
+        x = [_mean(records, "budget", **where) for where in wheres]
+        y, widths = zip(*(interval(values(records, "ratio", **w)) for w in wheres), strict=True)
+        axis.errorbar(x, y, yerr=widths, linestyle=dash, marker=marker, color="0.25",
+                      markersize=5, capsize=3, label=name)  # fmt: skip
     axis.set_xlabel("absorbed decay −a at the end")
     axis.set_ylabel("ratio at the end")
     axis.legend(fontsize=7.5, frameon=False)

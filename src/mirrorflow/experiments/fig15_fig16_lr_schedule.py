@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ._contract import Part, Record, Recorder, Trajectory, checksum
-from ._networks import Array, diverged, values
+from ._networks import Array, diverged, interval, values
 from ._trunks import Checkpoints, Timeline
 from ._vision import ImageConfig
 
@@ -298,15 +298,16 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each optimizer, learning rate and decay: means over the seeds."""
+    """Give a row for each optimizer, learning rate and decay: means over seeds, and intervals."""
     rows = []
     for name in dict.fromkeys((r["optimizer"], r["rate"], r["decay"]) for r in records):
         where = dict(zip(("optimizer", "rate", "decay"), name, strict=True))
-        means = {
-            key: float(np.mean(values(records, key, **where)))
-            for key in ("ratio at the start", "ratio", "accuracy", "loss", "budget")
-        }
-        rows.append({**where, **means})
+        row: Record = {}
+        for key in ("ratio at the start", "ratio", "accuracy", "loss", "budget"):
+            row[key], width = interval(values(records, key, **where))
+            if key in ("ratio", "accuracy"):
+                row[f"{key} ± 95%"] = width or None
+        rows.append({**where, **row})
     return rows
 
 
