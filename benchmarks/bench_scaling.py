@@ -104,6 +104,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     """Draw time against size on logarithmic axes, a panel for each kind of problem."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     kinds = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
     figure = Figure(figsize=(3.4 * len(kinds), 3.2), layout="constrained")
@@ -113,12 +114,21 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
             what = row["case"].split(", ", 1)[1].split(" (")[0]
             label = f"{what}: time ~ {what}^{row['exponent']:.2f}"
             axis.loglog(row["sizes"], row["seconds of each size"], style, color=colour, label=label)
-        axis.set(title=kind, xlabel="size", ylabel="seconds")
+        names = " or ".join(row["case"].split(", ", 1)[1].split(" (")[0] for row in own)
+        axis.set(title=kind, xlabel=names, ylabel="seconds", ylim=_room(own))
+        for scale in (axis.xaxis, axis.yaxis):  # labels at powers of ten alone: others run together
+            scale.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
     with rc_context({"svg.hashsalt": "mirrorflow"}):  # the same file for the same rows
         figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def _room(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Give limits in whole powers of ten, with a free stripe above for the legend."""
+    times = np.log10([t for row in rows for t in row["seconds of each size"]])
+    return 10.0 ** np.floor(times.min()), 10.0 ** (np.ceil(times.max()) + 0.8)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def sentences(study: Study, records: list[Record]) -> str:
     return (
         f"The paper's claim is that decay switched off ends better than the same decay kept and "
         f"than half of it. {' '.join(parts)} Gains are of {study.label}, means over {seeds} "
-        f"seed{'s' * (seeds != 1)}, with 95% intervals of the differences within a seed. "
+        f"seed{'s, with 95% intervals of the differences within a seed' * (seeds != 1)}. "
         f"{_best(study, records)} The paper's numbers in the table are for {study.setting}; the "
         "preset and the configuration of these runs stand below it."
     )
@@ -77,14 +77,15 @@ def _verdict(study: Study, family: float, found: list[Record]) -> str:
     lost = [AGAINST[c["against"]] for c in found if c["family"] == family and c["diverged"]]
     gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in sound.items())
     note = " Runs diverged (their loss ends above its start): nothing follows against {}."
-    told = (gains or "nothing") + "." + (note.format(", ".join(lost)) if lost else "")
+    told = f": {gains}." * bool(gains) or "."
+    told += note.format(", ".join(lost)) * bool(lost)
     if not {"constant", "half"} <= set(sound):
-        return f"For decay {family:g} it cannot be judged: {told}"
+        return f"For decay {family:g} it cannot be judged{told}"
     judged = [sound["constant"], sound["half"]]
     holds, clear = (all(c[key] for c in judged) for key in ("holds", "clear"))
     unsure = "holds on average" if judged[0]["seeds"] > 1 else "holds in its one seed"
     verdict = ("holds" if clear else unsure) if holds else "does not hold"
-    return f"For decay {family:g} it {verdict}: {told}"
+    return f"For decay {family:g} it {verdict}{told}"
 
 
 def _gain(found: Record) -> str:
