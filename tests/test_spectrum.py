@@ -140,7 +140,12 @@ def test_gram_matrices_are_the_same_in_chunks(shape, dtype, monkeypatch):
 
 def test_no_float64_copy_of_a_large_factor_is_made(monkeypatch):
     sizes, square = [], product._square
-    monkeypatch.setattr(product, "_square", lambda wide: sizes.append(wide.numel()) or square(wide))
+
+    def counted(wide, scratch=None):
+        sizes.append(wide.numel())
+        return square(wide, scratch)
+
+    monkeypatch.setattr(product, "_square", counted)
     A = torch.randn(3, 1 << 18, 4)
     product_spectrum(A, A.mT)
     assert max(sizes) <= product.CHUNK and sum(sizes) == 2 * A.numel()
@@ -156,6 +161,27 @@ def test_no_float64_copy_of_a_large_factor_is_made(monkeypatch):
 def test_factors_without_numbers_are_refused(factor, message):
     with pytest.raises(ValueError, match=message):
         product_spectrum(factor, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_chunks_that_share_their_memory_give_the_same_gram(dtype, monkeypatch):
+    rows = torch.randn(7, 5, 300, dtype=torch.float64).to(dtype)
+    whole = product.gram(rows)
+    monkeypatch.setattr(product, "CHUNK", 1000)  # a part of one entry
+    torch.testing.assert_close(product.gram(rows), whole, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(product, "CHUNK", 4000)  # two entries
+    torch.testing.assert_close(product.gram(rows), whole, rtol=1e-12, atol=1e-12)
+    assert torch.equal(whole, whole.mT)
+
+
+def test_one_singular_factor_among_others_is_measured_as_alone():
+    A = torch.randn(5, 20, 4, generator=torch.Generator().manual_seed(0))
+    A[2, :, 3] = 0.0  # its Gram matrix has no Cholesky factor
+    B = torch.randn(5, 4, 30, generator=torch.Generator().manual_seed(1))
+    values = product_spectrum(A, B).singular_values
+    dense = torch.linalg.svdvals(A.double() @ B.double())[..., :4]
+    torch.testing.assert_close(values, dense, rtol=1e-10, atol=1e-12)
+    assert values[2, 3] < 1e-13 and (values[[0, 1, 3, 4], 3] > 1).all()
 
 
 def test_the_start_of_lora_keeps_its_stored_geometry():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from math import prod
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ def columns(rows: Any) -> Any:
 
 def spectrum_of_grams(gram_a: Tensor, gram_b: Tensor, rank: int) -> ProductSpectrum:
     """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values."""
-    imbalance = gram_a - gram_b
+    imbalance = _by_numpy(sub, gram_a, gram_b)
     squares_a, squares_b = trace(gram_a), trace(gram_b)
     squares = squares_a + squares_b  # not finite exactly where an entry of a factor is not
     broken = ~torch.isfinite(squares)
@@ -208,8 +209,10 @@ def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
 
     Eigenvalues of the squared core have the error EPS s_1^2, so that s_i has EPS s_1^2 / s_i.
     """
-    lower, failed = torch.linalg.cholesky_ex(gram_a)
-    values = torch.linalg.eigvalsh(lower.mT @ gram_b @ lower).flip(-1).clamp_(min=0).sqrt_()
+    lower, failed = _cholesky(gram_a)
+    core = _by_numpy(lambda L, G: L.swapaxes(-1, -2) @ (G @ L), lower, gram_b)
+    squares = _by_numpy(np.linalg.eigvalsh, core) if core.is_cpu else torch.linalg.eigvalsh(core)
+    values = squares.flip(-1).clamp_(min=0).sqrt_()
     largest = values[..., 0]
     exact = (values[..., -1] > 1e-5 * largest) & (largest > 1e-5 * size) & (failed == 0)
     if exact.all():
@@ -224,6 +227,17 @@ def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
     return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
 
 
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Give L with L L^T = gram, and for each entry whether there is none (not 0)."""
+    if gram.is_cpu:
+        try:
+            lower = _by_numpy(np.linalg.cholesky, gram)
+        except np.linalg.LinAlgError:  # in one of them; torch says in which
+            return torch.linalg.cholesky_ex(gram)
+        return lower, torch.zeros(gram.shape[:-2], dtype=torch.int32)
+    return torch.linalg.cholesky_ex(gram)
+
+
 def _root(gram: Tensor) -> Tensor:
     """Give L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
     values, vectors = torch.linalg.eigh(gram)
@@ -236,36 +250,55 @@ def trace(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _local_gram(rows: Tensor) -> Tensor:
-    """Give rows rows^T in float64 without a float64 copy of all rows."""
+def _local_gram(rows: Tensor, scratch: Any = None) -> Tensor:
+    """Give rows rows^T in float64 without a float64 copy of all rows.
+
+    On the CPU every chunk is converted into the same ``scratch``: new memory for each would cost as
+    much as the product.
+    """
     if rows.device.type == "mps":  # it has no float64
         rows = rows.cpu()
     if rows.dtype == torch.float64 or rows.numel() <= CHUNK:
-        return _square(rows)
+        return _square(rows, scratch)
+    scratch = np.empty(CHUNK) if scratch is None else scratch
     if rows.ndim == 2:
-        return _sum(_local_gram(part) for part in rows.split(max(1, CHUNK // len(rows)), -1))
+        parts = rows.split(max(1, CHUNK // len(rows)), -1)
+        return _sum(_local_gram(part, scratch) for part in parts)
     if len(rows) == 1:
-        return _local_gram(rows[0])[None]
+        return _local_gram(rows[0], scratch)[None]
     entries = max(1, CHUNK // prod(rows.shape[1:]))
-    parts = [_local_gram(part) for part in rows.split(entries)]
+    parts = [_local_gram(part, scratch) for part in rows.split(entries)]
     if rows.device.type != "cpu":
         return torch.cat(parts)
     return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
 
-def _square(wide: Tensor) -> Tensor:
+def _square(wide: Tensor, scratch: Any = None) -> Tensor:
     """Give wide wide^T in float64.
 
     NumPy sees that it is symmetric (syrk), and needs half the time. It converts, too: torch and
-    NumPy taking turns would wait for each other's threads.
+    NumPy taking turns would wait for each other's threads (`_by_numpy`).
     """
     if wide.device.type != "cpu":
         wide = wide.to(torch.float64)
         return wide @ wide.mT
     wide = wide if wide.dtype in NATIVE else wide.to(torch.float32)  # bfloat16 fits into it
-    array = wide.numpy().astype(np.float64, copy=False)
+    array = wide.numpy()
+    if scratch is not None and array.dtype != np.float64 and array.size <= scratch.size:
+        double = scratch[: array.size].reshape(array.shape)
+        np.copyto(double, array)
+    else:
+        double = array.astype(np.float64, copy=False)
     with np.errstate(all="ignore"):  # NaN and inf are reported by the callers
-        return torch.from_numpy(array @ array.swapaxes(-1, -2))
+        return torch.from_numpy(double @ double.swapaxes(-1, -2))
+
+
+def _by_numpy(compute: Any, *tensors: Tensor) -> Tensor:
+    """Compute on the CPU by NumPy, as the Gram matrices before, elsewhere by torch."""
+    if not tensors[0].is_cpu:
+        return compute(*tensors)
+    with np.errstate(all="ignore"):  # NaN and inf are reported by the callers
+        return torch.from_numpy(compute(*(tensor.numpy() for tensor in tensors)))
 
 
 def _sum(grams: Any) -> Tensor:
