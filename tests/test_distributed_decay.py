@@ -1,18 +1,14 @@
 """Two real processes: the same decay and account on both, and stops that change nothing."""
 
-import os
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+import processes
 from ranks import CASES, SCHEDULES, STEPS, STOP, account, assemble, full, train
 
-WORLD, LIMIT = 2, 90
 cases = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
 pytestmark = [
@@ -21,48 +17,10 @@ pytestmark = [
 ]
 
 
-def launch(folder):
-    """Run all cases in two processes; whatever happens, none is left behind."""
-    script = str(Path(__file__).with_name("ranks.py"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(WORLD), str(folder)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=LIMIT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(said)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What each process found, and the folder of its checkpoints."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tmp_path_factory.mktemp("ranks")
-        return launch(folder), folder
-    folder = tmp_path_factory.getbasetemp().parent / "ranks"  # shared by the workers
-    try:
-        folder.mkdir()
-    except FileExistsError:  # another worker is at it
-        return waited(folder), folder
-    return launch(folder), folder
-
-
-def waited(folder):
-    """Give what another worker's processes find."""
-    files, limit = [folder / f"rank{rank}.pt" for rank in range(WORLD)], time.monotonic() + LIMIT
-    while not all(file.exists() for file in files):
-        assert time.monotonic() < limit, "the processes of another worker have found nothing"
-        time.sleep(0.1)
-    return [torch.load(file, weights_only=True) for file in files]
+    return processes.launched(tmp_path_factory, "ranks.py")
 
 
 @pytest.fixture(params=["ddp", "fsdp"])
