@@ -1,14 +1,11 @@
-"""The paper, formula by formula: what fails as printed (docs/errata.md, by number), and what holds.
+"""The paper, formula by formula: what fails as printed (docs/errata.md, by number).
 
 The oracle is SciPy's integration of the gradient flow at rtol 1e-11. ``stated`` compares the size
 of an error with the number that docs/errata.md prints for it, so that the page cannot rot.
 """
 
 import re
-import runpy
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,130 +13,42 @@ import torch
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm, logm
 from scipy.optimize import root
-from scipy.special import expit, softmax
+from scipy.special import expit
 
 import mirrorflow as mf
-
-PAGE = Path(__file__).parents[1] / "docs" / "errata.md"
-EXACT = 1e-10  # what "holds" means below; the integration itself leaves about 1e-12
-
-
-class Pair(NamedTuple):
-    """g, J_g^T and grad h in NumPy, written from the paper's definitions."""
-
-    g: Callable
-    pull: Callable
-    decay: Callable
-
-
-HADAMARD = Pair(lambda w: w[0] * w[1], lambda w, s: np.stack([w[1] * s, w[0] * s]), lambda w: w)
-LOG_RATIO = Pair(
-    lambda w: np.log(w[0] / w[1]), lambda w, s: np.stack([s / w[0], -s / w[1]]), lambda w: 1 / w
+from paper import (
+    EXACT,
+    HADAMARD,
+    LOG_RATIO,
+    PAGE,
+    PAIRS,
+    STARTS,
+    Pair,
+    Z,
+    commuting_sensing,
+    end_point,
+    gap,
+    integrate,
+    least_squares,
+    legendre,
+    matrix_flow,
+    mirror,
+    power,
+    sections,
+    stated,
+    tensors,
+    train,
 )
-
-
-def power(k):
-    def slope(w):
-        return 2 * k * w ** (2 * k - 1)
-
-    return Pair(
-        lambda w: w[0] ** (2 * k) - w[1] ** (2 * k),
-        lambda w, s: slope(w) * np.stack([s, -s]),
-        slope,
-    )
-
-
-Z = np.array([[1.0, 2.0, 0.5, -1.0], [0.3, -1.0, 1.0, 0.7]])
-Y = np.array([1.0, -0.5])
-STARTS = {
-    "hadamard": np.array([[1.0, 0.8, 1.2, 0.9], [0.4, -0.3, 0.2, -0.5]]),
-    "one-sided": np.array([[1.0, 0.8, 1.2, 0.9]] * 2),
-    "power": np.array([[0.9, 1.0, 0.8, 1.1], [0.8, 0.9, 1.0, 0.7]]),
-    "log": np.array([[1.2, 1.0, 1.5, 1.1], [1.0, 1.3, 1.2, 1.4]]),
-}
-PAIRS = {
-    "hadamard": (HADAMARD, mf.Hadamard(), mf.WeightDecay()),
-    "one-sided": (HADAMARD, mf.Hadamard(), mf.WeightDecay()),
-    "power": (power(2), mf.PowerDifference(2), mf.Separable()),
-    "log": (LOG_RATIO, mf.LogRatio(), mf.Separable()),
-}
-
-
-def least_squares(x):
-    return Z.T @ (Z @ x - Y) / 2
-
-
-def integrate(velocity, state, until, method="DOP853", atol=1e-14, rtol=1e-11):
-    done = solve_ivp(velocity, (0, until), state, method=method, rtol=rtol, atol=atol)
-    assert done.success, done.message
-    return done.y[:, -1]
-
-
-class End(NamedTuple):
-    w: np.ndarray
-    x: np.ndarray
-    mu: np.ndarray
-    a: float
-
-
-def train(pair, w0, pieces, slope=least_squares):
-    """Integrate dw = -(J^T grad f + alpha grad h) dt and mu over pieces (duration, alpha)."""
-    state = np.concatenate([w0.ravel(), np.zeros(w0.shape[1])])
-    for duration, alpha in pieces:
-
-        def velocity(_, s, alpha=alpha):
-            w = s[: w0.size].reshape(w0.shape)
-            gradient = slope(pair.g(w))
-            return -np.concatenate(
-                [(pair.pull(w, gradient) + alpha * pair.decay(w)).ravel(), gradient]
-            )
-
-        state = integrate(velocity, state, duration)
-    w = state[: w0.size].reshape(w0.shape)
-    return End(w, pair.g(w), state[w0.size :], -sum(t * alpha for t, alpha in pieces))
-
-
-def end_point(primal):
-    """Solve Z primal(Z^T theta) = Y: the minimizer of R_a subject to Zx = Y (Theorem 3.6)."""
-    theta = root(lambda theta: Z @ primal(Z.T @ theta) - Y, np.zeros(2), tol=1e-13).x
-    x = primal(Z.T @ theta)
-    assert abs(Z @ x - Y).max() < 1e-11
-    return x
-
-
-def gap(one, two):
-    return float(np.linalg.norm(one - two) / np.linalg.norm(two))
-
-
-def tensors(w0):
-    return tuple(torch.from_numpy(row.copy()) for row in w0)
-
-
-def legendre(name, w0=None):
-    return mf.legendre(*PAIRS[name][1:], tensors(STARTS[name] if w0 is None else w0))
-
-
-def mirror(R, x, a):
-    return R.mirror(torch.from_numpy(x), a).numpy()
-
-
-def sections():
-    """Give the page's numbered sections, by number."""
-    parts = re.split(r"^### (\d+)\. ", PAGE.read_text(), flags=re.MULTILINE)
-    return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
-
-
-def stated(erratum, size, text):
-    """Assert that the page's section states the size, to two digits."""
-    assert re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.]*\d)", sections()[erratum]), text
-    assert size == pytest.approx(float(text), rel=0.03)
 
 
 def test_every_erratum_names_a_test_and_every_test_of_an_erratum_is_named():
     named = {n: set(re.findall(r"test_erratum_(\d+)\w*", text)) for n, text in sections().items()}
     assert named == {n: {f"{n:02d}"} for n in range(1, len(named) + 1)}
-    on_page = set(re.findall(r"test_\w+", PAGE.read_text())) - {"test_paper"}
-    here = {name for name in globals() if name.startswith("test_")}
+    on_page = set(re.findall(r"test_\w+", PAGE.read_text())) - {"test_paper", "test_paper_theorems"}
+    files = Path(__file__).parent.glob("test_paper*.py")
+    here = {
+        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
     assert on_page <= here
     assert {name for name in here if name.startswith("test_erratum")} <= on_page
 
@@ -424,30 +333,6 @@ def test_erratum_16_the_flow_of_theorem_D2_has_half_of_its_decay():
     stated(16, 0.5 * np.exp(-alpha * t) / end[0] - 1, "0.65")
 
 
-def matrix_flow(A, y, U0, pieces, factor, rtol=1e-11):
-    """Integrate dU = -(factor grad f(X) U + alpha U) dt and M = -int grad f dt."""
-    n = len(U0)
-    state = np.concatenate([U0.ravel(), np.zeros(n * n)])
-    for duration, alpha in pieces:
-
-        def velocity(_, s, alpha=alpha):
-            U = s[: n * n].reshape(n, n)
-            G = np.tensordot(np.tensordot(A, U @ U.T, 2) - y, A, 1) / len(y)
-            return -np.concatenate([(factor * G @ U + alpha * U).ravel(), G.ravel()])
-
-        state = integrate(velocity, state, duration, method="LSODA", rtol=rtol)
-    U, M = state[: n * n].reshape(n, n), state[n * n :].reshape(n, n)
-    return U @ U.T, M, -sum(t * alpha for t, alpha in pieces)
-
-
-def commuting_sensing(n=4, m=3):
-    rng = np.random.default_rng(0)
-    Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
-    A = np.einsum("ij,kj,lj->kil", Q, rng.normal(size=(m, n)), Q)
-    X = Q @ np.diag([0.4, 0.3, 0.2, 0.1]) @ Q.T
-    return A, np.tensordot(A, X, 2)
-
-
 @pytest.mark.parametrize("factor", [1, 2])
 def test_erratum_17_corollary_C3_is_half_of_the_gradient_flow(factor):
     beta, n = 0.1, 4
@@ -622,152 +507,3 @@ def test_erratum_23_a_deep_model_freezes_the_coordinates_that_have_died():
     fit[alive] = np.linalg.lstsq(A[:, alive], y, rcond=None)[0]
     assert gap(x, fit) < 1e-6
     stated(23, x[1], "0.68")
-
-
-# --- What the paper says and what holds -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(PAIRS))
-def test_theorem_3_2_the_mirror_of_x_is_mu_for_every_loss_and_schedule(name):
-    R, pair, w0 = legendre(name), PAIRS[name][0], STARTS[name]
-    losses = (
-        least_squares,
-        lambda x: np.tanh(x) - 0.1,
-        lambda x: softmax(x) - 0.3,
-    )
-    for slope in losses:
-        for pieces in ([(1.0, 0.1)], [(0.5, 0.3), (0.3, 0.0), (0.4, 0.1)], [(0.4, -0.2)]):
-            end = train(pair, w0, pieces, slope)
-            np.testing.assert_allclose(mirror(R, end.x, end.a), end.mu, atol=EXACT)
-
-
-@pytest.mark.parametrize("name", list(PAIRS))
-def test_equation_7_with_the_gradient_of_y_at_fixed_a(name):
-    R, pair = legendre(name), PAIRS[name][0]
-    end, alpha = train(pair, STARTS[name], [(1.0, 0.1)]), 0.37
-    slope = least_squares(end.x)
-    # dx/dt = J dw/dt; J is diagonal in each factor.
-    J = pair.pull(end.w, np.ones(4))
-    velocity = -(J * (pair.pull(end.w, slope) + alpha * pair.decay(end.w))).sum(0)
-    x = torch.from_numpy(end.x).requires_grad_()
-    a = torch.tensor(end.a, dtype=torch.float64, requires_grad=True)
-    (minus_y,) = torch.autograd.grad(R.value(x, a), a, create_graph=True)
-    (minus_grad_y,) = torch.autograd.grad(minus_y, x)
-    w = tuple(torch.from_numpy(f) for f in end.w)
-    assert -minus_y.item() == pytest.approx(PAIRS[name][2].value(w, PAIRS[name][1]).item())
-    inverse = 1 / R.metric(x, a).detach().numpy()
-    np.testing.assert_allclose(
-        -inverse * (slope - alpha * minus_grad_y.numpy()), velocity, atol=1e-9
-    )
-
-
-@pytest.mark.parametrize("name", ["hadamard", "power", "log"])
-def test_theorem_3_6_the_end_minimizes_R_a_where_the_switch_left_it(name):
-    R, pair = legendre(name), PAIRS[name][0]
-    end = train(pair, STARTS[name], [(1.0, 0.1), (200.0, 0.0)])
-    assert abs(Z @ end.x - Y).max() < 1e-9
-    predicted = end_point(lambda mu: R.primal(torch.from_numpy(mu), end.a).numpy())
-    assert gap(predicted, end.x) < 1e-9
-    base = R.value(torch.from_numpy(end.x), end.a)
-    for direction in np.linalg.svd(Z)[2][2:]:  # Z direction = 0
-        for step in (-0.1, 0.1):
-            assert R.value(torch.from_numpy(end.x + step * direction), end.a) > base
-
-
-def test_theorem_3_10_the_gradient_of_the_potential_is_g():
-    rng = np.random.default_rng(0)
-    V = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    A = np.einsum("ij,kj,lj->kil", V, rng.normal(size=(3, 5)), V)
-    B, w0 = V @ np.diag([1, 0.5, 0, 2, 1]) @ V.T, rng.normal(size=5)
-
-    def w(mu, a):
-        return expm(a * B + np.tensordot(mu, A, 1)) @ w0
-
-    def potential(mu, a):
-        return 0.25 * (w(mu, a) ** 2).sum()
-
-    mu, a, d = np.array([0.3, -0.2, 0.1]), -0.4, 1e-5
-    here = w(mu, a)
-    slopes = [(potential(mu + d * e, a) - potential(mu - d * e, a)) / (2 * d) for e in np.eye(3)]
-    np.testing.assert_allclose(slopes, [0.5 * here @ Ai @ here for Ai in A], rtol=1e-7)
-    along_a = (potential(mu, a + d) - potential(mu, a - d)) / (2 * d)
-    assert along_a == pytest.approx(0.5 * here @ B @ here, rel=1e-7)  # h = 1/2 w^T B w >= 0
-
-
-@pytest.mark.parametrize("name", ["hadamard", "one-sided", "power"])
-def test_theorem_3_5_contracting_and_the_bound_of_its_proof(name):
-    R, pair, w0 = legendre(name), PAIRS[name][0], STARTS[name]
-    truth = np.array([0.5, 0.1, 0.3, 0.2])
-    a_end, last, target = -0.3, np.inf, torch.from_numpy(truth)
-    for t in np.linspace(0.1, 3.0, 8):
-        end = train(pair, w0, [(t, 0.1)], lambda x: Z.T @ (Z @ (x - truth)) / 2)
-        a = torch.tensor(end.a, dtype=torch.float64, requires_grad=True)
-        (rate,) = torch.autograd.grad(R.value(target, a), a)
-        assert rate.item() <= 0
-        x, mu = torch.from_numpy(end.x), torch.from_numpy(end.mu)
-        bound = (R.value(target, a_end) - R.value(x, end.a) - mu @ (target - x)).item()
-        assert R.bregman(target, x, end.a).item() - 1e-12 <= bound < last
-        last = bound
-
-
-def test_section_4_decay_moves_the_centre_of_m_w_to_zero_and_the_type_to_L1():
-    w0 = STARTS["hadamard"]
-    R = legendre("hadamard")
-    for a in (-0.5, -2.0):
-        np.testing.assert_allclose(R.centre(a), np.exp(2 * a) * w0[0] * w0[1], rtol=1e-12)
-    ones = mf.legendre(mf.Hadamard(), mf.WeightDecay(), tensors(np.array([[0.0], [1.0]])))
-
-    def growth(a):  # R(2x)/R(x): 4 for L2, 2 for L1
-        x = torch.tensor([1.0], dtype=torch.float64)
-        base = ones.value(0 * x, a)
-        return ((ones.value(2 * x, a) - base) / (ones.value(x, a) - base)).item()
-
-    assert growth(+4.0) == pytest.approx(4, rel=1e-3)
-    assert growth(0.0) > growth(-10.0) > growth(-100.0) > growth(-300.0) > 2
-    assert growth(-300.0) == pytest.approx(2, rel=3e-3)
-
-
-@pytest.mark.parametrize("k", [3, 4, 5])
-def test_theorem_D2_the_bracket_is_4_minus_2k_times_the_other_factors(k):
-    w = torch.linspace(0.5, 1.5, k, dtype=torch.float64)
-    hessian = torch.func.hessian(lambda w: w.prod())(w)
-    others = w.prod() / w
-    bracket = 2 * others - hessian @ (2 * w)  # Hess h grad g - Hess g grad h, h = sum w_i^2
-    torch.testing.assert_close(bracket, (4 - 2 * k) * others)
-    assert not mf.check(mf.Depth(k), mf.WeightDecay(), tuple(w[:, None])).commuting
-
-
-def test_appendix_D_both_models_start_alike_and_the_truth_has_ratio_root_5():
-    m, w = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    for g, start in ((mf.Hadamard(), (m, w)), (mf.Depth(3), (m, w, w))):
-        speed = sum(f**2 for f in g.pullback(start, w))
-        assert (g(start) == 0).all() and (speed == 1).all()
-    truth = np.r_[np.ones(5), np.zeros(95)]
-    assert abs(truth).sum() / np.linalg.norm(truth) == pytest.approx(2.23, abs=0.01)
-
-
-def test_corollary_C3_the_spectrum_minimizes_the_entropy():
-    beta, n = 0.1, 4
-    A, y = commuting_sensing()
-    X, _, a = matrix_flow(A, y, np.sqrt(beta) * np.eye(n), [(3.0, 0.1), (1e4, 0.0)], 1)
-    assert abs(np.tensordot(A, X, 2) - y).max() < 1e-8
-    R = mf.legendre(mf.SymmetricFactor(), mf.WeightDecay(), np.sqrt(beta) * torch.eye(n).double())
-    # KKT: the mirror of X lies in the span of the A_i.
-    flat, mu = A.reshape(len(A), -1), mirror(R, X, a).ravel()
-    residual = mu - flat.T @ np.linalg.lstsq(flat.T, mu, rcond=None)[0]
-    assert np.linalg.norm(residual) < 1e-6 * np.linalg.norm(mu)
-
-
-def test_the_example_of_check_your_own_agrees_with_its_closed_form(capsys):
-    example = runpy.run_path(str(PAGE.parent / "examples" / "own_pair.py"))
-    (lower, upper), trained = example["main"]()
-    assert trained.status is mf.Status.completed
-    assert "does not apply" in capsys.readouterr().out
-    # e^{-u} = e^{-u0} - mu - a and e^{-v} = e^{-v0} + mu - a.
-    u0, v0 = example["w0"]
-    mu, a = trained.path.mu[-1], float(trained.path.a[-1])
-    x = 1 / (torch.exp(-u0) - mu - a) - 1 / (torch.exp(-v0) + mu - a)
-    torch.testing.assert_close(trained.value, x, rtol=1e-7, atol=1e-9)
-    assert a == -2.0
-    torch.testing.assert_close(lower, a - torch.exp(-v0), rtol=1e-7, atol=0)
-    torch.testing.assert_close(upper, torch.exp(-u0) - a, rtol=1e-7, atol=0)
