@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figure", "make_charts", "sentences"]
+__all__ = ["changes", "draw_figure", "make_charts", "sentences"]
 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 RATES = {
@@ -23,7 +23,14 @@ RATES = {
     "restarts": "cosine with warm restarts",
     "held": "the same cosine, lr·decay held",
 }
+CHANGE = "change of nuclear / Frobenius norm"  # seeds begin with models of other ratios
 LABELS = {"ratio": "mean nuclear / Frobenius norm", "accuracy": "validation accuracy (%)"}
+
+
+def changes(records: list[Record], **where: Any) -> list[float]:
+    """Give for each seed by how much the ratio has changed: the models begin with other ones."""
+    ends, starts = (values(records, key, **where) for key in ("ratio", "ratio at the start"))
+    return [end - start for end, start in zip(ends, starts, strict=True)]
 
 
 def _mean(records: list[Record], key: str, **where: Any) -> float:
@@ -110,16 +117,18 @@ def _draw_curves(
         for dash, (rate, name) in zip(DASHES, RATES.items(), strict=False):
             found = _chosen(records, optimizer=optimizer, rate=rate, rank=rank)
             steps = trajectory[f"{found[0]['part']}/{key}.step"]
-            mean = np.mean([trajectory[f"{r['part']}/{key}"] for r in found], axis=0)
+            drawn = np.array([trajectory[f"{r['part']}/{key}"] for r in found])
+            if key == "ratio":
+                drawn = drawn - drawn[:, :1]
             axis.plot(
-                steps, mean, linestyle=dash, color=("#0072B2", "#B34700")[shown], linewidth=1.6,
+                steps, drawn.mean(0), linestyle=dash, linewidth=1.6,
+                color=("#0072B2", "#B34700")[shown],
                 label=f"{'strongest' if shown else 'weakest'} decay, {name}",
             )  # fmt: skip
-            span = [trajectory[f"{r['part']}/{key}"] for r in found]
-            axis.fill_between(steps, np.min(span, axis=0), np.max(span, axis=0), alpha=0.12,
+            axis.fill_between(steps, drawn.min(0), drawn.max(0), alpha=0.12,
                               color=("#0072B2", "#B34700")[shown], linewidth=0)  # fmt: skip
     axis.set_xlabel("step of fine-tuning")
-    axis.set_ylabel(LABELS[key])
+    axis.set_ylabel(CHANGE if key == "ratio" else LABELS[key])
     axis.grid(alpha=0.25)
 
 
@@ -128,16 +137,16 @@ def _chosen(records: list[Record], **where: Any) -> list[Record]:
 
 
 def _draw_ends(axis: Axes, records: list[Record], optimizer: str) -> None:
-    """Draw the ratio at the end over what was absorbed: one line if the decay alone decides."""
+    """Draw how the ratio has changed over what was absorbed: one line if decay alone decides."""
     for dash, marker, (rate, name) in zip(DASHES, "osD", RATES.items(), strict=False):
         ranks = sorted({r["rank"] for r in records})
         wheres = [{"optimizer": optimizer, "rate": rate, "rank": rank} for rank in ranks]
         x = [_mean(records, "budget", **where) for where in wheres]
-        y, widths = zip(*(interval(values(records, "ratio", **w)) for w in wheres), strict=True)
+        y, widths = zip(*(interval(changes(records, **where)) for where in wheres), strict=True)
         axis.errorbar(x, y, yerr=widths, linestyle=dash, marker=marker, color="0.25",
                       markersize=5, capsize=3, label=name)  # fmt: skip
     axis.set_xlabel("absorbed decay −a at the end")
-    axis.set_ylabel("ratio at the end")
+    axis.set_ylabel(CHANGE)
     axis.legend(fontsize=7.5, frameon=False)
     axis.grid(alpha=0.25)
 

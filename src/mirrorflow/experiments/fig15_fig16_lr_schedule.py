@@ -299,14 +299,20 @@ def summary(records: list[Record]) -> str:
 
 def table(records: list[Record]) -> list[Record]:
     """Give a row for each optimizer, learning rate and decay: means over seeds, and intervals."""
+    from ._rate_figures import changes
+
     rows = []
     for name in dict.fromkeys((r["optimizer"], r["rate"], r["decay"]) for r in records):
         where = dict(zip(("optimizer", "rate", "decay"), name, strict=True))
         row: Record = {}
-        for key in ("ratio at the start", "ratio", "accuracy", "loss", "budget"):
-            row[key], width = interval(values(records, key, **where))
-            if key in ("ratio", "accuracy"):
-                row[f"{key} ± 95%"] = width or None
+        for key in ("ratio at the start", "ratio", "loss", "budget"):
+            row[key] = interval(values(records, key, **where))[0]
+        for key, numbers in (
+            ("change of the ratio", changes(records, **where)),
+            ("accuracy", values(records, "accuracy", **where)),
+        ):
+            row[key], width = interval(numbers)
+            row[f"{key} ± 95%"] = width or None
         rows.append({**where, **row})
     return rows
 
