@@ -255,20 +255,21 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
     """Draw the curves of all runs of one quantity."""
     import altair as alt
 
-    points, names = [], {}
+    points, names, lost = [], {}, set()
     for family, kind, run in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
         mine = [r for r in records if (r["family"], r["kind"], r["run"]) == (family, kind, run)]
         x, y = curves(mine, trajectory, family, kind, "step", up)
         name = names.setdefault((family, kind, run), f"{run} ({KINDS[kind]})")
+        if any(r["diverged"] for r in mine):
+            lost.add(name)
         absorbed = -np.mean([np.interp(x, trajectory[f"{k}/a.step"], trajectory[f"{k}/a"])
                              for k in (r["part"] for r in mine)], axis=0)  # fmt: skip
         points += [
             {"run": name, "step": float(s), "value": short(v), "absorbed": short(a)}
             for s, v, a in zip(x, y.mean(0), absorbed, strict=True)
         ]
-    lost = {r["run"] for r in records if r["diverged"]}
-    sound = [p for p in points if p["run"].split(" (")[0] not in lost] or points
-    later = [p["value"] for p in sound if p["step"] >= 0.3 * points[-1]["step"]]
+    shown = [p for p in points if p["run"] not in lost] or points
+    later = [p["value"] for p in shown if p["step"] >= 0.3 * points[-1]["step"]]
     scale = alt.Scale(zero=False) if up == "ratio" else alt.Scale(domain=_around(later), nice=False)
     pick = alt.selection_point(fields=["run"], bind="legend")
     axis = alt.param(
