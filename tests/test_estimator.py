@@ -10,7 +10,8 @@ import torch
 from scipy.optimize import linprog
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Lasso, LinearRegression, Ridge
+from sklearn.linear_model import Lasso, LassoCV, LinearRegression, Ridge
+from sklearn.metrics import f1_score
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -302,14 +303,56 @@ def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
                 assert model.mse_path_[i, j, f] == pytest.approx(error, rel=3e-3)
     best = np.unravel_index(model.mse_path_.mean(2).argmin(), model.mse_path_.shape[:2])
     assert (model.best_log_A_, model.best_t_) == (model.log_As_[best[0]], model.ts_[best[1]])
-    way = options | {"decay": model.best_decay_}
+    way = options | {"decay": model.best_decay_, "zero_tol": model.best_zero_tol_}
     last = mf.MirrorFlowRegressor(model.best_log_A_, model.best_t_, tol=1e-6, **way)
     np.testing.assert_allclose(model.coef_, last.fit(X, y, sample_weight=weights).coef_, atol=1e-6)
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_threshold_is_the_largest_that_predicts_as_well_as_none(refit):
+    X, y, _ = problem(n=40, noise=1.0)
+    weights, cv = np.random.default_rng(3).uniform(0.5, 2, len(y)), KFold(4)
+    tols = (0.3, 0.01, 0.1, 0.6)
+    options = {"zero_tols": tols, "shrinkages": (), "refit": refit, "cv": cv, "tol": 1e-5}
+    model = mf.MirrorFlowRegressorCV((-9.0,), [2.0], **options).fit(X, y, sample_weight=weights)
+    whole = mf.MirrorFlowRegressor(-9.0, 1.0).fit(X, y, sample_weight=weights)
+    for f, (train, test) in enumerate(cv.split(X)):
+        part = X[train], y[train], weights[train]
+        flow = _same_flow(-9.0, 2.0, (whole.t_, whole.A_), *part, {}).coef_
+        for i, tol in enumerate(sorted(tols)):
+            kept = np.abs(flow) >= tol * np.abs(flow).max()
+            coef = np.where(kept, flow, 0.0)
+            if refit:
+                fitted = LinearRegression().fit(part[0][:, kept], *part[1:])
+                coef[kept] = fitted.coef_
+            offset = np.average(part[1] - part[0] @ coef, weights=part[2])
+            missed = y[test] - X[test] @ coef - offset
+            error = np.average(missed**2, weights=weights[test])
+            assert model.zero_mse_path_[i, f] == pytest.approx(error, rel=3e-3)
+    errors, without = model.zero_mse_path_.mean(1), model.mse_path_.mean()
+    harmless = [tol for tol, e in zip(sorted(tols), errors, strict=True) if e <= without]
+    assert model.best_zero_tol_ == (max(harmless) if harmless else sorted(tols)[errors.argmin()])
+    np.testing.assert_array_equal(model.support_, model.coef_ != 0)
+
+
+def test_zeros_cost_no_prediction_and_find_the_support():
+    """On several draws: fewer false coefficients than the lasso, at no larger error."""
+    hits = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        X, truth = rng.standard_normal((100, 200)), np.zeros(200)
+        truth[:10] = 1.0
+        y = X @ truth + rng.standard_normal(100)
+        model, lasso = mf.MirrorFlowRegressorCV().fit(X, y), LassoCV(cv=5).fit(X, y)
+        f1 = [f1_score(truth != 0, found.coef_ != 0) for found in (model, lasso)]
+        error = [np.linalg.norm(found.coef_ - truth) for found in (model, lasso)]
+        hits.append((f1[0] > f1[1], error[0] < error[1]))
+    assert np.sum(hits, axis=0).min() >= 4
+
+
 def test_the_flow_whose_decay_stays_on_tends_to_the_lasso():
     X, y, _ = problem(noise=1.0)
-    model = mf.MirrorFlowRegressorCV((-6.0,), [60.0], shrinkages=[0.3], zero_tol=0).fit(X, y)
+    model = mf.MirrorFlowRegressorCV((-6.0,), [60.0], shrinkages=[0.3], zero_tols=[0]).fit(X, y)
     np.testing.assert_array_equal(model.shrinkages_, [0.0, 0.3])
     decay = mf.TurnOff(0.3 * growth(-6.0, False), 60.0)
     found = mf.MirrorFlowRegressor(-6.0, 60.0, decay=decay, zero_tol=0).fit(X, y)
@@ -416,6 +459,8 @@ def test_bad_parameters_are_named(options, said):
     ("options", "said"),
     [({"log_As": []}, "log_As"), ({"log_As": [np.inf]}, "log_As"), ({"ts": [0.0, 1.0]}, "ts"),
      ({"ts": 0}, "'ts'"), ({"cv": 1}, "n_splits"), ({"shrinkages": [0.0]}, "between 0 and 1"),
+     ({"zero_tols": []}, "zero_tols"), ({"zero_tols": [-0.1, 0.2]}, "zero_tols must be >= 0"),
+     ({"zero_tols": [1.0]}, "zero_tols must be >= 0"),
      ({"shrinkages": [1.0]}, "between 0 and 1"), ({"shrinkages": [[0.5]]}, "between 0 and 1"),
      ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "give one of them")],
 )  # fmt: skip

@@ -2,8 +2,9 @@
 
 from .coder import MirrorFlowCoder
 from .cross_validation import MirrorFlowRegressorCV
+from .linear import TurnOff
 from .paths import MirrorFlowCVDisplay, entropy_path, flow_path
-from .regressor import MirrorFlowRegressor, TurnOff
+from .regressor import MirrorFlowRegressor
 from .sensing import MatrixSensing
 
 __all__ = [

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import get_config
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 
-from .columns import Columns, integrate
-from .data import Data, growth, prepare
-from .regressor import FlowRegressor, Run, TurnOff, validated
+from .data import growth, prepare
+from .folds import Folds
+from .linear import FlowRegressor, Run, TurnOff, validated
 from .transaction import all_or_nothing
+from .zeros import largest_harmless
 
 __all__ = ["MirrorFlowRegressorCV", "candidates", "times"]
 
 SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
+ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 Array = NDArray[np.float64]
-Fold = tuple[Array, Array]  # how often each row is in the training and in the test part
 
 
 class MirrorFlowRegressorCV(FlowRegressor):
@@ -49,8 +47,13 @@ class MirrorFlowRegressorCV(FlowRegressor):
         As everywhere in scikit-learn; None is 5-fold.
     decay : TurnOff or None, default=None
         Weight decay on the way of all flows, as for `MirrorFlowRegressor`.
-    positive, fit_intercept, zero_tol, refit
-        As for `MirrorFlowRegressor`.
+    zero_tols : array of floats in [0, 1), default=None
+        Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
+        0, relative to the largest. Taken is the largest with which the error on what was left out
+        is no larger than without zeros; None is 25 between 1e-3 and 0.7.
+    positive, fit_intercept, refit
+        As for `MirrorFlowRegressor`; with ``refit``, the errors that choose ``zero_tol`` are those
+        of refitted coefficients.
     tol : float, default=1e-2
         As for `MirrorFlowRegressor`; the last fit uses a tenth of it.
     max_iter : int, default=10000
@@ -64,13 +67,19 @@ class MirrorFlowRegressorCV(FlowRegressor):
         The candidates of least error.
     best_decay_ : TurnOff or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
+    best_zero_tol_ : float
+        The threshold that was taken.
     mse_path_ : array of shape (n_flows, n_ts, n_folds)
-        The mean squared error on the fold that was left out; several targets are each divided by
-        their variance.
+        The mean squared error on the fold that was left out, without zeros; several targets are
+        each divided by their variance.
+    zero_mse_path_ : array of shape (n_zero_tols, n_folds)
+        That of the chosen flow, for each threshold.
     log_As_, shrinkages_ : arrays of shape (n_flows,)
         The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
     ts_ : array of shape (n_ts,)
         The times, increasing.
+    zero_tols_ : array of shape (n_zero_tols,)
+        The thresholds, increasing.
     coef_, intercept_, dual_coef_, A_, log_A_, t_, support_, kkt_residual_, gap_, n_iter_
         As for `MirrorFlowRegressor`, fitted to all samples.
     n_features_in_, feature_names_in_
@@ -99,11 +108,11 @@ class MirrorFlowRegressorCV(FlowRegressor):
         "log_As": ["array-like"],
         "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
         "shrinkages": ["array-like", None],
+        "zero_tols": ["array-like", None],
         "cv": ["cv_object"],
         "decay": [TurnOff, None],
         "positive": ["boolean"],
         "fit_intercept": ["boolean"],
-        "zero_tol": [Interval(Real, 0, 1, closed="left")],
         "refit": ["boolean"],
         "tol": [Interval(Real, 0, 1, closed="neither")],
         "max_iter": [Interval(Real, 1, None, closed="left")],
@@ -116,11 +125,11 @@ class MirrorFlowRegressorCV(FlowRegressor):
         ts: Any = 20,
         *,
         shrinkages: Any = None,
+        zero_tols: Any = None,
         cv: Any = None,
         decay: TurnOff | None = None,
         positive: bool = False,
         fit_intercept: bool = True,
-        zero_tol: float = 1e-3,
         refit: bool = False,
         tol: float = 1e-2,
         max_iter: int = 10_000,
@@ -129,11 +138,11 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.log_As = log_As
         self.ts = ts
         self.shrinkages = shrinkages
+        self.zero_tols = zero_tols
         self.cv = cv
         self.decay = decay
         self.positive = positive
         self.fit_intercept = fit_intercept
-        self.zero_tol = zero_tol
         self.refit = refit
         self.tol = tol
         self.max_iter = max_iter
@@ -160,12 +169,16 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self._validate_params()
         with all_or_nothing(self):
             self.log_As_, self.shrinkages_ = self._flows()
-            self.ts_ = times(self.ts)
+            self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
             X, y, sample_weight = validated(self, X, y, sample_weight)
-            folds = self._folds(X, y, sample_weight, params)
+            split = self._split(X, y, sample_weight, params)
             data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
-            self.mse_path_ = self._errors(data, folds)
-            self._fit(data, self._best(), X.dtype, y.ndim == 1)
+            train, test = (part[data.rows] for part in split)
+            folds = Folds(
+                data, train, test, self.decay, self.positive, self.tol, int(self.max_iter)
+            )
+            self.mse_path_ = self._errors(folds)
+            self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
         return self
 
     def _flows(self) -> tuple[Array, Array]:
@@ -182,19 +195,26 @@ class MirrorFlowRegressorCV(FlowRegressor):
         middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
         return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
 
-    def _best(self) -> Run:
-        """Give the flow of least error."""
+    def _best(self, folds: Folds) -> Run:
+        """Give the flow of least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = np.unravel_index(np.argmin(mean), mean.shape)
-        self.best_log_A_, self.best_t_ = float(self.log_As_[i]), float(self.ts_[j])
-        self.best_decay_ = self.decay
-        if self.shrinkages_[i] > 0:
-            rate = float(self.shrinkages_[i]) * growth(self.best_log_A_, self.positive)
-            self.best_decay_ = TurnOff(rate, self.best_t_)
-        return Run(self.best_log_A_, self.best_t_, self.best_decay_, 0.1 * self.tol)
+        log_A, t, shrinkage = (
+            float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
+        )
+        self.zero_mse_path_ = folds.zero_errors(log_A, shrinkage, t, self.zero_tols_, self.refit)
+        self.best_zero_tol_ = largest_harmless(
+            self.zero_tols_, self.zero_mse_path_.mean(axis=1), mean[i, j]
+        )
+        self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
+        if shrinkage > 0:
+            self.best_decay_ = TurnOff(shrinkage * growth(log_A, self.positive), t)
+        return Run(log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_)
 
-    def _folds(self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]) -> list[Fold]:
-        """Count the rows of the training and the test part of each fold."""
+    def _split(
+        self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]
+    ) -> tuple[Array, Array]:
+        """Give the weight of each row (n, n_folds) in the training and the test part of a fold."""
         splitter: Any = check_cv(self.cv)
         routed: dict[str, Any] = {}
         if get_config()["enable_metadata_routing"]:
@@ -210,20 +230,19 @@ class MirrorFlowRegressorCV(FlowRegressor):
                 np.bincount(np.arange(len(y))[part], minlength=len(y)) * weights for part in parts
             )
             if train.sum() > 0 and test.sum() > 0:
-                folds.append((train, test))
+                folds.append((train / train.sum(), test / test.sum()))
         if not folds:
             raise ValueError("cv gives no fold with samples on both sides")
-        return folds
+        train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
+        return train, test
 
-    def _errors(self, data: Data, folds: list[Fold]) -> Array:
+    def _errors(self, folds: Folds) -> Array:
         """Give the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
-        shared = [(train[data.rows], test[data.rows]) for train, test in folds]
-        job = _Job(data, shared, self.ts_, self.decay, self.positive, self.tol, int(self.max_iter))
         if self.n_jobs in (None, 1):
-            return job.run(self.log_As_, self.shrinkages_)
-        run, flows = delayed(job.run), zip(self.log_As_, self.shrinkages_, strict=True)
+            return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
+        run, flows = delayed(folds.errors), zip(self.log_As_, self.shrinkages_, strict=True)
         parts: Any = Parallel(n_jobs=self.n_jobs)(
-            run(np.array([z]), np.array([s])) for z, s in flows
+            run(np.array([z]), np.array([s]), self.ts_) for z, s in flows
         )
         return np.concatenate(list(parts))
 
@@ -237,82 +256,6 @@ class MirrorFlowRegressorCV(FlowRegressor):
         mapping = MethodMapping().add(caller="fit", callee="split")
         router = MetadataRouter(owner=self).add_self_request(self)
         return router.add(splitter=check_cv(self.cv), method_mapping=mapping)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The flows of all folds and all targets."""
-
-    data: Data
-    folds: list[Fold]
-    ts: Array
-    decay: TurnOff | None
-    positive: bool
-    tol: float
-    max_iter: int
-
-    def run(self, log_As: Array, shrinkages: Array) -> Array:
-        """Give the errors (len(log_As), n_ts, n_folds), the mean over the targets."""
-        targets = range(self.data.y.shape[1])
-        return np.mean([self._target(k, log_As, shrinkages) for k in targets], axis=0)
-
-    def _target(self, k: int, log_As: Array, shrinkages: Array) -> Array:
-        """Give the errors of one target, relative to its variance where there are several."""
-        y, count = self.data.y[:, k], len(log_As)
-        train, test = (np.stack([f[i] / f[i].sum() for f in self.folds], axis=1) for i in (0, 1))
-        predictions, late = self._predictions(k, log_As, shrinkages, train)
-        if self.data.center:  # the intercept of each training part
-            of = np.tile(train, (1, count)).T[:, None, :]
-            predictions += (of * (y - predictions)).sum(axis=2, keepdims=True)
-        of = np.tile(test, (1, count)).T[:, None, :]
-        errors = np.where(late, np.inf, (of * (predictions - y) ** 2).sum(axis=2))
-        errors = errors.reshape(count, len(self.folds), -1).transpose(0, 2, 1)
-        variance = float(self.data.weights @ (y - self.data.weights @ y) ** 2)
-        return errors / variance if self.data.y.shape[1] > 1 and variance > 0 else errors
-
-    def _predictions(
-        self, k: int, log_As: Array, shrinkages: Array, train: Array
-    ) -> tuple[Array, NDArray[Any]]:
-        """Give X x (flows and folds, times, samples), and which of them steps did not reach."""
-        y, folds = self.data.y[:, k], train.shape[1]
-        found = np.zeros((len(log_As) * folds, len(self.ts), len(y)))
-        if not self.data.pull[k] > 0:  # a constant target
-            return found, np.zeros(found.shape[:2], dtype=bool)
-
-        def save(column: Any, index: Any, _: Array, x: Array, __: Array) -> None:
-            found[column, index] = (self.data.X @ x).T
-
-        units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
-        decay = self.decay or TurnOff(0.0, 1.0)
-        stays = shrinkages > 0
-        rates = np.where(stays, shrinkages * self.data.pull[k], decay.alpha / units)
-        offs = np.where(stays, np.inf, decay.t * units)
-        columns = Columns(
-            self.data.X,
-            np.tile(y[:, None], (1, len(found))),
-            np.tile(train, (1, len(log_As))),
-            np.repeat([self.data.log_A(z)[k] for z in log_As], folds),
-            np.repeat(rates, folds),
-            np.repeat(offs, folds),
-            self.data.center,
-            self.positive,
-        )
-        times = np.repeat(units[:, None] * self.ts, folds, axis=0)
-        reached, _ = integrate(columns, times, save, self.tol, self.max_iter)
-        late = np.arange(len(self.ts)) >= reached[:, None]
-        _warn_unfinished(late, self.max_iter)
-        return found, late
-
-
-def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:
-    """Warn that candidates are left out because the steps did not reach them."""
-    if late.any():
-        warnings.warn(
-            f"{late.sum()} of {late.size} flows have not reached their time in max_iter={max_iter} "
-            "steps and are left out; increase max_iter, or give smaller ts",
-            ConvergenceWarning,
-            stacklevel=6,
-        )
 
 
 def candidates(name: str, values: Any) -> Array:
@@ -330,4 +273,14 @@ def times(values: Any) -> Array:
     found = np.sort(candidates("ts", values))
     if not found[0] > 0:
         raise ValueError(f"ts must be > 0, got {values!r}")
+    return found
+
+
+def thresholds(values: Any) -> Array:
+    """Give the candidates for zero_tol, increasing."""
+    if values is None:
+        return ZERO_TOLS
+    found = np.sort(candidates("zero_tols", values))
+    if not (found[0] >= 0 and found[-1] < 1):
+        raise ValueError(f"zero_tols must be >= 0 and < 1, got {values!r}")
     return found

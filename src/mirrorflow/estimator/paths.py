@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from .columns import Columns, integrate
 from .cross_validation import candidates, times
 from .data import prepare
-from .regressor import TurnOff, raise_unfinished
+from .linear import TurnOff, raise_unfinished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -139,7 +139,7 @@ def _early_stopped(X: Array, y: Array, knobs: Array | None = None) -> tuple[Arra
 
 METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "mirrorflow": _estimator(_flow),
-    "mirrorflow, refitted": _estimator(lambda: _flow(refit=True, zero_tol=0.1)),
+    "mirrorflow, refitted": _estimator(lambda: _flow(refit=True)),
     "lasso": _estimator(lambda: LassoCV(cv=FOLDS)),
     "elastic net": _estimator(_elastic_net),
     "relaxed lasso": _by_path(_relaxed),
