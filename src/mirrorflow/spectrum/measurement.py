@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gram import CHUNK, columns, gram, is_sharded
 from .pairs import Factor, Pair
-from .product import CHUNK, ProductSpectrum, columns, gram, is_sharded, spectrum_of_grams, trace
+from .product import ProductSpectrum, spectrum_of_grams
 from .records import Record
 
 __all__ = ["measure"]
@@ -114,7 +115,7 @@ def _grouped(left: Tensor, right: Tensor, pair: Pair) -> ProductSpectrum:
     rows = torch.arange(key_heads * width, device=left.device).view(key_heads, 1, width)
     shared = rows.expand(-1, group, -1).flatten()  # which row of K each row of Q meets
     repeated = right[..., shared, :][..., shared]
-    return ProductSpectrum(spectrum.singular_values, left - repeated, trace(left + repeated) / 2)
+    return ProductSpectrum(spectrum.singular_values, left, repeated)
 
 
 def _numbers(spectrum: ProductSpectrum) -> list[Any]:

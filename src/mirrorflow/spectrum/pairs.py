@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .product import columns, is_sharded
+from .gram import columns, is_sharded
 
 __all__ = [
     "LEVELS",

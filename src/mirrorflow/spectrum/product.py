@@ -7,20 +7,16 @@ ratio of the nuclear to the Frobenius norm above all) cost next to nothing.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from math import prod
-from operator import sub
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ProductSpectrum", "gram", "product_spectrum", "spectrum_of_grams", "trace"]
+from .gram import gram, trace
 
-NATIVE = (torch.float64, torch.float32, torch.float16)  # dtypes that NumPy has
-CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
+__all__ = ["ProductSpectrum", "product_spectrum", "spectrum_of_grams", "unreadable"]
+
 EPS = torch.finfo(torch.float64).eps
 TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast path may have
 
@@ -33,16 +29,13 @@ class ProductSpectrum:
     ----------
     singular_values : Tensor of shape (..., min(n, r, m))
         Descending, float64; all 0 where A B is 0 up to rounding, NaN where a factor is not finite.
-    imbalance : Tensor of shape (..., r, r)
-        ``A^T A - B B^T``. Under gradient flow with decay it is e^{2a} times its value at the start,
-        for any loss, so that its size says how much decay has been absorbed.
-    squared_norm : Tensor of shape (...)
-        ``(|A|_F^2 + |B|_F^2) / 2``, never less than the nuclear norm.
+    gram_a, gram_b : Tensors of shape (..., r, r)
+        ``A^T A`` and ``B B^T``, float64.
     """
 
     singular_values: Tensor
-    imbalance: Tensor
-    squared_norm: Tensor
+    gram_a: Tensor
+    gram_b: Tensor
 
     @property
     def nuclear(self) -> Tensor:
@@ -74,6 +67,20 @@ class ProductSpectrum:
         """The exponential of the entropy of the normalized singular values; NaN where A B = 0."""
         p = self.singular_values / self.nuclear[..., None]
         return self._or_nan(torch.exp(-torch.xlogy(p, p).sum(-1)))
+
+    @property
+    def imbalance(self) -> Tensor:
+        """``A^T A - B B^T``, of shape (..., r, r).
+
+        Under gradient flow with decay it is e^{2a} times its value at the start, for any loss, so
+        that its size says how much decay has been absorbed.
+        """
+        return self.gram_a - self.gram_b
+
+    @property
+    def squared_norm(self) -> Tensor:
+        """``(|A|_F^2 + |B|_F^2) / 2``, never less than the nuclear norm."""
+        return (trace(self.gram_a) + trace(self.gram_b)) / 2
 
     @property
     def gap(self) -> Tensor:
@@ -141,7 +148,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     gram_a, gram_b = gram(A.mT, group), gram(B, group)
     n, m = _sizes(A.shape[-2], B.shape[-1], group)
     spectrum = spectrum_of_grams(gram_a, gram_b, min(n, A.shape[-1], m))
-    if not torch.isfinite(spectrum.squared_norm).all():
+    if spectrum.singular_values.isnan().any():
         broken = "B" if torch.isfinite(trace(gram_a)).all() else "A"
         raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
     return spectrum
@@ -156,67 +163,37 @@ def unreadable(factor: Tensor) -> str:
     return ""
 
 
-def gram(rows: Tensor, group: Any = None) -> Tensor:
-    """Give rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n).
-
-    A ``DTensor`` gives its whole Gram matrix as a plain tensor on every rank. Only Gram matrices
-    travel, unless it is sharded over its r rows: those are turned into columns first (an
-    all-to-all, in which each rank sends what it holds).
-    """
-    rows = rows.detach()
-    if is_sharded(rows):
-        return _sharded_gram(rows)
-    total = _local_gram(rows)
-    if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return total
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor; nothing is imported to find out."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def columns(rows: Any) -> Any:
-    """Give a DTensor (..., r, n) sharded over its columns where it was over its r rows."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    inner, last = rows.ndim - 2, rows.ndim - 1
-    wanted = [
-        Shard(last) if p.is_shard(inner) else Replicate() if p.is_partial() else p
-        for p in rows.placements
-    ]
-    return rows.redistribute(placements=wanted)
-
-
 def spectrum_of_grams(gram_a: Tensor, gram_b: Tensor, rank: int) -> ProductSpectrum:
     """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values."""
-    imbalance = _by_numpy(sub, gram_a, gram_b)
     squares_a, squares_b = trace(gram_a), trace(gram_b)
-    squares = squares_a + squares_b  # not finite exactly where an entry of a factor is not
-    broken = ~torch.isfinite(squares)
-    if any_broken := bool(broken.any()):  # LAPACK refuses them
-        gram_a, gram_b = (torch.where(broken[..., None, None], 0.0, g) for g in (gram_a, gram_b))
-    values = _singular_values(gram_a, gram_b, (squares_a * squares_b).sqrt())[..., :rank]
-    if any_broken:
-        values = torch.where(broken[..., None], torch.nan, values)
-    return ProductSpectrum(values, imbalance, squares / 2)
+    product = squares_a * squares_b
+    finite = torch.isfinite(squares_a + squares_b)  # exactly where all entries of the factors are
+    if finite.all():
+        values = _singular_values(gram_a, gram_b, product)
+    else:  # LAPACK refuses them
+        kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
+        values = _singular_values(*kept, torch.where(finite, product, 0.0))
+        values = torch.where(finite[..., None], values, torch.nan)
+    return ProductSpectrum(values[..., :rank], gram_a, gram_b)
 
 
 def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
-    """Give the singular values of A B, |A||B| = size: the fast way, and again where it lost some.
+    """Give the singular values of A B, |A|^2 |B|^2 = size: the fast way, and where it failed again.
 
     Eigenvalues of the squared core have the error EPS s_1^2, so that s_i has EPS s_1^2 / s_i.
     """
-    lower, failed = _cholesky(gram_a)
-    core = _by_numpy(lambda L, G: L.swapaxes(-1, -2) @ (G @ L), lower, gram_b)
-    squares = _by_numpy(np.linalg.eigvalsh, core) if core.is_cpu else torch.linalg.eigvalsh(core)
+    lower, failed = torch.linalg.cholesky_ex(gram_a)
+    squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
+    sound = (squares[..., 0] > 1e-10 * size) & (failed == 0)  # s_1^2 <= size
     values = squares.flip(-1).clamp_(min=0).sqrt_()
+    return values if sound.all() else _repaired(values, gram_a, gram_b, size.sqrt(), failed)
+
+
+def _repaired(
+    values: Tensor, gram_a: Tensor, gram_b: Tensor, size: Tensor, failed: Tensor
+) -> Tensor:
+    """Compute those singular values again that have lost too much, from roots of both factors."""
     largest = values[..., 0]
-    exact = (values[..., -1] > 1e-5 * largest) & (largest > 1e-5 * size) & (failed == 0)
-    if exact.all():
-        return values
     error = EPS * (largest[..., None] ** 2 / values).sum(-1)
     exact = (error < TRUSTED * values.sum(-1)) & (largest > 1e-5 * size) & (failed == 0)
     if not exact.all():
@@ -227,103 +204,11 @@ def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
     return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
 
 
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Give L with L L^T = gram, and for each entry whether there is none (not 0)."""
-    if gram.is_cpu:
-        try:
-            lower = _by_numpy(np.linalg.cholesky, gram)
-        except np.linalg.LinAlgError:  # in one of them; torch says in which
-            return torch.linalg.cholesky_ex(gram)
-        return lower, torch.zeros(gram.shape[:-2], dtype=torch.int32)
-    return torch.linalg.cholesky_ex(gram)
-
-
 def _root(gram: Tensor) -> Tensor:
     """Give L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
     values, vectors = torch.linalg.eigh(gram)
     zero = values <= EPS * gram.shape[-1] * values[..., -1:]
     return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]
-
-
-def trace(gram: Tensor) -> Tensor:
-    """Give the traces of a batch."""
-    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _local_gram(rows: Tensor, scratch: Any = None) -> Tensor:
-    """Give rows rows^T in float64 without a float64 copy of all rows.
-
-    On the CPU every chunk is converted into the same ``scratch``: new memory for each would cost as
-    much as the product.
-    """
-    if rows.device.type == "mps":  # it has no float64
-        rows = rows.cpu()
-    if rows.dtype == torch.float64 or rows.numel() <= CHUNK:
-        return _square(rows, scratch)
-    scratch = np.empty(CHUNK) if scratch is None else scratch
-    if rows.ndim == 2:
-        parts = rows.split(max(1, CHUNK // len(rows)), -1)
-        return _sum(_local_gram(part, scratch) for part in parts)
-    if len(rows) == 1:
-        return _local_gram(rows[0], scratch)[None]
-    entries = max(1, CHUNK // prod(rows.shape[1:]))
-    parts = [_local_gram(part, scratch) for part in rows.split(entries)]
-    if rows.device.type != "cpu":
-        return torch.cat(parts)
-    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
-
-
-def _square(wide: Tensor, scratch: Any = None) -> Tensor:
-    """Give wide wide^T in float64.
-
-    NumPy sees that it is symmetric (syrk), and needs half the time. It converts, too: torch and
-    NumPy taking turns would wait for each other's threads (`_by_numpy`).
-    """
-    if wide.device.type != "cpu":
-        wide = wide.to(torch.float64)
-        return wide @ wide.mT
-    wide = wide if wide.dtype in NATIVE else wide.to(torch.float32)  # bfloat16 fits into it
-    array = wide.numpy()
-    if scratch is not None and array.dtype != np.float64 and array.size <= scratch.size:
-        double = scratch[: array.size].reshape(array.shape)
-        np.copyto(double, array)
-    else:
-        double = array.astype(np.float64, copy=False)
-    with np.errstate(all="ignore"):  # NaN and inf are reported by the callers
-        return torch.from_numpy(double @ double.swapaxes(-1, -2))
-
-
-def _by_numpy(compute: Any, *tensors: Tensor) -> Tensor:
-    """Compute on the CPU by NumPy, as the Gram matrices before, elsewhere by torch."""
-    if not tensors[0].is_cpu:
-        return compute(*tensors)
-    with np.errstate(all="ignore"):  # NaN and inf are reported by the callers
-        return torch.from_numpy(compute(*(tensor.numpy() for tensor in tensors)))
-
-
-def _sum(grams: Any) -> Tensor:
-    """Add Gram matrices in place."""
-    total = next(grams)
-    for more in grams:
-        total += more
-    return total
-
-
-def _sharded_gram(rows: Any) -> Tensor:
-    """Give the Gram matrix of a DTensor, on every rank."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    rows = columns(rows)
-    shape = torch.Size((*rows.shape[:-1], rows.shape[-2]))
-    parts = [Partial() if p.is_shard(rows.ndim - 1) else p for p in rows.placements]
-    total = DTensor.from_local(
-        _local_gram(rows.to_local()),
-        rows.device_mesh,
-        parts,
-        shape=shape,
-        stride=tuple(prod(shape[i + 1 :]) for i in range(len(shape))),
-    )
-    return total.full_tensor()
 
 
 def _sizes(n: int, m: int, group: Any) -> tuple[int, int]:
