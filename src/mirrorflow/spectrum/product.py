@@ -8,6 +8,7 @@ ratio of the nuclear to the Frobenius norm above all) cost next to nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite, isnan
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     gram_a, gram_b = gram(A.mT, group), gram(B, group)
     n, m = _sizes(A.shape[-2], B.shape[-1], group)
     spectrum = spectrum_of_grams(gram_a, gram_b, min(n, A.shape[-1], m))
-    if spectrum.singular_values.isnan().any():
+    if isnan(spectrum.singular_values.sum()):
         broken = "B" if torch.isfinite(trace(gram_a)).all() else "A"
         raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
     return spectrum
@@ -166,11 +167,11 @@ def unreadable(factor: Tensor) -> str:
 def spectrum_of_grams(gram_a: Tensor, gram_b: Tensor, rank: int) -> ProductSpectrum:
     """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values."""
     squares_a, squares_b = trace(gram_a), trace(gram_b)
-    product = squares_a * squares_b
-    finite = torch.isfinite(squares_a + squares_b)  # exactly where all entries of the factors are
-    if finite.all():
+    product, total = squares_a * squares_b, squares_a + squares_b
+    if isfinite(total.sum()):  # one number, to look at it quickly
         values = _singular_values(gram_a, gram_b, product)
-    else:  # LAPACK refuses them
+    else:  # LAPACK refuses what is not finite
+        finite = torch.isfinite(total)
         kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
         values = _singular_values(*kept, torch.where(finite, product, 0.0))
         values = torch.where(finite[..., None], values, torch.nan)
@@ -184,9 +185,10 @@ def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
     squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
-    sound = (squares[..., 0] > 1e-10 * size) & (failed == 0)  # s_1^2 <= size
     values = squares.flip(-1).clamp_(min=0).sqrt_()
-    return values if sound.all() else _repaired(values, gram_a, gram_b, size.sqrt(), failed)
+    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():  # s_1^2 <= size
+        return values
+    return _repaired(values, gram_a, gram_b, size.sqrt(), failed)
 
 
 def _repaired(
