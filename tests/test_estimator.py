@@ -58,14 +58,15 @@ def by_flow(model, X, y, weights=None):
     size = torch.full((X.shape[1],), float(np.sqrt(A if model.positive else 2 * A)))
     w0 = (size if model.positive else torch.zeros_like(size), size)
     w0 = tuple(w.double() for w in w0)
-    schedule = mf.SwitchOff(decay.alpha / unit, decay.t * unit) if decay else mf.Constant(0.0)
+    off = min(decay.t, model.t) if decay else 0.0
+    schedule = mf.SwitchOff(decay.alpha / unit, off * unit) if decay else mf.Constant(0.0)
     solution = mf.flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, schedule, model.t_, rtol=1e-10)
     return solution.value.numpy()
 
 
 @pytest.mark.parametrize("log_A", [2.0, -3.0, -10.0])
 @pytest.mark.parametrize("positive", [False, True])
-@pytest.mark.parametrize("decay", [None, mf.TurnOff(2.0, 0.7), mf.TurnOff(0.5, 9.0)])
+@pytest.mark.parametrize("decay", [None, mf.TurnOff(2.0, 0.7), mf.TurnOff(0.5, np.inf)])
 def test_the_fit_is_the_flow_of_m_and_w(log_A, positive, decay):
     X, y, _ = problem()
     model = mf.MirrorFlowRegressor(
@@ -110,6 +111,16 @@ def test_weights_count_rows():
     assert (weighted.dual_coef_[counts == 0] == 0).all()
 
 
+def refusing(shape, toarray):
+    """Make dense only what has not the shape of X."""
+
+    def guarded(self, *args, **kwargs):
+        assert sorted(self.shape) != sorted(shape)
+        return toarray(self, *args, **kwargs)
+
+    return guarded
+
+
 @pytest.mark.parametrize("kind", [sp.csr_array, sp.csc_matrix])
 def test_sparse_is_dense_and_stays_sparse(kind, monkeypatch):
     rng = np.random.default_rng(1)
@@ -119,7 +130,7 @@ def test_sparse_is_dense_and_stays_sparse(kind, monkeypatch):
         dense = clone(model).fit(X, y)
         with monkeypatch.context() as patch:
             for cls in (sp.csr_array, sp.csc_array, sp.csr_matrix, sp.csc_matrix):
-                patch.setattr(cls, "toarray", None)
+                patch.setattr(cls, "toarray", refusing(X.shape, cls.toarray))
                 patch.setattr(cls, "todense", None)
             sparse = clone(model).fit(kind(X), y)
             predicted = sparse.predict(kind(X))
@@ -292,7 +303,7 @@ def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
     units, ways = {}, {}
     for i, (log_A, shrinkage) in enumerate(zip(model.log_As_, model.shrinkages_, strict=True)):
         rate = shrinkage * growth(log_A, model.positive)
-        ways[i] = options | ({"decay": mf.TurnOff(rate, 99.0)} if shrinkage else {})
+        ways[i] = options | ({"decay": mf.TurnOff(rate, np.inf)} if shrinkage else {})
         whole = mf.MirrorFlowRegressor(log_A, 1.0, **ways[i]).fit(X, y, sample_weight=weights)
         units[i] = whole.t_, whole.A_
     for f, (train, test) in enumerate(cv.split(X)):
@@ -375,7 +386,8 @@ def _same_flow(log_A, t, unit, X, y, weights, options):
     shifted = log_A + np.log(A / probe.A_)
     unit = mf.MirrorFlowRegressor(shifted, 1.0, **options).fit(X, y, sample_weight=weights).t_
     if decay:
-        options["decay"] = mf.TurnOff(decay.alpha * unit / time, decay.t * time / unit)
+        off = decay.t * time / unit if decay.t <= t else np.inf
+        options["decay"] = mf.TurnOff(decay.alpha * unit / time, off)
     model = mf.MirrorFlowRegressor(shifted, t * time / unit, **options)
     return model.fit(X, y, sample_weight=weights)
 

@@ -17,7 +17,7 @@ def problem(n=25, d=50):
     return X, X[:, 3] - 2 * X[:, 9] + 5 + 0.1 * rng.standard_normal(n)
 
 
-@pytest.mark.parametrize("options", [{}, {"positive": True}, {"decay": mf.TurnOff(1.0, 1.0)},
+@pytest.mark.parametrize("options", [{}, {"positive": True}, {"decay": mf.TurnOff(1.0, 0.4)},
                                      {"fit_intercept": False}])  # fmt: skip
 def test_the_flow_path_is_that_of_separate_fits(options):
     X, y = problem()

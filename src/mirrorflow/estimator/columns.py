@@ -205,7 +205,9 @@ class _Run:
         """Give the error estimate of x for each column, in units of the tolerance."""
         error = self.c.XT @ (0.8 * (self.nu - new) + 0.4 * self.h * (self.f + f))
         size = np.abs(x).max(axis=0)
-        found = (slope * np.abs(error)).max(axis=0) / (self.tol * np.maximum(size, 1e-300))
+        # The slope at the start of the step, too: a step too far can end where all slopes are 0.
+        steep = np.maximum(slope, self.slope)
+        found = (steep * np.abs(error)).max(axis=0) / (self.tol * np.maximum(size, 1e-300))
         return np.where(np.isfinite(found), found, 1e9)
 
     def _hand_over(self, good: NDArray[np.bool_], t: Array, new: Array, f: Array) -> None:

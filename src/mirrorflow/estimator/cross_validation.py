@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.model_selection import check_cv
@@ -15,13 +17,15 @@ from sklearn.utils.parallel import Parallel, delayed
 
 from .data import growth, prepare
 from .folds import Folds
-from .linear import FlowRegressor, Run, TurnOff, validated
+from .linear import LOG_A, FlowRegressor, Run, TurnOff, check_decay, validated
 from .transaction import all_or_nothing
 from .zeros import largest_harmless
 
 __all__ = ["MirrorFlowRegressorCV", "candidates", "times"]
 
 SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
+FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
+FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
 ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 Array = NDArray[np.float64]
 
@@ -46,7 +50,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
     decay : TurnOff or None, default=None
-        Weight decay on the way of all flows, as for `MirrorFlowRegressor`.
+        Weight decay on the way of all flows, as for `MirrorFlowRegressor`; not beyond the last of
+        ``ts``, or for ever.
     zero_tols : array of floats in [0, 1), default=None
         Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
         0, relative to the largest. Taken is the largest with which the error on what was left out
@@ -170,6 +175,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         with all_or_nothing(self):
             self.log_As_, self.shrinkages_ = self._flows()
             self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
+            check_decay(self.decay, self.ts_[-1])
             X, y, sample_weight = validated(self, X, y, sample_weight)
             split = self._split(X, y, sample_weight, params)
             data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
@@ -183,7 +189,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     def _flows(self) -> tuple[Array, Array]:
         """Give log A and shrinkage of each flow."""
-        log_As = candidates("log_As", self.log_As)
+        log_As = scales(self.log_As)
         given = self.shrinkages
         if given is None:
             given = () if self.decay else SHRUNK
@@ -199,6 +205,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         """Give the flow of least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = np.unravel_index(np.argmin(mean), mean.shape)
+        _warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         log_A, t, shrinkage = (
             float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
         )
@@ -229,16 +236,20 @@ class MirrorFlowRegressorCV(FlowRegressor):
             train, test = (
                 np.bincount(np.arange(len(y))[part], minlength=len(y)) * weights for part in parts
             )
-            if train.sum() > 0 and test.sum() > 0:
-                folds.append((train / train.sum(), test / test.sum()))
+            if not (train.sum() > 0 and test.sum() > 0):
+                raise ValueError(
+                    "cv gives a fold without samples, or with none of weight > 0, on one side"
+                )
+            folds.append((train / train.sum(), test / test.sum()))
         if not folds:
-            raise ValueError("cv gives no fold with samples on both sides")
+            raise ValueError("cv gives no fold")
         train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
         return train, test
 
     def _errors(self, folds: Folds) -> Array:
         """Give the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
-        if self.n_jobs in (None, 1):
+        jobs: Any = self.n_jobs  # None asks joblib's context
+        if effective_n_jobs(jobs) == 1:
             return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
         run, flows = delayed(folds.errors), zip(self.log_As_, self.shrinkages_, strict=True)
         parts: Any = Parallel(n_jobs=self.n_jobs)(
@@ -258,6 +269,19 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return router.add(splitter=check_cv(self.cv), method_mapping=mapping)
 
 
+def _warn_at_the_last_time(errors: Array, ts: Array, spread: float) -> None:
+    """Warn where the error is still large at the last time, and falling."""
+    if len(ts) < 2 or errors.argmin() < len(ts) - 1 or errors[-1] < FITTED * spread:
+        return
+    if errors[-1] * ts[-1] ** FALLING < errors[-2] * ts[-2] ** FALLING:
+        warnings.warn(
+            f"the error is still falling at the largest t, {ts[-1]:g}: columns of X on a common "
+            "scale (StandardScaler) grow together; otherwise give larger ts",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def candidates(name: str, values: Any) -> Array:
     """Give a non-empty vector of finite numbers."""
     found = np.atleast_1d(np.asarray(values, dtype=np.float64))
@@ -266,9 +290,19 @@ def candidates(name: str, values: Any) -> Array:
     return found
 
 
+def scales(values: Any) -> Array:
+    """Give the candidates for log_A."""
+    found = candidates("log_As", values)
+    if not (found.min() >= LOG_A[0] and found.max() <= LOG_A[1]):
+        raise ValueError(f"log_As must be between {LOG_A[0]} and {LOG_A[1]}, got {values!r}")
+    return found
+
+
 def times(values: Any) -> Array:
     """Give the candidates for t, increasing."""
     if isinstance(values, Integral):
+        if values < 1:
+            raise ValueError(f"ts must be a number of times >= 1, or the times, got {values!r}")
         return np.geomspace(0.3, 30, int(values))
     found = np.sort(candidates("ts", values))
     if not found[0] > 0:

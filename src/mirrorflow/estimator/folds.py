@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 
-from .columns import Columns, integrate
-from .data import Data
+from .columns import Columns, Saved, integrate
+from .data import Data, centered, triangle
 from .linear import TurnOff
 from .zeros import least_squares, without_small
 
 __all__ = ["Folds"]
 
 Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Folds whose flows share the products with X.
+
+    Attributes
+    ----------
+    X, y, train : arrays of shape (n, d), (n, K), (n, number of folds)
+        What they are trained on; the weights of each fold sum to 1.
+    center : bool
+        Whether each fold has means of its own to subtract.
+    error : callable
+        Gives, of coefficients (d, c) for target k and these folds, the squared errors (c,) on what
+        was left out.
+    """
+
+    X: Any
+    y: Array
+    train: Array
+    center: bool
+    error: Callable[[Array, int, Index], Array]
 
 
 @dataclass(frozen=True)
@@ -46,54 +71,118 @@ class Folds:
     def errors(self, log_As: Array, shrinkages: Array, ts: Array) -> Array:
         """Give the errors (n_flows, n_ts, n_folds), the mean over the targets."""
         targets = range(self.data.y.shape[1])
-        return np.mean([self._target(k, log_As, shrinkages, ts) for k in targets], axis=0)
+        found = [
+            [self._errors(part, k, log_As, shrinkages, ts) for part in self.parts] for k in targets
+        ]
+        reached = np.mean([np.concatenate(parts, axis=2) for parts in found], axis=0)
+        _warn_unfinished(np.isinf(reached), self.max_iter)
+        return reached
 
     def zero_errors(
         self, log_A: float, shrinkage: float, t: float, zero_tols: Array, refit: bool
     ) -> Array:
         """Give the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0."""
-        targets = range(self.data.y.shape[1])
-        found = [self._thresholded(k, log_A, shrinkage, t, zero_tols, refit) for k in targets]
+        found = []
+        for k in range(self.data.y.shape[1]):
+            parts = [self._coefs(part, k, log_A, shrinkage, t) for part in self.parts]
+            coefs = np.concatenate(parts, axis=1).T
+            errors = [self._thresholded(c, k, f, zero_tols, refit) for f, c in enumerate(coefs)]
+            found.append(np.stack(errors, axis=1))
         return np.mean(found, axis=0)
 
-    def _target(self, k: int, log_As: Array, shrinkages: Array, ts: Array) -> Array:
-        """Give the errors of one target."""
-        count, folds = len(log_As), self.train.shape[1]
-        found = np.full((count * folds, len(ts)), np.inf)
-        if not self.data.pull[k] > 0:  # a constant target: its mean fits
-            zeros = np.zeros((len(self.train), folds))
-            found[:] = np.tile(self._error(k, zeros, np.arange(folds)), count)[:, None]
+    @cached_property
+    def parts(self) -> list[_Part]:
+        """The folds: all together, or each by itself where its rows can be made few."""
+        (n, d), K = self.data.X.shape, self.data.y.shape[1]
+        if issparse(self.data.X) or n <= 2 * (d + K):
+            return [_Part(self.data.X, self.data.y, self.train, self.data.center, self._missed)]
+        return [self._compressed(f) for f in range(self.train.shape[1])]
+
+    def _missed(self, x: Array, k: int, fold: Index) -> Array:
+        """Give the squared errors, with the intercept of the training part."""
+        missed = self.data.y[:, [k]] - self.data.X @ x
+        if self.data.center:
+            missed -= (self.train[:, fold] * missed).sum(axis=0)
+        return (self.test[:, fold] * missed**2).sum(axis=0)
+
+    def _compressed(self, f: int) -> _Part:
+        """Give a fold as few rows: its flow and its errors depend on triangular factors alone."""
+        X, y, train = self.data.X, self.data.y, self.train[:, f]
+        if self.data.center:
+            (X, means), (y, offsets) = centered(X, train), centered(y, train)
+            test = triangle(self.data.X - means, self.data.y - offsets, self.test[:, f])
         else:
+            test = triangle(X, y, self.test[:, f])
+        few, targets = triangle(X, y, train)
+        size = np.sqrt(len(few))
 
-            def save(column: Any, index: Any, _: Array, x: Array, __: Array) -> None:
-                found[column, index] = self._error(k, self.data.X @ x, column % folds)
+        def error(x: Array, k: int, _: Index) -> Array:
+            return ((test[0] @ x - test[1][:, [k]]) ** 2).sum(axis=0)
 
-            columns, unit = self._columns(k, log_As, shrinkages)
-            reached, _ = integrate(columns, unit * ts, save, self.tol, self.max_iter)
-            late = np.arange(len(ts)) >= reached[:, None]
-            found[late] = np.inf
-            _warn_unfinished(late, self.max_iter)
+        return _Part(size * few, size * targets, np.full((len(few), 1), size**-2), False, error)
+
+    def _errors(self, part: _Part, k: int, log_As: Array, shrinkages: Array, ts: Array) -> Array:
+        """Give the errors (n_flows, n_ts, folds of the part) of one target."""
+        count, folds = len(log_As), part.train.shape[1]
+        found = np.full((count * folds, len(ts)), np.inf)
+
+        def save(column: Index, index: Index, _: Array, x: Array, __: Array) -> None:
+            found[column, index] = part.error(x, k, column % folds) / self._units[k]
+
+        reached = self._run(part, k, log_As, shrinkages, ts, save)
+        found[np.arange(len(ts)) >= reached[:, None]] = np.inf
         return found.reshape(count, folds, len(ts)).transpose(0, 2, 1)
 
-    def _thresholded(
-        self, k: int, log_A: float, shrinkage: float, t: float, zero_tols: Array, refit: bool
-    ) -> Array:
-        """Give the errors of one target for each threshold and fold."""
-        coefs = np.zeros((self.data.X.shape[1], self.train.shape[1]))
-        if self.data.pull[k] > 0:
+    def _coefs(self, part: _Part, k: int, log_A: float, shrinkage: float, t: float) -> Array:
+        """Give the coefficients (d, folds of the part) of one flow at one time."""
+        coefs = np.zeros((part.X.shape[1], part.train.shape[1]))
 
-            def save(column: Any, _: Any, __: Array, x: Array, ___: Array) -> None:
-                coefs[:, column] = x
+        def save(column: Index, _: Index, __: Array, x: Array, ___: Array) -> None:
+            coefs[:, column] = x
 
-            columns, unit = self._columns(k, np.array([log_A]), np.array([shrinkage]))
-            integrate(columns, unit * t, save, self.tol, self.max_iter)
-        found = np.empty((len(zero_tols), len(coefs.T)))
-        for f, coef in enumerate(coefs.T):
-            rows = without_small(np.tile(coef, (len(zero_tols), 1)), zero_tols[:, None])
-            if refit:
-                rows = self._refitted(k, rows != 0, self.train[:, f])
-            found[:, f] = self._error(k, self.data.X @ rows.T, np.full(len(rows), f))
-        return found
+        self._run(part, k, np.array([log_A]), np.array([shrinkage]), np.array([t]), save)
+        return coefs
+
+    def _run(
+        self, part: _Part, k: int, log_As: Array, shrinkages: Array, ts: Array, save: Saved
+    ) -> Index:
+        """Integrate the flows of a part, folds running fastest; say how many times are reached."""
+        count, folds = len(log_As) * part.train.shape[1], part.train.shape[1]
+        if not self.data.pull[k] > 0:  # a constant target: all coefficients stay 0
+            column, index = (i.ravel() for i in np.indices((count, len(ts))))
+            save(column, index, np.zeros(0), np.zeros((part.X.shape[1], len(column))), np.zeros(0))
+            return np.full(count, len(ts))
+        columns, unit = self._columns(part, k, log_As, shrinkages, folds)
+        return integrate(columns, unit * ts, save, self.tol, self.max_iter)[0]
+
+    def _columns(
+        self, part: _Part, k: int, log_As: Array, shrinkages: Array, folds: int
+    ) -> tuple[Columns, Array]:
+        """Give the flows, and their units of time (., 1)."""
+        units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
+        decay = self.decay or TurnOff(0.0, 1.0)
+        stays = shrinkages > 0
+        rates = np.where(stays, shrinkages * self.data.pull[k], decay.alpha / units)
+        offs = np.where(stays, np.inf, decay.t * units)
+        columns = Columns(
+            part.X,
+            np.tile(part.y[:, [k]], (1, len(log_As) * folds)),
+            np.tile(part.train, (1, len(log_As))),
+            np.repeat([self.data.log_A(z)[k] for z in log_As], folds),
+            np.repeat(rates, folds),
+            np.repeat(offs, folds),
+            part.center,
+            self.positive,
+        )
+        return columns, np.repeat(units, folds)[:, None]
+
+    def _thresholded(self, coef: Array, k: int, f: int, zero_tols: Array, refit: bool) -> Array:
+        """Give the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
+        rows = without_small(np.tile(coef, (len(zero_tols), 1)), zero_tols[:, None])
+        if refit:
+            rows = self._refitted(k, rows != 0, self.train[:, f])
+        part = self.parts[0] if len(self.parts) == 1 else self.parts[f]
+        return part.error(rows.T, k, np.full(len(rows), f)) / self._units[k]
 
     def _refitted(self, k: int, supports: NDArray[np.bool_], weights: Array) -> Array:
         """Fit on each of the nested supports, on equal ones once."""
@@ -101,50 +190,27 @@ class Folds:
         fitted = [least_squares(self.data, k, supports[i], weights) for i in first]
         return np.stack(fitted)[back]
 
-    def _error(self, k: int, predictions: Array, fold: NDArray[np.intp]) -> Array:
-        """Give the error of each column of predictions, with the intercept of its training part.
-
-        With several targets it is relative to the variance of this one.
-        """
-        missed = self.data.y[:, [k]] - predictions
-        if self.data.center:
-            missed -= (self.train[:, fold] * missed).sum(axis=0)
-        return (self.test[:, fold] * missed**2).sum(axis=0) / self._units[k]
+    @property
+    def spread(self) -> float:
+        """The variance of the targets in the units of the errors."""
+        y, weights = self.data.y, self.data.weights
+        return float((weights @ y**2 / self._units).mean())
 
     @cached_property
     def _units(self) -> Array:
-        """Give the units of the errors: the variances of several targets, as far as they vary."""
+        """The units of the errors: the variances of several targets, as far as they vary."""
         y, weights = self.data.y, self.data.weights
         variances = weights @ (y - weights @ y) ** 2
         return np.where((variances > 0) & (y.shape[1] > 1), variances, 1.0)
-
-    def _columns(self, k: int, log_As: Array, shrinkages: Array) -> tuple[Columns, Array]:
-        """Give the flows of one target, folds running fastest, and their units of time (., 1)."""
-        count, folds = len(log_As), self.train.shape[1]
-        units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
-        decay = self.decay or TurnOff(0.0, 1.0)
-        stays = shrinkages > 0
-        rates = np.where(stays, shrinkages * self.data.pull[k], decay.alpha / units)
-        offs = np.where(stays, np.inf, decay.t * units)
-        columns = Columns(
-            self.data.X,
-            np.tile(self.data.y[:, [k]], (1, count * folds)),
-            np.tile(self.train, (1, count)),
-            np.repeat([self.data.log_A(z)[k] for z in log_As], folds),
-            np.repeat(rates, folds),
-            np.repeat(offs, folds),
-            self.data.center,
-            self.positive,
-        )
-        return columns, np.repeat(units, folds)[:, None]
 
 
 def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:
     """Warn that candidates are left out because the steps did not reach them."""
     if late.any():
         warnings.warn(
-            f"{late.sum()} of {late.size} flows have not reached their time in max_iter={max_iter} "
-            "steps and are left out; increase max_iter, or give smaller ts",
+            f"{late.sum()} of {late.size} candidates (flow, time and fold) have not been reached "
+            f"in max_iter={max_iter} steps and are left out; increase max_iter, give smaller ts, "
+            "or bring the columns of X to a common scale (StandardScaler)",
             ConvergenceWarning,
-            stacklevel=6,
+            stacklevel=5,
         )

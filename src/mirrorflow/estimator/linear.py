@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from .certificate import gap, kkt
 from .columns import Columns, integrate
 from .data import Data
+from .ends import ends, warn_unfinished
 from .zeros import finish
 
-__all__ = ["FlowRegressor", "Run", "TurnOff", "raise_unfinished", "validated"]
+__all__ = ["LOG_A", "FlowRegressor", "Run", "TurnOff", "check_decay", "validated", "weights_of"]
 
 Array = NDArray[np.float64]
+LOG_A = (-10_000, 20)  # of log A; larger ones would be differences of large numbers
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TurnOff:
     alpha : float
         The decay rate, >= 0.
     t : float
-        When it is switched off, in the units of the estimator's ``t``; > 0.
+        When it is switched off, in the units of the estimator's ``t``; > 0, infinity to keep it.
     """
 
     alpha: float
@@ -39,10 +40,24 @@ class TurnOff:
 
     def __post_init__(self) -> None:
         """Refuse what is not a rate and a time."""
-        if not (np.isfinite(self.alpha) and self.alpha >= 0):
+        for name, value in (("alpha", self.alpha), ("t", self.t)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= self.alpha < np.inf:
             raise ValueError(f"alpha must be a number >= 0, got {self.alpha!r}")
-        if not (np.isfinite(self.t) and self.t > 0):
+        if not self.t > 0:
             raise ValueError(f"t must be a number > 0, got {self.t!r}")
+
+
+def check_decay(decay: TurnOff | None, last: float) -> None:
+    """Refuse a decay that would be switched off after the training, whose last time is ``last``."""
+    if decay and np.isinf(decay.t) and np.isinf(last):
+        raise ValueError(f"{decay}: with interpolate=True the decay has to be switched off")
+    if decay and last < decay.t < np.inf:
+        raise ValueError(
+            f"{decay} would be switched off after the training, which ends at t={last:g}; "
+            "TurnOff(alpha, numpy.inf) keeps it on"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,27 +83,25 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
 
     def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
         """Run the flow to its time, perhaps infinity, and keep its end."""
-        end = np.isinf(run.t)
+        end, data = np.isinf(run.t), data.compressed()
         coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
         relative = run.log_A + drop
-        A = np.exp(data.log_A(0.0) + relative)
+        log_A = data.log_A(0.0) + relative
         x, predictions = coef.T, data.X @ coef.T
         mu = data.X.T @ nu
         outputs = range(len(coef))
-        kkts = [kkt(x[:, k], A[k], mu[:, k], self.positive) for k in outputs]
+        kkts = [kkt(x[:, k], log_A[k], mu[:, k], self.positive) for k in outputs]
         gains = [predictions[:, k] @ nu[:, k] for k in outputs]
         gaps = [gap(x[:, k], gains[k], mu[:, k], self.positive) for k in outputs]
         coef = finish(coef, data, run.zero_tol, self.refit)
         unit = data.unit(run.log_A, self.positive)
-        dual = np.zeros((len(coef), data.samples))
-        dual[:, data.rows] = nu.T
         values = {
             "coef_": coef.astype(dtype),
             "intercept_": data.intercept(coef).astype(dtype),
-            "dual_coef_": dual,
-            "A_": A,
-            "log_A_": np.broadcast_to(relative, A.shape),
-            "t_": np.full(len(A), np.inf) if end else run.t * unit,
+            "dual_coef_": data.dual(nu),
+            "A_": np.exp(log_A),
+            "log_A_": np.broadcast_to(relative, log_A.shape),
+            "t_": np.full(len(log_A), np.inf) if end else run.t * unit,
             "support_": coef != 0,
             "kkt_residual_": np.array(kkts),
             "gap_": np.array(gaps),
@@ -128,25 +141,23 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         reached, steps = integrate(columns, times, save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
         if not reached[0]:
-            raise_unfinished(self.max_iter)
+            warn_unfinished(self.max_iter)
         return found["x"], found["nu"]
 
     def _interpolated(self, data: Data, run: Run) -> tuple[Array, Array, float]:
         """Solve for the end of the flow of each output."""
         drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
-        scales = data.log_A(run.log_A + drop)
-        root = np.sqrt(data.weights)[:, None]
-        Z = root * (data.X - data.weights @ data.X) if data.center else root * data.X
-        y = root * (data.y - data.weights @ data.y) if data.center else root * data.y
-        found = [end_point(Z, y[:, k], scales[k], self.positive, int(self.max_iter))
-                 for k in range(y.shape[1])]  # fmt: skip
-        self.n_iter_ = max(1, *(int(f.stats.steps) for f in found))
-        coef = np.stack([f.value.numpy() for f in found])
-        nu = np.stack([f.aux["theta"].numpy() for f in found], axis=1)
-        nu = root * nu
+        scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
+        Z, y = root * data.X, root * data.y
+        found = [
+            ends(Z, y[:, k], scales[[k]], self.positive, int(self.max_iter))
+            for k in range(y.shape[1])
+        ]
+        self.n_iter_ = max(1, *(f.steps for f in found))
+        nu = root * np.stack([f.theta[0] for f in found], axis=1)
         if data.center:  # the same X^T nu without the mean of X
             nu -= data.weights[:, None] * nu.sum(axis=0)
-        return coef, nu, drop
+        return np.stack([f.x[0] for f in found]), nu, drop
 
     def predict(self, X: Any) -> Array:
         """Predict the targets.
@@ -174,55 +185,26 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         return tags
 
 
-def validated(
-    estimator: Any, X: Any, y: Any, sample_weight: Any, sparse: bool = True
-) -> tuple[Any, Any, Any]:
+def validated(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Check X, y and the weights as scikit-learn does."""
     X, y = validate_data(
         estimator,
         X,
         y,
-        accept_sparse=("csr", "csc") if sparse else False,
+        accept_sparse=("csr", "csc"),
         dtype=[np.float64, np.float32],
         y_numeric=True,
         multi_output=True,
     )
+    return X, y, weights_of(X, sample_weight)
+
+
+def weights_of(X: Any, sample_weight: Any) -> Any:
+    """Check the weights of samples."""
     if sample_weight is not None:
         sample_weight = _check_sample_weight(
             sample_weight, X, dtype=np.float64, ensure_non_negative=True
         )
-        if not sample_weight.sum() > 0:
-            raise ValueError("sample_weight must not be zero everywhere")
-    return X, y, sample_weight
-
-
-def end_point(Z: Array, y: Array, log_A: float, positive: bool, max_steps: int) -> Any:
-    """Give the end of the flow for one output."""
-    import torch
-
-    from ..legendre import legendre
-    from ..limit import limit
-    from ..regularizer import WeightDecay
-    from ..reparam import Hadamard
-    from ..solution import Status
-
-    d = Z.shape[1]
-    size = 0.5 * (log_A if positive else log_A + np.log(2.0))
-    start = torch.full((d,), float(np.exp(size)), dtype=torch.float64)
-    w0 = (start if positive else torch.zeros_like(start), start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of below
-        found = limit(legendre(Hadamard(), WeightDecay(), w0), Z, y, 0.0, max_steps)
-    if found.status in (Status.stalled, Status.max_steps):
-        raise_unfinished(max_steps)
-    return found
-
-
-def raise_unfinished(max_iter: float) -> None:
-    """Warn that the steps have run out."""
-    warnings.warn(
-        f"the flow has not reached its end in max_iter={max_iter:g} steps; increase max_iter, or "
-        "stop it earlier",
-        ConvergenceWarning,
-        stacklevel=5,
-    )
+        if not sample_weight.sum() > 0:  # older scikit-learn lets them pass
+            raise ValueError("sample weights must not be zero everywhere")
+    return sample_weight

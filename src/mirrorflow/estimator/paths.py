@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils import check_X_y as sklearn_check_X_y
+from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
 from .columns import Columns, integrate
-from .cross_validation import candidates, times
+from .cross_validation import MirrorFlowRegressorCV, scales, times
 from .data import prepare
-from .linear import TurnOff, raise_unfinished
+from .ends import ends, warn_unfinished
+from .linear import LOG_A, TurnOff, check_decay, weights_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +23,21 @@ if TYPE_CHECKING:
 __all__ = ["MirrorFlowCVDisplay", "entropy_path", "flow_path"]
 
 Array = NDArray[np.float64]
+FLOATS = [np.float64, np.float32]
+SHARED = {
+    "positive": ["boolean"],
+    "fit_intercept": ["boolean"],
+    "max_iter": [Interval(Real, 1, None, closed="left")],
+}
 checked: Any = sklearn_check_X_y  # its defaults mislead type checkers
 
 
+@validate_params(
+    {"log_A": [Interval(Real, *LOG_A, closed="both")], "decay": [TurnOff, None], **SHARED,
+     "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
+     "tol": [Interval(Real, 0, 1, closed="neither")]},
+    prefer_skip_nested_validation=True,
+)  # fmt: skip
 def flow_path(
     X: Any,
     y: Any,
@@ -68,9 +82,10 @@ def flow_path(
     >>> coefs[0].round(2)
     array([0.01, 3.  ])
     """
-    X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=np.float64, y_numeric=True)
+    X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=FLOATS, y_numeric=True)
     at, off = times(ts), decay or TurnOff(0.0, 1.0)
-    data = prepare(X, y, sample_weight, fit_intercept, positive)
+    check_decay(decay, at[-1])
+    data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive).compressed()
     coefs = np.zeros((X.shape[1], len(at)))
     if data.pull[0] > 0:
 
@@ -80,14 +95,18 @@ def flow_path(
         unit = data.unit(log_A, positive)
         columns = Columns(
             data.X, data.y, data.weights[:, None], data.log_A(log_A), off.alpha / unit,
-            off.t * unit, fit_intercept, positive,
+            off.t * unit, data.center, positive,
         )  # fmt: skip
-        reached, _ = integrate(columns, unit[:, None] * at, save, tol, max_iter)
+        reached, _ = integrate(columns, unit[:, None] * at, save, tol, int(max_iter))
         if reached[0] < len(at):
-            raise_unfinished(max_iter)
-    return at, coefs, data.intercept(coefs.T, repeat=True)
+            warn_unfinished(max_iter)
+    return at, coefs.astype(X.dtype), data.intercept(coefs.T, repeat=True).astype(X.dtype)
 
 
+@validate_params(
+    {"log_As": ["array-like", Interval(Integral, 1, None, closed="left")], **SHARED},
+    prefer_skip_nested_validation=True,
+)
 def entropy_path(
     X: Any,
     y: Any,
@@ -133,39 +152,20 @@ def entropy_path(
     >>> np.abs(coefs).sum(axis=0).round(2), bool(gaps[1] < 1e-6)
     (array([1.99, 1.  ]), True)
     """
-    import torch
-
-    from ..legendre import legendre
-    from ..limit import limit
-    from ..regularizer import WeightDecay
-    from ..reparam import Hadamard
-    from ..solution import Status
-
-    X, y = checked(X, y, dtype=np.float64, y_numeric=True)
-    scales = (
-        np.linspace(4.0, -60.0, log_As) if isinstance(log_As, int) else candidates("log_As", log_As)
-    )
-    data = prepare(X, y, sample_weight, fit_intercept, positive)
+    X, y = checked(X, y, dtype=FLOATS, y_numeric=True)
+    found = np.linspace(4.0, -60.0, log_As) if isinstance(log_As, Integral) else scales(log_As)
+    data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive)
     if not data.pull[0] > 0:
-        zeros = np.zeros((X.shape[1], len(scales)))
-        return scales, zeros, data.intercept(zeros.T, repeat=True), np.zeros(len(scales))
-    top = float(scales.max())
-    size = torch.full((X.shape[1],), float(np.exp(0.5 * data.log_A(top)[0])), dtype=torch.float64)
-    # A = w^2 / 2 for m = 0, and w^2 for m = w; a = (log A - log A_max) / 2.
-    w0 = (size, size) if positive else (torch.zeros_like(size), size * 2**0.5)
+        zeros = np.zeros((X.shape[1], len(found)))
+        intercepts, gaps = data.intercept(zeros.T, repeat=True), np.zeros(len(found))
+        return found, zeros.astype(X.dtype), intercepts.astype(X.dtype), gaps
     root = np.sqrt(data.weights)
-    mean = data.weights @ data.X if fit_intercept else 0.0
-    target = data.y[:, 0] - (data.weights @ data.y[:, 0] if fit_intercept else 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of below
-        found = limit(
-            legendre(Hadamard(), WeightDecay(), w0), root[:, None] * (data.X - mean),
-            root * target, (scales - top) / 2, max_iter,
-        )  # fmt: skip
-    if found.status in (Status.stalled, Status.max_steps):
-        raise_unfinished(max_iter)
-    coefs = found.value.numpy()
-    return scales, coefs.T, data.intercept(coefs, repeat=True), np.asarray(found.stats.gap)
+    unit = float(data.log_A(0.0)[0])
+    solved = ends(
+        root[:, None] * data.X, root * data.y[:, 0], found + unit, positive, int(max_iter)
+    )
+    intercepts = data.intercept(solved.x, repeat=True).astype(X.dtype)
+    return found, solved.x.T.astype(X.dtype), intercepts, solved.gap
 
 
 class MirrorFlowCVDisplay:
@@ -209,6 +209,8 @@ class MirrorFlowCVDisplay:
         -------
         MirrorFlowCVDisplay
         """
+        if not isinstance(estimator, MirrorFlowRegressorCV):
+            raise TypeError(f"a MirrorFlowRegressorCV is needed, got {type(estimator).__name__}")
         check_is_fitted(estimator, "mse_path_")
         shown = {"ts": estimator.ts_, "mse_path": estimator.mse_path_}
         display = cls(log_As=estimator.log_As_, shrinkages=estimator.shrinkages_, **shown)
@@ -229,8 +231,9 @@ class MirrorFlowCVDisplay:
         import matplotlib.pyplot as plt
 
         axis = plt.subplots()[1] if ax is None else ax
-        mean = self.mse_path.mean(axis=2)
-        error = self.mse_path.std(axis=2) / np.sqrt(self.mse_path.shape[2])
+        reached = np.where(np.isinf(self.mse_path), np.nan, self.mse_path)  # leaves gaps
+        mean = reached.mean(axis=2)
+        error = reached.std(axis=2) / np.sqrt(reached.shape[2])
         markers = "osD^vP*X"
         for i, log_A in enumerate(self.log_As):
             shrunk = f", shrinkage {self.shrinkages[i]:g}" if self.shrinkages[i] else ""

@@ -6,10 +6,11 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.utils._param_validation import Interval
 
 from .data import prepare
-from .linear import FlowRegressor, Run, TurnOff, validated
+from .linear import LOG_A, FlowRegressor, Run, TurnOff, check_decay, validated
 from .transaction import all_or_nothing
 
 __all__ = ["MirrorFlowRegressor"]
@@ -27,17 +28,20 @@ class MirrorFlowRegressor(FlowRegressor):
     Parameters
     ----------
     log_A : float, default=-10
-        log(A / S), S the largest coefficient of the minimum-norm least-squares solution: about 2
-        or more is ridge-like, -10 sparse, and below -20 the inverse scale space of the lasso.
+        log(A / S), S the largest coefficient of the minimum-norm least-squares solution (damped by
+        1e-5 of the largest singular value): about 2 or more is ridge-like, -10 sparse, and below
+        -20 the inverse scale space of the lasso. From -10,000 to 20, where it is ridge to 1e-8.
     t : float, default=2
         When to stop, > 0, in units of the time that the strongest coefficient, unopposed, takes to
         grow to S. Below 1 next to nothing has grown; for t to infinity the data are fitted exactly,
         noise included.
     interpolate : bool, default=False
-        Go to the end of the flow (t is not used): of all solutions the one of least R_a. Under
-        noise this is the worst choice. Needs a dense X.
+        Go to the end of the flow (t is not used): of all solutions the one of least R_a; with
+        ``positive`` and none that is >= 0, of all least-squares solutions that are. Under noise
+        this is the worst choice. Needs a dense X.
     decay : TurnOff or None, default=None
-        Weight decay on the way, from ``log_A`` at the start.
+        Weight decay on the way, from ``log_A`` at the start; it has to end before the training, or
+        never.
     positive : bool, default=False
         Force the coefficients to be >= 0: m = w = sqrt(A) at the start, x = A exp(2 X^T nu).
     fit_intercept : bool, default=True
@@ -98,7 +102,7 @@ class MirrorFlowRegressor(FlowRegressor):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "log_A": [Interval(Real, None, None, closed="neither")],
+        "log_A": [Interval(Real, *LOG_A, closed="both")],
         "t": [Interval(Real, 0, None, closed="neither")],
         "interpolate": ["boolean"],
         "decay": [TurnOff, None],
@@ -152,10 +156,13 @@ class MirrorFlowRegressor(FlowRegressor):
         self
         """
         self._validate_params()
-        t = np.inf if self.interpolate else self.t
-        run = Run(self.log_A, t, self.decay, self.tol, self.zero_tol)
+        t = np.inf if self.interpolate else float(self.t)
+        check_decay(self.decay, t)
+        run = Run(float(self.log_A), t, self.decay, self.tol, self.zero_tol)
         with all_or_nothing(self):
-            X, y, sample_weight = validated(self, X, y, sample_weight, sparse=not self.interpolate)
+            if self.interpolate and issparse(X):
+                raise ValueError("interpolate=True needs a dense X, got a sparse one")
+            X, y, sample_weight = validated(self, X, y, sample_weight)
             data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
             self._fit(data, run, X.dtype, y.ndim == 1)
         return self
