@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -15,18 +14,16 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 
+from .candidates import scales, thresholds, times, warn_at_the_last_time
 from .data import growth, prepare
 from .folds import Folds
-from .linear import LOG_A, FlowRegressor, Run, TurnOff, check_decay, validated
+from .linear import FlowRegressor, Run, TurnOff, check_decay, validated
 from .transaction import all_or_nothing
 from .zeros import largest_harmless
 
-__all__ = ["MirrorFlowRegressorCV", "candidates", "times"]
+__all__ = ["MirrorFlowRegressorCV"]
 
 SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
-FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
-FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
-ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 Array = NDArray[np.float64]
 
 
@@ -205,7 +202,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         """Give the flow of least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = np.unravel_index(np.argmin(mean), mean.shape)
-        _warn_at_the_last_time(mean[i], self.ts_, folds.spread)
+        warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         log_A, t, shrinkage = (
             float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
         )
@@ -267,54 +264,3 @@ class MirrorFlowRegressorCV(FlowRegressor):
         mapping = MethodMapping().add(caller="fit", callee="split")
         router = MetadataRouter(owner=self).add_self_request(self)
         return router.add(splitter=check_cv(self.cv), method_mapping=mapping)
-
-
-def _warn_at_the_last_time(errors: Array, ts: Array, spread: float) -> None:
-    """Warn where the error is still large at the last time, and falling."""
-    if len(ts) < 2 or errors.argmin() < len(ts) - 1 or errors[-1] < FITTED * spread:
-        return
-    if errors[-1] * ts[-1] ** FALLING < errors[-2] * ts[-2] ** FALLING:
-        warnings.warn(
-            f"the error is still falling at the largest t, {ts[-1]:g}: columns of X on a common "
-            "scale (StandardScaler) grow together; otherwise give larger ts",
-            UserWarning,
-            stacklevel=5,
-        )
-
-
-def candidates(name: str, values: Any) -> Array:
-    """Give a non-empty vector of finite numbers."""
-    found = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if found.ndim != 1 or found.size == 0 or not np.isfinite(found).all():
-        raise ValueError(f"{name} must be a non-empty 1-d sequence of numbers, got {values!r}")
-    return found
-
-
-def scales(values: Any) -> Array:
-    """Give the candidates for log_A."""
-    found = candidates("log_As", values)
-    if not (found.min() >= LOG_A[0] and found.max() <= LOG_A[1]):
-        raise ValueError(f"log_As must be between {LOG_A[0]} and {LOG_A[1]}, got {values!r}")
-    return found
-
-
-def times(values: Any) -> Array:
-    """Give the candidates for t, increasing."""
-    if isinstance(values, Integral):
-        if values < 1:
-            raise ValueError(f"ts must be a number of times >= 1, or the times, got {values!r}")
-        return np.geomspace(0.3, 30, int(values))
-    found = np.sort(candidates("ts", values))
-    if not found[0] > 0:
-        raise ValueError(f"ts must be > 0, got {values!r}")
-    return found
-
-
-def thresholds(values: Any) -> Array:
-    """Give the candidates for zero_tol, increasing."""
-    if values is None:
-        return ZERO_TOLS
-    found = np.sort(candidates("zero_tols", values))
-    if not (found[0] >= 0 and found[-1] < 1):
-        raise ValueError(f"zero_tols must be >= 0 and < 1, got {values!r}")
-    return found

@@ -11,8 +11,9 @@ from sklearn.utils import check_X_y as sklearn_check_X_y
 from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
+from .candidates import scales, times
 from .columns import Columns, integrate
-from .cross_validation import MirrorFlowRegressorCV, scales, times
+from .cross_validation import MirrorFlowRegressorCV
 from .data import prepare
 from .ends import ends, warn_unfinished
 from .linear import LOG_A, TurnOff, check_decay, weights_of
