@@ -55,7 +55,7 @@ class Config(_contract.Config):
 
     d: int = Field(default=200, ge=4)
     nonzero: int = Field(default=10, ge=1)
-    ratios: tuple[float, ...] = (0.25, 0.5, 1.0)
+    ratios: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     snrs: tuple[float, ...] = (1.0, 3.0, 10.0, CLEAN)
     correlations: tuple[float, ...] = (0.0, 0.5, 0.9)
     truths: tuple[str, ...] = ("sparse", "dense")
