@@ -213,6 +213,15 @@ def test_what_has_not_settled_warns(options, said):
     assert np.isfinite(z).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"k": 3}, {"form": "log", "alpha": 0.0}])
+def test_training_starts_at_start(options):
+    D, X = dictionary() * 3, signals("normal", 5, 8)
+    start = np.random.default_rng(2).standard_normal((5, 12))
+    coder = mf.MirrorFlowCoder(D, start=start, n_steps=0, zero_tol=0, **options)
+    with pytest.warns(ConvergenceWarning):
+        np.testing.assert_allclose(coder.transform(X), start, atol=1e-12)
+
+
 def test_only_the_signals_that_have_not_settled_are_counted():
     X = signals("normal", 3, 8)
     X[1] = 0
@@ -334,6 +343,8 @@ def test_a_fit_that_fails_leaves_the_coder_as_it_was(change, X):
         ({"learning_rate": 50.0, "start": 3.0, "k": 3}, "lower learning_rate"),
         ({"learning_rate": 50.0, "start": 3.0, "k": 3}, "learning_rate='adaptive'"),
         ({"form": "log", "alpha": 1e3, "beta": 1.0, "learning_rate": 0.1}, "u or v has reached 0"),
+        ({"form": "log", "alpha": 0.0, "start": 900.0}, "beta and start"),
+        ({"beta": 1e-300}, "beta and start"),
         ({"form": "log", "alpha": 1e-3}, "no least value .* give learning_rate a number"),
         ({"learning_rate": "fast"}, "learning_rate"), ({"tol": 0.0}, "tol"),
         ({"zero_tol": 1.0}, "zero_tol"), ({"dictionary": None}, "dictionary"),

@@ -197,11 +197,16 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def _settle(self, X: Array, D: Array, start: Array) -> Array:
         """Train until codes have settled, and warn of those that have not."""
-        z, distance = settled_codes(
-            X.astype(np.float64), D.astype(np.float64), self.form, self.k, self.alpha, self.beta,
-            start, self.tol, self.n_steps, self.switch_off,
-        )  # fmt: skip
-        late = ~(distance <= self.tol)
+        with np.errstate(all="ignore"):
+            z, distance = settled_codes(
+                X.astype(np.float64), D.astype(np.float64), self.form, self.k, self.alpha,
+                self.beta, start, self.tol, self.n_steps, self.switch_off,
+            )  # fmt: skip
+        if not np.isfinite(distance).all():
+            raise ValueError(
+                "u and v cannot be represented: choose beta and start nearer to the size of codes"
+            )
+        late = distance > self.tol
         if late.any():
             warnings.warn(
                 f"the codes of {late.sum()} of {len(X)} signals have not settled in n_steps="
