@@ -1,11 +1,18 @@
 """The coder: scikit-learn's conventions, literal descent, and what codes it finds."""
 
 import warnings
+from itertools import islice
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.decomposition import SparseCoder
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -28,6 +35,7 @@ class AnyWidth(mf.MirrorFlowCoder):
 
 
 @parametrize_with_checks([
+    AnyWidth(np.eye(4)),
     AnyWidth(np.eye(4), n_steps=20, beta=1.0, learning_rate=1e-3),
     AnyWidth(np.eye(4), n_steps=20, beta=1.0, learning_rate=1e-5, form="log"),
 ])  # fmt: skip
@@ -77,7 +85,7 @@ def test_codes_of_the_power_are_those_of_the_lasso():
     """For k = 1 and a small start the rest point of the decay is the lasso's."""
     D = dictionary(6, 8)
     X = np.random.default_rng(3).standard_normal((4, 8))
-    ours = mf.MirrorFlowCoder(D, alpha=0.2, beta=1e-3, n_steps=20_000).transform(X)
+    ours = mf.MirrorFlowCoder(D, alpha=0.2, beta=1e-3, tol=1e-6).transform(X)
     theirs = SparseCoder(
         D, transform_algorithm="lasso_cd", transform_alpha=0.2, transform_max_iter=100_000
     ).transform(X)
@@ -88,22 +96,242 @@ def test_switching_off_removes_the_shrinkage():
     D = dictionary(6, 8)
     truth = np.zeros((1, 6))
     truth[0, 2] = 3.0
-    options = {"alpha": 0.3, "beta": 1e-3, "n_steps": 6000}
+    options = {"alpha": 0.3, "beta": 1e-3, "n_steps": 6000, "tol": 1e-5}
     kept = mf.MirrorFlowCoder(D, **options).transform(truth @ D)
     off = mf.MirrorFlowCoder(D, switch_off=3000, **options).transform(truth @ D)
     assert np.abs(off - truth).max() < 1e-3 < 0.1 < np.abs(kept - truth).max()
 
 
+def signals(kind, count=10, features=64, seed=5):
+    rng = np.random.default_rng(seed)
+    if kind == "sparse":
+        z = rng.standard_normal((count, 100)) * (rng.random((count, 100)) < 0.08)
+        return z @ dictionary(100, features) + 0.05 * rng.standard_normal((count, features))
+    return (
+        rng.standard_normal((count, features))
+        if kind == "normal"
+        else rng.random((count, features))
+    )
+
+
+def lasso(D, X, alpha):
+    """scikit-learn's codes."""
+    return SparseCoder(
+        D, transform_algorithm="lasso_cd", transform_alpha=alpha, transform_max_iter=100_000
+    ).transform(X)
+
+
+def objective(z, D, X, alpha):
+    return 0.5 * ((X - z @ D) ** 2).sum(axis=1) + alpha * np.abs(z).sum(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha"),
+    [("sparse", 0.01), ("sparse", 0.1), ("uniform", 0.01), ("uniform", 0.1), ("normal", 0.1)],
+)
+def test_the_default_reaches_the_objective_of_lasso_cd(kind, alpha):
+    D, X = dictionary(100, 64), signals(kind)
+    ours = objective(mf.MirrorFlowCoder(D, alpha=alpha).transform(X), D, X, alpha)
+    theirs = objective(lasso(D, X, alpha), D, X, alpha)
+    assert (ours < theirs * (1 + 1e-3)).all()
+    assert (ours > theirs * (1 - 1e-6)).all()  # else the oracle is off
+
+
+@pytest.mark.parametrize("size", [1, 16, 255])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_default_diverges_for_no_size_and_power(size, k):
+    """u^{2k} + v^{2k} >= |z|: for every k the least value is the lasso's."""
+    D, X = dictionary(30, 64), size * signals("uniform")
+    ours = mf.MirrorFlowCoder(D, k=k).transform(X)
+    least = objective(lasso(D, X, 1e-3), D, X, 1e-3)
+    assert (objective(ours, D, X, 1e-3) < least * (1 + 1e-3)).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_more_atoms_than_features_do_not_make_it_diverge(k):
+    D, X, alpha = dictionary(12, 8), signals("normal", features=8), 0.05
+    ours = mf.MirrorFlowCoder(D, k=k, alpha=alpha).transform(X)
+    least = objective(lasso(D, X, alpha), D, X, alpha)
+    assert (objective(ours, D, X, alpha) < least * (1 + 1e-3)).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"k": 2}, {"switch_off": 200}, {"form": "log", "alpha": 0.0}]
+)
+def test_no_signal_knows_of_the_others(options):
+    top = 1.0 if "form" in options else 1e2  # the codes of log u - log v are exponents
+    X = signals("normal", features=8) * np.geomspace(1e-2, top, 10)[:, None]
+    coder = mf.MirrorFlowCoder(dictionary(6, 8), **options)
+    whole = coder.transform(X)
+    alone = np.vstack([coder.transform(x[None]) for x in X])
+    np.testing.assert_array_equal(alone, whole)
+    np.testing.assert_array_equal(coder.transform(X[[7, 2]]), whole[[7, 2]])
+
+
+@given(
+    c=st.floats(1e-9, 1e9), d=st.floats(1e-3, 1e3), k=st.integers(1, 3),
+    off=st.sampled_from([None, 300]), seed=st.integers(0, 100),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_codes_have_the_units_of_signals_over_atoms(c, d, k, off, seed):
+    D, X = dictionary(6, 8, seed), signals("normal", 3, 8, seed)
+    options = {"k": k, "switch_off": off, "tol": 1e-7, "n_steps": 100_000}
+    plain = mf.MirrorFlowCoder(D, alpha=0.1, start=0.2, **options).transform(X)
+    other = mf.MirrorFlowCoder(d * D, alpha=0.1 * c * d, start=0.2 * c / d, **options)
+    scaled = other.transform(c * X) * d / c
+    np.testing.assert_allclose(scaled, plain, atol=2e-3 * np.abs(plain).max())
+
+
+def test_a_change_of_units_by_a_power_of_two_changes_no_digit():
+    D, X = dictionary(), signals("normal", features=8)
+    for c in (2.0**-20, 2.0**20):
+        scaled = mf.MirrorFlowCoder(D, alpha=0.1 * c).transform(c * X)
+        np.testing.assert_array_equal(scaled, c * mf.MirrorFlowCoder(D, alpha=0.1).transform(X))
+
+
+def test_beta_is_in_units_of_the_largest_code_of_one_atom():
+    D, X = dictionary() * 3, signals("normal", features=8)
+    size = np.array([max(abs(x @ d) / (d @ d) for d in D) for x in X])
+    ours = mf.MirrorFlowCoder(D, beta=0.2, learning_rate=1e-2, n_steps=10, zero_tol=0)
+    for x, s, z in zip(X, size, ours.transform(X), strict=True):
+        path = codes(x[None], D, "power", 1, 1e-3, 0.2 * s, 0.0, 1e-2 / np.linalg.norm(D, 2) ** 2)
+        np.testing.assert_allclose(z, list(islice(path, 11))[-1][0], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_steps": 5}, "5 of 5 signals have not settled in n_steps=5 .* increase n_steps"),
+        ({"n_steps": 0}, "n_steps=0 .* increase n_steps"),
+        ({"switch_off": 10, "n_steps": 12}, "n_steps=12"),
+    ],
+)
+def test_what_has_not_settled_warns(options, said):
+    coder = mf.MirrorFlowCoder(dictionary(), **options)
+    with pytest.warns(ConvergenceWarning, match=said):
+        z = coder.transform(signals("normal", 5, 8))
+    assert np.isfinite(z).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 3}, {"form": "log", "alpha": 0.0}])
+def test_training_starts_at_start(options):
+    D, X = dictionary() * 3, signals("normal", 5, 8)
+    start = np.random.default_rng(2).standard_normal((5, 12))
+    coder = mf.MirrorFlowCoder(D, start=start, n_steps=0, zero_tol=0, **options)
+    with pytest.warns(ConvergenceWarning):
+        np.testing.assert_allclose(coder.transform(X), start, atol=1e-12)
+
+
+def test_only_the_signals_that_have_not_settled_are_counted():
+    X = signals("normal", 3, 8)
+    X[1] = 0
+    with pytest.warns(ConvergenceWarning, match="2 of 3 signals"):
+        mf.MirrorFlowCoder(dictionary(), n_steps=5).transform(X)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_a_signal_that_is_0_has_codes_near_0(start, alpha):
+    D = dictionary(6, 8)
+    z = mf.MirrorFlowCoder(D, start=start, alpha=alpha).transform(np.zeros((1, 8)))
+    assert np.abs(z).max() <= (0.05 if start else 0)
+
+
+def test_from_the_largest_force_on_all_codes_are_0():
+    D, X = dictionary(), signals("normal", 4, 8)
+    top = np.abs(X @ D.T).max()
+    assert not mf.MirrorFlowCoder(D, alpha=1.001 * top).transform(X).any()
+    assert mf.MirrorFlowCoder(D, alpha=0.9 * top).transform(X).any()
+
+
+@pytest.mark.parametrize(("form", "k"), [("power", 1), ("power", 3), ("log", 1)])
+def test_without_a_penalty_codes_are_those_of_least_squares(form, k):
+    D, X = dictionary(6, 8), signals("normal", 4, 8)
+    z = mf.MirrorFlowCoder(D, form=form, k=k, alpha=0, tol=1e-5).transform(X)
+    fitted = np.linalg.lstsq(D.T, X.T)[0].T
+    np.testing.assert_allclose(z, fitted, atol=3e-3 * np.abs(fitted).max())
+
+
+def test_small_codes_are_exactly_0_and_the_others_left():
+    D, X = dictionary(100, 64), signals("normal")
+    raw = mf.MirrorFlowCoder(D, alpha=0.1, zero_tol=0).transform(X)
+    assert (raw != 0).mean() > 0.99
+    for coder, zero_tol in (
+        (mf.MirrorFlowCoder(D, alpha=0.1), 1e-3),
+        (mf.MirrorFlowCoder(D, alpha=0.1, zero_tol=0.1), 0.1),
+    ):
+        z = coder.transform(X)
+        for before, after in zip(raw, z, strict=True):
+            kept = abs(before) >= zero_tol * max(abs(before))
+            np.testing.assert_array_equal(after, kept * before)
+    zeros = (mf.MirrorFlowCoder(D, alpha=0.1).transform(X) == 0).mean()
+    assert abs(zeros - (lasso(D, X, 0.1) == 0).mean()) < 0.03
+
+
 def test_it_is_used_like_sparse_coder():
     D = dictionary()
     X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
-    coder = mf.MirrorFlowCoder(D)
+    coder = mf.MirrorFlowCoder(D, alpha=0.1)
     z = make_pipeline(StandardScaler(), coder).fit_transform(X)
     assert z.shape == (5, 12) and z.dtype == np.float32
     coder.fit(X)
     assert coder.n_components_ == SparseCoder(D).fit(X).n_components_
     assert list(coder.get_feature_names_out()[:2]) == ["mirrorflowcoder0", "mirrorflowcoder1"]
-    np.testing.assert_allclose(coder.inverse_transform(z), z @ D, rtol=1e-6)
+    back = coder.inverse_transform(z)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, z @ D, rtol=1e-4, atol=1e-6)
+    double = coder.transform(X.astype(np.float64))
+    np.testing.assert_allclose(coder.transform(X), double, atol=1e-2 * np.abs(double).max())
+
+
+def test_it_gives_frames_in_a_pipeline():
+    D, X = dictionary(), pd.DataFrame(signals("normal", 5, 8), index=list("abcde"))
+    X.columns = [f"pixel{i}" for i in range(8)]
+    coder = mf.MirrorFlowCoder(D, alpha=0.1)
+    z = make_pipeline(StandardScaler(), coder).set_output(transform="pandas").fit_transform(X)
+    assert list(z.columns) == [f"mirrorflowcoder{i}" for i in range(12)]
+    assert list(z.index) == list("abcde")
+    expected = mf.MirrorFlowCoder(D, alpha=0.1).transform(StandardScaler().fit_transform(X))
+    np.testing.assert_array_equal(z.to_numpy(), expected)
+
+
+def test_alpha_is_searched_where_transform_alpha_was():
+    D, X = dictionary(), signals("normal", 30, 8)
+    y = lasso(D, X, 0.1)[:, 0]
+    pipe = make_pipeline(mf.MirrorFlowCoder(D), LinearRegression())
+    search = GridSearchCV(pipe, {"mirrorflowcoder__alpha": [0.1, 3.0]}, cv=3).fit(X, y)
+    assert search.best_params_ == {"mirrorflowcoder__alpha": 0.1} and search.best_score_ > 0.9
+
+
+def test_what_is_not_fitted_behaves_as_sparse_coder_does():
+    for coder in (SparseCoder(dictionary()), mf.MirrorFlowCoder(dictionary())):
+        with pytest.raises(NotFittedError):
+            coder.get_feature_names_out()
+        assert coder.transform(np.ones((1, 8))).shape == (1, 12)
+    assert not hasattr(mf.MirrorFlowCoder(None), "n_components_")
+
+
+def test_codes_of_another_width_are_refused():
+    coder = mf.MirrorFlowCoder(dictionary())
+    with pytest.raises(ValueError, match="X has 5 codes in each row, dictionary has 12 atoms"):
+        coder.inverse_transform(np.ones((2, 5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "X"),
+    [
+        ({"dictionary": dictionary(12, 3)}, np.ones((2, 8))),
+        ({"switch_off": 11, "n_steps": 10}, np.ones((2, 8))),
+        ({}, np.ones((2, 3))),
+    ],
+)
+def test_a_fit_that_fails_leaves_the_coder_as_it_was(change, X):
+    coder = mf.MirrorFlowCoder(dictionary()).fit(np.ones((2, 8))).set_params(**change)
+    before = dict(vars(coder))
+    with pytest.raises(ValueError, match=r"switch_off|features"):
+        coder.fit(X)
+    assert vars(coder) == before and coder.n_features_in_ == 8
+    assert not hasattr(mf.MirrorFlowCoder(dictionary()), "n_features_in_")
 
 
 @pytest.mark.parametrize(
@@ -113,12 +341,18 @@ def test_it_is_used_like_sparse_coder():
         ({"form": "cube"}, "form"), ({"learning_rate": 0.0}, "learning_rate"),
         ({"start": np.nan}, "start"), ({"start": np.zeros(3)}, "start must broadcast"),
         ({"learning_rate": 50.0, "start": 3.0, "k": 3}, "lower learning_rate"),
-        ({"form": "log", "alpha": 1e3, "beta": 1.0}, "u or v has reached 0"),
+        ({"learning_rate": 50.0, "start": 3.0, "k": 3}, "learning_rate='adaptive'"),
+        ({"form": "log", "alpha": 1e3, "beta": 1.0, "learning_rate": 0.1}, "u or v has reached 0"),
+        ({"form": "log", "alpha": 0.0, "start": 900.0}, "beta and start"),
+        ({"beta": 1e-300}, "beta and start"),
+        ({"form": "log", "alpha": 1e-3}, "no least value .* give learning_rate a number"),
+        ({"learning_rate": "fast"}, "learning_rate"), ({"tol": 0.0}, "tol"),
+        ({"zero_tol": 1.0}, "zero_tol"), ({"dictionary": None}, "dictionary"),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(options, said):
     with pytest.raises(ValueError, match=said):
-        mf.MirrorFlowCoder(dictionary(), **options).transform(np.ones((2, 8)))
+        mf.MirrorFlowCoder(**({"dictionary": dictionary()} | options)).transform(np.ones((2, 8)))
 
 
 def test_bad_dictionaries_are_named():

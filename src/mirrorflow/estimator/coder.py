@@ -2,68 +2,28 @@ r"""Sparse coding by gradient descent on u and v, z = u^{2k} - v^{2k} or log u -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array as sklearn_check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
+
+from .coding import codes, lipschitz, settled_codes, sizes
+from .transaction import all_or_nothing
+from .zeros import without_small
 
 __all__ = ["MirrorFlowCoder", "codes", "lipschitz"]
 
 check_array: Any = sklearn_check_array  # its defaults mislead type checkers
 
 Array = NDArray[Any]
-
-
-def lipschitz(dictionary: Array) -> float:
-    """Give the largest eigenvalue of D D^T: the curvature of |x - z D|^2 / 2 in z."""
-    return float(np.linalg.norm(dictionary, 2)) ** 2
-
-
-def codes(
-    X: Array,
-    dictionary: Array,
-    form: str,
-    k: int,
-    alpha: float,
-    beta: float,
-    start: Array,
-    step: float,
-    off: float = np.inf,
-) -> Iterator[Array]:
-    r"""Give the codes z (n_samples, n_components) before the first step, after it, and so on.
-
-    The steps descend :math:`\tfrac12 |x - z D|^2 + \alpha h(u, v)`, with the h that commutes with
-    g (Corollary 3.7): u^{2k} + v^{2k}, or log u + log v. From step ``off`` on alpha is 0.
-    """
-    w = np.stack(_start(form, k, beta, np.broadcast_to(start, (len(X), len(dictionary)))))
-    w = w.astype(X.dtype)
-    gram, pull = dictionary @ dictionary.T, X @ dictionary.T
-    signs = np.array([1.0, -1.0], dtype=X.dtype)[:, None, None]
-    count = 0
-    while True:
-        z = w[0] ** (2 * k) - w[1] ** (2 * k) if form == "power" else np.log(w[0]) - np.log(w[1])
-        yield z
-        slope = 2 * k * w ** (2 * k - 1) if form == "power" else 1 / w
-        decay = alpha if count < off else 0.0
-        w = w - step * slope * (signs * (z @ gram - pull) + decay)
-        count += 1
-
-
-def _start(form: str, k: int, beta: float, x: Array) -> tuple[Array, Array]:
-    """Give u and v with g(u, v) = x (Appendix E; for the power its erratum 14)."""
-    if form == "power":
-        root = np.sqrt(x**2 + beta**2)
-        # The smaller of root + x and root - x without cancellation: their product is beta^2.
-        large, small = (root + np.abs(x)) / 2, beta**2 / (2 * (root + np.abs(x)))
-        u, v = np.where(x > 0, large, small), np.where(x > 0, small, large)
-        return u ** (1 / (2 * k)), v ** (1 / (2 * k))
-    return 1 / (beta * (1 + np.exp(-x))), 1 / (beta * (1 + np.exp(x)))
 
 
 class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -76,24 +36,36 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     Parameters
     ----------
     dictionary : array of shape (n_components, n_features)
-        The atoms, one in each row; none may be 0.
+        The atoms, one in each row; none may be 0. They need not have norm 1.
     form : {"power", "log"}, default="power"
         g = u^{2k} - v^{2k} with h = sum u^{2k} + v^{2k}, which makes codes sparse, or g = log u -
         log v with h = sum log u + log v, whose decay spreads them.
     k : int, default=1
         Half the power.
     alpha : float, default=0.001
-        The strength of h, >= 0.
+        The strength of h, >= 0. For the power it acts like the penalty alpha \|z\| of the lasso,
+        and from alpha = max \|x D^T\| on all codes are 0.
     beta : float, default=0.01
-        The scale of the start; for the power, small values make sparser codes.
+        The scale of the start; for the power in units of the size of a signal's codes, the largest
+        that one atom alone would have. Where alpha is 0 small values make sparser codes.
     start : float or array that broadcasts to (n_samples, n_components), default=0.0
         The codes at the start.
-    learning_rate : float, default=0.1
-        The length of a step, in units of 1 / Lip(D), Lip(D) the largest eigenvalue of D D^T.
-    n_steps : int, default=1000
-        The number of steps: all of them are taken.
+    learning_rate : "adaptive" or float, default="adaptive"
+        The length of the steps. "adaptive" chooses it for each signal from its own u and v, so
+        that no size of signals diverges, and stops once codes have settled. A number is the length
+        in units of 1 / Lip(D), Lip(D) the largest eigenvalue of D D^T, as in the paper: n_steps
+        steps are taken, whether they settle or not; it must be smaller for larger signals.
+    n_steps : int, default=20000
+        The largest number of steps, and with a number as ``learning_rate`` their number.
+    tol : float, default=1e-3
+        When codes have settled ("adaptive" only): when the lasso's duality gap proves them to be
+        within ``tol`` of the least value, relative to it. Where alpha is 0, when the largest force
+        on a code is at most ``tol`` times that on codes 0.
     switch_off : int or None, default=None
-        The step from which on alpha is 0.
+        The step from which on alpha is 0; with "adaptive" already once codes have settled.
+    zero_tol : float, default=1e-3
+        Codes smaller than ``zero_tol`` times the largest of their signal are set to exactly 0:
+        training makes them small, never 0. With 0 they are left as they are.
 
     Attributes
     ----------
@@ -102,14 +74,33 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     n_features_in_, feature_names_in_
         As everywhere in scikit-learn.
 
+    Warns
+    -----
+    ConvergenceWarning
+        From `transform`, if codes have not settled after ``n_steps`` steps ("adaptive" only). There
+        is no ``n_iter_``: coding leaves nothing behind in the coder.
+
+    Notes
+    -----
+    For the power, c times the signals with c times alpha (and start) gives c times the codes; c
+    times the dictionary with c times alpha and 1 / c times the start gives 1 / c times the codes.
+    With a number as ``learning_rate`` this does not hold: the curvature in u and v grows with the
+    codes. Nor does it for the log form, whose codes are logarithms, without a unit.
+
+    The log form with alpha > 0 has no least value, u and v shrink to 0, and "adaptive" refuses it:
+    give a number as ``learning_rate``, and stop.
+
+    The parameters of `SparseCoder` and ours: ``transform_alpha`` is ``alpha``,
+    ``transform_max_iter`` is ``n_steps``, ``transform_algorithm`` has its nearest in "lasso_cd".
+    There is no ``split_sign``, ``positive_code``, ``transform_n_nonzero_coefs`` or ``n_jobs``.
+
     Examples
     --------
     >>> import numpy as np
     >>> from mirrorflow import MirrorFlowCoder
     >>> D = np.eye(3)[[0, 1, 2, 0]] + np.eye(3)[[0, 1, 2, 1]]
-    >>> coder = MirrorFlowCoder(D, alpha=0.01, n_steps=5000)
-    >>> np.flatnonzero(coder.transform([[2.0, 0.0, 0.0]]).round(2))
-    array([0])
+    >>> MirrorFlowCoder(D, alpha=0.01).transform([[2.0, 0.0, 0.0]]).round(2) + 0.0
+    array([[1., 0., 0., 0.]])
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -119,9 +110,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         "alpha": [Interval(Real, 0, None, closed="left")],
         "beta": [Interval(Real, 0, None, closed="neither")],
         "start": [Real, "array-like"],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [StrOptions({"adaptive"}), Interval(Real, 0, None, closed="neither")],
         "n_steps": [Interval(Integral, 0, None, closed="left")],
+        "tol": [Interval(Real, 0, 1, closed="neither")],
         "switch_off": [Interval(Integral, 0, None, closed="left"), None],
+        "zero_tol": [Interval(Real, 0, 1, closed="left")],
     }
 
     def __init__(
@@ -133,9 +126,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         alpha: float = 0.001,
         beta: float = 0.01,
         start: Any = 0.0,
-        learning_rate: float = 0.1,
-        n_steps: int = 1000,
+        learning_rate: float | str = "adaptive",
+        n_steps: int = 20_000,
+        tol: float = 1e-3,
         switch_off: int | None = None,
+        zero_tol: float = 1e-3,
     ) -> None:
         self.dictionary = dictionary
         self.form = form
@@ -145,7 +140,9 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.start = start
         self.learning_rate = learning_rate
         self.n_steps = n_steps
+        self.tol = tol
         self.switch_off = switch_off
+        self.zero_tol = zero_tol
 
     def fit(self, X: Any, y: Any = None) -> MirrorFlowCoder:
         """Check the parameters: there is nothing to learn.
@@ -160,10 +157,25 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         -------
         self
         """
-        self._validate_params()
-        X = validate_data(self, X, dtype=[np.float64, np.float32])
-        self._atoms(X)
+        self._check_parameters()
+        with all_or_nothing(self):
+            X = validate_data(self, X, dtype=[np.float64, np.float32])
+            self.n_components_ = len(self._atoms(X))
         return self
+
+    def _check_parameters(self) -> None:
+        """Refuse what is wrong whatever the signals."""
+        self._validate_params()
+        if self.switch_off is not None and self.switch_off > self.n_steps:
+            raise ValueError(
+                f"switch_off={self.switch_off} comes after n_steps={self.n_steps}: the decay would "
+                "never be switched off; None says so"
+            )
+        if self.form == "log" and self.alpha > 0 and self.learning_rate == "adaptive":
+            raise ValueError(
+                "with form='log' and alpha > 0 there is no least value to settle at: give "
+                "learning_rate a number (0.1, for example) and n_steps, or set alpha=0"
+            )
 
     def transform(self, X: Any) -> Array:
         """Code signals.
@@ -177,22 +189,42 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         -------
         array of shape (n_samples, n_components)
         """
-        self._validate_params()
+        self._check_parameters()
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         D = self._atoms(X)
-        off = np.inf if self.switch_off is None else self.switch_off
-        if self.switch_off is not None and off > self.n_steps:
-            raise ValueError(
-                f"switch_off={off} comes after n_steps={self.n_steps}: the decay would never be "
-                "switched off; None says so"
-            )
-        start = self._starts((len(X), len(D)))
-        steps = codes(
-            X, D, self.form, self.k, self.alpha, self.beta, start,
-            self.learning_rate / lipschitz(D), off,
-        )  # fmt: skip
+        find = self._settle if self.learning_rate == "adaptive" else self._descend
+        return without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
+
+    def _settle(self, X: Array, D: Array, start: Array) -> Array:
+        """Train until codes have settled, and warn of those that have not."""
         with np.errstate(all="ignore"):
-            for _, z in zip(range(self.n_steps + 1), steps, strict=False):
+            z, distance = settled_codes(
+                X.astype(np.float64), D.astype(np.float64), self.form, self.k, self.alpha,
+                self.beta, start, self.tol, self.n_steps, self.switch_off,
+            )  # fmt: skip
+        if not np.isfinite(distance).all():
+            raise ValueError(
+                "u and v cannot be represented: choose beta and start nearer to the size of codes"
+            )
+        late = distance > self.tol
+        if late.any():
+            warnings.warn(
+                f"the codes of {late.sum()} of {len(X)} signals have not settled in n_steps="
+                f"{self.n_steps} steps: the furthest is at {distance.max():.1e}, tol={self.tol:g}; "
+                "increase n_steps, tol or alpha",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return z.astype(X.dtype)
+
+    def _descend(self, X: Array, D: Array, start: Array) -> Array:
+        """Take n_steps steps of one length."""
+        beta = self.beta * sizes(X, D)[:, None] if self.form == "power" else self.beta
+        rate: Any = self.learning_rate
+        off = np.inf if self.switch_off is None else self.switch_off
+        path = codes(X, D, self.form, self.k, self.alpha, beta, start, rate / lipschitz(D), off)
+        with np.errstate(all="ignore"):
+            for z in islice(path, self.n_steps + 1):
                 if not np.isfinite(z).all():
                     raise ValueError(self._diverged())
         return z
@@ -213,7 +245,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """Say why codes are not finite, and what to do."""
         if self.form == "log":
             return "u or v has reached 0, where log ends: lower learning_rate, alpha, or n_steps"
-        return "gradient descent diverged: lower learning_rate"
+        return "gradient descent diverged: lower learning_rate, or take learning_rate='adaptive'"
 
     def _atoms(self, X: Array) -> Array:
         """Give the dictionary, checked."""
@@ -238,16 +270,15 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         -------
         array of shape (n_samples, n_features)
         """
-        return check_array(X, dtype=[np.float64, np.float32]) @ np.asarray(self.dictionary)
-
-    @property
-    def n_components_(self) -> int:
-        """The number of atoms."""
-        return len(self.dictionary)
+        z = check_array(X, dtype=[np.float64, np.float32], input_name="X")
+        D = check_array(self.dictionary, dtype=z.dtype, input_name="dictionary")
+        if z.shape[1] != len(D):
+            raise ValueError(f"X has {z.shape[1]} codes in each row, dictionary has {len(D)} atoms")
+        return z @ D
 
     @property
     def _n_features_out(self) -> int:
-        return len(self.dictionary)
+        return self.n_components_
 
     def __sklearn_tags__(self) -> Any:
         """Need no fit, and keep float32."""
