@@ -143,8 +143,8 @@ def test_the_default_diverges_for_no_size_and_power(size, k):
     """u^{2k} + v^{2k} >= |z|: for every k the least value is the lasso's."""
     D, X = dictionary(30, 64), size * signals("uniform")
     ours = mf.MirrorFlowCoder(D, k=k).transform(X)
-    least = objective(lasso(D, X, 1e-3), D, X, 1e-3)
-    assert (objective(ours, D, X, 1e-3) < least * (1 + 1e-3)).all()
+    least = objective(lasso(D, X, 0.1), D, X, 0.1)
+    assert (objective(ours, D, X, 0.1) < least * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
@@ -194,7 +194,7 @@ def test_beta_is_in_units_of_the_largest_code_of_one_atom():
     size = np.array([max(abs(x @ d) / (d @ d) for d in D) for x in X])
     ours = mf.MirrorFlowCoder(D, beta=0.2, learning_rate=1e-2, n_steps=10, zero_tol=0)
     for x, s, z in zip(X, size, ours.transform(X), strict=True):
-        path = codes(x[None], D, "power", 1, 1e-3, 0.2 * s, 0.0, 1e-2 / np.linalg.norm(D, 2) ** 2)
+        path = codes(x[None], D, "power", 1, 0.1, 0.2 * s, 0.0, 1e-2 / np.linalg.norm(D, 2) ** 2)
         np.testing.assert_allclose(z, list(islice(path, 11))[-1][0], rtol=1e-9, atol=1e-15)
 
 

@@ -42,7 +42,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         log v with h = sum log u + log v, whose decay spreads them.
     k : int, default=1
         Half the power.
-    alpha : float, default=0.001
+    alpha : float, default=0.1
         The strength of h, >= 0. For the power it acts like the penalty alpha \|z\| of the lasso,
         and from alpha = max \|x D^T\| on all codes are 0.
     beta : float, default=0.01
@@ -123,7 +123,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         *,
         form: str = "power",
         k: int = 1,
-        alpha: float = 0.001,
+        alpha: float = 0.1,
         beta: float = 0.01,
         start: Any = 0.0,
         learning_rate: float | str = "adaptive",
