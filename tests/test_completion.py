@@ -11,13 +11,16 @@ import polars as pl
 import pytest
 from scipy.sparse import coo_array, csc_matrix, csr_array
 from sklearn.base import clone
+from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.utils import Bunch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
+from mirrorflow.experiments._lowrank_data import faces
 
 
 @parametrize_with_checks([mf.MatrixCompletion(max_iter=100)])
@@ -44,7 +47,7 @@ def as_sparse(M, form=csr_array):
 
 def test_it_is_what_matrix_sensing_finds():
     _, M = problem(noise=0.1)
-    for options in ({}, {"switch_off": False, "alpha": 0.3, "max_rank": 5}):
+    for options in ({"switch_off": True}, {"switch_off": False, "alpha": 0.3, "max_rank": 5}):
         one, other = mf.MatrixCompletion(**options).fit(M), mf.MatrixSensing(**options).fit(M)
         np.testing.assert_array_equal(one.matrix(), other.matrix())
         np.testing.assert_array_equal(one.singular_values_, other.singular_values_)
@@ -53,7 +56,7 @@ def test_it_is_what_matrix_sensing_finds():
 
 def test_rows_that_were_not_fitted_are_recovered():
     X, M = problem(100)
-    model = mf.MatrixCompletion().fit(M[:60])
+    model = mf.MatrixCompletion(switch_off=True).fit(M[:60])
     filled = model.transform(M[60:])
     np.testing.assert_allclose(filled, X[60:], atol=1e-4)
     known = ~np.isnan(M[60:])
@@ -120,7 +123,7 @@ def test_sparse_matrices_are_not_changed():
     assert model.transform(M)[1, 1] == 7
 
 
-@pytest.mark.parametrize("estimator", [mf.MatrixCompletion(), mf.MatrixSensing()])
+@pytest.mark.parametrize("estimator", [mf.MatrixCompletion(switch_off=True), mf.MatrixSensing()])
 def test_large_sparse_matrices_take_the_memory_of_their_entries(estimator):
     """5,000 x 4,000 with 1 entry in 100: 160 MB if it were dense, once."""
     rng = np.random.default_rng(0)
@@ -157,14 +160,14 @@ def test_frames_keep_their_names(frame):
 def test_it_works_in_pipelines_and_searches():
     X, M = problem(120, 8, 2)
     y = X @ np.arange(8.0)
-    model = make_pipeline(mf.MatrixCompletion(3), LinearRegression())
+    model = make_pipeline(mf.MatrixCompletion(3, switch_off=True), LinearRegression())
     search = GridSearchCV(model, {"matrixcompletion__alpha": [0.1, 0.9]}, cv=3).fit(M, y)
     assert search.best_params_ == {"matrixcompletion__alpha": 0.1} and search.best_score_ > 0.8
 
 
 def test_float32_clones_and_pickles():
     X, M = problem()
-    model = mf.MatrixCompletion(4, 0.2)
+    model = mf.MatrixCompletion(4, 0.2, switch_off=True)
     small = clone(model).fit(M.astype(np.float32))
     assert small.transform(M.astype(np.float32)).dtype == small.U_.dtype == np.float32
     np.testing.assert_allclose(small.matrix(), X, atol=1e-4)
@@ -260,3 +263,37 @@ def test_symmetric_completion_is_the_trace_norm_minimizer(alpha):
 
 def test_a_negative_definite_matrix_is_completed_by_zero():
     assert not mf.MatrixSensing(symmetric=True).fit(-np.eye(4)).matrix().any()
+
+
+# --- Data that are not of low rank ----------------------------------------------------------------
+
+
+def test_keeping_the_decay_is_the_right_default_for_images():
+    """Half of the pixels of 200 digits, one a row: what the documentation says of switch_off."""
+    X = load_digits().data[:200]
+    known = np.random.default_rng(0).random(X.shape) < 0.5
+    seen = np.where(known, X - X[known].mean(), np.nan)
+
+    def error(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # switched off, it does not settle
+            filled = mf.MatrixCompletion(30, max_iter=300, **options).fit_transform(seen)
+        hidden = (X - X[known].mean())[~known]
+        return np.linalg.norm(filled[~known] - hidden) / np.linalg.norm(hidden)
+
+    assert error() < 0.6 < 1 < error(switch_off=True)
+
+
+def test_faces_are_found_as_for_the_sparse_codes(monkeypatch):
+    images = np.random.default_rng(0).random((400, 64, 64))
+    found = Bunch(data=images.reshape(400, -1).astype(np.float32), images=images)
+    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", lambda: found)
+    small = faces()
+    assert small.shape == (200, 1024)
+    assert small[3, 33] == pytest.approx(images[3, 2:4, 2:4].mean(), rel=1e-6)
+
+    def offline():
+        raise OSError
+
+    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", offline)
+    assert faces() is None

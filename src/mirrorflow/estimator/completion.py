@@ -26,9 +26,9 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     .. math:: \tfrac12 \sum_{ij\ known} (X_{ij} - Y_{ij})^2
         + \tfrac{\alpha}{2} (|U|_F^2 + |V|_F^2),
 
-    whose penalty acts like the nuclear norm of X and leaves few directions. Switched off, these
-    fit the data without being shrunk. A new row is u V^T, with the u that minimizes the same for
-    its known entries.
+    whose penalty acts like the nuclear norm of X and leaves few directions. Switched off in the
+    end, it leaves these free to fit the data without being shrunk. A new row is u V^T, with the u
+    that minimizes the same for its known entries.
 
     Parameters
     ----------
@@ -39,9 +39,10 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         The decay, >= 0, in units of the smallest that would keep X at 0: the largest singular
         value of the known entries with 0 elsewhere. Stronger decay, 0.5 and 0.2, comes first; with
         ``alpha=0`` what it leaves is fitted.
-    switch_off : bool, default=True
-        Whether to set the decay to 0 once the factors have settled under it, and to go on. Right
-        for exact low rank with little noise; for real data False is often better.
+    switch_off : bool, default=False
+        Whether to set the decay to 0 once the factors have settled under it, and to go on. It
+        makes the fit of a matrix that is nearly of low rank exact, and is harmful elsewhere: what
+        decay leaves of images or ratings, free, fits the known entries and not the others.
     max_iter : int, default=2000
         The largest number of alternations at each strength of the decay.
     tol : float, default=1e-6
@@ -81,7 +82,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     >>> rng = np.random.default_rng(0)
     >>> X = rng.standard_normal((80, 2)) @ rng.standard_normal((2, 30))
     >>> seen = np.where(rng.random(X.shape) < 0.5, X, np.nan)
-    >>> model = MatrixCompletion().fit(seen[:60])
+    >>> model = MatrixCompletion(switch_off=True).fit(seen[:60])
     >>> model.rank_, bool(np.abs(model.transform(seen[60:]) - X[60:]).max() < 1e-3)
     (2, True)
     """
@@ -91,7 +92,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         max_rank: int | None = None,
         alpha: float = 0.1,
         *,
-        switch_off: bool = True,
+        switch_off: bool = False,
         max_iter: int = 2000,
         tol: float = 1e-6,
     ) -> None:

@@ -133,8 +133,10 @@ def solve_rows(problem: Observed, V: Array, alpha: float) -> Array:
     return U
 
 
-def alternate(problem: Any, max_rank: int, alphas: list[float], steps: int, tol: float) -> Trained:
-    """Train the factors at each alpha until they settle; ``problem`` says how.
+def alternate(
+    problem: Any, max_rank: int, stages: list[tuple[float, float]], steps: int
+) -> Trained:
+    """Train the factors at each (alpha, tol) until they settle; ``problem`` says how.
 
     Under decay directions of the residual whose singular value exceeds alpha are added, up to
     ``max_rank``: with none left the product minimizes f + alpha |X|_*. Without decay (a last alpha
@@ -142,20 +144,30 @@ def alternate(problem: Any, max_rank: int, alphas: list[float], steps: int, tol:
     """
     U, V = np.zeros((problem.Y.shape[0], 0)), np.zeros((problem.Y.shape[1], 0))
     count, settled, left_out, decay = 0, True, False, 0.0
-    for alpha in alphas:
-        for _ in range(max_rank + 1):
-            V, added = _extended(problem, U, V, alpha, max_rank)
-            if not V.shape[1] or (not added and settled and alpha > 0):
-                break
-            U, V, taken, settled = problem.settle(U, V, alpha, steps, tol)
-            count += taken
-            if alpha == 0 or not settled:
-                break
-        decay = alpha or decay
+    for alpha, tol in stages:
+        U, V, taken, settled = _stage(problem, U, V, alpha, max_rank, steps, tol)
+        count, decay = count + taken, alpha or decay
         left_out = left_out or (settled and _left_out(problem, U, V, decay, max_rank))
     if not V.shape[1]:  # decay allows nothing
         return Trained(np.zeros((len(U), 1)), np.zeros((len(V), 1)), count, True)
     return Trained(U, V, count, settled, left_out)
+
+
+def _stage(
+    problem: Any, U: Array, V: Array, alpha: float, max_rank: int, steps: int, tol: float
+) -> tuple[Array, Array, int, bool]:
+    """Train at one alpha, with new directions as long as decay leaves any of them."""
+    count, settled = 0, not V.shape[1]
+    for number in range(max_rank + 1):
+        rank = V.shape[1]
+        V, added = _extended(problem, U, V, alpha, max_rank)
+        if not V.shape[1] or (number and not added):
+            break
+        U, V, taken, settled = problem.settle(U, V, alpha, steps, tol)
+        count += taken
+        if not settled or (number and V.shape[1] <= rank):
+            break
+    return U, V, count, settled
 
 
 def _extended(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> tuple[Array, bool]:

@@ -19,7 +19,8 @@ from .symmetric import SymmetricObserved
 __all__ = ["LowRank", "filled"]
 
 Array = NDArray[Any]
-PATH = (0.5, 0.2)  # stronger decay that comes first
+PATH = (0.5, 0.2)  # stronger decay that comes first,
+ROUGH = 1e-3  # and the tolerance there
 
 
 class LowRank(BaseEstimator):
@@ -57,12 +58,13 @@ class LowRank(BaseEstimator):
         top = float(problem.strongest(*empty, 1)[0].max())
         if not top > 0:
             return Trained(np.zeros((M.shape[0], 1)), np.zeros((M.shape[1], 1)), 1, True), 0.0
-        alphas = [c for c in PATH if c > self.alpha] + [float(self.alpha)]
+        stages = [(c, max(ROUGH, self.tol)) for c in PATH if c > self.alpha]
+        stages.append((float(self.alpha), self.tol))
         if self.switch_off and self.alpha > 0:
-            alphas.append(0.0)
+            stages.append((0.0, self.tol))
         # In units of the data nothing depends on what they are measured in.
-        found = alternate(problem.times(1 / top), columns, alphas, self.max_iter, self.tol)
-        return found.times(top), alphas[-1] * top
+        found = alternate(problem.times(1 / top), columns, stages, self.max_iter)
+        return found.times(top), stages[-1][0] * top
 
     def _keep(self, found: Trained, dtype: Any) -> None:
         """Set the attributes, and warn of what is not as it should be."""

@@ -49,8 +49,9 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         what it leaves is fitted.
     switch_off : bool, default=True
         Whether to set the decay to 0 once training has settled under it (at the latest after
-        half of ``max_iter``), and to go on. Right for exact low rank with little noise; for real
-        data False is often better.
+        half of ``max_iter``), and to go on. Right where X is nearly of low rank; harmful where it
+        is not, as for images or ratings: there what decay leaves, free, fits the known entries
+        and not the others.
     symmetric : bool, default=False
         X = U U^T, symmetric and positive semi-definite. An entry that is known stands for its
         mirror image, too; where both are known, and differ, for their mean.
