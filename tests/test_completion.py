@@ -23,7 +23,9 @@ import mirrorflow as mf
 from mirrorflow.experiments._lowrank_data import faces
 
 
-@parametrize_with_checks([mf.MatrixCompletion(max_iter=100)])
+@parametrize_with_checks(
+    [mf.MatrixCompletion(max_iter=n, center=c) for n, c in ((100, False), (99, True))]
+)
 def test_scikit_learns_conventions(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns without an entry, and of 100 steps
@@ -224,6 +226,76 @@ def test_columns_without_entries_are_named_where_fit_was_called():
         model = mf.MatrixCompletion().fit(X)
     assert said[0].filename == __file__
     assert not model.transform(X)[:, 3].any()
+
+
+# --- Offsets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0])
+def test_centred_completion_is_a_convex_minimizer(alpha):
+    """Offsets without penalty beside the nuclear norm; alpha in units of what keeps that at 0."""
+    _, M = problem(9, 7, 2, 0.7, 0.1)
+    M += 5 + np.arange(7) + np.arange(9)[:, None] ** 2 / 10
+    known, Y = ~np.isnan(M), np.nan_to_num(M)
+    L, a, b = cp.Variable((9, 7)), cp.Variable((9, 1)), cp.Variable((1, 7))
+    total = L + a @ np.ones((1, 7)) + np.ones((9, 1)) @ b
+    fit = 0.5 * cp.sum_squares(cp.multiply(known, total - Y))
+    cp.Problem(cp.Minimize(fit), [L == 0]).solve(solver="CLARABEL")
+    top = np.linalg.norm(np.where(known, Y - a.value - b.value, 0), 2)
+    cp.Problem(cp.Minimize(fit + alpha * top * cp.normNuc(L))).solve(solver="CLARABEL")
+    model = mf.MatrixCompletion(7, alpha, center=True, tol=1e-9).fit(M)
+    np.testing.assert_allclose(model.matrix(), total.value, atol=1e-4)
+    np.testing.assert_allclose(model.U_ @ model.V_.T, L.value, atol=1e-4)
+    assert model.decay_ == pytest.approx(alpha * top, rel=1e-6)
+    assert model.row_offset_.mean() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_constant_does_not_matter_when_centred():
+    X, M = problem(60, 40, 2, 0.4, 0.1)
+    hidden = np.isnan(M)
+
+    def error(shift, **options):
+        model = mf.MatrixCompletion(4, switch_off=True, **options)
+        filled = model.fit_transform(M + shift)
+        return np.sqrt(((filled - shift - X)[hidden] ** 2).mean())
+
+    plain = error(0, center=True)
+    assert error(100, center=True) == pytest.approx(plain, rel=1e-3)
+    assert plain < 0.15 < error(100)
+
+
+@pytest.mark.parametrize("switch_off", [False, True])
+def test_a_new_row_gets_its_offset_when_centred(switch_off):
+    _, M = problem(80, noise=0.2)
+    M += 10 + np.arange(25)
+    model = mf.MatrixCompletion(4, 0.2, switch_off=switch_off, center=True).fit(M[:60])
+    V, b = model.V_, model.column_offset_
+    for row, filled in zip(M[60:], model.transform(M[60:]), strict=True):
+        known = ~np.isnan(row)
+        design = np.column_stack([V, np.ones(25)])
+        penalty = np.diag([model.decay_] * V.shape[1] + [0.0])
+        gram = design[known].T @ design[known] + penalty
+        found = np.linalg.solve(gram, design[known].T @ (row - b)[known])
+        np.testing.assert_allclose(filled[~known], (design @ found + b)[~known], atol=1e-6)
+    np.testing.assert_allclose(model.transform(np.full((1, 25), np.nan))[0], b)
+
+
+def test_offsets_alone_leave_no_rank():
+    M = np.add.outer(np.arange(12.0), np.arange(8.0) ** 2)
+    seen = np.where(np.random.default_rng(0).random(M.shape) < 0.7, M, np.nan)
+    model = mf.MatrixCompletion(center=True).fit(seen)
+    assert model.rank_ == 0
+    np.testing.assert_allclose(model.matrix(), M, atol=1e-8)
+
+
+def test_what_has_no_entry_gets_the_offsets_that_there_are():
+    M = np.add.outer(np.arange(6.0), np.arange(4.0))
+    M[2], M[:, 1] = np.nan, np.nan
+    with pytest.warns(UserWarning, match="no entry"):
+        filled = mf.MatrixCompletion(center=True).fit(M).matrix()
+    rows, columns = np.array([0, 1, 3, 4, 5]), np.array([0, 2, 3])
+    np.testing.assert_allclose(filled[2, columns], rows.mean() + columns)
+    np.testing.assert_allclose(filled[rows, 1], rows + columns.mean())
 
 
 # --- Symmetric matrices ---------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from .centred import CentredObserved, Offsets, solve_centred
 from .factors import Observed, Trained, solve_rows
 from .lowrank import LowRank, filled
 from .transaction import all_or_nothing
@@ -43,6 +44,10 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         Whether to set the decay to 0 once the factors have settled under it, and to go on. It
         makes the fit of a matrix that is nearly of low rank exact, and is harmful elsewhere: what
         decay leaves of images or ratings, free, fits the known entries and not the others.
+    center : bool, default=False
+        Whether to fit offsets a_i of the rows and b_j of the columns beside U V^T, without
+        penalty. Right where the entries have a level of their own, as ratings and most tables: a
+        level far from 0 is a direction that decay shrinks, and that hides the others.
     max_iter : int, default=2000
         The largest number of alternations at each strength of the decay.
     tol : float, default=1e-6
@@ -56,6 +61,8 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         Of X, falling.
     rank_ : int
         How many of them exceed 1e-6 times the largest.
+    row_offset_, column_offset_ : arrays of shape (n_samples,) and (n_features,)
+        a, with mean 0, and b; 0 unless ``center``.
     decay_ : float
         The decay at the end, in the units of X; 0 where it was switched off.
     n_iter_ : int
@@ -72,8 +79,8 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     Fitting takes memory for the factors and the known entries, and of a constant size besides,
     where X is sparse. The factors then are the result: `transform` gives a dense array.
 
-    Nothing is centred: a constant offset is one more direction. Take off what you know of means
-    before (``StandardScaler`` keeps NaN).
+    With ``center`` a new row gets the offset that fits its known entries together with its u; one
+    without a known entry becomes b.
 
     Examples
     --------
@@ -87,18 +94,25 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     (2, True)
     """
 
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **LowRank._parameter_constraints,
+        "center": ["boolean"],
+    }
+
     def __init__(
         self,
         max_rank: int | None = None,
         alpha: float = 0.1,
         *,
         switch_off: bool = False,
+        center: bool = False,
         max_iter: int = 2000,
         tol: float = 1e-6,
     ) -> None:
         self.max_rank = max_rank
         self.alpha = alpha
         self.switch_off = switch_off
+        self.center = center
         self.max_iter = max_iter
         self.tol = tol
 
@@ -125,8 +139,22 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     def _from_entries(self, X: Any) -> tuple[Trained, Any]:
         """Alternate on the entries that are known."""
         M = self._checked(X, reset=True)
-        found, self.decay_ = self._complete(M)
+        found, self.decay_, problem = self._complete(
+            M, CentredObserved if self.center else Observed
+        )
+        p, q = M.shape
+        offsets = problem.offsets if self.center else Offsets(np.zeros(p), np.zeros(q))
+        self.row_offset_, self.column_offset_ = (o.astype(M.dtype) for o in (offsets.a, offsets.b))
         return found, M.dtype
+
+    def matrix(self) -> Array:
+        """Form X, offsets included.
+
+        Returns
+        -------
+        array of shape (n_samples, n_features)
+        """
+        return super().matrix() + self.row_offset_[:, None] + self.column_offset_
 
     def transform(self, X: Any) -> Array:
         """Fill the missing entries of rows; what is known is left as it is.
@@ -134,7 +162,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         Parameters
         ----------
         X : array, frame or sparse matrix of shape (n_rows, n_features)
-            Any rows. One without a known entry becomes 0.
+            Any rows. One without a known entry becomes 0, with ``center`` the columns' offsets.
 
         Returns
         -------
@@ -142,8 +170,11 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         """
         check_is_fitted(self)
         M = self._checked(X, reset=False)
-        V = self.V_.astype(np.float64)
-        return filled(M, solve_rows(Observed.of(M), V, self.decay_), V)
+        V, b, problem = self.V_.astype(np.float64), self.column_offset_, Observed.of(M)
+        if not self.center:
+            return filled(M, solve_rows(problem, V, self.decay_) @ V.T)
+        U, a = solve_centred(problem, V, b, self.decay_)
+        return filled(M, U @ V.T + a[:, None] + b)
 
     def _checked(self, X: Any, reset: bool) -> Any:
         """Check X as scikit-learn does."""

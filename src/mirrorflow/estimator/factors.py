@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, issparse
 from sklearn.utils.extmath import randomized_svd
 
-__all__ = ["ABOVE", "DEAD", "Observed", "Trained", "alternate", "solve_rows"]
+__all__ = [
+    "ABOVE",
+    "DEAD",
+    "Observed",
+    "Trained",
+    "alternate",
+    "balanced",
+    "distance",
+    "like",
+    "product_at",
+    "solve_rows",
+]
 
 Array = NDArray[np.float64]
 BLOCK = 2**22  # numbers in the normal equations that are held at once
@@ -76,11 +87,11 @@ class Observed:
 
     def times(self, unit: float) -> Observed:
         """Give the problem of ``unit`` times X."""
-        return replace(self, Y=_like(self.Y, unit * self.Y.data))
+        return replace(self, Y=like(self.Y, unit * self.Y.data))
 
     def pull(self, U: Array, V: Array) -> Any:
         """Give -grad f(U V^T), which is sparse."""
-        return _like(self.Y, self.Y.data - product_at(self.Y, U, V))
+        return like(self.Y, self.Y.data - product_at(self.Y, U, V))
 
     def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
         """Give the k largest singular values of -grad f(U V^T), and (k, q) right vectors."""
@@ -96,13 +107,13 @@ class Observed:
             before = U
             U = solve_rows(self, V, alpha)
             V = solve_rows(turned, U, alpha)
-            U, V = _balanced(U, V)
-            if _distance(before, U) <= tol * float(np.linalg.norm(U)):
+            U, V = balanced(U, V)
+            if distance(before, U) <= tol * float(np.linalg.norm(U)):
                 return U, V, count, True
         return U, V, steps, False
 
 
-def _like(pattern: Any, values: Array) -> Any:
+def like(pattern: Any, values: Array) -> Any:
     """Give a matrix with the pattern of another, zeros included."""
     return csr_array((values, pattern.indices, pattern.indptr), shape=pattern.shape)
 
@@ -116,14 +127,18 @@ def product_at(pattern: Any, U: Array, V: Array) -> Array:
     return found
 
 
-def solve_rows(problem: Observed, V: Array, alpha: float) -> Array:
-    """Give the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row."""
+def solve_rows(problem: Observed, V: Array, alpha: float | Array) -> Array:
+    """Give the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row.
+
+    alpha may have a value for each column of U.
+    """
     r, p = V.shape[1], problem.Y.shape[0]
     upper = np.triu_indices(r)
     products = V[:, upper[0]] * V[:, upper[1]]
     right, U, seen = problem.Y @ V, np.zeros((p, r)), problem.seen
     # Without decay a row with too few entries gets the shortest factor, and 0 without any.
-    ridge = (alpha + 1e-12 * float((V**2).sum()) / max(1, len(V)) or 1.0) * np.eye(r)
+    tiny = 1e-12 * float((V**2).sum()) / max(1, len(V)) or 1.0
+    ridge = np.diag(np.broadcast_to(alpha + tiny, r))
     block = max(1, BLOCK // (r * r))
     for begin in range(0, p, block):
         part = slice(begin, begin + block)
@@ -189,7 +204,7 @@ def _left_out(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> 
     return bool(pulls.max() > ABOVE * alpha and pulls.min() > 0.9 * alpha)
 
 
-def _distance(before: Array, after: Array) -> float:
+def distance(before: Array, after: Array) -> float:
     """Give |before - after| of factors with as many columns; infinity otherwise."""
     if before.shape != after.shape:
         return np.inf
@@ -197,7 +212,7 @@ def _distance(before: Array, after: Array) -> float:
     return float(np.linalg.norm(before * np.where(signs == 0, 1.0, signs) - after))
 
 
-def _balanced(U: Array, V: Array) -> tuple[Array, Array]:
+def balanced(U: Array, V: Array) -> tuple[Array, Array]:
     """Give factors of the same product with U^T U = V^T V diagonal, without dead directions."""
     QU, RU = np.linalg.qr(U)
     QV, RV = np.linalg.qr(V)

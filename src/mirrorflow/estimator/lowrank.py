@@ -14,13 +14,13 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from .factors import Observed, Trained, alternate
-from .symmetric import SymmetricObserved
 
 __all__ = ["LowRank", "filled"]
 
 Array = NDArray[Any]
 PATH = (0.5, 0.2)  # stronger decay that comes first,
 ROUGH = 1e-3  # and the tolerance there
+NOTHING = 1e-10  # a largest singular value below it, relative to the data, is rounding
 
 
 class LowRank(BaseEstimator):
@@ -49,22 +49,26 @@ class LowRank(BaseEstimator):
             raise ValueError(f"max_rank={self.max_rank} is above the dimension of X, {shape}")
         return self.max_rank
 
-    def _complete(self, M: Any, symmetric: bool = False) -> tuple[Trained, float]:
-        """Find the factors from the entries that are known; give the decay at the end, too."""
-        columns = self._columns(M.shape)
-        problem = (SymmetricObserved if symmetric else Observed).of(M)
+    def _complete(self, M: Any, kind: type[Observed] = Observed) -> tuple[Trained, float, Any]:
+        """Find the factors from the entries that are known; give the last decay, and the problem.
+
+        ``kind`` says what is completed, and how.
+        """
+        columns, problem = self._columns(M.shape), kind.of(M)
         _check_seen(problem.seen)
         empty = np.zeros((M.shape[0], 0)), np.zeros((M.shape[1], 0))
         top = float(problem.strongest(*empty, 1)[0].max())
-        if not top > 0:
-            return Trained(np.zeros((M.shape[0], 1)), np.zeros((M.shape[1], 1)), 1, True), 0.0
+        if not top > NOTHING * float(np.linalg.norm(problem.Y.data)):
+            zero = Trained(np.zeros((M.shape[0], 1)), np.zeros((M.shape[1], 1)), 1, True)
+            return zero, 0.0, problem
         stages = [(c, max(ROUGH, self.tol)) for c in PATH if c > self.alpha]
         stages.append((float(self.alpha), self.tol))
         if self.switch_off and self.alpha > 0:
             stages.append((0.0, self.tol))
         # In units of the data nothing depends on what they are measured in.
-        found = alternate(problem.times(1 / top), columns, stages, self.max_iter)
-        return found.times(top), stages[-1][0] * top
+        scaled = problem.times(1 / top)
+        found = alternate(scaled, columns, stages, self.max_iter)
+        return found.times(top), stages[-1][0] * top, scaled.times(top)
 
     def _keep(self, found: Trained, dtype: Any) -> None:
         """Set the attributes, and warn of what is not as it should be."""
@@ -109,15 +113,15 @@ def _check_seen(seen: Any) -> None:
         empty = int((seen.sum(axis=axis) == 0).sum())
         if empty:
             warnings.warn(
-                f"{empty} {name} of X have no entry: they are completed by 0",
+                f"{empty} {name} of X have no entry: they are completed by 0 (and offsets)",
                 UserWarning,
                 stacklevel=5,
             )
 
 
-def filled(M: Any, U: Array, V: Array) -> Array:
-    """Give the known entries of M (of a sparse M those that are stored), and U V^T elsewhere."""
-    X = (U @ V.T).astype(M.dtype, copy=False)
+def filled(M: Any, X: Array) -> Array:
+    """Give the known entries of M (of a sparse M those that are stored), and X's elsewhere."""
+    X = X.astype(M.dtype, copy=False)
     if not hasattr(M, "tocsr"):
         return np.where(np.isnan(M), X, M)
     known = Observed.of(M).Y.tocoo()

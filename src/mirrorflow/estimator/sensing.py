@@ -17,9 +17,10 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .factors import Trained
+from .factors import Observed, Trained
 from .lowrank import LowRank, filled
 from .measured import Measured, sense
+from .symmetric import SymmetricObserved
 from .transaction import all_or_nothing
 
 __all__ = ["MatrixSensing"]
@@ -100,7 +101,8 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
     where X is sparse. Measurements take a few arrays of the size of X, and A as it is given: sparse
     ones (one entry each, or a product of sparse vectors) reach sizes that dense ones do not.
 
-    Nothing is centred: a constant offset is one more direction. Take off what you know of means.
+    Nothing is centred: a constant offset is one more direction. For entries, `MatrixCompletion` has
+    ``center=True``.
 
     Examples
     --------
@@ -178,7 +180,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             self, X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan"
         )
         self._check_square(M.shape)
-        return self._complete(M, self.symmetric)[0], M.dtype
+        return self._complete(M, SymmetricObserved if self.symmetric else Observed)[0], M.dtype
 
     def _from_measurements(self, X: Any, y: Any, sample_weight: Any) -> tuple[Trained, Any]:
         """Descend on the factors."""
@@ -277,7 +279,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         )
         if M.shape != (len(self.U_), len(self.V_)):
             raise ValueError(f"X has shape {M.shape}, fitted was {(len(self.U_), len(self.V_))}")
-        return filled(M, self.U_, self.V_)
+        return filled(M, self.matrix())
 
     def __sklearn_tags__(self) -> Any:
         """Take NaN for what is not known, without y; sparse X; measurements that are matrices."""
