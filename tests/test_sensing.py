@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import coo_array, csc_array, csr_array, csr_matrix
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.estimator.factors import Observed, solve_rows
+from mirrorflow.estimator.factors import Observed, alternate, solve_rows
 from mirrorflow.estimator.measured import Measured, descend
 from mirrorflow.experiments._sensing import Problem
 
@@ -194,6 +196,16 @@ def test_directions_that_max_rank_leaves_out_are_named():
         mf.MatrixSensing(enough, 0.02).fit(A, y)
 
 
+def test_columns_that_still_grow_leave_nothing_out():
+    """Their pull exceeds the decay, too, where tol is coarse."""
+    X, rng = low_rank(14, 12, 3)
+    M = np.where(rng.random(X.shape) < 0.9, X / np.linalg.norm(X, 2), np.nan)
+    problem = Observed.of(M)
+    found = alternate(problem, 3, [(0.1, 0.3)], 100)
+    assert problem.strongest(found.U, found.V, 1)[0] > 0.103
+    assert found.settled and not found.left_out
+
+
 def test_ten_columns_that_are_too_few_are_named():
     X, _ = low_rank(40, 30, 14)
     with pytest.warns(UserWarning, match="max_rank=None leaves .* the rank is 10"):
@@ -228,6 +240,19 @@ def test_weights_are_repetitions(rank_one):
     weighted = model.fit(A, y, sample_weight=weights).matrix()
     np.testing.assert_allclose(weighted, expected, atol=1e-6)
     assert np.abs(model.fit(A, y).matrix() - expected).max() > 1e-2
+
+
+def test_measurements_that_are_matrices_are_cross_validated(rank_one):
+    A, y, _ = rank_one
+    scores = cross_val_score(mf.MatrixSensing(), A, y, cv=3)
+    assert scores.min() > 0.999 and scores.shape == (3,)
+
+
+def test_weights_are_routed():
+    with config_context(enable_metadata_routing=True):
+        model = mf.MatrixSensing().set_fit_request(sample_weight=True)
+        model.set_score_request(sample_weight=False)
+        assert model.get_metadata_routing().fit.requests == {"sample_weight": True}
 
 
 def test_the_score_is_the_explained_variance(rank_one):

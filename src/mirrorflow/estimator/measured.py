@@ -17,10 +17,21 @@ from scipy.sparse import issparse
 
 from .factors import ABOVE, Trained
 
-__all__ = ["Measured", "descend", "sense"]
+__all__ = ["Measured", "descend", "flat", "matrices", "sense"]
 
 Array = NDArray[np.float64]
 NOTHING = 1e-13  # a first gradient below it, in its natural units, is rounding
+
+
+def flat(X: Any) -> Any:
+    """Give measurements that are matrices as rows."""
+    return np.reshape(np.asarray(X), (len(X), -1)) if matrices(X) else X
+
+
+def matrices(X: Any) -> tuple[int, ...]:
+    """Give the shape of measurements that are matrices, and nothing for rows."""
+    shape = np.shape(X) if isinstance(X, list | tuple) else getattr(X, "shape", ())
+    return tuple(shape[1:]) if len(shape) == 3 else ()
 
 
 @dataclass(frozen=True)

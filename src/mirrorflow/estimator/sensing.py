@@ -19,7 +19,7 @@ from sklearn.utils.validation import (
 
 from .factors import Observed, Trained
 from .lowrank import LowRank, filled
-from .measured import Measured, sense
+from .measured import Measured, flat, matrices, sense
 from .symmetric import SymmetricObserved
 from .transaction import all_or_nothing
 
@@ -185,17 +185,10 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
     def _from_measurements(self, X: Any, y: Any, sample_weight: Any) -> tuple[Trained, Any]:
         """Descend on the factors."""
         shape = self._shape(X)
-        A: Any = validate_data(self, _flat(X), accept_sparse="csr", dtype=FLOATS)
-        y = column_or_1d(
-            check_array(y, dtype=np.float64, ensure_2d=False, input_name="y"), warn=True
-        )
-        if A.shape[0] != len(y):
-            raise ValueError(f"X has {A.shape[0]} measurements, y has {len(y)} values")
-        w = _check_sample_weight(sample_weight, A, dtype=np.float64, ensure_non_negative=True)
-        if not w.sum() > 0:
-            raise ValueError("sample_weight must not be zero everywhere")
+        A: Any = validate_data(self, flat(X), accept_sparse="csr", dtype=FLOATS)
+        y, weights = _values(A, y, sample_weight)
         fitting = self._fitting(shape, A.shape[1])
-        f = Measured.of(A.astype(np.float64, copy=False), y, fitting, w)
+        f = Measured.of(A.astype(np.float64, copy=False), y, fitting, weights)
         off = self.max_iter // 2 if self.switch_off else None
         found = sense(
             f, self._columns(fitting), self.symmetric, self.alpha, self.init, off, self.max_iter,
@@ -210,7 +203,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             len(given) == 2 and all(isinstance(n, Integral) and n >= 1 for n in given)
         ):
             raise ValueError(f"shape must be two whole numbers >= 1, (p, q); got {self.shape!r}")
-        own = _matrices(X)
+        own = matrices(X)
         if given and own and given != own:
             raise ValueError(f"shape={given} does not fit measurements of shape {own}")
         return own or given
@@ -246,7 +239,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         array of shape (m,)
         """
         check_is_fitted(self)
-        A: Any = _flat(X)
+        A: Any = flat(X)
         width = len(self.U_) * len(self.V_)
         if self.n_features_in_ == width:
             A = validate_data(self, A, reset=False, accept_sparse="csr", dtype=FLOATS)
@@ -291,12 +284,13 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         return tags
 
 
-def _flat(X: Any) -> Any:
-    """Give measurements that are matrices as rows."""
-    return np.reshape(np.asarray(X), (len(X), -1)) if _matrices(X) else X
-
-
-def _matrices(X: Any) -> tuple[int, ...]:
-    """Give the shape of measurements that are matrices, and nothing for rows."""
-    shape = np.shape(X) if isinstance(X, list | tuple) else getattr(X, "shape", ())
-    return tuple(shape[1:]) if len(shape) == 3 else ()
+def _values(A: Any, y: Any, sample_weight: Any) -> tuple[Array, Array]:
+    """Check the values and the weights of measurements."""
+    y = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
+    y = column_or_1d(y, warn=True)
+    if A.shape[0] != len(y):
+        raise ValueError(f"X has {A.shape[0]} measurements, y has {len(y)} values")
+    w = _check_sample_weight(sample_weight, A, dtype=np.float64, ensure_non_negative=True)
+    if not w.sum() > 0:
+        raise ValueError("sample_weight must not be zero everywhere")
+    return y, w
