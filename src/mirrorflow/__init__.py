@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .conditions import Report as Report
     from .conditions import check as check
     from .descent import descend as descend
+    from .estimator import MatrixCompletion as MatrixCompletion
     from .estimator import MatrixSensing as MatrixSensing
     from .estimator import MirrorFlowCoder as MirrorFlowCoder
     from .estimator import MirrorFlowCVDisplay as MirrorFlowCVDisplay
@@ -74,6 +75,7 @@ _HOMES = {
     "conditions": ("Report", "check"),
     "descent": ("descend",),
     "estimator": (
+        "MatrixCompletion",
         "MatrixSensing",
         "MirrorFlowCVDisplay",
         "MirrorFlowCoder",

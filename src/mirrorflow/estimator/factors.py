@@ -1,102 +1,57 @@
-r"""Training the factors of a matrix: descent on measurements, alternation on entries.
+r"""Training the factors of a matrix on some of its entries, by alternating least squares.
 
-Both minimize :math:`f(U V^T) + \tfrac{\alpha}{2} (|U|_F^2 + |V|_F^2)`, whose second term is at
-least alpha times the nuclear norm of the product, with equality where the factors are balanced;
-both then set alpha to 0 and go on from where they are.
+.. math:: f(U V^T) + \tfrac{\alpha}{2} (|U|_F^2 + |V|_F^2)
+
+is minimized, whose second term is at least alpha times the nuclear norm of the product, with
+equality where the factors are balanced; then alpha is set to 0, from where they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, issparse
 from sklearn.utils.extmath import randomized_svd
 
-__all__ = ["Measured", "Observed", "Trained", "alternate", "descend"]
+__all__ = [
+    "ABOVE",
+    "DEAD",
+    "Observed",
+    "Trained",
+    "alternate",
+    "balanced",
+    "distance",
+    "like",
+    "product_at",
+    "solve_rows",
+]
 
 Array = NDArray[np.float64]
 BLOCK = 2**22  # numbers in the normal equations that are held at once
 DEAD = 1e-6  # relative size below which decay has removed a direction
+ABOVE = 1.01  # times alpha: a pull that is stronger is not one that decay balances
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Factors U (p, r) and V (q, r), the steps they took, and whether they have settled."""
+    """Factors U (p, r) and V (q, r), the steps they took, and whether they have settled.
+
+    ``left_out`` says that decay would have let more directions in than there were columns.
+    """
 
     U: Array
     V: Array
     steps: int
     settled: bool
+    left_out: bool = False
 
-
-@dataclass(frozen=True)
-class Measured:
-    """f(X) = sum_i (<A_i, X> - y_i)^2 / (2m), for A of shape (m, p * q)."""
-
-    A: Array
-    y: Array
-    shape: tuple[int, int]
-
-    def value(self, U: Array, V: Array) -> float:
-        """Give f(U V^T)."""
-        residual = self.A @ (U @ V.T).ravel() - self.y
-        return float(residual @ residual) / (2 * len(self.y))
-
-    def gradient(self, U: Array, V: Array) -> Array:
-        """Give grad f(U V^T)."""
-        residual = self.A @ (U @ V.T).ravel() - self.y
-        return ((residual @ self.A) / len(self.y)).reshape(self.shape)
-
-
-def descend(
-    f: Measured,
-    U: Array,
-    V: Array,
-    symmetric: bool,
-    alpha: float,
-    off: int | None,
-    steps: int,
-    tol: float,
-) -> Trained:
-    r"""Descend on both factors until they settle under decay, or to step ``off``; then without it.
-
-    With ``off`` None the decay stays. The step length grows while the objective falls and is
-    halved where it rises. With ``symmetric`` V is U, and U moves by -(grad f + alpha) U
-    (Corollary C.3).
-    """
-    eta, rate, settled, count = 1.0, alpha, False, 0
-    decayed = off is None
-    while count < steps and not (settled and decayed):
-        if not decayed and (settled or count >= (off or 0)):
-            rate, decayed = 0.0, True
-        U, V, eta, moved = _step(f, U, V, symmetric, rate, 1.5 * eta)
-        settled = moved <= tol * float(np.sqrt((U**2).sum() + (V**2).sum()))
-        count += 1
-    return Trained(U, V, count, settled)
-
-
-def _step(
-    f: Measured, U: Array, V: Array, symmetric: bool, rate: float, eta: float
-) -> tuple[Array, Array, float, float]:
-    """Take a step that lowers the objective; give its length in time and in space, too."""
-    G, value = f.gradient(U, V), _objective(f, U, V, rate)
-    GU = (G + G.T) @ U / 2 + rate * U if symmetric else G @ V + rate * U
-    GV = GU if symmetric else G.T @ U + rate * V
-    slope = float((GU**2).sum() + (GV**2).sum())
-    while True:
-        newU, newV = U - eta * GU, V - eta * GV
-        fallen = value - _objective(f, newU, newV, rate)
-        if fallen >= 0.1 * eta * slope or eta * eta * slope < 1e-30:
-            return newU, newV, eta, eta * float(np.sqrt(slope))
-        eta /= 2
-
-
-def _objective(f: Measured, U: Array, V: Array, rate: float) -> float:
-    """Give f(U V^T) + rate/2 (|U|^2 + |V|^2)."""
-    return f.value(U, V) + 0.5 * rate * float((U**2).sum() + (V**2).sum())
+    def times(self, unit: float) -> Trained:
+        """Give the factors of ``unit`` times the product."""
+        root = np.sqrt(unit)
+        return replace(self, U=root * self.U, V=root * self.V)
 
 
 @dataclass(frozen=True)
@@ -107,30 +62,83 @@ class Observed:
     seen: Any
 
     @classmethod
-    def of(cls, M: Array) -> Observed:
-        """Take what is not NaN."""
-        rows, columns = np.nonzero(~np.isnan(M))
-        values = M[rows, columns]
-        Y = csr_array((values, (rows, columns)), shape=M.shape)
-        return cls(Y, csr_array((np.ones_like(values), (rows, columns)), shape=M.shape))
+    def of(cls, M: Any) -> Observed:
+        """Take what is not NaN, of a sparse M what is stored (zeros too) and not NaN."""
+        if issparse(M):
+            stored = csr_array(M, copy=True)
+            stored.sum_duplicates()
+            stored = stored.tocoo()
+            rows, columns, values = *stored.coords, stored.data
+        else:
+            rows, columns = np.nonzero(~np.isnan(M))
+            values = M[rows, columns]
+        known = ~np.isnan(values)
+        return cls.at(rows[known], columns[known], values[known].astype(np.float64), M.shape)
+
+    @classmethod
+    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> Observed:
+        """Take values at their places."""
+        Y = csr_array((values, (rows, columns)), shape=shape)
+        return cls(Y, csr_array((np.ones_like(Y.data), Y.indices, Y.indptr), shape=shape))
 
     def transposed(self) -> Observed:
         """Give the problem of X^T."""
         return Observed(csr_array(self.Y.T), csr_array(self.seen.T))
 
-    def residual(self, U: Array, V: Array) -> Array:
-        """Give U V^T - Y on the observed entries."""
-        rows = np.repeat(np.arange(len(U)), np.diff(self.Y.indptr))
-        return np.einsum("ij,ij->i", U[rows], V[self.Y.indices]) - self.Y.data
+    def times(self, unit: float) -> Observed:
+        """Give the problem of ``unit`` times X."""
+        return replace(self, Y=like(self.Y, unit * self.Y.data))
+
+    def pull(self, U: Array, V: Array) -> Any:
+        """Give -grad f(U V^T), which is sparse."""
+        return like(self.Y, self.Y.data - product_at(self.Y, U, V))
+
+    def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
+        """Give the k largest singular values of -grad f(U V^T), and (k, q) right vectors."""
+        decomposed: Any = randomized_svd(self.pull(U, V), k, random_state=0)
+        return decomposed[1], decomposed[2]
+
+    def settle(
+        self, U: Array, V: Array, alpha: float, steps: int, tol: float
+    ) -> tuple[Array, Array, int, bool]:
+        """Alternate at one alpha; give the factors, the steps, and whether they have settled."""
+        turned = self.transposed()
+        for count in range(1, steps + 1):
+            before = U
+            U = solve_rows(self, V, alpha)
+            V = solve_rows(turned, U, alpha)
+            U, V = balanced(U, V)
+            if distance(before, U) <= tol * float(np.linalg.norm(U)):
+                return U, V, count, True
+        return U, V, steps, False
 
 
-def solve_rows(problem: Observed, V: Array, alpha: float) -> Array:
-    """Give the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row."""
+def like(pattern: Any, values: Array) -> Any:
+    """Give a matrix with the pattern of another, zeros included."""
+    return csr_array((values, pattern.indices, pattern.indptr), shape=pattern.shape)
+
+
+def product_at(pattern: Any, U: Array, V: Array) -> Array:
+    """Give the entries of U V^T where something is stored, in memory for one column at a time."""
+    rows = np.repeat(np.arange(len(U)), np.diff(pattern.indptr))
+    found = np.zeros(len(rows))
+    for u, v in zip(U.T, V.T, strict=True):
+        found += u[rows] * v[pattern.indices]
+    return found
+
+
+def solve_rows(problem: Observed, V: Array, alpha: float | Array) -> Array:
+    """Give the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row.
+
+    alpha may have a value for each column of U.
+    """
     r, p = V.shape[1], problem.Y.shape[0]
     upper = np.triu_indices(r)
     products = V[:, upper[0]] * V[:, upper[1]]
     right, U, seen = problem.Y @ V, np.zeros((p, r)), problem.seen
-    ridge = (alpha + 1e-12 * float((V**2).sum()) / max(1, len(V))) * np.eye(r)
+    # Without decay a row with too few entries gets the shortest factor, and 0 without any.
+    tiny = 1e-12 * float((V**2).sum()) / max(1, len(V)) or 1.0
+    ridge = np.diag(np.broadcast_to(alpha + tiny, r))
     block = max(1, BLOCK // (r * r))
     for begin in range(0, p, block):
         part = slice(begin, begin + block)
@@ -141,64 +149,62 @@ def solve_rows(problem: Observed, V: Array, alpha: float) -> Array:
 
 
 def alternate(
-    problem: Observed, max_rank: int, alphas: list[float], steps: int, tol: float
+    problem: Any, max_rank: int, stages: list[tuple[float, float]], steps: int
 ) -> Trained:
-    """Alternate between the factors, at each alpha until they settle.
+    """Train the factors at each (alpha, tol) until they settle; ``problem`` says how.
 
     Under decay directions of the residual whose singular value exceeds alpha are added, up to
     ``max_rank``: with none left the product minimizes f + alpha |X|_*. Without decay (a last alpha
     of 0) the directions are those that the decay has left: the fit of that rank.
     """
     U, V = np.zeros((problem.Y.shape[0], 0)), np.zeros((problem.Y.shape[1], 0))
-    count, settled = 0, False
-    for alpha in alphas:
-        for _ in range(max_rank + 1):
-            V, added = _extended(problem, U, V, alpha, max_rank)
-            if not added and settled and alpha > 0:
-                break
-            U, V, taken, settled = _settle(problem, U, V, alpha, steps, tol)
-            count += taken
-            if alpha == 0 or not settled:
-                break
+    count, settled, left_out, decay = 0, True, False, 0.0
+    for alpha, tol in stages:
+        U, V, taken, settled = _stage(problem, U, V, alpha, max_rank, steps, tol)
+        count, decay = count + taken, alpha or decay
+        left_out = left_out or (settled and _left_out(problem, U, V, decay, max_rank))
     if not V.shape[1]:  # decay allows nothing
         return Trained(np.zeros((len(U), 1)), np.zeros((len(V), 1)), count, True)
-    return Trained(U, V, count, settled)
+    return Trained(U, V, count, settled, left_out)
 
 
-def _extended(
-    problem: Observed, U: Array, V: Array, alpha: float, max_rank: int
-) -> tuple[Array, bool]:
+def _stage(
+    problem: Any, U: Array, V: Array, alpha: float, max_rank: int, steps: int, tol: float
+) -> tuple[Array, Array, int, bool]:
+    """Train at one alpha, with new directions as long as decay leaves any of them."""
+    count, settled = 0, not V.shape[1]
+    for number in range(max_rank + 1):
+        rank = V.shape[1]
+        V, added = _extended(problem, U, V, alpha, max_rank)
+        if not V.shape[1] or (number and not added):
+            break
+        U, V, taken, settled = problem.settle(U, V, alpha, steps, tol)
+        count += taken
+        if not settled or (number and V.shape[1] <= rank):
+            break
+    return U, V, count, settled
+
+
+def _extended(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> tuple[Array, bool]:
     """Add to V the singular vectors of the residual that decay does not hold down."""
     room = max_rank - V.shape[1]
-    if (alpha == 0 and V.shape[1]) or room == 0:
+    if alpha == 0 or room == 0:
         return V, False
-    rows = csr_array(
-        (-problem.residual(U, V), problem.Y.indices, problem.Y.indptr), shape=problem.Y.shape
-    )
-    decomposed: Any = randomized_svd(rows, room, random_state=0)
-    s, right = decomposed[1:]
-    new = s > alpha * (1 + 1e-6) + 1e-12 * s.max(initial=0.0)
+    s, right = problem.strongest(U, V, room)
+    new = s > alpha * (1 + 1e-6)
     return np.hstack([V, right[new].T * np.sqrt(s[new] - alpha)]), bool(new.any())
 
 
-def _settle(
-    problem: Observed, U: Array, V: Array, alpha: float, steps: int, tol: float
-) -> tuple[Array, Array, int, bool]:
-    """Alternate at one alpha; give the factors, the steps, and whether they have settled."""
-    if not V.shape[1]:
-        return U, V, 0, True
-    turned = problem.transposed()
-    for count in range(1, steps + 1):
-        before = U
-        U = solve_rows(problem, V, alpha)
-        V = solve_rows(turned, U, alpha)
-        U, V = _balanced(U, V)
-        if _distance(before, U) <= tol * float(np.linalg.norm(U)):
-            return U, V, count, True
-    return U, V, steps, False
+def _left_out(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> bool:
+    """Whether the residual pulls harder than alpha, and there is no column for it."""
+    if V.shape[1] < max_rank or max_rank == min(problem.Y.shape):
+        return False
+    # At the end each column balances a pull of alpha; while one still grows its pull is stronger.
+    pulls = problem.strongest(U, V, max_rank + 1)[0]
+    return bool(pulls.max() > ABOVE * alpha and pulls.min() > 0.9 * alpha)
 
 
-def _distance(before: Array, after: Array) -> float:
+def distance(before: Array, after: Array) -> float:
     """Give |before - after| of factors with as many columns; infinity otherwise."""
     if before.shape != after.shape:
         return np.inf
@@ -206,7 +212,7 @@ def _distance(before: Array, after: Array) -> float:
     return float(np.linalg.norm(before * np.where(signs == 0, 1.0, signs) - after))
 
 
-def _balanced(U: Array, V: Array) -> tuple[Array, Array]:
+def balanced(U: Array, V: Array) -> tuple[Array, Array]:
     """Give factors of the same product with U^T U = V^T V diagonal, without dead directions."""
     QU, RU = np.linalg.qr(U)
     QV, RV = np.linalg.qr(V)

@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.base import RegressorMixin, TransformerMixin
 from sklearn.utils import check_array as sklearn_check_array
 from sklearn.utils._param_validation import Interval
-from sklearn.utils.extmath import randomized_svd
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 
-from .factors import Measured, Observed, Trained, alternate, descend
+from .factors import Observed, Trained
+from .lowrank import LowRank, filled
+from .measured import Measured, flat, matrices, sense
+from .symmetric import SymmetricObserved
+from .transaction import all_or_nothing
 
 __all__ = ["MatrixSensing"]
 
 check_array: Any = sklearn_check_array  # its defaults mislead type checkers
 
-Array = NDArray[np.float64]
-PATH = (0.5, 0.2)  # stronger decay that comes first, relative to the largest, for entries
+Array = NDArray[Any]
+FLOATS = [np.float64, np.float32]
 
 
-class MatrixSensing(TransformerMixin, BaseEstimator):
+class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
     r"""Recover a low-rank matrix X = U V^T from <A_i, X> = y_i, or from some of its entries.
 
     Weight decay on the factors acts like the nuclear norm of X and leaves few directions; switched
-    off, these fit the data without being shrunk.
+    off, these fit the data without being shrunk. From measurements it is a regressor; a matrix with
+    missing entries is completed where there is no y (`MatrixCompletion` also fills new rows).
 
     Parameters
     ----------
     max_rank : int or None, default=None
         The columns of U and V, >= 1; decay leaves those that the data need. None for 10, or fewer
-        where X is smaller.
+        where X is smaller. Where decay would let more in, fit warns.
     alpha : float, default=0.1
         The decay, >= 0, in units of the smallest that would keep X at 0: the largest singular
-        value of the gradient there.
+        value of the gradient there (with ``symmetric`` the largest eigenvalue of its negative).
+        From 1 on X is 0. For entries stronger decay, 0.5 and 0.2, comes first; with ``alpha=0``
+        what it leaves is fitted.
     switch_off : bool, default=True
         Whether to set the decay to 0 once training has settled under it (at the latest after
-        half of ``max_iter``), and to go on.
+        half of ``max_iter``), and to go on. Right where X is nearly of low rank; harmful where it
+        is not, as for images or ratings: there what decay leaves, free, fits the known entries
+        and not the others.
     symmetric : bool, default=False
-        X = U U^T, symmetric and positive semi-definite; for measurements only.
+        X = U U^T, symmetric and positive semi-definite. An entry that is known stands for its
+        mirror image, too; where both are known, and differ, for their mean.
     shape : (int, int) or None, default=None
-        Of X, where measurements are given as rows of p * q numbers.
+        Of X, where measurements are given as rows of p * q numbers; not for entries.
     init : float, default=0.01
         The squared size of U and V at the start, in each direction and in units of the data: the
-        beta of the theory.
+        beta of the theory. For measurements.
     max_iter : int, default=2000
         The largest number of steps; for entries of alternations, at each strength of the decay.
     tol : float, default=1e-6
@@ -66,6 +78,12 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
         Steps taken.
     n_features_in_ : int
         p * q for measurements, q for entries.
+    feature_names_in_
+        As everywhere in scikit-learn.
+
+    See Also
+    --------
+    MatrixCompletion : an imputer for rows, those that come later among them.
 
     Notes
     -----
@@ -74,9 +92,17 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
     made here (the singular vectors of the first gradient). For other measurements, and for
     entries, the same decay has the same stationary points, but the end of training is not the
     minimizer of an R_a. For entries the factors are found by alternating least squares instead of
-    gradient descent: the decay, its effect and its end are the same, the path is not.
+    gradient descent, with ``symmetric`` by L-BFGS: the decay, its effect and its end are the same,
+    the path is not.
 
-    Entries take memory for the factors and the observed entries, and of a constant size besides.
+    Data are measured in their own units: c A and d y give d / c times the matrix.
+
+    Entries take memory for the factors and the observed entries, and of a constant size besides,
+    where X is sparse. Measurements take a few arrays of the size of X, and A as it is given: sparse
+    ones (one entry each, or a product of sparse vectors) reach sizes that dense ones do not.
+
+    Nothing is centred: a constant offset is one more direction. For entries, `MatrixCompletion` has
+    ``center=True``.
 
     Examples
     --------
@@ -91,14 +117,10 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "max_rank": [Interval(Integral, 1, None, closed="left"), None],
-        "alpha": [Interval(Real, 0, None, closed="left")],
-        "switch_off": ["boolean"],
+        **LowRank._parameter_constraints,
         "symmetric": ["boolean"],
         "shape": [tuple, list, None],
         "init": [Interval(Real, 0, None, closed="neither")],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, 1, closed="neither")],
     }
 
     def __init__(
@@ -122,131 +144,94 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
         self.max_iter = max_iter
         self.tol = tol
 
-    def fit(self, X: Any, y: Any = None) -> MatrixSensing:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> MatrixSensing:
         """Recover the matrix.
 
         Parameters
         ----------
-        X : array
-            With ``y`` the measurements A_i, of shape (m, p, q), or (m, p * q) and ``shape``.
-            Without it the matrix itself, (p, q), with NaN where it is not known.
+        X : array, frame or sparse matrix
+            With ``y`` the measurements A_i, of shape (m, p, q), or (m, p * q) and ``shape``; sparse
+            ones are not made dense. Without it the matrix itself, (p, q), with NaN where it is not
+            known; of a sparse one the stored entries are known, stored zeros among them.
         y : array of shape (m,), default=None
             The values <A_i, X>.
+        sample_weight : array of shape (m,), default=None
+            Weights >= 0 of the measurements.
 
         Returns
         -------
         self
         """
         self._validate_params()
-        found = self._complete(X) if y is None else self._sense(X, y)
-        if not found.settled:
-            warnings.warn(
-                f"the factors have not settled in max_iter={self.max_iter} steps; increase "
-                "max_iter or tol",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        self.U_, self.V_, self.n_iter_ = found.U, found.V, max(1, found.steps)
-        inner = np.linalg.qr(self.U_)[1] @ np.linalg.qr(self.V_)[1].T
-        self.singular_values_ = np.linalg.svd(inner, compute_uv=False)
-        largest = self.singular_values_.max(initial=0.0)
-        self.rank_ = int((self.singular_values_ > max(1e-6 * largest, 1e-300)).sum())
+        with all_or_nothing(self):
+            if y is None:
+                found, dtype = self._from_entries(X, sample_weight)
+            else:
+                found, dtype = self._from_measurements(X, y, sample_weight)
+            self._keep(found, dtype)
         return self
 
-    def _sense(self, X: Any, y: Any) -> Trained:
-        """Descend on the factors."""
-        A = check_array(X, dtype=np.float64, allow_nd=True, input_name="X")
-        y = column_or_1d(check_array(y, dtype=np.float64, ensure_2d=False, input_name="y"))
-        shape = self._shape(A, y)
-        columns = self._columns(shape)
-        self.n_features_in_ = shape[0] * shape[1]
-        f = Measured(A.reshape(len(A), -1), y, shape)
-        empty = np.zeros((shape[0], 0)), np.zeros((shape[1], 0))
-        G = -f.gradient(*empty)
-        if self.symmetric:
-            values, L = np.linalg.eigh((G + G.T) / 2)
-            s, R = values[::-1][:columns], L[:, ::-1][:, :columns]
-            L, top = R, float(s.max())
-        else:
-            L, s, Rt = np.linalg.svd(G, full_matrices=False)
-            L, R, top = L[:, :columns], Rt[:columns].T, float(s.max(initial=0.0))
-        if not top > 1e-14 * float(np.linalg.norm(A)) * float(np.linalg.norm(y)):
-            return Trained(np.zeros((shape[0], 1)), np.zeros((shape[1], 1)), 1, True)
-        # |X| is about the first gradient's size where measurements are near isometric.
-        root = np.sqrt(
-            self.init * float(np.linalg.norm(y)) / np.sqrt((f.A**2).sum() / shape[0] / shape[1])
+    def _from_entries(self, X: Any, sample_weight: Any) -> tuple[Trained, Any]:
+        """Alternate on the entries that are known."""
+        for name, given in (("shape", self.shape), ("sample_weight", sample_weight)):
+            if given is not None:
+                raise ValueError(f"{name} is for measurements: give y, or leave {name} out")
+        M: Any = validate_data(
+            self, X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan"
         )
-        off = self.max_iter // 2 if self.switch_off else None
-        return descend(
-            f, root * L, root * R, self.symmetric, self.alpha * top, off, self.max_iter, self.tol
-        )
+        self._check_square(M.shape)
+        return self._complete(M, SymmetricObserved if self.symmetric else Observed)[0], M.dtype
 
-    def _shape(self, A: Array, y: Array) -> tuple[int, int]:
-        """Give (p, q), and refuse what does not fit."""
-        if len(A) != len(y):
-            raise ValueError(f"X has {len(A)} measurements, y has {len(y)} values")
-        if A.ndim == 3:
-            shape = (A.shape[1], A.shape[2])
-        elif A.ndim == 2 and self.shape is not None:
-            shape = (int(self.shape[0]), int(self.shape[1]))
-        else:
+    def _from_measurements(self, X: Any, y: Any, sample_weight: Any) -> tuple[Trained, Any]:
+        """Descend on the factors."""
+        shape = self._shape(X)
+        A: Any = validate_data(self, flat(X), accept_sparse="csr", dtype=FLOATS)
+        y, weights = _values(A, y, sample_weight)
+        fitting = self._fitting(shape, A.shape[1])
+        f = Measured.of(A.astype(np.float64, copy=False), y, fitting, weights)
+        off = self.max_iter // 2 if self.switch_off else None
+        found = sense(
+            f, self._columns(fitting), self.symmetric, self.alpha, self.init, off, self.max_iter,
+            self.tol,
+        )  # fmt: skip
+        return found, A.dtype
+
+    def _shape(self, X: Any) -> tuple[int, ...]:
+        """Give (p, q) as the measurements or ``shape`` have it."""
+        given = () if self.shape is None else tuple(self.shape)
+        if self.shape is not None and not (
+            len(given) == 2 and all(isinstance(n, Integral) and n >= 1 for n in given)
+        ):
+            raise ValueError(f"shape must be two whole numbers >= 1, (p, q); got {self.shape!r}")
+        own = matrices(X)
+        if given and own and given != own:
+            raise ValueError(f"shape={given} does not fit measurements of shape {own}")
+        return own or given
+
+    def _fitting(self, shape: tuple[int, ...], width: int) -> tuple[int, int]:
+        """Refuse a shape that does not fit measurements of so many numbers."""
+        if not shape:
             raise ValueError(
-                f"X must have shape (m, p, q), or (m, p * q) with shape=(p, q); it has {A.shape}"
+                "X must have shape (m, p, q), or (m, p * q) with shape=(p, q); a measurement has "
+                f"{width} numbers and shape=None"
             )
-        if A[0].size != shape[0] * shape[1]:
-            raise ValueError(f"shape={shape} does not fit measurements of {A[0].size} numbers")
+        p, q = (int(n) for n in shape)
+        if width != p * q:
+            raise ValueError(f"shape={(p, q)} does not fit measurements of {width} numbers")
+        self._check_square((p, q))
+        return p, q
+
+    def _check_square(self, shape: tuple[int, int]) -> None:
+        """Refuse what cannot be symmetric."""
         if self.symmetric and shape[0] != shape[1]:
             raise ValueError(f"symmetric=True needs p = q, got {shape}")
-        return shape
-
-    def _columns(self, shape: tuple[int, int]) -> int:
-        """Give the columns of the factors; refuse more than X has."""
-        if self.max_rank is None:
-            return min(10, *shape)
-        if self.max_rank > min(shape):
-            raise ValueError(f"max_rank={self.max_rank} is above the dimension of X, {shape}")
-        return self.max_rank
-
-    def _complete(self, X: Any) -> Trained:
-        """Alternate on the entries that are known."""
-        if self.symmetric:
-            raise ValueError("symmetric=True is for measurements: give y")
-        M = check_array(X, dtype=np.float64, ensure_all_finite="allow-nan", input_name="X")
-        columns = self._columns(M.shape)
-        self.n_features_in_ = M.shape[1]
-        if np.isnan(M).all():
-            raise ValueError("X has no entry that is known: there is nothing to complete it from")
-        problem = Observed.of(M)
-        missing = [("rows", problem.seen.sum(axis=1)), ("columns", problem.seen.sum(axis=0))]
-        for name, counts in missing:
-            if not counts.all():
-                warnings.warn(
-                    f"{(counts == 0).sum()} {name} of X have no entry: they are completed by 0",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        largest: Any = randomized_svd(problem.Y, 1, random_state=0)[1]
-        top = float(largest.max(initial=0.0))
-        wanted = [c for c in PATH if c > self.alpha] + [self.alpha]
-        alphas = [c * top for c in wanted] + ([0.0] if self.switch_off else [])
-        return alternate(problem, columns, alphas, self.max_iter, self.tol)
-
-    def matrix(self) -> Array:
-        """Form X.
-
-        Returns
-        -------
-        array of shape (p, q)
-        """
-        check_is_fitted(self)
-        return self.U_ @ self.V_.T
 
     def predict(self, X: Any) -> Array:
         """Give the values <A_i, X> of measurements.
 
         Parameters
         ----------
-        X : array of shape (m, p, q) or (m, p * q)
+        X : array, frame or sparse matrix of shape (m, p, q) or (m, p * q)
             The measurements.
 
         Returns
@@ -254,35 +239,58 @@ class MatrixSensing(TransformerMixin, BaseEstimator):
         array of shape (m,)
         """
         check_is_fitted(self)
-        A = check_array(X, dtype=np.float64, allow_nd=True, input_name="X")
-        if A[0].size != len(self.U_) * len(self.V_):
+        A: Any = flat(X)
+        width = len(self.U_) * len(self.V_)
+        if self.n_features_in_ == width:
+            A = validate_data(self, A, reset=False, accept_sparse="csr", dtype=FLOATS)
+        else:  # fitted from entries, where a row has other features
+            A = check_array(A, accept_sparse="csr", dtype=FLOATS, input_name="X")
+        if A.shape[1] != width:
             raise ValueError(
-                f"X has {A[0].size} features, but MatrixSensing is expecting "
-                f"{len(self.U_) * len(self.V_)} features as input"
+                f"X has {A.shape[1]} features, but MatrixSensing is expecting {width} features as "
+                "input"
             )
-        return A.reshape(len(A), -1) @ self.matrix().ravel()
+        return A @ self.matrix().ravel()
 
     def transform(self, X: Any) -> Array:
         """Fill the unknown entries of the matrix that was fitted.
 
+        For rows that were not fitted, and in pipelines, there is `MatrixCompletion`.
+
         Parameters
         ----------
-        X : array of shape (p, q)
-            With NaN where it is not known; the rest is left as it is.
+        X : array, frame or sparse matrix of shape (p, q)
+            With NaN, or nothing stored, where it is not known; the rest is left as it is.
 
         Returns
         -------
         array of shape (p, q)
         """
         check_is_fitted(self)
-        M = check_array(X, dtype=np.float64, ensure_all_finite="allow-nan", input_name="X")
+        M = check_array(
+            X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan", input_name="X"
+        )
         if M.shape != (len(self.U_), len(self.V_)):
             raise ValueError(f"X has shape {M.shape}, fitted was {(len(self.U_), len(self.V_))}")
-        return np.where(np.isnan(M), self.matrix(), M)
+        return filled(M, self.matrix())
 
     def __sklearn_tags__(self) -> Any:
-        """Take NaN for what is not known."""
+        """Take NaN for what is not known, without y; sparse X; measurements that are matrices."""
         tags = super().__sklearn_tags__()
+        tags.target_tags.required = False
         tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = True
         tags.input_tags.three_d_array = True
         return tags
+
+
+def _values(A: Any, y: Any, sample_weight: Any) -> tuple[Array, Array]:
+    """Check the values and the weights of measurements."""
+    y = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
+    y = column_or_1d(y, warn=True)
+    if A.shape[0] != len(y):
+        raise ValueError(f"X has {A.shape[0]} measurements, y has {len(y)} values")
+    w = _check_sample_weight(sample_weight, A, dtype=np.float64, ensure_non_negative=True)
+    if not w.sum() > 0:
+        raise ValueError("sample_weight must not be zero everywhere")
+    return y, w

@@ -95,12 +95,15 @@ def pixels(name: str, shrink: int) -> Array:
 
 
 def faces() -> Array | None:
-    """Give 200 Olivetti faces of 32 x 32, or None where they are not at hand."""
-    from sklearn.datasets import fetch_olivetti_faces
+    """Give 200 Olivetti faces of 32 x 32, or None where they are not at hand.
+
+    They come from scikit-learn's data folder or the network, as for the codes of Figure 10.
+    """
+    from ._coding import images
 
     try:
-        found: Any = fetch_olivetti_faces(download_if_missing=False)
+        found, _ = images("olivetti")
     except OSError:
         return None
-    quarters = found.images[:200].reshape(200, 32, 2, 32, 2).mean(axis=(2, 4))
-    return quarters.reshape(200, -1).astype(np.float64)
+    quarters = found[:200].reshape(200, 32, 2, 32, 2).mean(axis=(2, 4))
+    return quarters.reshape(200, -1)
