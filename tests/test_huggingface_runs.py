@@ -98,7 +98,7 @@ def test_a_run_that_was_begun_without_mirrorflow(tmp_path, optim):
     train(first)
     second = trainer(tmp_path, optim=optim)
     control = control_decay(second, mf.SwitchOff(0.5, at=STOP + 2), track_every=4)
-    with pytest.warns(UserWarning, match=f"goes on from step {STOP} with a checkpoint .* without"):
+    with pytest.warns(UserWarning, match=f"goes on from step {STOP} without a state of mirrorflow"):
         second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     rows = [(r["start"], r["stop"], r["decay"]) for r in control.scheduler.audit()
             if r["group"] == "0"]  # fmt: skip

@@ -131,9 +131,9 @@ class ControlledDecay:
         account.share(self.scheduler.optimizer.param_groups)
         self.scheduler.step()
         warnings.warn(
-            f"the run goes on from step {step} with a checkpoint that was written without "
-            f"mirrorflow: the decay schedule goes on from step {step}, too. What was absorbed "
-            "before is not known: the account begins at 0 here",
+            f"the run goes on from step {step} without a state of mirrorflow: the decay schedule "
+            f"goes on from step {step}, too. What was absorbed before is not known: the account "
+            "begins at 0 here",
             stacklevel=3,
         )
 

@@ -18,9 +18,8 @@ class HoldRatio(Feedback):
     .. math:: r = r_0 + K (e + \tfrac{1}{T} \sum e), \quad e = \log(\text{value} / \text{target})
 
     More decay lowers the ratio of nuclear to Frobenius norm, so a ratio above the target raises
-    the rate. The sum follows what acts: held back by a bound or by the slew limit, it goes no
-    further than the rate that acts, so that an error which turns and does not shrink is answered
-    at once.
+    the rate. The sum follows what acts: it stops at a bound, and under the slew limit it goes no
+    further than the rate has come, so that an error which turns is answered at once.
 
     Parameters
     ----------
@@ -93,12 +92,15 @@ class HoldRatio(Feedback):
 
     def _held_back(self, error: float, summed: float, wanted: float, acting: float) -> float:
         """Give the sum where bounds or slew limit keep the rate from what is wanted."""
+        further = (wanted - acting) * error > 0  # the error asks for more of what it does not get
+        if acting in (self.low, self.high):
+            return self.sum if further else summed
         alone = (acting - self.base) / self.gain  # with this sum, and no error, the rate would act
-        if (wanted - acting) * error > 0:  # a longer sum would wind up
+        if further:
             return min(summed, alone) if error > 0 else max(summed, alone)
-        # Else the error shrinks faster than the slew limit lets the rate go back: what is left of
-        # the way is given up, or the rate would go it after the error has turned.
-        return summed if acting in (self.low, self.high) else alone - error
+        # The error shrinks faster than the slew limit lets the rate go back. What is left of the
+        # way is given up, or the rate would go it after the error has turned.
+        return alone - error
 
     def _slewed(self, rate: float) -> float:
         """Give the rate nearest to this one that an update may go to."""
