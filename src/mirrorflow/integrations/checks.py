@@ -64,7 +64,7 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
             f"unknown option {', '.join(map(repr, unknown))}: beside track_every, metric, level "
             f"and match there are those of WeightDecayScheduler: {', '.join(known)}"
         )
-    if "convention" in options:
+    if options.get("convention") is not None:
         one_of("convention", options["convention"], CONVENTIONS)
     if options.get("coupling") is not None:
         one_of("coupling", options["coupling"], KINDS)

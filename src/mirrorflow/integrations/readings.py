@@ -66,7 +66,7 @@ def decay_numbers(scheduler: WeightDecayScheduler, layers: Mapping[int, str]) ->
         if target.schedule is not None:
             group, key = scheduler.optimizer.param_groups[target.group], id(target.schedule)
             name = layers.get(key) or str(group.get("name", target.group))
-            acting = decay if entry.kind == "fixed" else float(group["lr"]) * decay
+            acting = _acting(decay, group, entry.kind)
             sets.setdefault((name, key), []).append((decay, acting, entry.absorbed))
     numbers = _largest([row for of_set in sets.values() for row in of_set], "")
     if len(sets) > 1 or layers:
@@ -84,15 +84,26 @@ def _suffixes(names: list[str]) -> list[str]:
     ]
 
 
+def _acting(decay: float, group: Mapping[str, Any], kind: str) -> float:
+    """Give the part of the weights that a step takes away; NaN where that is not known."""
+    if kind == "fixed":
+        return decay
+    lr = group.get("lr")
+    counted = kind in ("decoupled", "sgd") and lr is not None
+    return float(lr) * decay if counted else math.nan
+
+
 def _largest(found: Iterable[_Acting], suffix: str) -> dict[str, float]:
     """Give the largest of decay, lr x decay and sum, and the shortest time scale."""
-    decays, acting, absorbed = zip(*found, strict=True)
-    fastest = max(acting)
+    decay, acting, absorbed = (
+        math.nan if any(map(math.isnan, values)) else max(values)
+        for values in zip(*found, strict=True)
+    )
     return {
-        f"weight_decay{suffix}": max(decays),
-        f"decay_per_step{suffix}": fastest,
-        f"absorbed_decay{suffix}": math.nan if any(map(math.isnan, absorbed)) else max(absorbed),
-        f"decay_timescale{suffix}": 1 / fastest if fastest else math.inf,
+        f"weight_decay{suffix}": decay,
+        f"decay_per_step{suffix}": acting,
+        f"absorbed_decay{suffix}": absorbed,
+        f"decay_timescale{suffix}": 1 / acting if acting else math.inf,
     }
 
 

@@ -14,6 +14,8 @@ from .selection import Target
 
 __all__ = ["check_schedules", "tell"]
 
+COUNTED = ("decoupled", "fixed", "sgd")  # the kinds of decay that a sum describes
+
 
 def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
     """Raise or warn where a schedule cannot do what it was made for.
@@ -24,7 +26,7 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
         If a budget is to be kept of which no account exists.
     """
     for target, kind in zip(targets, kinds, strict=True):
-        if isinstance(target.schedule, OffAtBudget) and kind in ("coupled", "unknown"):
+        if isinstance(target.schedule, OffAtBudget) and kind not in COUNTED:
             raise ValueError(
                 f"OffAtBudget counts lr x decay, and no such sum describes the decay of "
                 f"{type(optimizer).__name__}, which is {kind}: decoupled=True decays from outside, "
