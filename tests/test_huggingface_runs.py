@@ -147,7 +147,7 @@ def resume(saved):
         (lambda text: "[1, 2]", "not a state of ControlledDecay"),
         (lambda text: '{"feedback": null}', "not a state of ControlledDecay"),
         (lambda text: text.replace('"taken"', '"token"'), "KeyError: 'taken'"),
-        (lambda text: json.dumps(json.loads(text) | {"scheduler": None}), "TypeError"),
+        (lambda text: json.dumps(json.loads(text) | {"scheduler": None}), "NoneType"),
         (lambda text: json.dumps(json.loads(text) | {"loops": [{}]}), "closed loops"),
     ],
 )

@@ -88,9 +88,9 @@ def _acting(decay: float, group: Mapping[str, Any], kind: str) -> float:
     """Give the part of the weights that a step takes away; NaN where that is not known."""
     if kind == "fixed":
         return decay
-    lr = group.get("lr")
-    counted = kind in ("decoupled", "sgd") and lr is not None
-    return float(lr) * decay if counted else math.nan
+    if kind not in ("decoupled", "sgd") or group.get("lr") is None:
+        return math.nan
+    return float(group["lr"]) * decay
 
 
 def _largest(found: Iterable[_Acting], suffix: str) -> dict[str, float]:
