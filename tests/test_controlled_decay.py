@@ -112,6 +112,17 @@ def test_nothing_to_measure_changes_nothing():
     assert math.isnan(loop.log[0]["value"]) and loop.current == 0.3
 
 
+@pytest.mark.parametrize("make", [never, lambda: PerLayer(lambda layer: never())])
+def test_a_loop_that_is_measured_seldom_is_not_accused_of_being_unfed(make):
+    control = ControlledDecay(
+        net := Net(), torch.optim.AdamW(net.parameters(), weight_decay=0.1), make(),
+        track_every=5000,
+    )  # fmt: skip
+    for step in (1, 1500, 4000):  # under a bare scheduler a warning, which would be an error
+        control.scheduler.account.steps = step
+        control.scheduler.step()
+
+
 # What it remembers
 
 
