@@ -249,6 +249,7 @@ SCHEDULES = {
     "joined": mf.join(
         [(mf.Linear(0.0, 0.3, 0.6), 0.6), (mf.Constant(0.3), 0.4), (mf.Constant(0), None)]
     ),
+    "cyclic": mf.Cyclic(mf.Cosine(0.5, 0.0, 0.3), 0.4, 3),
 }
 
 

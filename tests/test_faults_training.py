@@ -255,5 +255,7 @@ def test_a_model_without_attention_is_refused_by_what_needs_one():
     control = ControlledDecay(net, optimizer, mf.Constant(0.1))
     assert control.tracker is None and control.logs() == {
         "weight_decay": 0.1,
+        "decay_per_step": pytest.approx(1e-4),
         "absorbed_decay": 0.0,
+        "decay_timescale": pytest.approx(1e4),
     }

@@ -1,6 +1,7 @@
 """Schedules: rate and integral against quadrature, and what they refuse."""
 
 import copy
+import json
 import math
 import pickle
 from dataclasses import FrozenInstanceError
@@ -32,6 +33,8 @@ EVERY = {
                     (mf.Constant(0.0), math.inf)]),
 }  # fmt: skip
 EVERY["nested"] = mf.join([(EVERY["joined"], 1.35), (EVERY["cut"], 1.0), (EVERY["up"], 5.0)])
+EVERY["cyclic"] = mf.Cyclic(EVERY["warm"], 0.6, 3)
+EVERY["wheels"] = mf.Cyclic(mf.join([(EVERY["down"], 0.5), (EVERY["cyclic"], None)]), 1.1, 4)
 each = pytest.mark.parametrize("schedule", EVERY.values(), ids=EVERY)
 some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 strengths = st.floats(-2, 2)
@@ -56,7 +59,13 @@ simple = st.one_of(
     st.builds(mf.Cosine, strengths, strengths, times),
     pieces(),
 )
-schedules = st.recursive(simple, joins, max_leaves=5)
+
+
+def cycles(parts):
+    return st.builds(mf.Cyclic, parts, times, st.integers(1, 4))
+
+
+schedules = st.recursive(simple, lambda parts: st.one_of(joins(parts), cycles(parts)), max_leaves=5)
 
 
 def quadrature(schedule, start, end):
@@ -102,6 +111,8 @@ def test_the_rate_is_right_continuous_at_the_breakpoints(schedule):
         (EVERY["piecewise"], (0.4, 1.0, 1.9)),
         (EVERY["joined"], (0.6, 1.1, 1.5)),
         (EVERY["cut"], (0.7, 1.0, 1.6)),
+        (EVERY["cyclic"], (0.6, 1.2, 1.9)),
+        (mf.Cyclic(EVERY["off"], 2.0, 2), (1.3, 2.0, 3.3)),
         (mf.join([(mf.Constant(1.0), 2.0)]), ()),
         (mf.join([(mf.join([(mf.Constant(1.0), 1.0), (mf.Constant(2.0), 1.0)]), 1.0),
                   (mf.SwitchOff(1.0, at=3.0), 3.0), (mf.Constant(0.5), None)]), (1.0, 4.0)),
@@ -231,7 +242,9 @@ def test_equal_numbers_make_equal_schedules():
     assert mf.Linear(0, 1, 2) != mf.Cosine(0, 1, 2)
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("joined", "cut", "nested")])
+@pytest.mark.parametrize(
+    "name", [n for n in EVERY if n not in ("joined", "cut", "nested", "wheels")]
+)
 def test_the_repr_makes_the_schedule_again(name):
     assert eval(repr(EVERY[name]), vars(mf)) == EVERY[name]
 
@@ -265,6 +278,98 @@ def test_a_join_of_joins_is_the_flat_join():
         np.testing.assert_allclose(deep.rate(t), flat.rate(t), atol=1e-15)
         np.testing.assert_allclose(deep.integral(t), flat.integral(t), atol=1e-15)
         assert deep.breakpoints == flat.breakpoints == (0.5, 0.75, 1.0)
+
+
+# Cycles.
+
+
+@some
+@given(part=simple, period=times, count=st.integers(1, 5), t=st.floats(0, 120))
+def test_cycles_are_a_join_of_equal_parts(part, period, count, t):
+    cyclic, joined = mf.Cyclic(part, period, count), mf.join([(part, period)] * count)
+    assert cyclic.breakpoints == pytest.approx(joined.breakpoints, rel=1e-14)
+    assert cyclic.integral(t) == pytest.approx(joined.integral(t), abs=1e-11)
+    near = [b for b in joined.breakpoints if abs(b - t) < 1e-9]
+    assert near or cyclic.rate(t) == pytest.approx(joined.rate(t), abs=1e-8)
+
+
+@pytest.mark.parametrize("period", (0.1, 0.3, 1 / 3, 7.7, 1e5 / 7))
+def test_every_cycle_starts_at_its_breakpoint(period):
+    """t / period may round to a whole number too early or too late; restarts are where they say."""
+    cyclic = mf.Cyclic(mf.Linear(1.0, 0.0, period), period, 1000)
+    starts = np.array(cyclic.breakpoints[:999])
+    assert (cyclic.rate(starts) == 1).all()
+    assert (cyclic.rate(np.nextafter(starts, 0)) < 1e-9).all()
+
+
+def test_after_the_last_cycle_its_clock_goes_on():
+    cyclic = mf.Cyclic(mf.Piecewise((1.0, 3.0), (0.1, 0.2, 0.4)), 2.0, 2)
+    assert cyclic.rate([0, 1, 2, 3, 4.5, 5, 99]).tolist() == [0.1, 0.2, 0.1, 0.2, 0.2, 0.4, 0.4]
+
+
+# Plain values.
+
+
+@each
+def test_plain_values_make_the_schedule_again(schedule):
+    plain = json.loads(json.dumps(mf.schedule_to_dict(schedule)))
+    assert mf.schedule_from_dict(plain) == schedule
+
+
+@some
+@given(schedule=schedules)
+def test_plain_values_make_random_schedules_again_bit_for_bit(schedule):
+    plain = json.loads(json.dumps(mf.schedule_to_dict(schedule)))
+    assert mf.schedule_from_dict(plain) == schedule
+
+
+def test_plain_values_as_a_file_has_them():
+    found = mf.schedule_from_dict({
+        "kind": "join", "starts": [0, 10, 30], "schedules": [
+            {"kind": "Linear", "start": 0, "end": 0.1, "duration": 10},
+            {"kind": "Cyclic", "period": 5, "cycles": 4,
+             "schedule": {"kind": "Cosine", "start": 0.1, "end": 0, "duration": 5}},
+            {"kind": "Constant", "rate": 0},
+        ],
+    })  # fmt: skip
+    assert found == mf.join([(mf.Linear(0, 0.1, 10), 10),
+                             (mf.Cyclic(mf.Cosine(0.1, 0, 5), 5, 4), 20),
+                             (mf.Constant(0), None)])  # fmt: skip
+
+
+KNOWN = "Constant, SwitchOff, Piecewise, Linear, Cosine, join, Cyclic"
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"kind": "Switchoff", "rate": 1, "at": 2}, f"one of {KNOWN}, got .*Switchoff"),
+        ({"rate": 1}, f"one of {KNOWN}"),
+        (0.1, f"one of {KNOWN}, got 0.1"),
+        ({"kind": "SwitchOff", "rate": 1}, "SwitchOff needs rate and at, got rate"),
+        ({"kind": "Constant", "rate": 1, "at": 2}, "Constant needs rate, got rate and at"),
+        ({"kind": "Constant"}, "Constant needs rate, got none"),
+        ({"kind": "SwitchOff", "rate": 1, "at": 0}, "SwitchOff: at must be positive"),
+        ({"kind": "Cyclic", "schedule": {"kind": "x"}, "period": 1, "cycles": 2}, "one of Const"),
+        *(
+            ({"kind": "join", "schedules": [{"kind": "Constant", "rate": 1}] * 2, "starts": starts},
+             "join: starts must ascend from 0, one for each of the 2")
+            for starts in ([1, 2], [0, 0], [0], [], [0, 1, 2])
+        ),
+    ],
+)  # fmt: skip
+def test_plain_values_that_are_no_schedule_are_named(plain, message):
+    with pytest.raises(ValueError, match=message):
+        mf.schedule_from_dict(plain)
+
+
+def test_what_has_no_plain_values_is_said():
+    class Own(mf.Constant):
+        pass
+
+    for schedule in (Own(0.1), lambda step: 0.1):
+        with pytest.raises(TypeError, match=f"not one of the schedules {KNOWN}"):
+            mf.schedule_to_dict(schedule)
 
 
 # Refusals.
@@ -304,6 +409,11 @@ NAN, INF = math.nan, math.inf
         (lambda: mf.join([(mf.Constant(1), 0), (mf.Constant(2), 1)]), "join: duration"),
         (lambda: mf.join([(mf.Constant(1), -1.0)]), "join: duration must be positive"),
         (lambda: mf.join([(mf.Constant(1), NAN)]), "join: duration must be a finite"),
+        (lambda: mf.Cyclic(mf.Constant(1), 0, 2), "Cyclic: period must be positive, got 0"),
+        (lambda: mf.Cyclic(mf.Constant(1), INF, 2), "Cyclic: period must be a finite"),
+        (lambda: mf.Cyclic(mf.Constant(1), 1, 0), "Cyclic: cycles must be positive, got 0"),
+        (lambda: mf.Cyclic(mf.Constant(1), 1, 1.5), "Cyclic: cycles must be a whole number"),
+        (lambda: mf.Cyclic(mf.Constant(1), 1, INF), "Cyclic: cycles must be a finite"),
     ],
 )
 def test_bad_numbers_are_named(make, message):
@@ -314,6 +424,8 @@ def test_bad_numbers_are_named(make, message):
 def test_a_join_needs_schedules():
     with pytest.raises(TypeError, match=r"join: expected \(Schedule, duration\) pairs, got 0.1"):
         mf.join([(mf.Constant(1), 1.0), (0.1, None)])
+    with pytest.raises(TypeError, match=r"Cyclic: schedule must be a Schedule, got 0.1"):
+        mf.Cyclic(0.1, 1.0, 2)
 
 
 @each

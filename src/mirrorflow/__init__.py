@@ -46,11 +46,14 @@ if TYPE_CHECKING:
     from .reparam import SymmetricFactor as SymmetricFactor
     from .schedule import Constant as Constant
     from .schedule import Cosine as Cosine
+    from .schedule import Cyclic as Cyclic
     from .schedule import Linear as Linear
     from .schedule import Piecewise as Piecewise
     from .schedule import Schedule as Schedule
     from .schedule import SwitchOff as SwitchOff
     from .schedule import join as join
+    from .schedule import schedule_from_dict as schedule_from_dict
+    from .schedule import schedule_to_dict as schedule_to_dict
     from .solution import Path as Path
     from .solution import Solution as Solution
     from .solution import Status as Status
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from .spectrum import product_spectrum as product_spectrum
     from .weightdecay import HoldRatio as HoldRatio
     from .weightdecay import OffAtBudget as OffAtBudget
+    from .weightdecay import OffBelow as OffBelow
     from .weightdecay import OffWhenLevel as OffWhenLevel
     from .weightdecay import PerLayer as PerLayer
     from .weightdecay import WeightDecayLR as WeightDecayLR
@@ -105,16 +109,20 @@ _HOMES = {
     "schedule": (
         "Constant",
         "Cosine",
+        "Cyclic",
         "Linear",
         "Piecewise",
         "Schedule",
         "SwitchOff",
         "join",
+        "schedule_from_dict",
+        "schedule_to_dict",
     ),
     "solution": ("Path", "Solution", "Status"),
     "weightdecay": (
         "HoldRatio",
         "OffAtBudget",
+        "OffBelow",
         "OffWhenLevel",
         "PerLayer",
         "WeightDecayLR",

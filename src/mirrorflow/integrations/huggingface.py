@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import TrainerCallback
 
 from ..spectrum import Measurement, SpectralTracker
 from ..weightdecay import WeightDecayScheduler
-from .loop import ControlledDecay, check_settings
+from .loop import ControlledDecay
+from .plan import Plan
+from .readings import Metric
 
 __all__ = ["DecayControl", "control_decay"]
 
@@ -27,9 +30,11 @@ STATE = "mirrorflow.json"  # beside optimizer.pt in a checkpoint
 
 def control_decay(
     trainer: Any,
-    schedule: Any,
+    schedule: Any = None,
     *,
+    schedule_for: Callable[[int], Any] | None = None,
     track_every: int = 0,
+    metric: Metric = "ratio",
     level: str = "layer",
     match: str | None = None,
     **options: Any,
@@ -42,11 +47,16 @@ def control_decay(
         With ``TrainingArguments(weight_decay=...)`` above 0: its value is replaced, but it says
         which parameters decay at all.
     schedule : Schedule, callable, Feedback or PerLayer
-        The rate at each optimizer step. `HoldRatio` and `OffWhenLevel` are fed the mean ratio of
-        each measurement, in `PerLayer` that of their layer, so that they need ``track_every``.
+        The rate at each optimizer step. `HoldRatio`, `OffWhenLevel` and `OffBelow` are fed what is
+        measured, in `PerLayer` that of their layer, so that they need ``track_every``.
         `OffAtBudget` answers to what has been absorbed, at every step.
+    schedule_for : callable int -> schedule
+        Instead of ``schedule``, for times that are fractions of the run: it gets the number of
+        optimizer steps, as in ``lambda total: mf.SwitchOff(0.1, at=0.6 * total)``.
     track_every : int
         Measure the spectra every so many steps; 0 for never.
+    metric : str or callable Measurement -> float
+        What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
     level, match : str
         What is measured, as for `SpectralTracker`.
     **options
@@ -57,16 +67,16 @@ def control_decay(
     -------
     DecayControl
         Already added to the trainer. After training: ``scheduler.accumulated``,
-        ``scheduler.audit()`` and ``measurements``.
+        ``scheduler.audit()``, ``measurements`` and ``rows()``.
 
     Raises
     ------
-    ValueError
-        When training begins: if no group of the optimizer decays, or nothing can be measured.
+    TypeError, ValueError
+        At once if a setting is not possible; when training begins, if no group of the optimizer
+        decays, or nothing can be measured.
     """
-    check_settings(schedule, track_every)
-    settings = {"track_every": track_every, "level": level, "match": match} | options
-    control = DecayControl(trainer, schedule, settings)
+    plan = Plan(schedule, schedule_for, track_every, metric, level, match, options)
+    control = DecayControl(trainer, plan)
     trainer.add_callback(control)
     return control
 
@@ -74,15 +84,17 @@ def control_decay(
 class DecayControl(TrainerCallback):
     """The callback that `control_decay` adds.
 
-    With the Trainer's own logs it logs ``weight_decay`` (the largest of the groups) and
-    ``absorbed_decay`` (the largest -a_T), and with each measurement ``spectrum/ratio``,
-    ``spectrum/ratio_of_means``, ``spectrum/gap`` and ``spectrum/undefined``, with `PerLayer` also
-    the ratio and the decay of each layer. Its state is saved with every checkpoint and found again
-    without any flag; where a checkpoint has been moved, the totals and the state of closed loops
-    still come with the optimizer, only the rows of the audit and the log of decisions begin anew.
+    With the Trainer's own logs it logs decay, lr x decay, what has been absorbed and the time
+    scale, and with each measurement the means of the spectra, with `PerLayer` also what each layer
+    has answered to: see `ControlledDecay.logs`. Its state is saved with every checkpoint and found
+    again without any flag; where a checkpoint has been moved, the totals and the state of closed
+    loops still come with the optimizer, only the rows of the audit and the log of decisions begin
+    anew. Each run begins with fresh closed loops, copies of those that were given.
 
     Attributes
     ----------
+    schedule : Schedule, callable, Feedback or PerLayer
+        What acts in the run, or in the last one; before training, what was given.
     scheduler : WeightDecayScheduler or None
         None before training.
     tracker : SpectralTracker or None
@@ -91,9 +103,14 @@ class DecayControl(TrainerCallback):
         What was measured.
     """
 
-    def __init__(self, trainer: Any, schedule: Any, settings: dict[str, Any]) -> None:
-        self._trainer, self.schedule, self._settings = trainer, schedule, settings
+    def __init__(self, trainer: Any, plan: Plan) -> None:
+        self._trainer, self._plan = trainer, plan
         self._loop: ControlledDecay | None = None
+
+    @property
+    def schedule(self) -> Any:
+        """What acts."""
+        return self._plan.schedule if self._loop is None else self._loop.schedule
 
     @property
     def scheduler(self) -> WeightDecayScheduler | None:
@@ -110,19 +127,25 @@ class DecayControl(TrainerCallback):
         """What was measured."""
         return [] if self._loop is None else self._loop.measurements
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        return [] if self._loop is None else self._loop.rows()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the optimizer, which has loaded its own state by now."""
         if self._loop is not None:
             self._loop.close()
-        self._loop = loop = ControlledDecay(
-            kwargs["model"], kwargs["optimizer"], self.schedule, **self._settings
-        )
-        saved = self._folder(args, state) / STATE
-        if state.global_step > 0 and saved.exists():
-            loop.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
-        if loop.track_every and state.global_step == 0:
-            loop.measure(0)
-            self._trainer.log(loop.logs())
+        self._loop = loop = self._plan.begin(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        if state.global_step == 0:
+            if loop.track_every:
+                loop.measure(0)
+                self._trainer.log(loop.logs())
+            return
+        saved = self._folder(state) / STATE
+        if saved.exists():
+            _load(loop, saved)
+        elif loop.scheduler.steps == 0:  # nor does the optimizer know of any
+            loop.start_at(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log with the Trainer's logs, and measure where it is due."""
@@ -137,12 +160,32 @@ class DecayControl(TrainerCallback):
         """Save the ledger beside the optimizer's state."""
         if self._loop is None or not state.is_world_process_zero:
             return
-        path = self._folder(args, state) / STATE
+        path = self._folder(state) / STATE
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{STATE}.{os.getpid()}")
         draft.write_text(json.dumps(self._loop.state_dict()), encoding="utf-8")
         draft.replace(path)
 
-    def _folder(self, args: Any, state: Any) -> Path:
-        """Give the folder of the checkpoint of this step."""
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def _folder(self, state: Any) -> Path:
+        """Give the folder of the checkpoint of this step; a trial of a search has its own."""
+        trial = self._trainer._trial if state.is_hyper_param_search else None
+        folder = Path(self._trainer._get_output_dir(trial))
+        return folder / f"checkpoint-{state.global_step}"
+
+
+def _load(loop: ControlledDecay, path: Path) -> None:
+    """Continue from a file.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or of another run, with its name and what to do.
+    """
+    try:
+        loop.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {type(error).__name__}: {error}. If it is damaged, remove it: "
+            "the optimizer's checkpoint has the step, the totals and the state of closed loops, "
+            "only the rows of audit() and the log of decisions are lost with it"
+        ) from error

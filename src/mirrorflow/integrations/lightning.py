@@ -9,14 +9,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..spectrum import Measurement
 from ..weightdecay import WeightDecayScheduler
-from .loop import ControlledDecay, check_settings
+from .loop import ControlledDecay
+from .plan import Plan
+from .readings import Metric
 
 __all__ = ["DecayCallback"]
 
@@ -25,24 +28,34 @@ class DecayCallback(Callback):
     """Let a schedule set the weight decay of one of a module's optimizers, and log what it does.
 
     It logs with the module's loggers, at ``log_every_n_steps`` or when something was measured:
-    ``weight_decay`` (the largest of the groups), ``absorbed_decay`` (the largest -a_T) and the
-    spectra. Its state is saved with Lightning's checkpoints and restored with them.
+    decay, lr x decay, what has been absorbed, the time scale and the means of the spectra, as
+    `ControlledDecay.logs` gives them. Its state is saved with Lightning's checkpoints and restored
+    with them. Each run begins with fresh closed loops, copies of those that were given.
 
     Parameters
     ----------
     schedule : Schedule, callable, Feedback or PerLayer
-        The rate at each optimizer step. `HoldRatio` and `OffWhenLevel` are fed the mean ratio of
-        each measurement, in `PerLayer` that of their layer, so that they need ``track_every``.
+        The rate at each optimizer step. `HoldRatio`, `OffWhenLevel` and `OffBelow` are fed what is
+        measured, in `PerLayer` that of their layer, so that they need ``track_every``.
         `OffAtBudget` answers to what has been absorbed, at every step.
+    schedule_for : callable int -> schedule
+        Instead of ``schedule``, for times that are fractions of the run: it gets the number of
+        optimizer steps, Lightning's ``estimated_stepping_batches``.
     track_every : int
         Measure the spectra every so many steps of the optimizer; 0 for never.
+    metric : str or callable Measurement -> float
+        What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
     optimizer : int
         Which of the module's optimizers; one callback for each that shall be scheduled.
-    **settings
-        ``level`` and ``match`` as for `SpectralTracker`, the rest for `WeightDecayScheduler`.
+    level, match : str
+        What is measured, as for `SpectralTracker`.
+    **options
+        For `WeightDecayScheduler`.
 
     Attributes
     ----------
+    schedule : Schedule, callable, Feedback or PerLayer
+        What acts in the run, or in the last one; before training, what was given.
     scheduler : WeightDecayScheduler or None
         None before training.
     measurements : list of (step, Measurement)
@@ -50,11 +63,19 @@ class DecayCallback(Callback):
     """
 
     def __init__(
-        self, schedule: Any, *, track_every: int = 0, optimizer: int = 0, **settings: Any
+        self,
+        schedule: Any = None,
+        *,
+        schedule_for: Callable[[int], Any] | None = None,
+        track_every: int = 0,
+        metric: Metric = "ratio",
+        optimizer: int = 0,
+        level: str = "layer",
+        match: str | None = None,
+        **options: Any,
     ) -> None:
-        check_settings(schedule, track_every)
-        self.schedule, self.index = schedule, optimizer
-        self._settings: dict[str, Any] = {"track_every": track_every, **settings}
+        self._plan = Plan(schedule, schedule_for, track_every, metric, level, match, options)
+        self.index = optimizer
         self._loop: ControlledDecay | None = None
         self._saved: Mapping[str, Any] | None = None
 
@@ -62,6 +83,11 @@ class DecayCallback(Callback):
     def state_key(self) -> str:
         """Tell the callbacks of several optimizers apart."""
         return self._generate_state_key(optimizer=self.index)
+
+    @property
+    def schedule(self) -> Any:
+        """What acts."""
+        return self._plan.schedule if self._loop is None else self._loop.schedule
 
     @property
     def scheduler(self) -> WeightDecayScheduler | None:
@@ -73,6 +99,10 @@ class DecayCallback(Callback):
         """What was measured."""
         return [] if self._loop is None else self._loop.measurements
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        return [] if self._loop is None else self._loop.rows()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the optimizer, which has loaded its own state by now."""
         if self._loop is not None:
@@ -82,15 +112,28 @@ class DecayCallback(Callback):
                 f"DecayCallback(optimizer={self.index}): the module has "
                 f"{len(trainer.optimizers)} optimizers"
             )
-        self._loop = loop = ControlledDecay(
-            pl_module, trainer.optimizers[self.index], self.schedule, **self._settings
-        )
+        total = trainer.estimated_stepping_batches if self._plan.schedule_for else 0
+        self._loop = loop = self._plan.begin(pl_module, trainer.optimizers[self.index], total)
         if self._saved is not None:
             loop.load_state_dict(self._saved)
             self._saved = None
+        elif trainer.global_step > 0 and loop.scheduler.steps == 0:
+            self._start_late(loop, trainer)
         elif loop.track_every and loop.scheduler.steps == 0:
             loop.measure(0)
             self._log(trainer, loop.logs())
+
+    def _start_late(self, loop: ControlledDecay, trainer: Trainer) -> None:
+        """Begin in the middle of a run, where Lightning knows the step."""
+        if len(trainer.optimizers) == 1:
+            loop.start_at(trainer.global_step)
+            return
+        warnings.warn(
+            f"DecayCallback(optimizer={self.index}) is new in a run that goes on from step "
+            f"{trainer.global_step}, which counts the steps of all optimizers: its schedule begins "
+            "at step 0",
+            stacklevel=2,
+        )
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Measure and log where it is due."""

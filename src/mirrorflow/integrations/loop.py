@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch.distributed as dist
 from ..spectrum import Measurement, SpectralTracker
 from ..spectrum.pairs import clean
 from ..weightdecay import Feedback, OffAtBudget, PerLayer, WeightDecayScheduler
+from .checks import check_settings
+from .readings import Metric, by_layer, decay_numbers, finite, rows, spectrum_numbers, value_of
 
-__all__ = ["ControlledDecay", "check_settings"]
+__all__ = ["ControlledDecay"]
 
 
 class ControlledDecay:
@@ -35,13 +38,17 @@ class ControlledDecay:
     optimizer : torch.optim.Optimizer
         Its optimizer, likewise.
     schedule : Schedule, callable, Feedback or PerLayer
-        The rate at each optimizer step. `HoldRatio` and `OffWhenLevel` are fed the mean ratio of
-        each measurement, in `PerLayer` that of their layer, so that they need ``track_every``.
-        `OffAtBudget` answers to what has been absorbed, at every step. `PerLayer` acts on the
-        factors of each product, tensor by tensor (``decoupled=True``); other weights keep the
-        decay of their groups.
+        The rate at each optimizer step. `HoldRatio`, `OffWhenLevel` and `OffBelow` are fed what is
+        measured, here and in ``groups``, in `PerLayer` that of their layer, so that they need
+        ``track_every``. `OffAtBudget` answers to what has been absorbed, at every step. `PerLayer`
+        acts on the factors of each product, tensor by tensor (``decoupled=True``); other weights
+        keep the decay of their groups.
     track_every : int
         Measure the spectra every so many steps; 0 for never.
+    metric : str or callable Measurement -> float
+        What loops are fed: the mean over the products that have a ratio of "ratio", "nuclear",
+        "frobenius", "effective_rank", "stable_rank", "gap" or "imbalance", or what a function
+        makes of the measurement, in `PerLayer` of the records of a layer. NaN changes nothing.
     level, match : str
         What is measured, as for `SpectralTracker`.
     **options
@@ -76,19 +83,24 @@ class ControlledDecay:
         schedule: Any,
         *,
         track_every: int = 0,
+        metric: Metric = "ratio",
         level: str = "layer",
         match: str | None = None,
         **options: Any,
     ) -> None:
-        check_settings(schedule, track_every)
-        self.schedule, self.track_every = schedule, track_every
+        options = check_settings(schedule, track_every, metric, level, match, options)
+        self.schedule, self.track_every, self.metric = schedule, track_every, metric
+        self._loops = _loops([schedule, *(of_group for _, of_group in options["groups"])])
+        self._fed = [loop for loop in self._loops if not isinstance(loop, OffAtBudget)]
         self.tracker = SpectralTracker(model, level=level, match=match) if track_every else None
         self.measurements: list[tuple[int, Measurement]] = []
         if isinstance(schedule, PerLayer):
-            own = schedule.rules(self._layers(model))
-            options = {"decoupled": True} | options | {"groups": [*own, *options.get("groups", ())]}
+            own = schedule.rules(self._weights(model))
+            options = {"decoupled": True} | options | {"groups": [*own, *options["groups"]]}
             schedule = None
         self.scheduler = WeightDecayScheduler(optimizer, schedule, model=model, **options)
+        for loop in (*self._fed, *self._layers.values()):
+            loop.unfed_since = math.inf  # it will be fed, however rarely
 
     def step(self) -> dict[str, float]:
         """Take note of the optimizer's step; measure, and give the numbers for a log, where due.
@@ -106,14 +118,24 @@ class ControlledDecay:
 
     def advance(self, step: int) -> bool:
         """Do what is due at a step, counted by a framework; tell whether spectra were measured."""
-        for loop in self._loops():
-            if isinstance(loop, OffAtBudget) and loop.current and self._spent(loop) >= loop.budget:
-                loop.update(step, self._spent(loop))
         due = bool(self.track_every) and step % self.track_every == 0
         if due:
             self.measure(step)
         self.scheduler.step()
         return due
+
+    def start_at(self, step: int) -> None:
+        """Begin at a later step of a run that has trained without this, and say so."""
+        account = self.scheduler.account
+        account.steps = step
+        account.share(self.scheduler.optimizer.param_groups)
+        self.scheduler.step()
+        warnings.warn(
+            f"the run goes on from step {step} without a state of mirrorflow: the decay schedule "
+            f"goes on from step {step}, too. What was absorbed before is not known: the account "
+            "begins at 0 here",
+            stacklevel=3,
+        )
 
     def measure(self, step: int) -> Measurement:
         """Measure now, and let the loops answer; every process has to."""
@@ -121,66 +143,87 @@ class ControlledDecay:
             raise ValueError("nothing is tracked: track_every is 0")
         found = self.tracker.measure()
         self.measurements.append((step, found))
-        ratios = _agreed({None: found.mean_ratio} | _ratios(found))
+        if self._fed:
+            value = _agreed(value_of(found, self.metric))
+            for loop in self._fed:
+                loop.update(step, value)
         if isinstance(self.schedule, PerLayer):
-            self.schedule.update(step, {name: ratios[name] for name in self.schedule.loops})
-        elif isinstance(self.schedule, Feedback) and not isinstance(self.schedule, OffAtBudget):
-            self.schedule.update(step, ratios[None])
+            parts = by_layer(found)
+            values = {name: value_of(parts[name], self.metric) for name in self._layers}
+            self.schedule.update(step, _agreed(values))
         self.scheduler.step()
         return found
 
     def logs(self, spectra: bool = True) -> dict[str, float]:
-        """Give the numbers for a log, without those that are NaN."""
-        numbers = {
-            "weight_decay": max(self.scheduler.get_last_weight_decay()),
-            "absorbed_decay": max(0.0 - a for a in self.scheduler.accumulated),
-        }
-        if spectra and self.measurements:
-            numbers |= self._spectra(self.measurements[-1][1])
-        return {key: value for key, value in numbers.items() if not math.isnan(value)}
+        """Give the numbers for a log, without those that are NaN or infinite.
 
-    def _spectra(self, found: Measurement) -> dict[str, float]:
-        """Give the numbers of a measurement, by layer if the loops are."""
-        numbers = {
-            "spectrum/ratio": found.mean_ratio,
-            "spectrum/ratio_of_means": found.ratio_of_means,
-            "spectrum/gap": found.summary()["mean_gap"],
-            "spectrum/undefined": float(found.undefined),
-        }
-        if isinstance(self.schedule, PerLayer):
-            ratios = _ratios(found)
-            for name, loop in self.schedule.loops.items():
-                numbers |= {f"ratio/{name}": ratios[name], f"weight_decay/{name}": loop.current}
-        return numbers
+        Returns
+        -------
+        dict of str to float
+            ``weight_decay``, ``decay_per_step`` (lr x decay), ``absorbed_decay`` (-a_T) and
+            ``decay_timescale`` (1 / (lr x decay), in steps): the largest, and the shortest time
+            scale; if several sets of weights are scheduled also each with ``/name``. With
+            ``spectra`` the means of the last measurement as ``spectrum/...``, and with `PerLayer`
+            what each layer's loop has answered to, such as ``ratio/...``.
+        """
+        names = {id(loop): name for name, loop in self._layers.items()}
+        numbers = decay_numbers(self.scheduler, names)
+        if spectra and self.measurements:
+            numbers |= spectrum_numbers(self.measurements[-1][1], self.metric, self._layers)
+        return finite(numbers)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give what was measured as flat rows (step, layer, head, ...), for a table or CSV file."""
+        return rows(self.measurements)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state, in plain numbers and strings."""
-        loops = self.schedule if isinstance(self.schedule, (Feedback, PerLayer)) else None
-        feedback = None if loops is None else loops.state_dict()
-        return {"scheduler": self.scheduler.state_dict(), "feedback": feedback}
+        layers = self.schedule.state_dict() if isinstance(self.schedule, PerLayer) else None
+        loops = [loop.state_dict() for loop in self._loops]
+        return {"scheduler": self.scheduler.state_dict(), "layers": layers, "loops": loops}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
-        if isinstance(self.schedule, (Feedback, PerLayer)) and state["feedback"] is not None:
-            self.schedule.load_state_dict(state["feedback"])
+        """Continue from a state.
+
+        Raises
+        ------
+        ValueError
+            If it is not that of a run with the same loops.
+        """
+        self._check(state)
+        for loop, saved in zip(self._loops, state["loops"], strict=True):
+            loop.load_state_dict(saved)
+        if isinstance(self.schedule, PerLayer):
+            self.schedule.load_state_dict(state["layers"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+    def _check(self, state: Any) -> None:
+        """Refuse what is no state, or that of other loops."""
+        if not isinstance(state, Mapping) or not {"scheduler", "layers", "loops"} <= set(state):
+            known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"not a state of ControlledDecay: expected the keys scheduler, layers and loops, "
+                f"got {known}"
+            )
+        ours = len(self._loops), isinstance(self.schedule, PerLayer)
+        theirs = len(state["loops"]), state["layers"] is not None
+        if ours != theirs:
+            raise ValueError(
+                f"the state is of {theirs[0]} closed loops and {'a' if theirs[1] else 'no'} "
+                f"PerLayer, here there are {ours[0]} and {'a' if ours[1] else 'none'}: resume with "
+                "the same schedules"
+            )
 
     def close(self) -> None:
         """Let the optimizer go."""
         self.scheduler.close()
 
-    def _loops(self) -> list[Feedback]:
-        """Give the loops, one for all or one for each layer."""
-        if isinstance(self.schedule, PerLayer):
-            return list(self.schedule.loops.values())
-        return [self.schedule] if isinstance(self.schedule, Feedback) else []
+    @property
+    def _layers(self) -> dict[str, Feedback]:
+        """Give the loops of the layers, by name."""
+        return self.schedule.loops if isinstance(self.schedule, PerLayer) else {}
 
-    def _spent(self, loop: Feedback) -> float:
-        """Give the most that the weights of a loop have absorbed."""
-        rows = zip(self.scheduler.targets, self.scheduler.accumulated, strict=True)
-        return max((0.0 - a for target, a in rows if target.schedule is loop), default=0.0)
-
-    def _layers(self, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    def _weights(self, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
         """Give the weights of each pair that is tracked."""
         assert self.tracker is not None
         wrapped = isinstance(
@@ -194,28 +237,15 @@ class ControlledDecay:
         }
 
 
-def check_settings(schedule: Any, track_every: Any) -> None:
-    """Raise unless what the schedule answers to is measured."""
-    if not isinstance(track_every, int) or track_every < 0:
-        raise ValueError(f"track_every must be an integer >= 0, got {track_every!r}")
-    fed = isinstance(schedule, (Feedback, PerLayer)) and not isinstance(schedule, OffAtBudget)
-    if fed and not track_every:
-        raise ValueError(f"{type(schedule).__name__} needs track_every > 0: it is fed by measuring")
+def _loops(schedules: list[Any]) -> list[Feedback]:
+    """Choose the closed loops, each once."""
+    return list({id(s): s for s in schedules if isinstance(s, Feedback)}.values())
 
 
-def _ratios(found: Measurement) -> dict[str, float]:
-    """Give the mean ratio of each product over its heads; NaN where none is defined."""
-    ratios: dict[str, list[float]] = {}
-    for record in found.records:
-        name = f"{record.name} [{record.adapter}]" if record.adapter else record.name
-        ratios.setdefault(name, []).extend([record.ratio] if record.status == "ok" else [])
-    return {name: sum(r) / len(r) if r else math.nan for name, r in ratios.items()}
-
-
-def _agreed(values: dict[Any, float]) -> dict[Any, float]:
+def _agreed(value: Any) -> Any:
     """Give what the first process has measured, so that all decide alike."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return values
-    shared = [values]
+        return value
+    shared = [value]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]

@@ -6,15 +6,15 @@
   learning-rate scheduler for frameworks that insist on it.
 - `preview` shows what will really act, learning rate included; `WeightDecayScheduler.audit`
   what did.
-- `HoldRatio`, `OffWhenLevel` and `OffAtBudget` are schedules that answer to measurements,
-  `PerLayer` one of them for each layer.
+- `HoldRatio`, `OffWhenLevel`, `OffBelow` and `OffAtBudget` are schedules that answer to
+  measurements, `PerLayer` one of them for each layer.
 - `lint` looks for mistakes in how an optimizer decays weights.
 - `convert`, `budget` and `scale_to_budget` translate between the units of a decay.
 """
 
 from .adapters import WeightDecayLR, WeightDecaySchedulers
 from .coupling import CoupledDecayWarning, coupling
-from .feedback import Feedback, OffAtBudget, OffWhenLevel
+from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
 from .hold import HoldRatio
 from .layers import PerLayer
 from .lint import Finding, lint, lint_file
@@ -28,6 +28,7 @@ __all__ = [
     "Finding",
     "HoldRatio",
     "OffAtBudget",
+    "OffBelow",
     "OffWhenLevel",
     "PerLayer",
     "Preview",

@@ -8,11 +8,14 @@ when the optimizer has loaded its checkpoint; ``state_dict()`` has the log of de
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Feedback", "OffAtBudget", "OffWhenLevel", "number"]
+__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "number"]
+
+UNFED = 1000  # optimizer steps without an update, after which a loop says that nobody feeds it
 
 
 class Feedback(ABC):
@@ -29,6 +32,7 @@ class Feedback(ABC):
     def __init__(self, rate: float) -> None:
         self.current = number("rate", rate, 0.0)
         self.log: list[dict[str, Any]] = []
+        self.unfed_since: float | None = None  # the step; inf once somebody feeds it, or was told
 
     def __call__(self, step: int) -> float:
         """Give the rate: the last decision's, whatever the step."""
@@ -50,6 +54,25 @@ class Feedback(ABC):
             self.current, reason = self._decide(float(value))
         self.log.append({"step": step, "value": value, "rate": self.current, "reason": reason})
         return self.current
+
+    def acts_at(self, step: int) -> None:
+        """Warn, once, if this has set the decay for long and nobody has fed it.
+
+        Parameters
+        ----------
+        step : int
+            The optimizer step that comes next.
+        """
+        if self.unfed_since is None or self.log:
+            self.unfed_since = math.inf if self.log else step
+        elif step - self.unfed_since >= UNFED:
+            self.unfed_since = math.inf
+            warnings.warn(
+                f"{type(self).__name__} has set the decay for {UNFED} steps and was never fed, so "
+                f"that it stays at {self.current}: call its update(step, value) with what is "
+                "measured, or let mirrorflow.integrations.loop.ControlledDecay measure",
+                stacklevel=4,
+            )
 
     @abstractmethod
     def _decide(self, value: float) -> tuple[float, str]:
@@ -142,15 +165,47 @@ class OffWhenLevel(Feedback):
         self._count, self._last = int(count), tuple(last)
 
 
+class OffBelow(Feedback):
+    """Switch off, for good, once a measured quantity has fallen to a target.
+
+    Parameters
+    ----------
+    rate : float
+        The rate until then, >= 0.
+    target : float
+        Off with the first value that is not above it; what it does later changes nothing.
+
+    Examples
+    --------
+    >>> off = OffBelow(0.1, target=3.0)
+    >>> [off.update(k, v) for k, v in enumerate([4.0, 3.0, 5.0])]
+    [0.1, 0.0, 0.0]
+    """
+
+    def __init__(self, rate: float, target: float) -> None:
+        super().__init__(rate)
+        self.target = number("target", target, -math.inf)
+
+    def _decide(self, value: float) -> tuple[float, str]:
+        """Compare with the target."""
+        if self.current == 0:
+            return 0.0, "off"
+        if value <= self.target:
+            return 0.0, "target reached: switched off"
+        return self.current, "above the target"
+
+
 class OffAtBudget(Feedback):
     """Switch off, for good, once a budget has been absorbed.
+
+    A `WeightDecayScheduler` feeds it what its own account says, before every step.
 
     Parameters
     ----------
     rate : float
         The rate until then, >= 0.
     budget : float
-        The largest -a_T = sum of lr x decay, > 0: feed it ``-min(scheduler.accumulated)``.
+        The largest -a_T = sum of lr x decay, > 0, of any group that it acts on.
 
     Examples
     --------
@@ -163,11 +218,15 @@ class OffAtBudget(Feedback):
         super().__init__(rate)
         self.budget = number("budget", budget, 0.0, strict=True)
 
+    def spent_by(self, absorbed: float) -> bool:
+        """Tell whether this is the budget, or misses it by the rounding of a long sum only."""
+        return absorbed >= self.budget * (1 - 1e-9)
+
     def _decide(self, value: float) -> tuple[float, str]:
         """Compare with the budget."""
         if self.current == 0:
             return 0.0, "off"
-        if value >= self.budget:
+        if self.spent_by(value):
             return 0.0, "budget absorbed: switched off"
         return self.current, "within the budget"
 

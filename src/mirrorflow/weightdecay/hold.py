@@ -18,7 +18,8 @@ class HoldRatio(Feedback):
     .. math:: r = r_0 + K (e + \tfrac{1}{T} \sum e), \quad e = \log(\text{value} / \text{target})
 
     More decay lowers the ratio of nuclear to Frobenius norm, so a ratio above the target raises
-    the rate.
+    the rate. The sum follows what acts: it stops at a bound, and under the slew limit it goes no
+    further than the rate has come, so that an error which turns is answered at once.
 
     Parameters
     ----------
@@ -31,15 +32,15 @@ class HoldRatio(Feedback):
     integral : float
         T, > 0: the number of updates in which a lasting error is added once more.
     bounds : (float, float)
-        The lowest and the highest rate. The sum stops where the rate would leave them.
+        The lowest and the highest rate.
     slew : float
         The largest change in one update, > 0.
     deadband : float
         Relative errors smaller than this are taken as 0, >= 0.
     patience : int
-        After so many updates in a row at the upper bound without an effect, the decay has no
-        authority: it shrinks both factors alike, which does not change the ratio. A warning says
-        so, and the loop gives up: the rate goes back to ``rate`` and stays there.
+        After so many updates in a row at which the upper bound has acted without an effect, the
+        decay has no authority: it shrinks both factors alike, which does not change the ratio. A
+        warning says so, and the loop gives up: the rate goes back to ``rate`` and stays there.
 
     Examples
     --------
@@ -77,38 +78,44 @@ class HoldRatio(Feedback):
         """Control the rate."""
         error = math.log(number("value", value, 0.0, strict=True) / self.target)
         if self.given_up:
-            return self.current + self._slewed(self.base), "no authority: given up"
+            return self._slewed(self.base), "no authority: given up"
         if abs(error) <= self.deadband:
             error = 0.0
-        wanted, bounded = self._control(error)
-        if self._has_no_authority(value, saturated=wanted >= self.high):
-            return self.current + self._slewed(self.base), "no authority: given up"
-        change = self._slewed(bounded)
-        return self.current + change, self._reason(error, bounded != wanted, change)
-
-    def _control(self, error: float) -> tuple[float, float]:
-        """Give the rate that the error asks for, without and with its bounds; move the sum."""
         summed = self.sum + error / self.integral
         wanted = self.base + self.gain * (error + summed)
         bounded = min(max(wanted, self.low), self.high)
-        if bounded == wanted or (wanted - bounded) * error <= 0:
-            self.sum = summed  # else the rate is at its bound, and a longer sum would wind up
-        return wanted, bounded
+        acting = self._slewed(bounded)
+        if self._has_no_authority(value, saturated=error > 0 and acting == self.high):
+            return self._slewed(self.base), "no authority: given up"
+        self.sum = self._held_back(error, summed, wanted, acting) if acting != wanted else summed
+        return acting, self._reason(error, bounded, wanted, acting)
+
+    def _held_back(self, error: float, summed: float, wanted: float, acting: float) -> float:
+        """Give the sum where bounds or slew limit keep the rate from what is wanted."""
+        further = (wanted - acting) * error > 0  # the error asks for more of what it does not get
+        if acting in (self.low, self.high):
+            return self.sum if further else summed
+        alone = (acting - self.base) / self.gain  # with this sum, and no error, the rate would act
+        if further:
+            return min(summed, alone) if error > 0 else max(summed, alone)
+        # The error shrinks faster than the slew limit lets the rate go back. What is left of the
+        # way is given up, or the rate would go it after the error has turned.
+        return alone - error
 
     def _slewed(self, rate: float) -> float:
-        """Give the change towards a rate that one update may make."""
-        return min(max(rate - self.current, -self.slew), self.slew)
+        """Give the rate nearest to this one that an update may go to."""
+        return min(max(rate, self.current - self.slew), self.current + self.slew)
 
-    def _reason(self, error: float, bound: bool, change: float) -> str:
+    def _reason(self, error: float, bounded: float, wanted: float, acting: float) -> str:
         """Name what decided."""
         if error == 0:
             return "within the deadband"
-        if abs(change) == self.slew:
+        if acting != bounded:
             return "slew limit"
-        return "at a bound" if bound else "held"
+        return "at a bound" if bounded != wanted else "held"
 
     def _has_no_authority(self, value: float, saturated: bool) -> bool:
-        """Give up, with a warning, where the highest rate has no effect."""
+        """Give up, with a warning, where the highest rate acts and has no effect."""
         if not saturated:
             self._saturated = 0
             return False
@@ -122,9 +129,9 @@ class HoldRatio(Feedback):
         if self.given_up:
             warnings.warn(
                 f"the decay has no authority: {self.patience} updates at its upper bound "
-                f"{self.high} have moved the ratio from {first:.4g} to {value:.4g}. Decay that "
-                "shrinks both factors alike does not change it; it acts only together with the "
-                f"loss. The rate goes back to {self.base}",
+                f"{self.high} have moved what is measured from {first:.4g} to {value:.4g}. Decay "
+                "that shrinks both factors alike does not change their ratio; it acts only "
+                f"together with the loss. The rate goes back to {self.base}",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -24,6 +24,7 @@ from .ledger import Entry
 from .memory import MEMORY, recall, remember
 from .momentum import forget, keep_apart
 from .outside import decaying, shrink, skipped, write
+from .schedules import check_schedules, tell
 from .selection import (
     Rule,
     Target,
@@ -145,6 +146,7 @@ class WeightDecayScheduler:
         self._cover_groups()
         kinds = [entry.kind for entry in self.account.entries]
         check_decay(self.optimizer, self.targets, self.decoupled)
+        check_schedules(self.optimizer, self.targets, kinds)
         if self.exact_off:
             check_exact_off(self.optimizer, self.targets, kinds)
         warn_if_coupled(self.optimizer, self.targets, kinds, self.exact_off)
@@ -158,6 +160,7 @@ class WeightDecayScheduler:
     def step(self) -> None:
         """Write the decay of the step that comes next; it does not count steps."""
         self._cover_groups()
+        tell(self._ledgers(), self.steps)
         groups = self.optimizer.param_groups
         self._rates = self.rates(self.steps)
         self._last = self.decays(self._rates, groups)

@@ -1,7 +1,4 @@
-r"""Schedules alpha(t) as values, with the exact integral that the theory needs.
-
-The theory knows a schedule only through ``a_t = -int_0^t alpha_s ds`` (Theorem 3.2).
-"""
+r"""What a schedule is, and those of a formula each."""
 
 from __future__ import annotations
 
@@ -14,7 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Constant", "Cosine", "Joined", "Linear", "Piecewise", "Schedule", "SwitchOff", "join"]
+__all__ = [
+    "Array",
+    "Constant",
+    "Cosine",
+    "Linear",
+    "Piecewise",
+    "Schedule",
+    "SwitchOff",
+    "finite",
+    "positive",
+]
 
 Array = NDArray[np.float64]
 
@@ -66,7 +73,7 @@ class Constant(Schedule):
     level: float  # not "rate", which is the method
 
     def __init__(self, rate: float) -> None:
-        object.__setattr__(self, "level", _number("Constant: rate", rate))
+        object.__setattr__(self, "level", finite("Constant: rate", rate))
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
@@ -105,8 +112,8 @@ class SwitchOff(Schedule):
     at: float
 
     def __init__(self, rate: float, at: float) -> None:
-        object.__setattr__(self, "level", _number("SwitchOff: rate", rate))
-        object.__setattr__(self, "at", _positive("SwitchOff: at", at))
+        object.__setattr__(self, "level", finite("SwitchOff: rate", rate))
+        object.__setattr__(self, "at", positive("SwitchOff: at", at))
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
@@ -146,8 +153,8 @@ class Piecewise(Schedule):
     rates: tuple[float, ...]
 
     def __init__(self, times: Sequence[float], rates: Sequence[float]) -> None:
-        jumps = tuple(_number("Piecewise: times", t) for t in times)
-        values = tuple(_number("Piecewise: rates", r) for r in rates)
+        jumps = tuple(finite("Piecewise: times", t) for t in times)
+        values = tuple(finite("Piecewise: rates", r) for r in rates)
         if jumps and jumps[0] == 0 and len(jumps) == len(values):
             jumps = jumps[1:]
         if len(values) != len(jumps) + 1:
@@ -261,79 +268,6 @@ class Cosine(Schedule):
         return self.end * t + (self.start - self.end) * (ramp + sine) / 2
 
 
-@dataclass(frozen=True)
-class Joined(Schedule):
-    """Schedules one after the other, each with a clock that starts at 0; made by `join`."""
-
-    schedules: tuple[Schedule, ...]
-    starts: tuple[float, ...]
-
-    @property
-    def breakpoints(self) -> tuple[float, ...]:
-        """The joints, and the breakpoints of the parts within their spans."""
-        ends = (*self.starts[1:], math.inf)
-        inner = {
-            t
-            for schedule, start, end in zip(self.schedules, self.starts, ends, strict=True)
-            for t in (_clock(start, b) for b in schedule.breakpoints)
-            if t < end
-        }
-        return tuple(sorted(inner | set(self.starts[1:])))
-
-    def _rate(self, t: Array) -> Array:
-        return self._by_part(t, lambda schedule, local: schedule._rate(local))
-
-    def _integral(self, t: Array) -> Array:
-        lengths = np.diff(self.starts)
-        spans = [s.integral(d) for s, d in zip(self.schedules, lengths, strict=False)]
-        absorbed = np.concatenate(([0.0], np.cumsum(spans)))
-        part = self._part(t)
-        return absorbed[part] + self._by_part(t, lambda s, local: s._integral(local))
-
-    def _part(self, t: Array) -> NDArray[np.intp]:
-        """Give the index of the schedule that holds at each time."""
-        return np.searchsorted(self.starts, t, side="right") - 1
-
-    def _by_part(self, t: Array, evaluate: Any) -> Array:
-        """Evaluate each time with its own schedule, on that schedule's clock."""
-        part, result = self._part(t), np.empty_like(t)
-        for i, (schedule, start) in enumerate(zip(self.schedules, self.starts, strict=True)):
-            mask = part == i
-            result[mask] = evaluate(schedule, t[mask] - start)
-        return result
-
-
-def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
-    """Put schedules one after the other, the clock of each starting at 0.
-
-    Parameters
-    ----------
-    parts : sequence of (Schedule, duration)
-        The last schedule goes on for ever: its duration is not used to end it, and may be None.
-
-    Raises
-    ------
-    ValueError
-        If there is no part, or a duration is not positive and finite (None or inf but in the last).
-
-    Examples
-    --------
-    >>> warm = join([(Linear(0, 0.1, 10), 10), (Constant(0.1), 20), (Constant(0.0), None)])
-    >>> warm.breakpoints, warm.integral(100)
-    ((10.0, 30.0), 2.5)
-    """
-    if not parts:
-        raise ValueError("join: at least one (schedule, duration) is needed")
-    for schedule, _ in parts:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"join: expected (Schedule, duration) pairs, got {schedule!r}")
-    durations = [_positive("join: duration", d) for _, d in parts[:-1]]
-    if parts[-1][1] not in (None, math.inf):
-        _positive("join: duration", parts[-1][1])
-    starts = tuple(float(s) for s in np.concatenate(([0.0], np.cumsum(durations))))
-    return Joined(tuple(schedule for schedule, _ in parts), starts)
-
-
 def _evaluate(function: Any, t: Any) -> Any:
     """Evaluate an array function at a number or an array of times, after checking them."""
     if isinstance(t, float) and 0 <= t < math.inf:  # the case that integrators call most
@@ -346,13 +280,7 @@ def _evaluate(function: Any, t: Any) -> Any:
     return float(values[0]) if times.ndim == 0 else values
 
 
-def _clock(start: float, local: float) -> float:
-    """Give the time at which the clock that starts at ``start`` shows ``local``, rounded up."""
-    t = start + local
-    return t if t - start >= local else math.nextafter(t, math.inf)
-
-
-def _number(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """Give ``value`` as a finite float, or an error that names it."""
     try:
         number = float(value)
@@ -363,9 +291,9 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
     """Give ``value`` as a finite float > 0, or an error that names it."""
-    number = _number(name, value)
+    number = finite(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
     return number
@@ -374,6 +302,6 @@ def _positive(name: str, value: Any) -> float:
 def _check_ramp(schedule: Schedule, start: float, end: float, duration: float) -> None:
     """Check the three numbers of a ramp and store them as floats."""
     name = type(schedule).__name__
-    object.__setattr__(schedule, "start", _number(f"{name}: start", start))
-    object.__setattr__(schedule, "end", _number(f"{name}: end", end))
-    object.__setattr__(schedule, "duration", _positive(f"{name}: duration", duration))
+    object.__setattr__(schedule, "start", finite(f"{name}: start", start))
+    object.__setattr__(schedule, "end", finite(f"{name}: end", end))
+    object.__setattr__(schedule, "duration", positive(f"{name}: duration", duration))

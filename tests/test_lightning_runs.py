@@ -1,0 +1,118 @@
+"""Lightning, run after run: fresh loops, late starts, the length of a run, and names in logs."""
+
+import warnings
+
+import pytest
+import torch
+
+import mirrorflow as mf
+from mirrorflow.weightdecay import PerLayer
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from mirrorflow.integrations.lightning import DecayCallback  # noqa: E402
+from test_lightning import LR, OFF, STEPS, STOP, Net, Numbers, equal, fit  # noqa: E402
+
+
+@pytest.mark.parametrize("make", [
+    lambda: mf.OffAtBudget(0.5, budget=4 * LR * 0.5),
+    lambda: mf.OffBelow(0.5, target=100.0),
+    lambda: PerLayer(lambda layer: mf.HoldRatio(1.5, 0.3, gain=0.8, deadband=0.0)),
+])  # fmt: skip
+def test_a_second_fit_is_as_the_first(make):
+    given = make()
+    control, found = DecayCallback(given, track_every=2), []
+    for _ in range(2):
+        fit(net := Net(), [control])
+        found.append((net, control.scheduler.accumulated, control.schedule.log))
+    assert equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+    assert given.log == [] != found[0][2]
+
+
+def test_a_loop_in_groups_is_fed():
+    loop = mf.HoldRatio(1.5, 0.3, gain=0.8, deadband=0.0)
+    control = DecayCallback(groups=[(0, loop)], track_every=2)
+    fit(Net(), [control])
+    (state,) = control.state_dict()["loops"]
+    measured = [(step, found.mean_ratio) for step, found in control.measurements]
+    assert [(row["step"], row["value"]) for row in state["log"]] == measured
+    assert len({row["rate"] for row in state["log"]}) > 3
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_a_run_that_was_begun_without_mirrorflow(tmp_path, optimizers):
+    path = tmp_path / "stopped.ckpt"
+    steps = STEPS * optimizers  # Lightning counts those of all optimizers
+    fit(Net(optimizers=optimizers), steps=STOP * optimizers).save_checkpoint(path)
+    control = DecayCallback(mf.SwitchOff(0.5, at=STOP + 2))
+    said = "goes on from step 7 without" if optimizers == 1 else "which counts the steps of all"
+    again = Net(optimizers=optimizers)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer = lightning.Trainer(
+            max_steps=steps, callbacks=[control], logger=False, accelerator="cpu",
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        batches = torch.utils.data.DataLoader(torch.zeros(40, 1), batch_size=None)
+        trainer.fit(again, batches, ckpt_path=path)
+    assert any(said in str(warning.message) for warning in warned)
+    rows = [(r["start"], r["stop"], r["decay"]) for r in control.scheduler.audit()]
+    late = [(STOP, STOP + 2, 0.5), (STOP + 2, STEPS, 0.0)]
+    assert rows == (late if optimizers == 1 else [(0, STEPS - STOP, 0.5)])
+
+
+@pytest.mark.parametrize("length", [{"steps": STEPS}, {"steps": -1, "max_epochs": 1}])
+def test_a_schedule_for_the_length_of_the_run(length):
+    control = DecayCallback(schedule_for=lambda total: mf.SwitchOff(0.5, at=0.5 * total))
+    trainer = fit(Net(), [control], **length)
+    total = trainer.global_step
+    assert total == (STEPS if length["steps"] > 0 else 40)
+    assert control.schedule == mf.SwitchOff(0.5, at=total / 2)
+    assert [row["stop"] for row in control.scheduler.audit()] == [total // 2, total]
+
+
+def test_a_run_without_an_end_has_no_length():
+    control = DecayCallback(schedule_for=lambda total: mf.SwitchOff(0.5, at=0.5 * total))
+    with pytest.raises(ValueError, match="this run has no end that is known"):
+        fit(Net(), [control], steps=-1, max_epochs=-1, limit_train_batches=3)
+
+
+def test_the_names_are_not_those_of_the_learning_rate_monitor():
+    class Every(Numbers):
+        def log_metrics(self, metrics, step=None):
+            self.rows.append((step, dict(metrics)))
+
+    logger = Every()
+    monitor = lightning.callbacks.LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+    control = DecayCallback(mf.SwitchOff(0.5, at=OFF), track_every=6)
+    fit(Net(), [control, monitor], logger=logger)
+    ours = {key for _, row in logger.rows if "weight_decay" in row for key in row}
+    theirs = {key for _, row in logger.rows if "weight_decay" not in row for key in row}
+    assert {"decay_per_step", "decay_timescale", "absorbed_decay", "spectrum/ratio"} <= ours
+    assert "lr-AdamW-weight_decay" in theirs and not ours & theirs
+
+
+def test_rows_and_the_metric():
+    control = DecayCallback(mf.OffBelow(0.5, -1.0), track_every=4, metric="nuclear", level="head")
+    assert control.rows() == []
+    fit(Net(), [control])
+    rows = control.rows()
+    assert [(row["step"], row["head"]) for row in rows] == [
+        (step, head) for step in (0, 4, 8, 12) for head in (0, 1)
+    ]
+    for row, first, second in zip(control.schedule.log, rows[::2], rows[1::2], strict=True):
+        assert row["value"] == pytest.approx((first["nuclear"] + second["nuclear"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
+        ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "option 'trackevery'"),
+        ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
+        ({}, ValueError, "there is no schedule"),
+    ],
+)
+def test_impossible_settings_are_named_at_once(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        DecayCallback(**settings)
