@@ -17,10 +17,11 @@ from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffWhenLevel
 from .hold import HoldRatio
 from .layers import PerLayer
+from .learning_rate import learning_rates
 from .lint import Finding, lint, lint_file
-from .preview import Preview, learning_rates, preview, table
+from .preview import Preview, preview, table
 from .scheduler import WeightDecayScheduler
-from .units import Scaled, budget, convert, scale_to_budget
+from .units import Scaled, ScaledFunction, budget, convert, scale_to_budget
 
 __all__ = [
     "CoupledDecayWarning",
@@ -32,6 +33,7 @@ __all__ = [
     "PerLayer",
     "Preview",
     "Scaled",
+    "ScaledFunction",
     "WeightDecayLR",
     "WeightDecayScheduler",
     "WeightDecaySchedulers",
