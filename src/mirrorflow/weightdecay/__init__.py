@@ -18,8 +18,9 @@ from .feedback import Feedback, OffAtBudget, OffWhenLevel
 from .hold import HoldRatio
 from .layers import PerLayer
 from .learning_rate import learning_rates
-from .lint import Finding, lint, lint_file
+from .lint import Finding, lint
 from .preview import Preview, preview, table
+from .saved import lint_file
 from .scheduler import WeightDecayScheduler
 from .units import Scaled, ScaledFunction, budget, convert, scale_to_budget
 
