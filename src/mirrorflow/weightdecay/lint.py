@@ -118,7 +118,7 @@ def decay_of(group: Mapping[str, Any], index: int) -> float:
     """
     value = group.get("weight_decay", 0.0)
     try:
-        decay = float(value)
+        decay = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):  # torch's of a tensor with several elements
         decay = math.nan
     if not (math.isfinite(decay) and decay >= 0):
