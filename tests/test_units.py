@@ -100,6 +100,21 @@ def test_at_a_learning_rate_of_0_nothing_is_divided_by_it():
     assert number_for("fixed", 0.5, 0.0, 0.0, "fixed") == 0.5
 
 
+def triangle(step):
+    return abs((step % 8) - 4) / 8
+
+
+def test_a_cycle_is_a_function_of_the_step():
+    optimizer = AdamW([w := weight()], lr=0.5, weight_decay=0.1)
+    scheduler = WeightDecayScheduler(optimizer, triangle)
+    for _ in range(20):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    rates = [0.5, 0.375, 0.25, 0.125, 0.0, 0.125, 0.25, 0.375] * 3
+    assert w[0, 0].item() == pytest.approx(by_hand(0.5 * rate for rate in rates[:20]))
+    assert scheduler.get_last_weight_decay() == [0.125]  # of step 19
+
+
 # The peak
 
 
