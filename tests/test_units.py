@@ -43,6 +43,7 @@ FRACTION = {
     "adamc": lambda rate, lr: lr**2 / PEAK * rate,
     "schedule-only": lambda rate, lr: lr / PEAK * rate,
 }
+ALL = (None, *CONVENTIONS)
 # The optimizer, and what its own number makes of the weights.
 KIND = {
     "decoupled": (AdamW, lambda number, lr: lr * number),
@@ -74,29 +75,30 @@ def by_hand(fractions):
 
 
 @pytest.mark.parametrize("kind", KIND)
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", ALL)
 def test_a_rate_acts_as_its_convention_says_whatever_the_optimizer(kind, convention):
     make, own = KIND[kind]
     assert coupling(make([weight()], lr=1.0), make([weight()], lr=1.0).param_groups[0]) == kind
     steps = list(zip(RATES, LRS, strict=True))
-    written = [CONVENTIONS[convention](rate, lr, PEAK, kind) for rate, lr in steps]
-    wanted = FRACTION.get(convention, own)  # "own" is what the optimizer makes of the number
+    written = [number_for(convention, rate, lr, PEAK, kind) for rate, lr in steps]
+    if convention is not None:
+        assert written == [CONVENTIONS[convention](rate, lr, PEAK, kind) for rate, lr in steps]
+    wanted = FRACTION.get(convention, own)  # without one, what the optimizer makes of the number
     assert shrunk(make, written) == pytest.approx(by_hand(wanted(r, lr) for r, lr in steps))
 
 
-@pytest.mark.parametrize("kind", ["coupled", "unknown"])
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(KIND)))
+@pytest.mark.parametrize("convention", ALL)
 def test_l2_in_the_gradient_is_taken_for_lr_times_decay(kind, convention):
     """The only reading there is: its number times lr is what plain SGD would make of it."""
-    assert kind in KINDS
     for rate, lr in zip(RATES, LRS, strict=True):
         wanted = FRACTION.get(convention, FRACTION["follow-lr"])(rate, lr)
         assert lr * number_for(convention, rate, lr, PEAK, kind) == pytest.approx(wanted)
 
 
 def test_at_a_learning_rate_of_0_nothing_is_divided_by_it():
-    found = {name: number_for(name, 0.5, 0.0, 0.0, "decoupled") for name in CONVENTIONS}
-    assert found == {"own": 0.5, "follow-lr": 0.5, "fixed": 0, "adamc": 0, "schedule-only": 0}
+    found = {name: number_for(name, 0.5, 0.0, 0.0, "decoupled") for name in ALL}
+    assert found == {None: 0.5, "follow-lr": 0.5, "fixed": 0, "adamc": 0, "schedule-only": 0}
     assert number_for("fixed", 0.5, 0.0, 0.0, "fixed") == 0.5
 
 
@@ -167,7 +169,7 @@ def test_without_a_learning_rate_scheduler_the_peak_is_asked_for():
 
 
 @pytest.mark.parametrize("kind", KIND)
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", ALL)
 def test_equal_budgets_are_equal_under_every_convention(kind, convention):
     settings = {"convention": convention, "kind": kind}
     wanted = FRACTION.get(convention, KIND[kind][1])
@@ -259,8 +261,11 @@ def test_mistakes_in_learning_rates_are_named():
         learning_rates(plateau, 5)
     with pytest.raises(TypeError, match="a torch learning-rate scheduler, got float"):
         learning_rates(0.5, 5)  # pyright: ignore
-    with pytest.raises(ValueError, match="convention must be one of own, follow-lr"):
+    with pytest.raises(ValueError, match="one of follow-lr, fixed, adamc, schedule-only"):
         budget(FALL, 0.1, 3, convention="linear")
+    for kind in ("coupled", "unknown", "other"):
+        with pytest.raises(ValueError, match="kind must be one of decoupled, fixed, sgd"):
+            budget(FALL, 0.1, 3, kind=kind)
     with pytest.raises(ValueError, match="above its peak"):
         budget(FALL, [0.1, 0.2], convention="adamc", peak=0.1)
 

@@ -7,7 +7,7 @@ A convention says by which fraction the weights shall shrink in a step; how the 
 convention     fraction of a step  number, where lr x number    number, where number
                                    acts (AdamW, SGD)            itself acts ("fixed")
 =============  ==================  ===========================  =====================
-own            as the optimizer    rate                         rate
+(none)         as the optimizer    rate                         rate
 follow-lr      lr rate             rate                         lr rate
 fixed          rate                rate / lr                    rate
 adamc          lr^2 / peak rate    lr / peak rate               lr^2 / peak rate
@@ -29,7 +29,6 @@ __all__ = ["CONVENTIONS", "NEED_PEAK", "acting", "number_for", "peak_lr"]
 
 # The fraction that lr x number shall make, divided by lr: (rate, lr, peak) -> number.
 _NUMBER: dict[str, Callable[[float, float, float], float]] = {
-    "own": lambda rate, lr, peak: rate,
     "follow-lr": lambda rate, lr, peak: rate,
     "fixed": lambda rate, lr, peak: rate / lr if lr else 0.0,  # nothing can act where lr is 0
     "adamc": lambda rate, lr, peak: rate * (lr / peak) if peak else 0.0,
@@ -40,14 +39,14 @@ _ABOVE = 1 + 1e-6  # a learning rate may exceed its peak by rounding
 
 
 def number_for(
-    convention: str, rate: float, lr: float, peak: float, kind: str = "decoupled"
+    convention: str | None, rate: float, lr: float, peak: float, kind: str = "decoupled"
 ) -> float:
     """Give the ``weight_decay`` that makes a rate act; ``CONVENTIONS[name]`` is this by its name.
 
     Parameters
     ----------
-    convention : str
-        One of the rows above.
+    convention : str or None
+        One of the rows above; None: the rate is the optimizer's own number.
     rate, lr, peak : float
         The rate of the schedule, the learning rate of this step and its peak, >= 0.
     kind : str
@@ -61,7 +60,9 @@ def number_for(
     >>> number_for("fixed", 0.125, lr=0.5, peak=0.5, kind="fixed")
     0.125
     """
-    if kind != "fixed" or convention == "own":
+    if convention is None:
+        return rate
+    if kind != "fixed":
         return _NUMBER[convention](rate, lr, peak)
     return rate if convention == "fixed" else lr * _NUMBER[convention](rate, lr, peak)
 

@@ -134,7 +134,7 @@ def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
         pairs = zip(schedules, entries, strict=True)
         spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
-        if loop.current and spent >= loop.budget:
+        if loop.current:
             loop.update(step, spent)
 
 

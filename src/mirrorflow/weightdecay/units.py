@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from .checks import one_of
-from .conventions import CONVENTIONS, acting, peak_lr
-from .coupling import KINDS
+from .conventions import CONVENTIONS, acting, number_for, peak_lr
 from .feedback import Feedback
 from .learning_rate import as_scheduler, learning_rates
 from .selection import check_schedule, rate_at
@@ -89,7 +88,7 @@ def budget(
     lrs: Any,
     steps: int | None = None,
     *,
-    convention: str = "follow-lr",
+    convention: str | None = None,
     kind: str = "decoupled",
     peak: float | None = None,
 ) -> float:
@@ -103,10 +102,11 @@ def budget(
         The learning rate; that of each step; or its scheduler, from where it is (the first group).
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
-    convention : str
-        What the rate means, as for `WeightDecayScheduler`.
-    kind : str
-        How the optimizer's decay acts, as `coupling` names it.
+    convention : str, optional
+        What the rate means, as for `WeightDecayScheduler`; by default the optimizer's own number.
+    kind : {"decoupled", "fixed", "sgd"}
+        How the optimizer's decay acts, as `coupling` names it. In the momentum of SGD the last of
+        it acts after the run.
     peak : float, optional
         The highest learning rate, where the convention asks for it; that of ``lrs`` by default.
 
@@ -124,15 +124,15 @@ def budget(
     0.02
     """
     _check_known(schedule)
-    one_of("convention", convention, CONVENTIONS)
-    one_of("kind", kind, KINDS)
+    if convention is not None:
+        one_of("convention", convention, CONVENTIONS)
+    one_of("kind", kind, ("decoupled", "fixed", "sgd"))  # of others no such sum says what acts
     rates = _lrs(lrs, steps)
     top = max(rates, default=0.0)
     if peak is not None:
         top = peak_lr({"lr": top}, peak)
-    number = CONVENTIONS[convention]
     return math.fsum(
-        acting(number(rate_at(schedule, step), lr, top, kind), lr, kind)
+        acting(number_for(convention, rate_at(schedule, step), lr, top, kind), lr, kind)
         for step, lr in enumerate(rates)
     )
 
