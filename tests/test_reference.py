@@ -21,9 +21,10 @@ def test_the_names_of_a_package_are_there(module):
     assert len(names) > 5 and names - set(mf.__all__) <= NAMED
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src/mirrorflow/integrations").glob("[a-z]*.py")))
-def test_what_plugs_into_training_is_there(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", ["loop", "huggingface", "lightning"])
+def test_what_plugs_into_training_is_there(module):
+    path = ROOT / "src/mirrorflow/integrations" / f"{module}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))  # not imported: the extras are optional
     (names,) = [
         ast.literal_eval(node.value)
         for node in tree.body

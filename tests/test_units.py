@@ -29,7 +29,13 @@ from mirrorflow.weightdecay import (
     learning_rates,
     scale_to_budget,
 )
-from mirrorflow.weightdecay.conventions import CONVENTIONS, NEED_PEAK, number_for, peak_lr
+from mirrorflow.weightdecay.conventions import (
+    CONVENTIONS,
+    NEED_PEAK,
+    UnknownPeakError,
+    number_for,
+    peak_lr,
+)
 from mirrorflow.weightdecay.coupling import KINDS
 from optimizers import FALL, Plain, quiet
 
@@ -156,7 +162,7 @@ def test_a_peak_above_what_was_written_is_an_error_that_asks_for_it():
 
 def test_without_a_learning_rate_scheduler_the_peak_is_asked_for():
     group = SGD([weight()], lr=0.1).param_groups[0]
-    with pytest.raises(ValueError, match=r"peak of the learning rate is not known.*peak=0\.1"):
+    with pytest.raises(UnknownPeakError, match=r"rate is not known.*peak=0\.1"):
         peak_lr(group)
     assert peak_lr(group, 0.25) == 0.25
     for wrong in (0.0, -1.0, math.nan, math.inf, 0.05):

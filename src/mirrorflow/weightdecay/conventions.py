@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-__all__ = ["CONVENTIONS", "NEED_PEAK", "acting", "number_for", "peak_lr"]
+__all__ = ["CONVENTIONS", "NEED_PEAK", "UnknownPeakError", "acting", "number_for", "peak_lr"]
 
 # The fraction that lr x number shall make, divided by lr: (rate, lr, peak) -> number.
 _NUMBER: dict[str, Callable[[float, float, float], float]] = {
@@ -36,6 +36,10 @@ _NUMBER: dict[str, Callable[[float, float, float], float]] = {
 }
 NEED_PEAK = ("adamc", "schedule-only")
 _ABOVE = 1 + 1e-6  # a learning rate may exceed its peak by rounding
+
+
+class UnknownPeakError(ValueError):
+    """Nothing says yet how high the learning rate of the run will be."""
 
 
 def number_for(
@@ -94,8 +98,10 @@ def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
 
     Raises
     ------
+    UnknownPeakError
+        If nothing says it; a learning-rate scheduler that is made later will.
     ValueError
-        If nothing says it, or the learning rate is higher than that.
+        If the learning rate is higher than that.
 
     Examples
     --------
@@ -105,7 +111,7 @@ def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
     lr = float(group["lr"])
     found = peak if peak is not None else group.get("max_lr", group.get("initial_lr"))
     if found is None:
-        raise ValueError(
+        raise UnknownPeakError(
             f"the peak of the learning rate is not known: no learning-rate scheduler has written "
             f"it to the parameter group. Give it: peak={lr:g} if the learning rate never rises "
             "above what it is now, or make the learning-rate scheduler first"

@@ -13,10 +13,11 @@ import torch
 from ..schedule import Constant
 from .checks import inner
 from .coupling import coupling
-from .scheduler import INITIAL, WeightDecayScheduler
+from .scheduler import WeightDecayScheduler
 
 __all__ = ["Finding", "decay_of", "lint", "of_groups"]
 
+INITIAL = "initial_weight_decay"  # where a scheduler keeps the decay that a group was made with
 Groups = Sequence[Mapping[str, Any]]
 
 
