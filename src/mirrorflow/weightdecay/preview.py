@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,8 @@ def preview(
                 entry.held = 0.0
             if target.params(scheduler.optimizer.param_groups[target.group]):
                 entry.record(step, decay, group)
-            _extend(curve, float(group["lr"]), decay, entry.accumulated)
+            lr_now = math.nan if group.get("lr") is None else float(group["lr"])
+            _extend(curve, lr_now, decay, entry.accumulated)
         _feed(schedules, entries, step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
