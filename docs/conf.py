@@ -19,6 +19,7 @@ napoleon_use_ivar = True  # attributes that are properties, too, are described o
 napoleon_google_docstring = False  # docstrings are numpydoc
 autodoc_member_order = "groupwise"
 autodoc_typehints = "description"
+autodoc_mock_imports = ["transformers", "lightning"]  # the reference is made without the extras
 # scikit-learn generates these; their text refers to its own pages.
 autodoc_default_options = {
     "exclude-members": "set_fit_request, set_score_request, set_predict_request"

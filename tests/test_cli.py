@@ -214,6 +214,63 @@ def test_audit_measures_a_checkpoint_and_names_what_it_cannot_read(monkeypatch, 
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_audit_takes_pairs_that_the_user_names(monkeypatch, capsys, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(6, 4, generator=generator), torch.randn(4, 6, generator=generator)
+    path = tmp_path / "model.safetensors"
+    save_file({"fc1.weight": up, "fc2.weight": down}, path)
+    assert call(monkeypatch, "audit", path) == 2
+    assert "--pair mlp=fc2.weight,fc1.weight" in capsys.readouterr().err
+    named = ("--pair", "mlp=fc2.weight,fc1.weight", "--pair", "own=fc2.weight, fc2.weight.T")
+    assert call(monkeypatch, "audit", path, *named, "--json") == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert [record["name"] for record in records] == ["mlp", "own"]
+    for record, product in zip(records, (down @ up, down @ down.T), strict=True):
+        s = torch.linalg.svdvals(product.double())
+        assert record["ratio"] == pytest.approx((s.sum() / s.norm()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--match", "["), "--match '[' is no regular expression"),
+        (("--page", "{folder}"), "is a folder: name a file"),
+        (("--page", "{file}/page.html"), "the page cannot be written to"),
+        (("--pair", "mlp"), "NAME=A,B is needed"),
+        (("--pair", "mlp=fc1.weight"), "NAME=A,B is needed"),
+        (("--pair", "=q_proj.weight,k_proj.weight"), "NAME=A,B is needed"),
+        (("--pair", "mlp=q_proj.weight,no.weight"), "there is no weight 'no.weight'"),
+        (2 * ("--pair", "a=q_proj.weight,k_proj.weight"), "there is a pair 'a' already"),
+        (("--level", "expert"), "level"),
+    ],
+)
+def test_audit_names_what_is_wrong_with_its_options(monkeypatch, capsys, tmp_path, options, said):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "model.safetensors"
+    save_file({f"{name}_proj.weight": torch.eye(4) for name in "qk"}, path)
+    options = [option.format(folder=tmp_path, file=path) for option in options]
+    assert call(monkeypatch, "audit", path, *options) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_lint_tells_mistakes_notes_and_what_cannot_be_read_apart(monkeypatch, capsys, tmp_path):
+    saved = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1).state_dict()
+    torch.save(saved, tmp_path / "optimizer.pt")
+    assert call(monkeypatch, "lint", tmp_path) == 0  # the folder of a Trainer's checkpoint
+    assert capsys.readouterr().out == "nothing found\n"
+    del saved["param_groups"][0]["decoupled_weight_decay"]
+    torch.save(saved, tmp_path / "optimizer.pt")
+    assert call(monkeypatch, "lint", tmp_path / "optimizer.pt") == 0
+    assert capsys.readouterr().out.startswith("note: unknown-coupling (group 0)")
+    for content in ({"param_groups": [1, 2]}, {"args": Path()}, {"weights": torch.ones(2)}):
+        torch.save(content, tmp_path / "optimizer.pt")
+        assert call(monkeypatch, "lint", tmp_path / "optimizer.pt") == 2
+        err = capsys.readouterr().err
+        assert "optimizer.pt" in err and len(err.splitlines()) == 1
+
+
 def test_lint_looks_at_a_saved_optimizer(monkeypatch, capsys, tmp_path):
     weight = torch.nn.Parameter(torch.ones(2, 2))
     for make, code in ((torch.optim.AdamW, 0), (torch.optim.Adam, 1)):

@@ -46,7 +46,7 @@ def test_a_group_without_decay_that_was_overwritten():
     mf.WeightDecayScheduler(optimizer, mf.Constant(0.1)).close()
     for group in optimizer.param_groups:  # the loop that everybody writes by hand
         group["weight_decay"] = 0.05
-    assert ("overwritten", 1) in codes(mf.lint(optimizer))
+    assert codes(mf.lint(optimizer)) == [("overwritten", 1)]  # and not as vectors once more
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,26 @@ def test_decay_from_outside_is_not_accused():
     assert mf.lint(optimizer, None, scheduler) == []
 
 
-def test_numpy_scalars_and_numbers_frozen_in_a_graph():
+def test_numpy_scalars():
     optimizer = torch.optim.AdamW(groups(model()))
     optimizer.param_groups[0]["weight_decay"] = np.float64(0.1)
-    optimizer.param_groups[0]["capturable"] = True
-    assert codes(mf.lint(optimizer)) == [("numpy-scalar", 0), ("frozen-in-graph", 0)]
+    (found,) = mf.lint(optimizer)
+    assert (found.code, found.group) == ("numpy-scalar", 0) and "NumPy float64" in str(found)
+
+
+def test_a_graph_is_at_stake_only_where_a_decay_changes():
+    """Nothing is captured yet, so that it is a note, and nothing is said of a constant decay."""
+    optimizer = torch.optim.AdamW(groups(model()), lr=torch.tensor(0.1), capturable=True)
+    assert mf.lint(optimizer) == []
+    with mf.WeightDecayScheduler(optimizer, mf.Constant(0.1)) as scheduler:
+        assert mf.lint(optimizer, None, scheduler) == []
+    with mf.WeightDecayScheduler(optimizer, mf.SwitchOff(0.1, at=3)) as scheduler:
+        (found,) = mf.lint(optimizer, None, scheduler)
+    assert (found.code, found.group, found.level) == ("frozen-in-graph", 0, "note")
+    assert str(found).startswith("note: frozen-in-graph (group 0): capturable=True")
+    optimizer.param_groups[0]["capturable"] = False
+    with mf.WeightDecayScheduler(optimizer, mf.SwitchOff(0.1, at=3)) as scheduler:
+        assert mf.lint(optimizer, None, scheduler) == []
 
 
 def test_biases_that_decay_are_named():
@@ -83,6 +98,23 @@ def test_biases_that_decay_are_named():
     found = mf.lint(torch.optim.AdamW(net.parameters(), weight_decay=0.1), net)
     assert codes(found) == [("decayed-vectors", 0)]
     assert "0.bias" in found[0].message
+
+
+def test_a_group_of_vectors_that_was_overwritten_is_found_without_any_record_of_it():
+    net = model()
+    optimizer = torch.optim.AdamW(groups(net))
+    assert mf.lint(optimizer, net) == []
+    for group in optimizer.param_groups:  # the loop that everybody writes by hand
+        group["weight_decay"] = 0.05
+    (found,) = mf.lint(optimizer, net)
+    assert (found.code, found.group) == ("decayed-vectors", 1)
+    assert "nothing but biases or scales, 3 of them (0.bias, 1.weight, 1.bias)" in found.message
+    assert "overwritten" in found.remedy and "decays by 0.05" in found.message
+
+
+def test_vectors_that_are_all_there_is_may_decay():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], weight_decay=0.1)
+    assert mf.lint(optimizer) == []
 
 
 def test_groups_beside_the_schedule():
@@ -102,12 +134,33 @@ def test_a_scheduler_that_has_missed_steps():
     assert codes(mf.lint(optimizer, None, scheduler)) == [("double-stepping", None)]
 
 
-def test_files_that_are_no_optimizer(tmp_path):
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="damaged"):
-        lint_file(tmp_path / "text")
-    torch.save({"model": torch.ones(2)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no param_groups"):
-        lint_file(tmp_path / "model.pt")
-    with pytest.raises(FileNotFoundError):
-        lint_file(tmp_path / "none")
+def test_the_optimizer_inside_accelerates_wrapper_is_looked_at():
+    accelerate = pytest.importorskip("accelerate")
+    optimizer = torch.optim.Adam(groups(model()))
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    assert type(wrapped) is not torch.optim.Adam
+    assert codes(mf.lint(wrapped)) == codes(mf.lint(optimizer)) == [("coupled", 0)]
+
+
+def test_what_cannot_be_looked_at_is_refused():
+    optimizer, other = (torch.optim.AdamW(groups(model())) for _ in range(2))
+    scheduler = mf.WeightDecayScheduler(other, mf.Constant(0.1))
+    with pytest.raises(ValueError, match="that of another AdamW"):
+        mf.lint(optimizer, None, scheduler)
+    with pytest.raises(TypeError, match="must be the WeightDecayScheduler of this optimizer"):
+        mf.lint(optimizer, None, torch.optim.lr_scheduler.StepLR(optimizer, 2))  # pyright: ignore
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Linear"):
+        mf.lint(torch.nn.Linear(1, 1))  # pyright: ignore
+    for wrong in (None, "0.1", torch.ones(2), float("nan"), -0.1):
+        optimizer.param_groups[1]["weight_decay"] = wrong
+        with pytest.raises(ValueError, match="group 1: weight_decay must be a finite number"):
+            mf.lint(optimizer)
+
+
+def test_an_optimizer_that_cannot_be_tried_is_said_to_be_unknown():
+    class Strange(torch.optim.SGD):
+        def step(self, closure=None):
+            raise NotImplementedError
+
+    (found,) = mf.lint(Strange(groups(model()), lr=0.1))
+    assert (found.code, found.group, found.level) == ("unknown-coupling", 0, "note")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError
 from .sweeps import sweeps
 
@@ -109,49 +110,8 @@ def check(
     raise typer.Exit(0 if found.applies else 1)
 
 
-@app.command()
-def audit(
-    path: Annotated[Path, typer.Argument(help="A safetensors file, a model folder, an adapter.")],
-    level: Annotated[str, typer.Option(help="layer, or head")] = "layer",
-    match: Annotated[str | None, typer.Option(help="A regular expression on names.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    page: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
-) -> None:
-    """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
-
-    The file is read pair by pair, so that memory stays near the largest pair.
-    """
-    from ..spectrum import audit as measure
-    from ..spectrum import table
-
-    try:
-        found = measure(path, level=level, match=match)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
-    print(found.to_json() if json else table(found))
-    if page is not None:
-        from ..report.checkpoint import audit_page
-
-        written = audit_page(found.to_dict(), path.name, page, __version__)
-        print(f"page: {written.resolve()}", file=sys.stderr)
-
-
-@app.command()
-def lint(
-    path: Annotated[Path, typer.Argument(help="A saved optimizer: optimizer.pt, a checkpoint.")],
-) -> None:
-    """Look for mistakes in the weight decay of a saved optimizer. Exit code 1 if there are any."""
-    from ..weightdecay import lint_file
-
-    try:
-        found = lint_file(path)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    for finding in found:
-        print(finding)
-    if not found:
-        print("nothing found")
-    raise typer.Exit(1 if found else 0)
+app.command()(audit)
+app.command()(lint)
 
 
 @app.command()

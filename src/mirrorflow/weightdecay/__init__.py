@@ -17,10 +17,12 @@ from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
 from .hold import HoldRatio
 from .layers import PerLayer
-from .lint import Finding, lint, lint_file
-from .preview import Preview, learning_rates, preview, table
+from .learning_rate import learning_rates
+from .lint import Finding, lint
+from .preview import Preview, preview, table
+from .saved import lint_file
 from .scheduler import WeightDecayScheduler
-from .units import Scaled, budget, convert, scale_to_budget
+from .units import Scaled, ScaledFunction, budget, convert, scale_to_budget
 
 __all__ = [
     "CoupledDecayWarning",
@@ -33,6 +35,7 @@ __all__ = [
     "PerLayer",
     "Preview",
     "Scaled",
+    "ScaledFunction",
     "WeightDecayLR",
     "WeightDecayScheduler",
     "WeightDecaySchedulers",

@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Constant
 from .coupling import CoupledDecayWarning
-from .selection import Target
+from .layers import PerLayer
+
+if TYPE_CHECKING:
+    from .selection import Target
 
 __all__ = [
     "check_decay",
@@ -20,6 +25,7 @@ __all__ = [
     "check_free",
     "check_not_captured",
     "inner",
+    "no_schedule",
     "one_of",
     "warn_if_apart",
     "warn_if_coupled",
@@ -41,6 +47,30 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise unless the value is known."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def no_schedule(value: Any) -> str:
+    """Say why something is no schedule of decay, and what to write instead."""
+    if isinstance(value, Real):
+        hint = f"for a number use Constant({value!r})"
+    elif isinstance(value, str):
+        hint = "make it from its settings: SwitchOff(0.1, at=600), Cosine(0.1, 0.0, duration=1000)"
+    elif isinstance(value, LRScheduler):
+        hint = (
+            "a decay that follows the learning rate has convention=, one of its own a Schedule: "
+            "Cosine(0.1, 0.0, duration=1000)"
+        )
+    elif isinstance(value, PerLayer):
+        hint = (
+            "PerLayer has a loop for each layer: groups=loops.rules(layers), decoupled=True, or "
+            "give it to ControlledDecay, which finds the layers"
+        )
+    elif isinstance(value, (Sequence, Mapping)):
+        hint = "for values step by step give a function, such as lambda step: values[step]"
+    else:
+        hint = "Constant, SwitchOff, Linear, Cosine, Piecewise, or lambda step: 0.1 * 0.99**step"
+    shown = repr(value) if isinstance(value, (Real, str)) else f"a {type(value).__name__}"
+    return f"a schedule is a mirrorflow Schedule or a function step -> float, got {shown}: {hint}"
 
 
 def check_free(optimizer: Optimizer, kind: type) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .feedback import Feedback, OffAtBudget
+from .learning_rate import ahead, shadow
+from .ledger import Entry
 from .scheduler import WeightDecayScheduler
+from .selection import Target, rate_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Preview", "learning_rates", "preview", "table"]
+__all__ = ["Preview", "preview", "table"]
 
 _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_end", "absorbed", "a")
 
@@ -32,14 +34,17 @@ class Preview:
         Runs of steps, as in `WeightDecayScheduler.audit`.
     curves : dict of str to (lr, decay, a)
         For each group the lists over the steps.
+    remarks : list of str
+        What is not known before the run.
     """
 
     rows: list[dict[str, Any]]
     curves: dict[str, tuple[list[float], list[float], list[float]]]
+    remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Give the table."""
-        return table(self.rows)
+        """Give the table, and the remarks."""
+        return "\n".join([table(self.rows), *self.remarks])
 
     def plot(self) -> Figure:
         """Draw decay, lr x decay, and the accumulated sum."""
@@ -64,6 +69,9 @@ def preview(
 ) -> Preview:
     """Run the scheduler without a model, from where it is, and keep the account.
 
+    `OffAtBudget` is fed after each step what has been absorbed by then, as `ControlledDecay` does.
+    What answers to measurements keeps its rate, and is named in the remarks.
+
     Parameters
     ----------
     scheduler : WeightDecayScheduler
@@ -74,9 +82,16 @@ def preview(
         The learning-rate scheduler, stepped after each optimizer step, or the learning rate of
         each step for all groups; without it, it stays as it is.
 
+    Raises
+    ------
+    ValueError
+        If the learning-rate scheduler is that of another optimizer, or needs a metric to step
+        (ReduceLROnPlateau), or there are fewer learning rates than steps.
+
     Examples
     --------
     >>> from mirrorflow import SwitchOff
+    >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> optimizer = torch.optim.AdamW([w], lr=0.5, weight_decay=1.0)
     >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
@@ -85,45 +100,59 @@ def preview(
     0      decoupled  0      4     0.25   0.25       0.5   0.34567  0.43835   -0.43835
     0      decoupled  4      8     0      0          0.25  0.01903  0         -0.43835
     """
-    shadow = _shadow(scheduler.optimizer)
+    copied = shadow(scheduler.optimizer)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
+    schedules = _copied_loops(scheduler.targets)
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
-    for step, _ in enumerate(_moved(shadow, scheduler.optimizer, lr, steps), scheduler.steps):
-        rates = scheduler.rates(step)
-        decays = scheduler.decays(rates, shadow.param_groups)
+    moved = ahead(copied, scheduler.optimizer, lr, steps)
+    for step, _ in enumerate(moved, scheduler.steps):
+        rates = [None if s is None else rate_at(s, step) for s in schedules]
+        decays = scheduler.decays(rates, copied.param_groups)
         for target, rate, decay, entry, curve in zip(
             scheduler.targets, rates, decays, entries, curves, strict=True
         ):
-            group = shadow.param_groups[target.group]
+            group = copied.param_groups[target.group]
             if scheduler.exact_off and rate == 0 and entry.held:
                 entry.held = 0.0
             if target.params(scheduler.optimizer.param_groups[target.group]):
                 entry.record(step, decay, group)
-            _extend(curve, float(group["lr"]), decay, entry.accumulated)
-    names = [scheduler.name(target) for target in scheduler.targets]
+            lr_now = math.nan if group.get("lr") is None else float(group["lr"])
+            _extend(curve, lr_now, decay, entry.accumulated)
+        _feed(schedules, entries, step + 1)
+    names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
-    return Preview(rows, dict(zip(names, curves, strict=True)))
+    return Preview(rows, dict(zip(names, curves, strict=True)), _remarks(schedules))
 
 
-def learning_rates(scheduler: LRScheduler, steps: int) -> list[float]:
-    """Give the learning rates of the first group over the next steps of a scheduler.
+def _copied_loops(targets: Sequence[Target]) -> list[Any]:
+    """Give the schedule of each target; of loops copies, which may be fed."""
+    loops = {id(t.schedule): t.schedule for t in targets if isinstance(t.schedule, Feedback)}
+    copies = {key: copy.deepcopy(loop) for key, loop in loops.items()}
+    return [copies.get(id(t.schedule), t.schedule) for t in targets]
 
-    Parameters
-    ----------
-    scheduler : LRScheduler
-        Any that steps without a metric; neither it nor its optimizer is changed.
-    steps : int
-        How many.
 
-    Examples
-    --------
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5)
-    >>> learning_rates(torch.optim.lr_scheduler.StepLR(optimizer, step_size=2), 4)
-    [0.5, 0.5, 0.05, 0.05]
-    """
-    shadow = _shadow(scheduler.optimizer)
-    moved = _moved(shadow, scheduler.optimizer, scheduler, steps)
-    return [float(shadow.param_groups[0]["lr"]) for _ in moved]
+def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None:
+    """Tell each `OffAtBudget` what has been absorbed: all that is known without a model."""
+    for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
+        pairs = zip(schedules, entries, strict=True)
+        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        if loop.current:
+            loop.update(step, spent)
+
+
+def _remarks(schedules: Sequence[Any]) -> list[str]:
+    """Name the loops whose decisions nobody knows before the run."""
+    unknown = {type(s).__name__ for s in schedules if isinstance(s, Feedback)} - {"OffAtBudget"}
+    return [f"{n} answers to measurements: shown as if it kept its rate" for n in sorted(unknown)]
+
+
+def _names(scheduler: WeightDecayScheduler) -> list[str]:
+    """Name each set of tensors; where two groups have one name, by their places too."""
+    names = [scheduler.name(target) for target in scheduler.targets]
+    return [
+        name if names.count(name) == 1 else f"{name} (group {target.group})"
+        for name, target in zip(names, scheduler.targets, strict=True)
+    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -151,39 +180,3 @@ def _extend(curve: tuple[list[float], ...], *values: float) -> None:
     """Put a value at the end of each list."""
     for points, value in zip(curve, values, strict=True):
         points.append(value)
-
-
-def _shadow(optimizer: Optimizer) -> Optimizer:
-    """Make an optimizer with the settings of each group, and a single number for its weights."""
-    groups = []
-    for group in optimizer.param_groups:
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        groups.append(copy.deepcopy(settings) | {"params": [torch.zeros((), requires_grad=True)]})
-    return torch.optim.SGD(groups, lr=1.0)
-
-
-def _moved(
-    shadow: Optimizer, optimizer: Optimizer, lr: LRScheduler | Iterable[float] | None, steps: int
-) -> Iterable[None]:
-    """Yield at each step, with its learning rates in the shadow's groups."""
-    if lr is None or isinstance(lr, LRScheduler):
-        scheduler = copy.deepcopy(lr, {id(optimizer): shadow})
-        for step in range(steps):
-            if step and scheduler is not None:
-                _step(scheduler)
-            yield
-        return
-    rates = [float(rate) for rate in lr]
-    if len(rates) < steps:
-        raise ValueError(f"{len(rates)} learning rates for {steps} steps")
-    for rate in rates[:steps]:
-        for group in shadow.param_groups:
-            group["lr"] = rate
-        yield
-
-
-def _step(scheduler: LRScheduler) -> None:
-    """Step a copied scheduler, whose optimizer takes no steps."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of step() before optimizer.step()
-        scheduler.step()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..schedule import Schedule
+from .checks import no_schedule
 
 __all__ = [
     "Rule",
@@ -75,10 +76,7 @@ def check_schedule(schedule: Any, optional: bool = False) -> None:
     """Raise unless this is a schedule, or a function of the step."""
     if isinstance(schedule, Schedule) or callable(schedule) or (optional and schedule is None):
         return
-    raise TypeError(
-        f"a schedule is a mirrorflow Schedule or a function step -> float, got {schedule!r}; "
-        f"for a number use Constant({schedule!r})"
-    )
+    raise TypeError(no_schedule(schedule))
 
 
 def rate_at(schedule: Any, step: int) -> float:

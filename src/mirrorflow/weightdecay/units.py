@@ -7,17 +7,30 @@ product acts. Over a run its sum is the budget, ``sum_t lr_t lambda_t = -a_T``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule import Schedule
+from .checks import one_of
+from .conventions import CONVENTIONS, acting, number_for, peak_lr
+from .feedback import Feedback
+from .learning_rate import as_scheduler, learning_rates
 from .selection import check_schedule, rate_at
 
-__all__ = ["CONVENTIONS", "UNITS", "Scaled", "budget", "convert", "scale_to_budget"]
+__all__ = [
+    "CONVENTIONS",
+    "UNITS",
+    "Scaled",
+    "ScaledFunction",
+    "budget",
+    "convert",
+    "scale_to_budget",
+]
 
 _TO_STEP: dict[str, Callable[[float, float, int], float]] = {
     "decay": lambda value, lr, steps: value * lr,
@@ -34,14 +47,6 @@ _FROM_STEP: dict[str, Callable[[float, float, int], float]] = {
     "budget": lambda x, lr, steps: x * steps,
 }
 UNITS = tuple(_TO_STEP)
-
-# From the rate of a schedule, the learning rate and its peak to the decay of the optimizer. Where
-# the learning rate is 0 nothing can act.
-CONVENTIONS: dict[str, Callable[[float, float, float], float]] = {
-    "follow-lr": lambda rate, lr, peak: rate,
-    "fixed": lambda rate, lr, peak: rate / lr if lr else 0.0,
-    "adamc": lambda rate, lr, peak: rate * lr / peak if peak else 0.0,
-}
 
 
 def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> float:
@@ -78,46 +83,99 @@ def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> f
     return _FROM_STEP[to](per_step, lr, steps)
 
 
-def budget(schedule: Any, lrs: float | Iterable[float], steps: int | None = None) -> float:
-    """Sum lr x decay over a run.
+def budget(
+    schedule: Any,
+    lrs: Any,
+    steps: int | None = None,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    peak: float | None = None,
+) -> float:
+    """Sum what acts over a run, lr x decay for most optimizers.
 
     Parameters
     ----------
     schedule : Schedule or callable step -> float
-        The decay at each step.
-    lrs : float or iterable of float
-        The learning rate, or that of each step (`learning_rates` takes them from a scheduler).
+        The rate at each step.
+    lrs : float, sequence of float, or LRScheduler
+        The learning rate; that of each step; or its scheduler, from where it is (the first group).
     steps : int, optional
-        The length of the run; needed if ``lrs`` is a number.
+        The length of the run; needed unless ``lrs`` is a sequence.
+    convention : str, optional
+        What the rate means, as for `WeightDecayScheduler`; by default the optimizer's own number.
+    kind : {"decoupled", "fixed", "sgd"}
+        How the optimizer's decay acts, as `coupling` names it. In the momentum of SGD the last of
+        it acts after the run.
+    peak : float, optional
+        The highest learning rate, where the convention asks for it; that of ``lrs`` by default.
+
+    Raises
+    ------
+    TypeError
+        If the schedule is a closed loop: it decides in the run, so that nobody knows its sum.
 
     Examples
     --------
     >>> from mirrorflow import Constant, SwitchOff
     >>> budget(SwitchOff(0.5, at=50), lrs=0.25, steps=100)
     6.25
+    >>> budget(Constant(0.01), lrs=[0.5, 0.25], convention="fixed")
+    0.02
     """
-    check_schedule(schedule)
+    _check_known(schedule)
+    if convention is not None:
+        one_of("convention", convention, CONVENTIONS)
+    one_of("kind", kind, ("decoupled", "fixed", "sgd"))  # of others no such sum says what acts
     rates = _lrs(lrs, steps)
-    return math.fsum(lr * rate_at(schedule, step) for step, lr in enumerate(rates))
+    top = max(rates, default=0.0)
+    if peak is not None:
+        top = peak_lr({"lr": top}, peak)
+    return math.fsum(
+        acting(number_for(convention, rate_at(schedule, step), lr, top, kind), lr, kind)
+        for step, lr in enumerate(rates)
+    )
+
+
+@overload
+def scale_to_budget(
+    schedule: Schedule, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+) -> Scaled: ...
+
+
+@overload
+def scale_to_budget(
+    schedule: Callable[[int], float],
+    other: Any,
+    lrs: Any,
+    steps: int | None = None,
+    **settings: Any,
+) -> ScaledFunction: ...
 
 
 def scale_to_budget(
-    schedule: Schedule, other: Any, lrs: float | Iterable[float], steps: int | None = None
-) -> Scaled:
+    schedule: Any, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+) -> Scaled | ScaledFunction:
     """Scale a schedule so that it spends what another does.
 
     A comparison of two schedules of different budgets compares budgets.
 
     Parameters
     ----------
-    schedule : Schedule
+    schedule : Schedule or callable step -> float
         What to scale.
     other : Schedule or callable step -> float
         Whose budget to match.
-    lrs : float or iterable of float
-        The learning rate, or that of each step, the same in both runs.
+    lrs : float, sequence of float, or LRScheduler
+        The learning rate; that of each step, the same in both runs; or its scheduler.
     steps : int, optional
-        The length of the run; needed if ``lrs`` is a number.
+        The length of the run; needed unless ``lrs`` is a sequence.
+    **settings
+        The ``convention``, ``kind`` and ``peak`` of both runs, as for `budget`.
+
+    Returns
+    -------
+    Scaled, or ScaledFunction of a function
 
     Examples
     --------
@@ -127,12 +185,15 @@ def scale_to_budget(
     (0.4, 0.4, 0.0)
     """
     rates = _lrs(lrs, steps)
-    own = budget(schedule, rates)
+    own = budget(schedule, rates, **settings)
     if own == 0:
         raise ValueError(
             f"{schedule} spends nothing over {len(rates)} steps: no factor changes that"
         )
-    return Scaled(schedule, budget(other, rates) / own)
+    factor = budget(other, rates, **settings) / own
+    if isinstance(schedule, Schedule):
+        return Scaled(schedule, factor)
+    return ScaledFunction(schedule, factor)
 
 
 @dataclass(frozen=True)
@@ -168,13 +229,63 @@ class Scaled(Schedule):
         return self.factor * self.schedule._integral(t)
 
 
-def _lrs(lrs: float | Iterable[float], steps: int | None) -> Sequence[float]:
+@dataclass(frozen=True)
+class ScaledFunction:
+    """A function of the step times a number; made by `scale_to_budget`.
+
+    Parameters
+    ----------
+    function : callable step -> float
+        What is scaled.
+    factor : float
+        By how much.
+
+    Examples
+    --------
+    >>> ScaledFunction(lambda step: 0.5**step, 4.0)(2)
+    1.0
+    """
+
+    function: Callable[[int], float]
+    factor: float
+
+    def __call__(self, step: int) -> float:
+        """Evaluate it at an optimizer step."""
+        return self.factor * rate_at(self.function, step)
+
+
+def _check_known(schedule: Any) -> None:
+    """Raise unless the rates of a schedule are known before the run."""
+    check_schedule(schedule)
+    if isinstance(schedule, Feedback):
+        raise TypeError(
+            f"{type(schedule).__name__} decides in the run, so that nobody knows before it what it "
+            "will spend: run it first, and compare with what its scheduler has accumulated"
+        )
+
+
+def _lrs(lrs: Any, steps: int | None) -> list[float]:
     """Give the learning rate of each step as a list."""
-    if isinstance(lrs, (int, float)):
-        if steps is None:
-            raise ValueError("a single learning rate needs steps=, the length of the run")
-        return [float(lrs)] * steps
-    rates = [float(lr) for lr in lrs]
+    number = isinstance(lrs, Real) or getattr(lrs, "ndim", None) == 0
+    scheduler = None if number else as_scheduler(lrs)
+    if (number or scheduler is not None) and steps is None:
+        raise ValueError(
+            f"a {'single learning rate' if number else type(lrs).__name__} needs steps=, the "
+            "length of the run"
+        )
+    if number:
+        rates = [float(lrs)] * (steps or 0)
+    elif scheduler is not None:
+        rates = learning_rates(scheduler, steps or 0)
+    elif isinstance(lrs, Iterable) and not isinstance(lrs, (str, bytes, Mapping)):
+        rates = [float(lr) for lr in lrs]
+    else:
+        raise TypeError(
+            "lrs: a number, the learning rate of each step, or a torch learning-rate scheduler is "
+            f"needed, got {lrs!r}"
+        )
     if steps is not None and steps != len(rates):
         raise ValueError(f"steps={steps}, but there are {len(rates)} learning rates")
+    if bad := [lr for lr in rates if not (math.isfinite(lr) and lr >= 0)]:
+        raise ValueError(f"a learning rate is a finite number >= 0, got {bad[0]}")
     return rates

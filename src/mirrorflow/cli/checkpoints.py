@@ -1,0 +1,108 @@
+"""The commands that look at what training has saved: `audit` and `lint`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from .errors import UserError
+
+__all__ = ["audit", "lint"]
+
+PAIR = "--pair mlp=fc2.weight,fc1.weight"
+
+
+def audit(
+    path: Annotated[Path, typer.Argument(help="A safetensors file, a model folder, an adapter.")],
+    level: Annotated[str, typer.Option(help="layer, or head")] = "layer",
+    match: Annotated[str | None, typer.Option(help="A regular expression on names.")] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=A,B",
+            help="Also the product of the weights A and B, as in mlp=fc2.weight,fc1.weight; .T at "
+            "the end of a name transposes its weight. May be given again.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
+) -> None:
+    """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
+
+    The file is read pair by pair, so that memory stays near the largest pair.
+    """
+    from ..spectrum import audit as measure
+    from ..spectrum import table
+
+    pairs = _pairs(pair or [])
+    _check_audit(match, page)
+    try:
+        found = measure(path, level=level, match=match, pairs=pairs)
+    except (OSError, ValueError, ImportError) as error:
+        hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
+        raise UserError(f"{error}{hint}") from error
+    print(found.to_json() if json else table(found))
+    if page is not None:
+        _write_audit(found.to_dict(), path.name, page)
+
+
+def _pairs(given: list[str]) -> dict[str, tuple[str, str]]:
+    """Read the options --pair NAME=A,B."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for text in given:
+        name, _, weights = text.partition("=")
+        parts = [part.strip() for part in weights.split(",")]
+        if not name or len(parts) != 2 or not all(parts):
+            raise UserError(f"--pair {text!r}: NAME=A,B is needed, as in {PAIR}")
+        if name in pairs:
+            raise UserError(f"--pair {text!r}: there is a pair {name!r} already")
+        pairs[name] = (parts[0], parts[1])
+    return pairs
+
+
+def _check_audit(match: str | None, page: Path | None) -> None:
+    """Refuse before measuring what could not be used after it."""
+    try:
+        re.compile(match or "")
+    except re.error as error:
+        raise UserError(f"--match {match!r} is no regular expression: {error}") from error
+    if page is not None and page.is_dir():
+        raise UserError(f"--page {page} is a folder: name a file, as in {page / 'audit.html'}")
+
+
+def _write_audit(content: dict[str, Any], source: str, page: Path) -> None:
+    """Write the page of an audit."""
+    from ..report.checkpoint import audit_page
+
+    try:
+        written = audit_page(content, source, page, __version__)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {page}: {error.strerror}") from error
+    print(f"page: {written.resolve()}", file=sys.stderr)
+
+
+def lint(
+    path: Annotated[
+        Path, typer.Argument(help="A saved optimizer: optimizer.pt, a checkpoint, or its folder.")
+    ],
+) -> None:
+    """Look for mistakes in the weight decay of saved optimizers.
+
+    Exit code 0 if there are none (notes are no mistakes), 1 if there are, 2 if it cannot be read.
+    """
+    from ..weightdecay import lint_file
+
+    try:
+        found = lint_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for finding in found:
+        print(finding)
+    if not found:
+        print("nothing found")
+    raise typer.Exit(1 if any(finding.level == "warning" for finding in found) else 0)

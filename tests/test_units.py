@@ -1,0 +1,303 @@
+"""What the rate of a schedule stands for, and what it spends over a run."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import SGD, Adam, AdamW, Muon
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from mirrorflow.schedule import Constant, SwitchOff
+from mirrorflow.weightdecay import (
+    HoldRatio,
+    OffAtBudget,
+    PerLayer,
+    Scaled,
+    ScaledFunction,
+    WeightDecayScheduler,
+    budget,
+    coupling,
+    learning_rates,
+    scale_to_budget,
+)
+from mirrorflow.weightdecay.conventions import (
+    CONVENTIONS,
+    NEED_PEAK,
+    UnknownPeakError,
+    number_for,
+    peak_lr,
+)
+from mirrorflow.weightdecay.coupling import KINDS
+from optimizers import FALL, Plain, quiet
+
+LRS = (0.1, 0.4, 0.5, 0.25, 0.05)  # a warm-up and a fall
+PEAK = 0.5
+RATES = (0.5, 0.4, 0.3, 0.2, 0.0)
+# The fraction by which a step shall shrink the weights, as the papers write it.
+FRACTION = {
+    "follow-lr": lambda rate, lr: lr * rate,
+    "fixed": lambda rate, lr: rate,
+    "adamc": lambda rate, lr: lr**2 / PEAK * rate,
+    "schedule-only": lambda rate, lr: lr / PEAK * rate,
+}
+ALL = (None, *CONVENTIONS)
+# The optimizer, and what its own number makes of the weights.
+KIND = {
+    "decoupled": (AdamW, lambda number, lr: lr * number),
+    "fixed": (Plain, lambda number, lr: number),
+    "sgd": (SGD, lambda number, lr: lr * number),
+}
+
+
+def weight():
+    return torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+
+
+def shrunk(make, numbers):
+    """Step the optimizer with a gradient of 0 and these decays; give what is left of 1."""
+    w = weight()
+    optimizer = make([w], lr=1.0)
+    for lr, number in zip(LRS, numbers, strict=True):
+        optimizer.param_groups[0].update(lr=lr, weight_decay=number)
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    return w[0, 0].item()
+
+
+def by_hand(fractions):
+    w = 1.0
+    for fraction in fractions:
+        w -= fraction * w
+    return w
+
+
+@pytest.mark.parametrize("kind", KIND)
+@pytest.mark.parametrize("convention", ALL)
+def test_a_rate_acts_as_its_convention_says_whatever_the_optimizer(kind, convention):
+    make, own = KIND[kind]
+    assert coupling(make([weight()], lr=1.0), make([weight()], lr=1.0).param_groups[0]) == kind
+    steps = list(zip(RATES, LRS, strict=True))
+    written = [number_for(convention, rate, lr, PEAK, kind) for rate, lr in steps]
+    if convention is not None:
+        assert written == [CONVENTIONS[convention](rate, lr, PEAK, kind) for rate, lr in steps]
+    wanted = FRACTION.get(convention, own)  # without one, what the optimizer makes of the number
+    assert shrunk(make, written) == pytest.approx(by_hand(wanted(r, lr) for r, lr in steps))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(KIND)))
+@pytest.mark.parametrize("convention", ALL)
+def test_l2_in_the_gradient_is_taken_for_lr_times_decay(kind, convention):
+    """The only reading there is: its number times lr is what plain SGD would make of it."""
+    for rate, lr in zip(RATES, LRS, strict=True):
+        wanted = FRACTION.get(convention, FRACTION["follow-lr"])(rate, lr)
+        assert lr * number_for(convention, rate, lr, PEAK, kind) == pytest.approx(wanted)
+
+
+def test_at_a_learning_rate_of_0_nothing_is_divided_by_it():
+    found = {name: number_for(name, 0.5, 0.0, 0.0, "decoupled") for name in ALL}
+    assert found == {None: 0.5, "follow-lr": 0.5, "fixed": 0, "adamc": 0, "schedule-only": 0}
+    assert number_for("fixed", 0.5, 0.0, 0.0, "fixed") == 0.5
+
+
+def triangle(step):
+    return abs((step % 8) - 4) / 8
+
+
+def test_a_cycle_is_a_function_of_the_step():
+    optimizer = AdamW([w := weight()], lr=0.5, weight_decay=0.1)
+    scheduler = WeightDecayScheduler(optimizer, triangle)
+    for _ in range(20):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    rates = [0.5, 0.375, 0.25, 0.125, 0.0, 0.125, 0.25, 0.375] * 3
+    assert w[0, 0].item() == pytest.approx(by_hand(0.5 * rate for rate in rates[:20]))
+    assert scheduler.get_last_weight_decay() == [0.125]  # of step 19
+
+
+# The peak
+
+
+def stepped(make, steps=50):
+    optimizer = SGD([weight()], lr=0.1, momentum=0.9)
+    lr = make(optimizer)
+    return optimizer, lr, max(learning_rates(lr, steps))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: CosineAnnealingLR(o, T_max=9),
+        lambda o: OneCycleLR(o, max_lr=0.3, total_steps=60),
+        lambda o: LambdaLR(o, lambda t: min(1.0, (t + 1) / 10)),
+        lambda o: StepLR(o, step_size=3),
+    ],
+)
+def test_the_peak_is_known_from_what_schedulers_write(make):
+    optimizer, _, peak = stepped(make)
+    assert peak_lr(optimizer.param_groups[0]) == pytest.approx(peak)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_a_peak_above_what_was_written_is_an_error_that_asks_for_it():
+    """CyclicLR writes its lowest learning rate; the decay would be ten times the rate."""
+    optimizer, lr, peak = stepped(lambda o: CyclicLR(o, 0.1, 1.0, step_size_up=10))
+    assert peak == pytest.approx(1.0)
+    group = optimizer.param_groups[0]
+    for _ in range(10):
+        lr.step()
+    with pytest.raises(ValueError, match=r"learning rate 1 is above its peak 0\.1.*peak=max"):
+        peak_lr(group)
+    assert peak_lr(group, peak) == peak
+    assert number_for("adamc", 0.1, group["lr"], peak_lr(group, peak)) == pytest.approx(0.1)
+
+
+def test_without_a_learning_rate_scheduler_the_peak_is_asked_for():
+    group = SGD([weight()], lr=0.1).param_groups[0]
+    with pytest.raises(UnknownPeakError, match=r"rate is not known.*peak=0\.1"):
+        peak_lr(group)
+    assert peak_lr(group, 0.25) == 0.25
+    for wrong in (0.0, -1.0, math.nan, math.inf, 0.05):
+        with pytest.raises(ValueError, match="above its peak"):
+            peak_lr(group, wrong)
+    assert set(NEED_PEAK) < set(CONVENTIONS)
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("kind", KIND)
+@pytest.mark.parametrize("convention", ALL)
+def test_equal_budgets_are_equal_under_every_convention(kind, convention):
+    settings = {"convention": convention, "kind": kind}
+    wanted = FRACTION.get(convention, KIND[kind][1])
+    constant = sum(wanted(0.1, lr) for lr in LRS)
+    assert budget(Constant(0.1), LRS, **settings) == pytest.approx(constant)
+    matched = scale_to_budget(SwitchOff(0.3, at=2), Constant(0.1), LRS, **settings)
+    spent = sum(wanted(matched.rate(t), lr) for t, lr in enumerate(LRS))
+    assert spent == pytest.approx(constant)
+    assert isinstance(matched, Scaled) and matched.rate(2) == 0
+
+
+def test_a_fixed_decay_under_a_cosine_is_matched_in_the_run():
+    def spent(schedule):
+        optimizer = AdamW([w := weight()], lr=0.1, weight_decay=0.1)
+        scheduler = WeightDecayScheduler(optimizer, schedule, convention="fixed")
+        lr = CosineAnnealingLR(optimizer, T_max=10)
+        rates = learning_rates(lr, 10)
+        for _ in range(10):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+            lr.step()
+        return scheduler.accumulated[0], rates
+
+    constant, rates = spent(Constant(0.01))
+    matched = scale_to_budget(SwitchOff(1.0, at=3), Constant(0.01), rates, convention="fixed")
+    assert constant == pytest.approx(-0.1)
+    assert spent(matched)[0] == pytest.approx(constant, rel=1e-12)
+    plain = scale_to_budget(SwitchOff(1.0, at=3), Constant(0.01), rates)
+    assert spent(plain)[0] != pytest.approx(constant, rel=0.1)
+
+
+def test_functions_are_scaled_by_summing_and_can_be_pickled():
+    matched = scale_to_budget(fall, Constant(0.1), 0.25, steps=20)
+    assert isinstance(matched, ScaledFunction)
+    assert 0.25 * sum(matched(t) for t in range(20)) == pytest.approx(0.25 * 20 * 0.1)
+    assert matched(3) == matched.factor * fall(3)
+    assert pickle.loads(pickle.dumps(matched))(3) == matched(3)
+    scheduler = WeightDecayScheduler(AdamW([weight()], weight_decay=0.1), matched)
+    assert scheduler.get_last_weight_decay() == [matched(0)]
+
+
+def fall(step):
+    return 0.9**step
+
+
+@pytest.mark.parametrize("loop", [OffAtBudget(0.1, budget=1.0), HoldRatio(3.0, 0.1, 0.1)])
+def test_what_decides_in_the_run_has_no_budget_before_it(loop):
+    for call in (
+        lambda: budget(loop, 0.1, 10),
+        lambda: scale_to_budget(loop, Constant(0.1), 0.1, 10),
+        lambda: scale_to_budget(Constant(0.1), loop, 0.1, 10),
+    ):
+        with pytest.raises(TypeError, match=f"{type(loop).__name__} decides in the run"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "lr", [0.25, np.float32(0.25), np.array(0.25), torch.tensor(0.25)], ids=lambda v: type(v)
+)
+def test_a_learning_rate_is_a_number_of_any_kind(lr):
+    assert budget(Constant(0.5), lr, 8) == 1.0
+
+
+def test_learning_rates_come_from_a_sequence_or_a_scheduler():
+    optimizer = SGD([{"params": [weight()], "lr": 0.5}, {"params": [weight()], "lr": 0.25}])
+    lr = StepLR(optimizer, step_size=2)
+    assert budget(Constant(0.5), lr, 4) == pytest.approx(0.5 * (0.5 + 0.5 + 0.05 + 0.05))
+    for sequence in ([0.5, 0.25], np.array([0.5, 0.25], np.float32), torch.tensor([0.5, 0.25])):
+        assert budget(Constant(0.5), sequence) == 0.375
+    assert learning_rates(lr, 3, group=1) == [0.25, 0.25, 0.025]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_mistakes_in_learning_rates_are_named():
+    lr = StepLR(SGD([weight()], lr=0.5), step_size=2)
+    for lrs, steps, error, message in (
+        (lr, None, ValueError, "StepLR needs steps="),
+        (np.float32(0.1), None, ValueError, "single learning rate needs steps="),
+        ("0.1", 3, TypeError, "lrs: a number"),
+        (object(), 3, TypeError, "lrs: a number"),
+        ([0.1, -0.1], None, ValueError, "a learning rate is a finite number >= 0, got -0.1"),
+        ([0.1, math.nan], None, ValueError, "got nan"),
+        ([0.1, 0.2], 3, ValueError, "steps=3, but there are 2"),
+    ):
+        with pytest.raises(error, match=message):
+            budget(FALL, lrs, steps)
+    plateau = ReduceLROnPlateau(SGD([weight()], lr=0.5))
+    with pytest.raises(ValueError, match="ReduceLROnPlateau answers to metrics"):
+        learning_rates(plateau, 5)
+    with pytest.raises(TypeError, match="a torch learning-rate scheduler, got float"):
+        learning_rates(0.5, 5)  # pyright: ignore
+    with pytest.raises(ValueError, match="one of follow-lr, fixed, adamc, schedule-only"):
+        budget(FALL, 0.1, 3, convention="linear")
+    for kind in ("coupled", "unknown", "other"):
+        with pytest.raises(ValueError, match="kind must be one of decoupled, fixed, sgd"):
+            budget(FALL, 0.1, 3, kind=kind)
+    with pytest.raises(ValueError, match="above its peak"):
+        budget(FALL, [0.1, 0.2], convention="adamc", peak=0.1)
+
+
+# What is no schedule
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (0.1, r"use Constant\(0\.1\)"),
+        ("cosine", "SwitchOff"),
+        ([0.1, 0.2], "lambda step: values"),
+        ({"rate": 0.1}, "lambda step: values"),
+        (PerLayer(lambda layer: HoldRatio(3.0, 0.1, 0.1)), r"groups=loops\.rules.*ControlledDecay"),
+        (object(), "Piecewise"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_what_is_given_instead_of_a_schedule_gets_its_own_advice(value, hint):
+    with pytest.raises(TypeError, match=hint):
+        WeightDecayScheduler(Adam([weight()], weight_decay=0.1), value)
+
+
+def test_a_learning_rate_scheduler_is_no_schedule_of_decay():
+    optimizer = Muon([weight()], weight_decay=0.1)
+    with pytest.raises(TypeError, match=r"got a StepLR: .*convention="):
+        WeightDecayScheduler(optimizer, StepLR(optimizer, step_size=2))
