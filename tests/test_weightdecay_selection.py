@@ -65,7 +65,7 @@ def test_part_of_a_group_needs_decay_from_outside():
     weight, bias = model.parameters()
     assert torch.equal(weight, before[0] * 0.9) and torch.equal(bias, before[1])
     assert scheduler.accumulated == [0.0, -0.1]
-    assert [row["group"] for row in scheduler.audit()] == ["0[1]", "0[0]"]
+    assert [row["group"] for row in scheduler.audit()] == ["0[a.bias]", "0[a.weight]"]
 
 
 def test_a_rule_that_chooses_nothing_is_said():
