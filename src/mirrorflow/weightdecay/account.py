@@ -245,7 +245,7 @@ def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
             f"not a state of WeightDecayScheduler: expected the keys steps and entries, got "
             f"{sorted(map(str, state))}"
         )
-    entries = [dict(entry) for entry in state["entries"]]
+    entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
     if len(entries) != count:
         raise ValueError(
             f"the state has {len(entries)} ledgers, this optimizer needs {count}: one for each "

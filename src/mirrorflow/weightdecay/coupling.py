@@ -66,8 +66,8 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
         # Any class may be tried, on groups and state that it did not make itself, and may fail in
         # any way. Nothing is hidden by this: "unknown" is said to the user, with what to do.
         return "unknown"
-    taken = 1 - factors[0]
-    return _kind(taken, taken) if _same(factors[1:], 1.0) else "coupled"
+    taken = 1 - factors[1]
+    return _kind(taken, taken) if _same(factors[[0, 2, 3]], 1.0) else "coupled"
 
 
 def _steps_as_sgd(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,17 @@ class Coverage:
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
         warn_if_unused(self.plan.rules, optimizer.param_groups, names_of(self.plan.model))
+
+    def warn_if_scaled(self, optimizer: Optimizer, account: Account) -> None:
+        """Warn of a decay that ends exactly, but whose strength only the optimizer knows."""
+        pairs = zip(self.targets, account.entries, strict=True)
+        if any(t.schedule is not None and entry.kind == "scaled" for t, entry in pairs):
+            warnings.warn(
+                f"{type(optimizer).__name__} shrinks weights by the decay times a step size that "
+                "it finds itself: the schedule acts, and 0 is off, but no sum of lr x decay "
+                "describes it, so `accumulated` is NaN",
+                stacklevel=5,
+            )
 
     def update(self, optimizer: Optimizer, account: Account) -> None:
         """Take over the groups, and the tensors in them, that are new.

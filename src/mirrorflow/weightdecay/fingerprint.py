@@ -82,7 +82,7 @@ def fingerprint(schedule: Any) -> dict[str, Any]:
     --------
     >>> from mirrorflow import SwitchOff
     >>> fingerprint(SwitchOff(0.1, at=600))
-    {'name': 'SwitchOff(0.1, at=600)'}
+    {'name': 'SwitchOff(0.1, at=600.0)'}
     >>> fingerprint([0.3, 0.2].__getitem__)["values"][:3]
     [0.3, 0.2, None]
     """

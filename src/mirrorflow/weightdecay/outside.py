@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ __all__ = ["followed", "shrink", "skipped", "write"]
 
 
 @torch.no_grad()
-def shrink(params: Sequence[torch.Tensor], factor: float) -> None:
+def shrink(params: list[torch.Tensor], factor: float) -> None:
     """Multiply parameters, in place.
 
     Examples

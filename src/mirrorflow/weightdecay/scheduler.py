@@ -133,6 +133,7 @@ class WeightDecayScheduler:
         if self.exact_off:
             check_exact_off(self.optimizer, self.targets, kinds)
         warn_if_coupled(self.optimizer, self.targets, kinds, self.exact_off)
+        coverage.warn_if_scaled(self.optimizer, self.account)
         self._stepping.begin()
 
     # What a user calls

@@ -73,18 +73,29 @@ class Stepping:
         self.coverage.update(self.optimizer, self.account)
         groups = self.optimizer.param_groups
         try:
-            rates = self.rates_at(self.account.steps)
+            self.rates = self.rates_at(self.account.steps)
         except NoValueError:
             if strict:
                 raise
-            rates = [None] * len(self.coverage.targets)
-        self.rates, self.last = rates, self.decays(rates, groups)
-        for target, rate, decay in zip(self.coverage.targets, rates, self.last, strict=True):
+            self._keep(groups)
+            return
+        self.last = self.decays(self.rates, groups)
+        for target, rate, decay in zip(self.coverage.targets, self.rates, self.last, strict=True):
             if self.plan.decoupled:
                 write(groups[target.group], 0.0)
             elif rate is not None:
                 write(groups[target.group], decay)
         remember(self.coverage.targets, groups)
+
+    def _keep(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Leave the decay as it is, where none is known of a step that may never come."""
+        self.rates = [None] * len(self.coverage.targets)
+        now = self.decays(self.rates, groups)
+        if self.plan.decoupled:
+            for group in groups:
+                write(group, 0.0)
+            now = [*self.last, *now[len(self.last) :]]
+        self.last = now
 
     def rates_at(self, step: int) -> list[float | None]:
         """Give the rate of each set of tensors at a step; None where nothing schedules it."""

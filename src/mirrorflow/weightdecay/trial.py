@@ -25,17 +25,19 @@ _LONG = 12  # steps, more than what averages weights now and then waits for
 
 
 def without_gradient(optimizer: Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
-    """Give the factors on the weights of a step with decay, and of two without, at gradient 0.
+    """Give the factors on the weights of steps at gradient 0, of which the second has decay.
+
+    The second, because what averages weights has nothing to average with in the first.
 
     Returns
     -------
-    Tensor of shape (3, 4)
-        How each of the three steps has scaled each of four weights.
+    Tensor of shape (4, 4)
+        How each of the four steps has scaled each of four weights.
     """
     weight = _weight(torch.float32)
     twin = _twin(optimizer, group, weight)
     factors = []
-    for decay in (LR_AND_DECAY[1], 0.0, 0.0):
+    for decay in (0.0, LR_AND_DECAY[1], 0.0, 0.0):
         before = weight.detach().clone()
         _step(twin, weight, torch.zeros_like(weight), decay)
         factors.append((weight.detach() / before).ravel())
@@ -93,7 +95,7 @@ def asks_again(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
         weight = _weight(torch.float32)
         twin = _twin(optimizer, group, weight)
 
-        def closure() -> torch.Tensor:
+        def closure() -> Any:
             calls.append(1)
             twin.zero_grad()
             loss = weight.square().sum()
