@@ -191,8 +191,17 @@ class Entry:
         if theirs == ours and taken != self.taken:
             return False
         low = sum(p.absorbed for p in self.pieces if p.stop <= theirs)
-        cut = sum(p.absorbed for p in self.pieces if p.start < theirs < p.stop)
-        return taken <= self.taken and _between(low, absorbed, low + cut)
+        parts = [self._part(p, theirs) for p in self.pieces if p.start < theirs < p.stop]
+        least, most = (low + sum(ends) for ends in zip((0.0, 0.0), *parts, strict=True))
+        return taken <= self.taken and _between(least, absorbed, most)
+
+    def _part(self, piece: Piece, step: int) -> tuple[float, float]:
+        """Bound what a piece had absorbed at a step within it."""
+        even = piece.constant(piece.decay) and piece.lr == piece.lr_end
+        if not even or self.kind == "sgd":  # whose buffer fills by and by
+            return 0.0, piece.absorbed
+        part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
+        return part, part
 
     def adopt(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> None:
         """Move from step ``ours`` to step ``theirs``, whose totals the optimizer knows."""
