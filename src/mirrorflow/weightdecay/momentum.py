@@ -23,6 +23,7 @@ from .selection import Target
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
 
+_NOTHING = 1e-12  # the coefficient of a decay that momentum has forgotten
 STORED = "stored_decay"  # the key in the state of a tensor, beside momentum_buffer
 
 
@@ -48,7 +49,8 @@ def keep_apart(
         group = optimizer.param_groups[target.group]
         if rate != 0:
             new = follow(optimizer, group, target.params(group), float(group["weight_decay"]))
-            if new and (entry.held or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
+            held = entry.held or 0.0
+            if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
                 _warn_of_unknown(new)
         elif entry.held:
             remove(optimizer, target.params(group))
