@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import SGD, AdamW, Muon
 
 from mirrorflow.schedule import Constant, Linear, Piecewise, SwitchOff
-from mirrorflow.weightdecay import HoldRatio, WeightDecayScheduler
+from mirrorflow.weightdecay import HoldRatio, OffWhenLevel, WeightDecayScheduler
 from optimizers import FALL, OFF, Plain, pull, quiet, weights
 
 
@@ -200,16 +200,38 @@ def test_a_warm_up_from_0_counts():
 # One of two states was never loaded
 
 
-@pytest.mark.parametrize("make", [SGD, Muon, lambda p, **kw: SGD(p, momentum=0.9, **kw)])
+def momentum(params, **options):
+    return SGD(params, momentum=0.9, **options)
+
+
 @quiet
-def test_an_optimizer_that_counts_nothing_was_not_loaded(make):
+@pytest.mark.parametrize(("make", "lost"), [(Muon, True), (momentum, True), (SGD, False)])
+def test_an_optimizer_that_counts_nothing_was_not_loaded(make, lost):
+    """What it remembers is lost and said; an SGD without momentum remembers nothing."""
     state = saved(*made(FALL, make, steps=3)[1:])[1]
     params, optimizer, scheduler = made(FALL, make)
     scheduler.load_state_dict(state)
-    with pytest.warns(UserWarning, match="loaded at step 3, and .* has not loaded one"):
-        advance(params, optimizer, 1)
-    advance(params, optimizer, 1)  # said once
+    if lost:
+        with pytest.warns(UserWarning, match="loaded at step 3, and that of .* was not"):
+            advance(params, optimizer, 1)
+    advance(params, optimizer, 2 - lost)  # said once
     assert scheduler.steps == 5
+
+
+@quiet
+@pytest.mark.parametrize("make", [AdamW, Muon, momentum, SGD])
+def test_a_scheduler_made_anew_beside_a_loaded_optimizer(make):
+    """As a callback does that closes the last run's scheduler: nothing is lost, nothing said."""
+    whole = made(FALL, make, steps=3)
+    states = saved(*whole[1:])
+    params, optimizer, scheduler = made(FALL, make, steps=1)
+    optimizer.load_state_dict(states[0])
+    scheduler.close()
+    again = WeightDecayScheduler(optimizer, FALL)
+    again.load_state_dict(states[1])
+    advance(params, optimizer, 1)
+    advance(*whole[:2], 1)
+    assert again.audit() == whole[2].audit()
 
 
 # Another way to decay
@@ -229,6 +251,27 @@ def test_the_past_is_not_relabelled(which, was, now):
         )
     assert str((optimizer.state_dict(), scheduler.state_dict())) == before  # nothing was loaded
     advance(params, optimizer, 1)
+
+
+def test_the_checkpoint_of_another_loop_changes_nothing():
+    state = saved(made(HoldRatio(3.0, 0.5, gain=0.1), steps=2)[1])[0]
+    _, optimizer, scheduler = made(OffWhenLevel(0.1))
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match="state of HoldRatio, not of OffWhenLevel"):
+        optimizer.load_state_dict(state)
+    assert str(optimizer.state_dict()) == before and scheduler.steps == 0
+    assert scheduler.schedule.current == 0.1
+
+
+def test_the_checkpoint_of_other_groups_is_refused_as_such():
+    a, b = weights()
+    two = AdamW([{"params": [a]}, {"params": [b]}], weight_decay=0.1)
+    WeightDecayScheduler(two, FALL)
+    pull([a, b])
+    two.step()
+    _, optimizer, _ = made(FALL)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(two.state_dict())
 
 
 # Another program

@@ -41,6 +41,7 @@ class Clock:
     def __init__(self, optimizer: Optimizer) -> None:
         self._uncounted = 0  # steps that the optimizer has counted and the scheduler has not
         self._before: int | None = None
+        self._empty = False  # the optimizer's state, before a step
         self.loaded(optimizer)
 
     def loaded(self, optimizer: Optimizer) -> None:
@@ -54,6 +55,7 @@ class Clock:
 
     def begins(self, optimizer: Optimizer) -> None:
         """Look at the optimizer's count before a step."""
+        self._empty = not optimizer.state
         self._before = _own_count(optimizer) if self._compare else None
 
     def ends(self, optimizer: Optimizer, account: Account) -> None:
@@ -65,8 +67,8 @@ class Clock:
             if counts and count != account.steps + self._uncounted:
                 account.alone = False
                 warnings.warn(_APART.format(_name(optimizer), count, account.steps), stacklevel=4)
-        if account.alone:
-            account.alone = False
+        alone, account.alone = account.alone, False
+        if alone and self._empty and optimizer.state:  # its momentum began anew
             warnings.warn(_ALONE.format(_name(optimizer), account.steps - 1), stacklevel=4)
 
 
@@ -76,8 +78,8 @@ _APART = (
     "it: lambda step: schedule.rate(step + ...)"
 )
 _ALONE = (
-    "the state of WeightDecayScheduler was loaded at step {1}, and {0} has not loaded one that "
-    "belongs to it: if its momentum was saved, load it, too"
+    "the state of WeightDecayScheduler was loaded at step {1}, and that of {0} was not: what it "
+    "remembers of the gradients has begun anew. If it was saved, load it, too"
 )
 
 
@@ -87,8 +89,8 @@ def _name(optimizer: Optimizer) -> str:
 
 
 def _stands(optimizer: Optimizer) -> bool:
-    """Tell whether all learning rates are 0."""
-    return all(lr_of(group) == 0 for group in optimizer.param_groups)
+    """Tell whether all learning rates that there are are 0."""
+    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
 
 
 def _moves(gradient: Any) -> bool:

@@ -193,7 +193,10 @@ class Stepping:
     def before_load(self, state: Mapping[str, Any]) -> None:
         """Refuse, before anything is changed, what these ledgers cannot go on from."""
         saved = state["param_groups"]
+        if len(saved) != len(self.optimizer.param_groups):
+            return  # which torch refuses itself
         self.account.check(saved)
+        recall(self.coverage.targets, saved, only_try=True)
         said = [
             f"group {index} had {group[INITIAL]:g} and has {own:g}"
             for index, (group, own) in enumerate(zip(saved, self.coverage.own, strict=False))
