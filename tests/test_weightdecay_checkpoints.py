@@ -62,12 +62,14 @@ def test_population_based_training_takes_over_the_total(ours, theirs, rates):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_both_states_of_another_member_are_that_member(order):
+@pytest.mark.parametrize(("lr", "steps"), [(0.7, 7), (0.7, 5), (0.01, 5), (0.01, 7), (0.7, 2)])
+def test_both_states_of_another_member_are_that_member(lr, steps, order):
+    """Wherever the process was before, and whichever state comes first."""
     whole = made(Constant(0.1), steps=5)
     states = saved(*whole[1:])
-    parts = made(Constant(0.1), steps=5, decay=0.4)
-    parts[1].param_groups[0]["lr"] = 0.7
-    advance(*parts[:2], 2)
+    parts = made(Constant(0.1), decay=0.4)
+    parts[1].param_groups[0]["lr"] = lr
+    advance(*parts[:2], steps)
     with torch.no_grad():
         for p, value in zip(parts[0], whole[0], strict=True):
             p.copy_(value)

@@ -131,6 +131,26 @@ def test_an_attribute_that_holds_the_parameters_is_not_tried():
     assert torch.equal(params[0], before)
 
 
+PATCHED = []
+
+
+def step_of_all():
+    """A function of the module that somebody has put in the place of a method."""
+    for optimizer in PATCHED:
+        type(optimizer).step(optimizer)
+
+
+def test_a_method_that_is_covered_is_not_tried():
+    params = weights(1)
+    optimizer = AdamW(params, lr=0.1, weight_decay=0.3)
+    optimizer.step = step_of_all
+    PATCHED[:] = [optimizer]
+    pull(params)
+    before = params[0].detach().clone()
+    assert coupling(optimizer, optimizer.param_groups[0]) == "decoupled"
+    assert torch.equal(params[0], before)
+
+
 def test_a_function_in_an_attribute_is_no_reason_for_nan():
     params = weights()
     optimizer = LionLike(params, weight_decay=0.3)
