@@ -104,7 +104,7 @@ def warn_if_unused(
         if any(places(what, i, group, names) or what == i for i, group in enumerate(groups)):
             continue
         warnings.warn(
-            f"groups: {_shown(what)} chooses no parameter of the optimizer yet", stacklevel=6
+            f"groups: {_shown(what)} chooses no parameter of the optimizer yet", stacklevel=5
         )
 
 

@@ -97,7 +97,7 @@ class Coverage:
                 f"{type(optimizer).__name__} shrinks weights by the decay times a step size that "
                 "it finds itself: the schedule acts, and 0 is off, but no sum of lr x decay "
                 "describes it, so `accumulated` is NaN",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def update(self, optimizer: Optimizer, account: Account) -> None:

@@ -94,7 +94,8 @@ class WeightDecayScheduler:
     A small summary travels in the parameter groups (``initial_weight_decay``,
     ``weight_decay_ledger``), so that the optimizer's checkpoint knows the step it belongs to and
     has the totals; the record of `audit` is in `state_dict`. The schedule is in neither: it is
-    that of the program which resumes.
+    that of the program which resumes. What acts is read by a pre-step hook, with a closure after
+    it has given the gradients: what later pre-step hooks of others change in that step is not seen.
     """
 
     def __init__(

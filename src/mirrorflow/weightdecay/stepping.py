@@ -216,7 +216,7 @@ class Stepping:
             warnings.warn(
                 f'{change}; on_change="error" refuses this, on_change="program" takes what the '
                 "program says, and says nothing",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _matters(self, index: int) -> bool:
