@@ -138,6 +138,33 @@ def test_the_step_that_makes_the_state_does_not_count(name):
     assert scheduler.audit()[0]["lr"] == 0.1
 
 
+class Child(AdamW):
+    """Its step calls that of its superclass, and the hooks run twice; it may fail."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise MemoryError
+        return super().step()
+
+
+def test_the_step_that_makes_the_state_within_another_and_when_it_fails():
+    net, optimizer, scheduler = linear(SwitchOff(0.1, at=2), Child)
+    optimizer.fails = True
+    with pytest.raises(MemoryError):
+        get_optimizer_state_dict(net, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1  # which torch has not put back
+    optimizer.fails = False
+    assert learn(net, optimizer, 1) == [0.1] and scheduler.steps == 1
+
+    net, optimizer, scheduler = linear(SwitchOff(0.1, at=2), Child)
+    get_optimizer_state_dict(net, optimizer)
+    assert scheduler.steps == 0 and optimizer.state
+    assert learn(net, optimizer, 3) == [0.1, 0.1, 0.0] and scheduler.steps == 3
+
+
 def test_the_step_that_makes_the_state_puts_no_decay_into_momentum():
     net, optimizer, scheduler = linear(Constant(0.5), MAKERS["sgd momentum"])
     get_optimizer_state_dict(net, optimizer)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .account import TOTALS, Account
 from .acting import lr_of
 
-__all__ = ["Clock", "only_makes_state"]
+__all__ = ["Clock", "only_makes_state", "stands"]
 
 
 def only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
@@ -21,10 +21,15 @@ def only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
     It calls ``step(closure=None)`` with learning rates of 0 and gradients of 0, before it reads or
     loads an optimizer that has no state yet. The weights stay what they are, so nothing counts.
     """
-    if "closure" not in kwargs or kwargs["closure"] is not None or not _stands(optimizer):
+    if "closure" not in kwargs or kwargs["closure"] is not None or not stands(optimizer):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return not any(_moves(p.grad) for p in params if p.grad is not None)
+
+
+def stands(optimizer: Optimizer) -> bool:
+    """Tell whether all learning rates that there are are 0."""
+    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
 
 
 class Clock:
@@ -86,11 +91,6 @@ _ALONE = (
 def _name(optimizer: Optimizer) -> str:
     """Name the class."""
     return type(optimizer).__name__
-
-
-def _stands(optimizer: Optimizer) -> bool:
-    """Tell whether all learning rates that there are are 0."""
-    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
 
 
 def _moves(gradient: Any) -> bool:

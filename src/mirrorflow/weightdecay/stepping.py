@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .account import TOTALS, Account
 from .acting import decay_of
 from .checks import check_not_captured
-from .clock import Clock, only_makes_state
+from .clock import Clock, only_makes_state, stands
 from .coverage import Coverage, Plan
 from .imprint import INITIAL, separated
 from .ledger import Entry
@@ -72,6 +72,7 @@ class Stepping:
         """
         self.coverage.update(self.optimizer, self.account)
         groups = self.optimizer.param_groups
+        remember(self.coverage.targets, groups)
         try:
             self.rates = self.rates_at(self.account.steps)
         except NoValueError:
@@ -85,7 +86,6 @@ class Stepping:
                 write(groups[target.group], 0.0)
             elif rate is not None:
                 write(groups[target.group], decay)
-        remember(self.coverage.targets, groups)
 
     def _keep(self, groups: Sequence[dict[str, Any]]) -> None:
         """Leave the decay as it is, where none is known of a step that may never come."""
@@ -127,7 +127,10 @@ class Stepping:
         groups = self.optimizer.param_groups
         self.coverage.update(self.optimizer, self.account)
         self.account.agree(groups)
-        if self._rests or only_makes_state(self.optimizer, kwargs):
+        # The step of a superclass, called within it, is not told that there is no closure.
+        within = self._rests and stands(self.optimizer)
+        self._rests = within or only_makes_state(self.optimizer, kwargs)
+        if self._rests:
             return self._rest()
         self.account.warn_if_missing()
         self.write(strict=True)
@@ -186,7 +189,7 @@ class Stepping:
                 write(group, 0.0)
             if self.plan.exact_off and entry.kind == "sgd":  # its state has a part that is ours
                 follow(self.optimizer, group, target.params(group), 0.0)
-        self._rests, self._taking = True, Taking(self.ledgers, groups, [0.0] * len(self.ledgers))
+        self._taking = Taking(self.ledgers, groups, [0.0] * len(self.ledgers))
 
     # A load
 
