@@ -212,6 +212,28 @@ def test_a_schedule_shorter_than_the_run(schedule):
     assert scheduler.steps == 3
 
 
+def test_a_schedule_as_long_as_the_run_is_enough_for_what_calls_back():
+    """A callback is called after the last step, too, and what it saves there can be loaded."""
+
+    def assemble():
+        net = torch.nn.Linear(3, 1)
+        optimizer = AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+        return net, optimizer, ControlledDecay(net, optimizer, [0.3, 0.2, 0.1].__getitem__)
+
+    net, optimizer, control = assemble()
+    for _ in range(3):
+        net(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        control.step()
+    assert control.logs()["weight_decay"] == 0.1
+    saved = copy.deepcopy((optimizer.state_dict(), control.state_dict()))
+    for order in ((1, 2), (2, 1)):
+        parts = assemble()
+        for i in order:
+            parts[i].load_state_dict(saved[i - 1])
+        assert parts[2].scheduler.audit() == control.scheduler.audit()
+
+
 def test_a_schedule_that_fails_in_its_own_way_says_so_itself():
     def broken(step):
         return 1 / (step - 1)

@@ -183,7 +183,7 @@ def warm_up(optimizer):
         partial(OneCycleLR, max_lr=0.3, total_steps=20),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"convention": "adamc"}, {"decoupled": True}])
+@pytest.mark.parametrize("options", [{}, {"convention": "adamc", "peak": 0.3}, {"decoupled": True}])
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 def test_the_preview_is_what_the_audit_finds(make_lr, options):
     groups = [{"params": one_weight()}, {"params": one_weight(), "weight_decay": 0.0}]

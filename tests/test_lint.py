@@ -43,7 +43,7 @@ def test_no_decay_at_all():
 
 def test_a_group_without_decay_that_was_overwritten():
     optimizer = torch.optim.AdamW(groups(model()))
-    mf.WeightDecayScheduler(optimizer, mf.Constant(0.1)).close()
+    mf.WeightDecayScheduler(optimizer, mf.Constant(0.1))
     for group in optimizer.param_groups:  # the loop that everybody writes by hand
         group["weight_decay"] = 0.05
     assert codes(mf.lint(optimizer)) == [("overwritten", 1)]  # and not as vectors once more

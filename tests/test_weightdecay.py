@@ -368,22 +368,3 @@ def test_a_wrapped_optimizer_is_unwrapped():
     optimizer = AdamW(weights(), weight_decay=0.1)
     scheduler = WeightDecayScheduler(Wrapper(optimizer), FALL)
     assert scheduler.optimizer is optimizer
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "sgd momentum"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step(name):
-    torch._dynamo.reset()
-    params = weights()
-    optimizer = two_groups(MAKE[name], params)
-    scheduler = WeightDecayScheduler(optimizer, FALL)
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    step = torch.compile(optimizer.step, backend="eager")
-    for _ in range(12):
-        pull(params)
-        step()
-    torch.testing.assert_close(params, by_hand(MAKE[name], FALL.rate, steps=12))
-    assert scheduler.steps == 12
-    assert counters["stats"]["unique_graphs"] <= 8  # not one a step

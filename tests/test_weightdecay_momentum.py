@@ -194,6 +194,55 @@ def test_decay_from_before_is_said_and_stays():
     torch.testing.assert_close(again.state[params[0]]["momentum_buffer"], expected)
 
 
+def test_what_nobody_followed_for_a_while_is_not_subtracted():
+    """exact_off in the first and in the third part of a run, and not in between."""
+    on_and_off = [(Constant(0.5), 2), (Constant(0.0), 60), (Constant(0.5), 2)]
+    schedule = join([*on_and_off, (Constant(0.0), None)])
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    state = None
+    for exact, steps in ((True, 2), (False, 60), (True, 3)):
+        optimizer = SGD([w], lr=0.0, momentum=0.5, weight_decay=0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if not exact else "error", CoupledDecayWarning)
+            scheduler = WeightDecayScheduler(optimizer, schedule, exact_off=exact)
+        if state:
+            optimizer.load_state_dict(state[0])
+            scheduler.load_state_dict(state[1])
+            assert "stored_decay" not in optimizer.state[w]
+        for _ in range(steps):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    assert optimizer.state[w]["momentum_buffer"].item() == pytest.approx(0.0, abs=1e-15)
+    assert scheduler.steps == 65
+
+
+def test_decay_that_was_not_followed_is_said_when_following_begins():
+    """Followed again too late: the buffer keeps what is not known, and that is not silent."""
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    sgd = partial(SGD, lr=0.0, momentum=0.5, weight_decay=0.5)
+    with pytest.warns(CoupledDecayWarning, match="exact_off=True"):
+        optimizer = sgd([w])
+        WeightDecayScheduler(optimizer, SwitchOff(0.5, at=3))
+    for exact in (False, True):
+        if exact:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = sgd([w])
+            WeightDecayScheduler(optimizer, SwitchOff(0.5, at=3), exact_off=True)
+            optimizer.load_state_dict(state)
+        w.grad = torch.zeros_like(w)
+        if exact:
+            with (
+                pytest.warns(UserWarning, match="record of steps"),
+                pytest.warns(CoupledDecayWarning, match="1 momentum buffers"),
+            ):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert optimizer.state[w]["stored_decay"].item() == 0.5
+    assert optimizer.state[w]["momentum_buffer"].item() == 0.75
+
+
 def test_close_drops_what_was_kept():
     params = weights()
     optimizer = SGD(params, lr=0.1, momentum=0.9, weight_decay=1.0)

@@ -203,7 +203,8 @@ def test_the_base_survives_a_checkpoint_after_the_switch():
     optimizer = two_groups(MAKE["adamw"], weights())
     optimizer.load_state_dict(saved[0])
     scheduler = WeightDecayScheduler(optimizer, Constant(1.0), relative=True)
-    scheduler.load_state_dict(saved[1])
+    with pytest.warns(UserWarning, match=r"Linear\(.*\) is Constant\(1.0\)"):
+        scheduler.load_state_dict(saved[1])
     assert scheduler.get_last_weight_decay() == [0.3, 0.0]
 
 

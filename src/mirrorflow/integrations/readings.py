@@ -9,6 +9,7 @@ from typing import Any
 from ..spectrum import Measurement
 from ..spectrum.records import COLUMNS, Record
 from ..weightdecay import WeightDecayScheduler
+from ..weightdecay.acting import strength
 
 __all__ = ["by_layer", "decay_numbers", "finite", "rows", "spectrum_numbers", "value_of"]
 
@@ -66,7 +67,7 @@ def decay_numbers(scheduler: WeightDecayScheduler, layers: Mapping[int, str]) ->
         if target.schedule is not None:
             group, key = scheduler.optimizer.param_groups[target.group], id(target.schedule)
             name = layers.get(key) or str(group.get("name", target.group))
-            acting = _acting(decay, group, entry.kind)
+            acting = strength(decay, group, entry.kind)
             sets.setdefault((name, key), []).append((decay, acting, entry.absorbed))
     numbers = _largest([row for of_set in sets.values() for row in of_set], "")
     if len(sets) > 1 or layers:
@@ -82,15 +83,6 @@ def _suffixes(names: list[str]) -> list[str]:
         f"/{name}.{place}" if names.count(name) > 1 else f"/{name}"
         for name, place in zip(names, before, strict=True)
     ]
-
-
-def _acting(decay: float, group: Mapping[str, Any], kind: str) -> float:
-    """Give the part of the weights that a step takes away; NaN where that is not known."""
-    if kind == "fixed":
-        return decay
-    if kind not in ("decoupled", "sgd") or group.get("lr") is None:
-        return math.nan
-    return float(group["lr"]) * decay
 
 
 def _largest(found: Iterable[_Acting], suffix: str) -> dict[str, float]:

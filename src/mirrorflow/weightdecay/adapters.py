@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,8 +30,8 @@ class WeightDecaySchedulers:
     >>> both = WeightDecaySchedulers(
     ...     [WeightDecayScheduler(o, SwitchOff(1.0, at=9), relative=True) for o in (muon, adam)]
     ... )
-    >>> both.get_last_weight_decay()
-    [0.2, 0.1]
+    >>> both.get_last_weight_decay(), both.steps
+    ([0.2, 0.1], [0, 0])
     """
 
     def __init__(self, schedulers: Sequence[WeightDecayScheduler]) -> None:
@@ -47,9 +47,27 @@ class WeightDecaySchedulers:
         return [decay for s in self.schedulers for decay in s.get_last_weight_decay()]
 
     @property
+    def steps(self) -> list[int]:
+        """The number of steps that each optimizer has taken."""
+        return [scheduler.steps for scheduler in self.schedulers]
+
+    @property
     def accumulated(self) -> list[float]:
         """Give a_T, one number per group, optimizer after optimizer."""
         return [a for scheduler in self.schedulers for a in scheduler.accumulated]
+
+    @property
+    def pending(self) -> list[float]:
+        """Give what momentum would still absorb, one number per group, as ``accumulated``."""
+        return [a for scheduler in self.schedulers for a in scheduler.pending]
+
+    def audit(self) -> list[dict[str, Any]]:
+        """Give what was really applied, as rows, with the index of the ``optimizer`` in each."""
+        return [
+            {"optimizer": index} | row
+            for index, scheduler in enumerate(self.schedulers)
+            for row in scheduler.audit()
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Give the states."""
@@ -69,6 +87,14 @@ class WeightDecaySchedulers:
         """Let the optimizers go."""
         for scheduler in self.schedulers:
             scheduler.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a with block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
 
 
 class WeightDecayLR(LRScheduler):

@@ -27,7 +27,6 @@ __all__ = [
     "inner",
     "no_schedule",
     "one_of",
-    "warn_if_apart",
     "warn_if_coupled",
 ]
 
@@ -106,8 +105,8 @@ def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
         if target.schedule is not None and kind in ("coupled", "unknown"):
             raise ValueError(
                 f"exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in "
-                f"it; {type(optimizer).__name__} rescales its gradient by moments that are not, "
-                "and what they hold of the decay cannot be told from the gradients. "
+                f"it. That of {type(optimizer).__name__} is not known to be (Adam's moments are "
+                "not), and what it holds of the decay cannot be told from the gradients then. "
                 "decoupled=True keeps the decay out of them from the start"
             )
 
@@ -121,19 +120,6 @@ def check_not_captured() -> None:
         )
 
 
-def warn_if_apart(optimizer: Optimizer, steps: int) -> None:
-    """Warn if the optimizer has counted its steps, and comes to another number."""
-    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-    if counts and max(counts) != steps:
-        warnings.warn(
-            f"{type(optimizer).__name__} has taken {max(counts)} steps by its own count, the decay "
-            f"schedule is at step {steps}: one of the two was not loaded, or the scheduler is new. "
-            f"To begin a schedule here as if at another step, shift it: "
-            "lambda step: schedule.rate(step + ...)",
-            stacklevel=4,
-        )
-
-
 def warn_if_coupled(
     optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str], exact_off: bool
 ) -> None:
@@ -141,7 +127,7 @@ def warn_if_coupled(
     name = type(optimizer).__name__
     found = set()
     for target, kind in zip(targets, kinds, strict=True):
-        if target.schedule is None or kind in ("decoupled", "fixed"):
+        if target.schedule is None or kind in ("decoupled", "fixed", "scaled"):
             continue
         if kind == "sgd" and exact_off:
             continue
@@ -165,6 +151,6 @@ _ADVICE = {
     ),
     "unknown": (
         "how {name} decays could not be found out, so `accumulated` is NaN: say it with "
-        'coupling="decoupled", "fixed" or "coupled", or use decoupled=True'
+        'coupling="decoupled", "fixed", "scaled" or "coupled", or use decoupled=True'
     ),
 }

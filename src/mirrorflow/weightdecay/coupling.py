@@ -1,4 +1,4 @@
-"""How an optimizer's weight decay enters its step, found by trying it on a gradient of zero.
+"""How an optimizer's weight decay enters its step, found by trying it.
 
 The ledger needs to know it: a decay of the weights adds up, an L2 term in the gradient goes
 through whatever the optimizer does with gradients.
@@ -6,26 +6,25 @@ through whatever the optimizer does with gradients.
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["KINDS", "CoupledDecayWarning", "coupling"]
+from .trial import LR_AND_DECAY, in_two_runs, without_gradient
+
+__all__ = ["COUNTED", "KINDS", "CoupledDecayWarning", "coupling"]
 
 KINDS = {
     "decoupled": "the weights shrink by lr x decay",
     "fixed": "the weights shrink by the decay, whatever the learning rate",
+    "scaled": "the weights shrink by the decay times a step size that the optimizer finds itself",
     "sgd": "L2 in the gradient of SGD, spread over later steps by its momentum",
     "coupled": "L2 in a gradient that is rescaled: no sum of lr x decay describes it",
     "unknown": "the optimizer could not be tried: say which it is with coupling=...",
 }
-
-_LR, _DECAY = 0.25, 0.5
-_WEIGHTS = ((1.0, 2.0), (3.0, 5.0))
-_PLAIN = (bool, int, float, str, tuple, type(None))
+COUNTED = ("decoupled", "fixed", "sgd")  # those that a sum of lr x decay, or of decay, describes
 
 
 class CoupledDecayWarning(UserWarning):
@@ -58,50 +57,38 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     SGD sgd
     Adam coupled
     """
-    if type(optimizer).step is torch.optim.SGD.step:
+    if _steps_as_sgd(optimizer):
         return "sgd"
     try:
-        factors = _try_decay(optimizer, group)
+        factors = without_gradient(optimizer, group)
+        if _same(factors, 1.0):  # some do nothing at all where there is no gradient
+            return _kind(*in_two_runs(optimizer, group))
     except Exception:
         # Any class may be tried, on groups and state that it did not make itself, and may fail in
         # any way. Nothing is hidden by this: "unknown" is said to the user, with what to do.
         return "unknown"
-    if not _same(factors[1:], 1.0):
+    taken = 1 - factors[1]
+    return _kind(taken, taken) if _same(factors[[0, 2, 3]], 1.0) else "coupled"
+
+
+def _steps_as_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a step is that of torch's SGD: it wraps each class's once more."""
+    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.SGD.step)
+
+
+def _kind(taken: torch.Tensor, later: torch.Tensor) -> str:
+    """Name the kind by what a step takes from four weights, and by what is gone a step later."""
+    size = taken.abs().max()
+    if size < 1e-12:
+        return "unknown"  # a decay that does nothing here
+    if not torch.allclose(taken, taken.mean().expand_as(taken), rtol=0, atol=1e-3 * float(size)):
         return "coupled"
-    if _same(factors[0], 1 - _LR * _DECAY):
+    if not torch.allclose(later, taken, rtol=0, atol=1e-3 * float(size)):
+        return "coupled"
+    lr, decay = LR_AND_DECAY
+    if _same(taken, lr * decay):
         return "decoupled"
-    return "fixed" if _same(factors[0], 1 - _DECAY) else "coupled"
-
-
-def _try_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
-    """Give the factors on four weights of a step with decay, and of two without, at gradient 0."""
-    weight = torch.nn.Parameter(torch.tensor(_WEIGHTS))
-    twin = _twin(optimizer, group, weight)
-    factors = []
-    for decay in (_DECAY, 0.0, 0.0):
-        twin.param_groups[0]["weight_decay"] = decay
-        weight.grad = torch.zeros_like(weight)
-        before = weight.detach().clone()
-        twin.step()
-        factors.append(weight.detach() / before)
-    return torch.stack(factors)
-
-
-def _twin(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: torch.nn.Parameter
-) -> torch.optim.Optimizer:
-    """Make an optimizer of the same class and settings, without hooks, for one small weight."""
-    settings = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
-    settings |= {k: False for k in ("capturable", "fused", "foreach") if k in settings}
-    settings |= {"params": [weight], "lr": _LR, "weight_decay": _DECAY}
-    twin = type(optimizer).__new__(type(optimizer))
-    # What is not plain is left out: an LR scheduler puts a `step` there that steps the original.
-    twin.__dict__.update({k: v for k, v in vars(optimizer).items() if isinstance(v, _PLAIN)})
-    defaults = dict(optimizer.defaults)
-    twin.__setstate__(
-        {"defaults": defaults, "state": defaultdict(dict), "param_groups": [settings]}
-    )
-    return twin
+    return "fixed" if _same(taken, decay) else "scaled"
 
 
 def _same(factors: torch.Tensor, value: float) -> bool:

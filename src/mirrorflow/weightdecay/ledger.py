@@ -17,6 +17,7 @@ from typing import Any
 __all__ = ["Entry", "Piece"]
 
 _MOST_PIECES = 64
+_ROUNDING = 1e-7  # of sums in another order, relative to the sum
 _NONE = math.nan  # "no momentum buffer yet", where only floats can be kept
 
 
@@ -85,19 +86,26 @@ class Entry:
 
     def record(self, step: int, decay: float, group: Mapping[str, Any]) -> None:
         """Enter a step that the optimizer has taken with this decay and these settings."""
-        lr = float(group["lr"])
+        lr = math.nan if group.get("lr") is None else float(group["lr"])
         share = self._share(decay, lr, group)
         self.taken += 1
         self.absorbed += share
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
+
+    def rest(self, group: Mapping[str, Any]) -> None:
+        """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
+        if self.kind == "sgd" and float(group["momentum"]) != 0 and self.held is None:
+            self.held = 0.0
 
     def pending(self, group: Mapping[str, Any], removed: bool = False) -> float:
         """Give what the momentum would still absorb if the decay were 0 from now on.
 
         Nothing, if it were removed then.
         """
-        if self.kind != "sgd":
+        if self.kind in ("coupled", "unknown"):
             return math.nan if math.isnan(self.absorbed) else 0.0
+        if self.kind != "sgd":
+            return 0.0
         momentum = float(group["momentum"])
         if removed or not self.held or momentum == 0:
             return 0.0
@@ -155,9 +163,8 @@ class Entry:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """Give everything but the kind, in plain numbers and lists."""
+        """Give everything, in plain numbers, strings and lists."""
         values = asdict(self)
-        del values["kind"]
         return values | {"pieces": [list(p.values()) for p in values["pieces"]]}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -166,20 +173,54 @@ class Entry:
         self.held, self.span = state["held"], int(state["span"])
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
-    def totals(self) -> tuple[int, float, float]:
-        """Give the numbers without the record, as they travel in the optimizer's groups."""
-        return self.taken, self.absorbed, _NONE if self.held is None else self.held
+    def totals(self) -> tuple[str, int, float, float]:
+        """Give the kind and the numbers, without the record, as they travel in the groups."""
+        held = _NONE if self.held is None else self.held
+        return self.kind, self.taken, self.absorbed, held
 
-    def adopt(self, totals: tuple[int, float, float], ours: int, theirs: int) -> None:
+    def fits(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> bool:
+        """Tell whether the totals of step ``theirs`` can be those of this record's own run.
+
+        What a step takes is >= 0, so that a later sum is not smaller; an earlier one has to be
+        that of the record up to there, or lie within a piece of it.
+        """
+        _, taken, absorbed, _ = totals
+        if theirs > ours:
+            more = taken - self.taken
+            return 0 <= more <= theirs - ours and _between(self.absorbed, absorbed, math.inf)
+        if theirs == ours and taken != self.taken:
+            return False
+        low = sum(p.absorbed for p in self.pieces if p.stop <= theirs)
+        parts = [self._part(p, theirs) for p in self.pieces if p.start < theirs < p.stop]
+        least, most = (low + sum(ends) for ends in zip((0.0, 0.0), *parts, strict=True))
+        return taken <= self.taken and _between(least, absorbed, most)
+
+    def _part(self, piece: Piece, step: int) -> tuple[float, float]:
+        """Bound what a piece had absorbed at a step within it."""
+        even = piece.constant(piece.decay) and piece.lr == piece.lr_end
+        if not even or self.kind == "sgd":  # whose buffer fills by and by
+            return 0.0, piece.absorbed
+        part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
+        return part, part
+
+    def adopt(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> None:
         """Move from step ``ours`` to step ``theirs``, whose totals the optimizer knows."""
         before = self.absorbed
-        self.taken, self.absorbed = totals[0], totals[1]
-        self.held = None if math.isnan(totals[2]) else totals[2]
+        self._take(totals)
         if theirs > ours:
-            nan = math.nan
-            self.pieces.append(Piece(ours, theirs, nan, nan, nan, nan, self.absorbed - before))
+            self.pieces.append(_unknown(ours, theirs, self.absorbed - before))
         else:
             self._cut(theirs)
+
+    def replace(self, totals: tuple[str, int, float, float], steps: int) -> None:
+        """Take the totals of another run; of its steps nothing but the sum is known."""
+        self._take(totals)
+        self.pieces = [_unknown(0, steps, self.absorbed)] if self.taken else []
+
+    def _take(self, totals: tuple[str, int, float, float]) -> None:
+        """Take over the numbers."""
+        _, self.taken, self.absorbed, held = totals
+        self.held = None if math.isnan(held) else held
 
     def _cut(self, step: int) -> None:
         """Forget the record from a step on; the last piece takes up the difference."""
@@ -190,6 +231,20 @@ class Entry:
             last.decay_end = last.decay if last.constant(last.decay) else math.nan
             last.lr_end = last.lr if last.lr == last.lr_end else math.nan
             last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
+
+
+def _between(low: float, value: float, high: float) -> bool:
+    """Tell whether a sum lies between two others, up to rounding; of NaN nothing is known."""
+    if math.isnan(low) or math.isnan(value) or math.isnan(high):
+        return True
+    slack = _ROUNDING * max(abs(low), abs(value))
+    return low - slack <= value <= high + slack
+
+
+def _unknown(start: int, stop: int, absorbed: float) -> Piece:
+    """Make a piece of which only the sum is known."""
+    nan = math.nan
+    return Piece(start, stop, nan, nan, nan, nan, absorbed)
 
 
 def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:

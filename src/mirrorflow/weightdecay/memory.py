@@ -6,7 +6,8 @@ optimizer, and not every one saves what a callback knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .feedback import Feedback
@@ -23,8 +24,19 @@ def remember(targets: Sequence[Target], groups: Sequence[dict[str, Any]]) -> Non
         groups[index][MEMORY] = tuple(loop.memory() for loop in loops)
 
 
-def recall(targets: Sequence[Target], groups: Sequence[dict[str, Any]]) -> None:
+def recall(
+    targets: Sequence[Target], groups: Sequence[Mapping[str, Any]], only_try: bool = False
+) -> None:
     """Give the loops back what the loaded groups know of them.
+
+    Parameters
+    ----------
+    targets : sequence of Target
+        Whose schedules may be loops.
+    groups : sequence of mapping
+        Those of the optimizer, or of a checkpoint that it may load.
+    only_try : bool
+        Whether only copies of the loops take it back, to see that they can.
 
     Raises
     ------
@@ -40,7 +52,7 @@ def recall(targets: Sequence[Target], groups: Sequence[dict[str, Any]]) -> None:
                 f"or remove the key {MEMORY!r} from the param_groups of the checkpoint"
             )
         for loop, memory in zip(loops, known, strict=False):  # none, if the checkpoint has none
-            loop.recall(memory)
+            (copy.copy(loop) if only_try else loop).recall(memory)
 
 
 def _loops(targets: Sequence[Target]) -> dict[int, list[Feedback]]:

@@ -17,11 +17,13 @@ import torch
 from torch.optim import Optimizer
 
 from .coupling import CoupledDecayWarning
+from .imprint import INITIAL
 from .ledger import Entry
 from .selection import Target
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
 
+_NOTHING = 1e-12  # the coefficient of a decay that momentum has forgotten
 STORED = "stored_decay"  # the key in the state of a tensor, beside momentum_buffer
 
 
@@ -46,7 +48,10 @@ def keep_apart(
             continue
         group = optimizer.param_groups[target.group]
         if rate != 0:
-            follow(optimizer, group, target.params(group), float(group["weight_decay"]))
+            new = follow(optimizer, group, target.params(group), float(group["weight_decay"]))
+            held = entry.held or 0.0
+            if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
+                _warn_of_unknown(new)
         elif entry.held:
             remove(optimizer, target.params(group))
             entry.held = 0.0
@@ -55,7 +60,7 @@ def keep_apart(
 @torch.no_grad()
 def follow(
     optimizer: Optimizer, group: Mapping[str, Any], params: Iterable[torch.Tensor], decay: float
-) -> None:
+) -> int:
     """Let the decay of the coming step enter the stored part, with the weights before the step.
 
     Parameters
@@ -69,20 +74,27 @@ def follow(
     decay : float
         The decay of the step.
 
+    Returns
+    -------
+    int
+        The number of buffers that were filled before they were followed: what they held of decay
+        then is not known.
+
     Examples
     --------
     >>> w = torch.nn.Parameter(torch.ones(1))
     >>> w.grad = torch.zeros(1)
     >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9, weight_decay=0.5)
     >>> follow(optimizer, optimizer.param_groups[0], [w], 0.5)
+    0
     >>> optimizer.step()
     >>> optimizer.state[w]["stored_decay"], optimizer.state[w]["momentum_buffer"]
     (tensor([0.5000]), tensor([0.5000]))
     """
     momentum, passed = float(group["momentum"]), 1 - float(group["dampening"])
+    moved, stored, unknown = [], [], 0
     if momentum == 0:
-        return
-    moved, stored = [], []
+        return unknown
     for p in params:
         if p.grad is None:
             continue
@@ -90,13 +102,15 @@ def follow(
         if state.get("momentum_buffer") is None:  # torch takes the first gradient in whole
             state[STORED] = p.detach() * decay
             continue
-        if STORED not in state:  # of a buffer from before nothing is known
+        if STORED not in state:
             state[STORED] = torch.zeros_like(p)
+            unknown += 1
         moved.append(p)
         stored.append(state[STORED])
     if moved:
         torch._foreach_mul_(stored, momentum)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(stored, moved, alpha=passed * decay)  # pyright: ignore[reportPrivateImportUsage]
+    return unknown
 
 
 @torch.no_grad()
@@ -119,12 +133,17 @@ def remove(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> None:
         else:
             unknown += 1
     if unknown:
-        warnings.warn(
-            f"exact_off: the decay in {unknown} momentum buffers was put there without "
-            "exact_off=True, so that it cannot be told from the gradients, and stays",
-            CoupledDecayWarning,
-            stacklevel=2,
-        )
+        _warn_of_unknown(unknown)
+
+
+def _warn_of_unknown(count: int) -> None:
+    """Say that some buffers hold decay that was not followed."""
+    warnings.warn(
+        f"exact_off: the decay in {count} momentum buffers was put there without exact_off=True, "
+        "so that it cannot be told from the gradients, and stays",
+        CoupledDecayWarning,
+        stacklevel=3,
+    )
 
 
 def forget(optimizer: Optimizer) -> None:

@@ -1,31 +1,29 @@
-"""What is done to an optimizer from outside: its decay set, or applied where AdamW applies it."""
+"""What is done to an optimizer from outside: its decay set, its weights shrunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["decaying", "shrink", "skipped", "write"]
+__all__ = ["followed", "shrink", "skipped", "write"]
 
 
 @torch.no_grad()
-def shrink(params: Iterable[torch.Tensor], factor: float) -> None:
-    """Multiply the parameters that have a gradient, in place.
+def shrink(params: list[torch.Tensor], factor: float) -> None:
+    """Multiply parameters, in place.
 
     Examples
     --------
     >>> w = torch.ones(2)
-    >>> w.grad = torch.zeros(2)
     >>> shrink([w], 0.5)
     >>> w
     tensor([0.5000, 0.5000])
     """
-    moved = [p for p in params if p.grad is not None]
-    if moved and factor != 1:
-        torch._foreach_mul_(moved, factor)  # pyright: ignore[reportPrivateImportUsage]
+    if params and factor != 1:
+        torch._foreach_mul_(params, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def skipped(optimizer: Optimizer) -> bool:
@@ -37,13 +35,13 @@ def skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def decaying(decay: Callable[[], None], args: Any, kwargs: Any) -> Any:
-    """Decay before a step: now, or after the gradient if a closure computes it.
+def followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
+    """Let something follow each call of the closure of a step, if it has one.
 
     Parameters
     ----------
-    decay : callable
-        What shrinks the weights, once in a step: some optimizers ask the closure again.
+    after : callable
+        What follows: the gradients are there then.
     args, kwargs : tuple and dict
         Those of ``optimizer.step``, the optimizer first.
 
@@ -54,14 +52,14 @@ def decaying(decay: Callable[[], None], args: Any, kwargs: Any) -> Any:
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        return decay()
+        return None
 
-    def closure_then_decay() -> Any:
+    def closure_and_after() -> Any:
         loss = closure()
-        decay()
+        after()
         return loss
 
-    return (args[0], closure_then_decay), {k: v for k, v in kwargs.items() if k != "closure"}
+    return (args[0], closure_and_after), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
 def write(group: dict[str, Any], decay: float) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from torch.optim import Optimizer
 
 from ..schedule import Schedule
+from .coupling import COUNTED
 from .feedback import Feedback, OffAtBudget
 from .ledger import Entry
 from .selection import Target
 
 __all__ = ["check_schedules", "tell"]
-
-COUNTED = ("decoupled", "fixed", "sgd")  # the kinds of decay that a sum describes
 
 
 def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:

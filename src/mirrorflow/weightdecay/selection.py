@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,21 +11,25 @@ import torch
 
 from ..schedule import Schedule
 from .checks import no_schedule
+from .choosing import WHAT, checked, cleaned, parameter_names, places
 
 __all__ = [
+    "NoValueError",
     "Rule",
     "Target",
     "check_schedule",
-    "names_of",
+    "labels",
     "rate_at",
     "rules",
     "settled",
     "targets",
-    "warn_if_unused",
 ]
 
 Rule = tuple[Any, Any]
-_WHAT = "an index, a regular expression of names, a module, or parameters"
+
+
+class NoValueError(RuntimeError):
+    """A schedule has no value at a step, because it is shorter than the run."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,26 @@ class Target:
 
 
 def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Check the (what, schedule) pairs of a user; what is iterated once is kept as a list."""
-    checked = []
+    """Check the (what, schedule) pairs of a user.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no pairs, or a pair does not say what or how.
+    """
+    if isinstance(groups, (Mapping, str)) or not isinstance(groups, Iterable):
+        raise TypeError(
+            f"groups: expected a list of (what, schedule) pairs, got {groups!r}"
+            + (": give list(groups.items())" if isinstance(groups, Mapping) else "")
+        )
+    found = []
     for pair in groups:
         if not (isinstance(pair, tuple) and len(pair) == 2):
-            raise TypeError(
-                f"groups: expected (what, schedule) pairs, what being {_WHAT}: {pair!r}"
-            )
+            raise TypeError(f"groups: expected (what, schedule) pairs, what being {WHAT}: {pair!r}")
         what, schedule = pair
         check_schedule(schedule, optional=True)
-        simple = isinstance(what, (int, str, re.Pattern, torch.nn.Module, torch.Tensor))
-        checked.append((what if simple else list(what), schedule))
-    return tuple(checked)
+        found.append((checked(what), schedule))
+    return tuple(found)
 
 
 def check_schedule(schedule: Any, optional: bool = False) -> None:
@@ -91,9 +101,9 @@ def rate_at(schedule: Any, step: int) -> float:
     try:
         value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
     except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
-        raise RuntimeError(
+        raise NoValueError(
             f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
-            "the run, let it keep its last value, for the step after the last too"
+            "the run, let it keep its last value"
         ) from error
     try:
         rate = float(value)
@@ -143,8 +153,7 @@ def targets(
     left = set(range(len(group["params"])))
     found = []
     for what, schedule in chosen:
-        places = _places(what, index, group, names)
-        mine = tuple(sorted(places & left))
+        mine = tuple(sorted(places(what, index, group, names) & left))
         if mine or (what == index and isinstance(what, int)):
             left -= set(mine)
             found.append(Target(index, mine, schedule, asked=True))
@@ -182,46 +191,51 @@ def settled(target: Target, group: Mapping[str, Any], own: float, relative: bool
     return target
 
 
-def warn_if_unused(
-    chosen: Sequence[Rule], groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
-) -> None:
-    """Warn of a rule that chooses nothing: it may be misspelt, or wait for a later group."""
-    for what, _ in chosen:
-        if any(_places(what, i, group, names) or what is i for i, group in enumerate(groups)):
-            continue
-        shown = repr(what) if isinstance(what, (int, str, re.Pattern)) else type(what).__name__
-        warnings.warn(f"groups: {shown} chooses no parameter of the optimizer yet", stacklevel=5)
+def labels(
+    divided: Sequence[Target], group: Mapping[str, Any], names: Mapping[int, str]
+) -> list[str]:
+    """Name the sets of tensors that a group is divided into.
+
+    Returns
+    -------
+    list of str
+        The group's name or index for all of it; for a part, in brackets, its parameter, the module
+        of its parameters, or their first and how many there are; places where there are no names.
+
+    Examples
+    --------
+    >>> group = {"params": [torch.ones(1)] * 4,
+    ...          "param_names": ["a.q", "a.k", "module.b.weight", "c.weight"]}
+    >>> parts = [Target(0, (0, 1), None, True), Target(0, (2,), None, True),
+    ...          Target(0, (3,), None, False)]
+    >>> labels(parts, group, {})
+    ['0[a]', '0[b.weight]', '0[c.weight]']
+    """
+    name = str(group.get("name", divided[0].group))
+    if len(divided) == 1 and divided[0].positions is None:
+        return [name]
+    known = parameter_names(group, names)
+    parts = [[known[i] for i in t.positions or ()] for t in divided]
+    if any(one is None for part in parts for one in part):
+        return [f"{name}[{','.join(map(str, t.positions or ()))}]" for t in divided]
+    cleaner = [[cleaned(str(one)) for one in part] for part in parts]
+    modules = [_module(p) if t.asked else "" for t, p in zip(divided, cleaner, strict=True)]
+    unique = [m if modules.count(m) == 1 else "" for m in modules]
+    return [f"{name}[{m or _listed(p)}]" for m, p in zip(unique, cleaner, strict=True)]
 
 
-def names_of(model: torch.nn.Module | None) -> dict[int, str]:
-    """Name the parameters of a model by their ids."""
-    return {} if model is None else {id(p): name for name, p in model.named_parameters()}
+def _module(names: Sequence[str]) -> str:
+    """Give the innermost module that several parameters lie in; the name of a single one."""
+    if len(names) == 1:
+        return names[0]
+    common: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
-def _places(what: Any, index: int, group: Mapping[str, Any], names: Mapping[int, str]) -> set[int]:
-    """Give the places of the tensors of a group that a selector chooses."""
-    params = group["params"]
-    if isinstance(what, int):
-        return set(range(len(params))) if what == index else set()
-    if isinstance(what, (str, re.Pattern)):
-        return _named(re.compile(what), group, names)
-    if isinstance(what, torch.nn.Module):
-        what = what.parameters()
-    wanted = {id(p) for p in ([what] if isinstance(what, torch.Tensor) else what)}
-    return {i for i, p in enumerate(params) if id(p) in wanted}
-
-
-def _named(
-    pattern: re.Pattern[str], group: Mapping[str, Any], names: Mapping[int, str]
-) -> set[int]:
-    """Give the places of the tensors whose name, or whose group's name, has the pattern in it."""
-    params = group["params"]
-    if pattern.search(str(group.get("name", ""))) and "name" in group:
-        return set(range(len(params)))
-    own = group.get("param_names") or [names.get(id(p)) for p in params]
-    if "name" not in group and any(name is None for name in own):
-        raise ValueError(
-            f"groups: {pattern.pattern!r} chooses by name, and not all parameters have one: give "
-            "model=, make the optimizer from model.named_parameters(), or name its groups"
-        )
-    return {i for i, name in enumerate(own) if name is not None and pattern.search(name)}
+def _listed(names: Sequence[str]) -> str:
+    """Give the first of several names, which no other set has, and the number of the others."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
