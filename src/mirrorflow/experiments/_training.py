@@ -211,13 +211,15 @@ def autocast() -> Any:
 def controlled(optimizer: Optimizer, schedule: Any, **options: Any) -> WeightDecayScheduler:
     """Put the first group of an optimizer under a schedule, without a warning about L2 in momentum.
 
-    These experiments repeat what the paper did, SGD with momentum and L2 included.
+    These experiments repeat what the paper did, SGD with momentum and L2 included. A branch goes on
+    from a trunk that another schedule has trained.
     """
     from mirrorflow.weightdecay import CoupledDecayWarning, WeightDecayScheduler
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoupledDecayWarning)
-        return WeightDecayScheduler(optimizer, schedule, groups=[(0, schedule)], **options)
+        options = {"groups": [(0, schedule)], "on_change": "program", **options}
+        return WeightDecayScheduler(optimizer, schedule, **options)
 
 
 def _feedback(decay: WeightDecayScheduler) -> Any:
