@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import CHUNK, columns, gram, is_sharded
+from .gram import CHUNK, gram
 from .pairs import Factor, Pair
 from .product import ProductSpectrum, spectrum_of_grams
 from .records import Record
+from .shards import Rows
 
 __all__ = ["measure"]
 
@@ -77,23 +78,21 @@ def _measure_alike(
     ]
 
 
-def _by_head(rows: Tensor, heads: int | None) -> Tensor:
+def _by_head(rows: Tensor | Rows, heads: int | None) -> Tensor | Rows:
     """View (heads * width, n) as (heads, width, n)."""
     if heads is None:
         return rows
-    if is_sharded(rows) and heads % rows.device_mesh.size():  # type: ignore[attr-defined]
-        rows = columns(rows)
-    return rows.unflatten(0, (heads, -1))
+    return rows.by_head(heads) if isinstance(rows, Rows) else rows.unflatten(0, (heads, -1))
 
 
-def _grams(matrices: list[Tensor]) -> Tensor:
+def _grams(matrices: list[Tensor | Rows]) -> Tensor:
     """Give the stacked Gram matrices of matrices of one shape, few of them stacked at a time."""
-    devices = {(matrix.device, matrix.dtype) for matrix in matrices}
-    if any(is_sharded(matrix) for matrix in matrices) or len(devices) > 1:
+    plain = [matrix for matrix in matrices if not isinstance(matrix, Rows)]
+    if len(plain) < len(matrices) or len({(m.device, m.dtype) for m in plain}) > 1:
         grams = [gram(matrix) for matrix in matrices]
         return torch.stack([found.to(grams[0].device) for found in grams])
-    count = max(1, CHUNK // max(1, matrices[0].numel()))
-    parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]
+    count = max(1, CHUNK // max(1, plain[0].numel()))
+    parts = [plain[start : start + count] for start in range(0, len(plain), count)]
     return torch.cat(
         [gram(torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0)) for part in parts]
     )

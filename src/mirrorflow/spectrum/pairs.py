@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from .gram import columns, is_sharded
+from .shards import Rows, is_sharded
 
 __all__ = [
     "LEVELS",
@@ -45,16 +46,19 @@ class Factor:
     stop: int | None = None
     block: int = 0  # start and stop are within each block of so many rows; 0: within all rows
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Take the factor out of its weight."""
+    def rows(self, tensor: Tensor) -> Tensor | Rows:
+        """Take the factor out of its weight; of a sharded one `Rows`, so that nothing travels."""
         matrix = tensor.flatten(1) if tensor.ndim > 2 else tensor
         rows = matrix.mT if self.transposed else matrix
-        if self.stop is None:
-            return rows
-        whole = columns(rows) if is_sharded(rows) else rows
+        if not is_sharded(rows):
+            return self._taken(rows)
+        return Rows(rows, None if self.stop is None else self._taken(torch.arange(len(rows))))
+
+    def _taken(self, rows: Tensor) -> Tensor:
+        """Take rows from start to stop, of each block."""
         if not self.block:
-            return whole[self.start : self.stop]
-        return whole.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
+            return rows[self.start : self.stop]
+        return rows.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
 
     def size(self, shapes: Shapes) -> tuple[int, int]:
         """Give (r, long dimension)."""
