@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .shards import Rows, is_sharded
 
-__all__ = ["CHUNK", "gram", "trace"]
+__all__ = ["CHUNK", "double", "gram", "trace"]
 
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
 
@@ -32,6 +32,11 @@ def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
     return total
 
 
+def double(rows: Tensor) -> Tensor:
+    """Give rows in float64, on the CPU where the device has no float64 (mps)."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+
+
 def trace(gram: Tensor) -> Tensor:
     """Give the traces of a batch."""
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -42,7 +47,7 @@ def _local_gram(rows: Tensor) -> Tensor:
     if rows.device.type == "mps":  # it has no float64
         rows = rows.cpu()
     if rows.dtype == torch.float64 or rows.numel() <= CHUNK:
-        wide = rows.to(torch.float64)
+        wide = double(rows)
         return wide @ wide.mT
     return _in_chunks(rows)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import CHUNK, gram
+from .gram import CHUNK, double, gram
 from .pairs import Factor, Pair
-from .product import ProductSpectrum, spectrum_of_grams
+from .product import ProductSpectrum, spectrum_of_grams, spectrum_of_products
 from .records import Record
 from .shards import Rows
 
@@ -21,7 +21,7 @@ MEMORY = 1 << 24  # elements of factors and Gram matrices that a batch holds at 
 
 
 def measure(
-    pairs: Sequence[Pair], load: Callable[[Factor], Tensor], level: str, batch: int = MEMORY
+    pairs: Sequence[Pair], load: Callable[[Factor], Tensor | Rows], level: str, batch: int = MEMORY
 ) -> tuple[Record, ...]:
     """Measure pairs; those of equal shapes together, as many as ``batch`` elements allow.
 
@@ -57,25 +57,61 @@ def _batches(pairs: Sequence[Pair], level: str, batch: int) -> Iterator[list[int
 
 
 def _measure_alike(
-    pairs: list[Pair], load: Callable[[Factor], Tensor], level: str
+    pairs: list[Pair], load: Callable[[Factor], Tensor | Rows], level: str
 ) -> list[list[Record]]:
     """Measure pairs of the same shape."""
     first = pairs[0]
     heads, key_heads = (first.heads, first.key_heads) if level == "head" else (None, None)
-    left = _grams([_by_head(load(pair.left), heads) for pair in pairs])
-    right = _grams([_by_head(load(pair.right), key_heads) for pair in pairs]).to(left.device)
-    n, r, m = first.shape
-    if heads and key_heads:
-        right = right.repeat_interleave(heads // key_heads, dim=1)
-        spectrum = spectrum_of_grams(left, right, min(n, r // heads, m))
-    elif first.heads and first.key_heads and first.heads != first.key_heads:
+    left = [_by_head(load(pair.left), heads) for pair in pairs]
+    right = [_by_head(load(pair.right), key_heads) for pair in pairs]
+    if heads is None and first.heads != first.key_heads:
         spectrum = _grouped(left, right, first)
+    elif heads is None:
+        spectrum = _whole(left, right, first)
     else:
-        spectrum = spectrum_of_grams(left, right, min(n, r, m))
+        spectrum = _heads(left, right, first)
+    n, r, m = first.shape
     return [
         _records(pair, rows, (n, r // heads if heads else r, m))
         for pair, rows in zip(pairs, _numbers(spectrum), strict=True)
     ]
+
+
+def _whole(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
+    """Measure products over their whole width."""
+    n, r, m = pair.shape
+    gram_a = _grams(left)
+    gram_b = _grams(right).to(gram_a.device)
+    if _sharded(left, right):
+        return spectrum_of_grams(gram_a, gram_b, min(n, r, m))
+    if r < min(n, m):
+        return spectrum_of_grams(gram_a, gram_b, r, lambda i: (left[i[0]], right[i[0]]))
+    each = [
+        spectrum_of_products(a, b.to(a.device), gram_a[i], gram_b[i]).singular_values
+        for i, (a, b) in enumerate(zip(left, right, strict=True))
+    ]
+    values = torch.stack([found.to(gram_a.device) for found in each])
+    return ProductSpectrum(values, gram_a, gram_b)
+
+
+def _heads(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
+    """Measure head by head, from rows (heads, width, n) and (key heads, width, m)."""
+    heads, key_heads = pair.heads or 1, pair.key_heads or 1
+    n, r, m = pair.shape
+    shared = heads // key_heads
+
+    def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        i, head = index
+        return left[i][head], right[i][head // shared].to(left[i].device)
+
+    gram_a = _grams(left)
+    gram_b = _grams(right).to(gram_a.device).repeat_interleave(shared, dim=1)
+    rank = min(n, r // heads, m)
+    return spectrum_of_grams(gram_a, gram_b, rank, None if _sharded(left, right) else entry)
+
+
+def _sharded(*factors: list[Any]) -> bool:
+    return any(isinstance(rows, Rows) for matrices in factors for rows in matrices)
 
 
 def _by_head(rows: Tensor | Rows, heads: int | None) -> Tensor | Rows:
@@ -98,8 +134,8 @@ def _grams(matrices: list[Tensor | Rows]) -> Tensor:
     )
 
 
-def _grouped(left: Tensor, right: Tensor, pair: Pair) -> ProductSpectrum:
-    """Measure a layer whose query heads share key heads.
+def _grouped(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
+    """Measure layers whose query heads share key heads.
 
     The product is that of Q with K repeated for each query head. As the query heads of a group meet
     the same key head, it is also that of their sum with K, which has a smaller inner dimension.
@@ -107,14 +143,22 @@ def _grouped(left: Tensor, right: Tensor, pair: Pair) -> ProductSpectrum:
     heads, key_heads = pair.heads or 1, pair.key_heads or 1
     n, r, m = pair.shape
     group, width = heads // key_heads, r // heads
-    split = left.unflatten(-1, (key_heads, group, width))
+
+    def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        queries = double(left[index[0]]).unflatten(0, (key_heads, group, width))
+        return queries.sum(1).flatten(0, 1), right[index[0]].to(queries.device)
+
+    gram_a = _grams(left)
+    gram_b = _grams(right).to(gram_a.device)
+    split = gram_a.unflatten(-1, (key_heads, group, width))
     split = split.unflatten(-4, (key_heads, group, width))
     summed = split.sum((-5, -2)).flatten(-4, -3).flatten(-2, -1)
-    spectrum = spectrum_of_grams(summed, right, min(n, key_heads * width, m))
-    rows = torch.arange(key_heads * width, device=left.device).view(key_heads, 1, width)
+    rank = min(n, key_heads * width, m)
+    spectrum = spectrum_of_grams(summed, gram_b, rank, None if _sharded(left, right) else entry)
+    rows = torch.arange(key_heads * width, device=gram_a.device).view(key_heads, 1, width)
     shared = rows.expand(-1, group, -1).flatten()  # which row of K each row of Q meets
-    repeated = right[..., shared, :][..., shared]
-    return ProductSpectrum(spectrum.singular_values, left, repeated)
+    repeated = gram_b[..., shared, :][..., shared]
+    return ProductSpectrum(spectrum.singular_values, gram_a, repeated)
 
 
 def _numbers(spectrum: ProductSpectrum) -> list[Any]:

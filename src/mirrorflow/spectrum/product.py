@@ -2,11 +2,13 @@ r"""Spectra of products A B from their factors: r x r Gram matrices, never the p
 
 LoRA's update B A and attention's Q K^T are products through a small inner dimension r. Their
 singular values are those of an r x r core, so that the quantities that weight decay moves (the
-ratio of the nuclear to the Frobenius norm above all) cost next to nothing.
+ratio of the nuclear to the Frobenius norm above all) cost next to nothing. Only where r is not the
+smallest dimension, so that the product is no larger than its factors, is it formed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, isnan
 from typing import Any
@@ -14,12 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import gram, trace
+from .gram import double, gram, trace
+from .shards import is_sharded
 
-__all__ = ["ProductSpectrum", "product_spectrum", "spectrum_of_grams", "unreadable"]
+__all__ = [
+    "Entry",
+    "ProductSpectrum",
+    "product_spectrum",
+    "spectrum_of_grams",
+    "spectrum_of_products",
+    "unreadable",
+]
 
 EPS = torch.finfo(torch.float64).eps
 TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast path may have
+ROUNDING = 256 * EPS  # A B below r times this much of |A| |B| is rounding
+UNKNOWN = 64 * EPS**0.5  # A B below this much of |A| |B| cannot be known from Gram matrices alone
+
+# Gives (A^T, B) of one product of a batch, as rows (r, n) and (r, m).
+Entry = Callable[[tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +44,8 @@ class ProductSpectrum:
     Attributes
     ----------
     singular_values : Tensor of shape (..., min(n, r, m))
-        Descending, float64; all 0 where A B is 0 up to rounding, NaN where a factor is not finite.
+        Descending, float64; all 0 where A B is 0 up to rounding (below some 1e-13 r |A| |B|; below
+        1e-6 |A| |B| of sharded factors), NaN where a factor is not finite.
     gram_a, gram_b : Tensors of shape (..., r, r)
         ``A^T A`` and ``B B^T``, float64.
     """
@@ -98,11 +114,14 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     With ``A^T A = L L^T`` the squared singular values of A B are the eigenvalues of the r x r
     matrix ``L^T (B B^T) L``. The Gram matrices are accumulated in float64 whatever the dtype of the
     factors, a chunk at a time. Where the squares lose too much (factors without full rank, spectra
-    over more than six orders of magnitude), the singular values of ``L^T M``, ``B B^T = M M^T``,
-    are taken.
+    over more than five orders of magnitude, a product far smaller than its factors), the singular
+    values of ``R_A R_B^T`` are taken, ``A = Q_A R_A`` and ``B^T = Q_B R_B``, whose error is that of
+    the dense SVD. Sharded factors have no such second way: a product below 1e-6 |A| |B| counts as 0
+    there.
 
     The cost is that of the Gram matrices, r^2 (n + m), and of r x r eigenvalues: a small part of a
-    dense SVD where r is small beside n and m, and about that of one where it is not.
+    dense SVD where r is small beside n and m. Where it is not (r >= min(n, m)) the product is no
+    larger than its factors: it is formed, and costs what its dense SVD costs, or less.
 
     Parameters
     ----------
@@ -123,8 +142,8 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     Raises
     ------
     ValueError
-        If the inner dimensions differ, or a factor holds NaN or infinite entries, no data (it is on
-        the meta device) or integers (it is quantized).
+        If the inner dimensions differ, or a factor is empty or holds NaN or infinite entries, no
+        data (it is on the meta device) or integers (it is quantized).
 
     Examples
     --------
@@ -146,13 +165,32 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
-    gram_a, gram_b = gram(A.mT, group), gram(B, group)
-    n, m = _sizes(A.shape[-2], B.shape[-1], group)
-    spectrum = spectrum_of_grams(gram_a, gram_b, min(n, A.shape[-1], m))
+    spectrum = _spectrum(A.mT.detach(), B.detach(), group)
     if isnan(spectrum.singular_values.sum()):
-        broken = "B" if torch.isfinite(trace(gram_a)).all() else "A"
+        broken = "B" if torch.isfinite(trace(spectrum.gram_a)).all() else "A"
         raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
     return spectrum
+
+
+def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:
+    """Measure A B from the rows A^T (..., r, n) and B (..., r, m)."""
+    r, n, m = left.shape[-2], left.shape[-1], right.shape[-1]
+    gram_a, gram_b = gram(left, group), gram(right, group)
+    if group is not None or is_sharded(left) or is_sharded(right):
+        n, m = _sizes(n, m, group)
+        if min(n, m) == 0:
+            raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+        return spectrum_of_grams(gram_a, gram_b, min(n, r, m))
+    if min(n, m) == 0:
+        raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+    if r >= min(n, m):
+        return spectrum_of_products(left, right, gram_a, gram_b)
+
+    def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        return left.expand(*batch, r, n)[index], right.expand(*batch, r, m)[index]
+
+    return spectrum_of_grams(gram_a, gram_b, min(n, r, m), entry)
 
 
 def unreadable(factor: Tensor) -> str:
@@ -164,46 +202,79 @@ def unreadable(factor: Tensor) -> str:
     return ""
 
 
-def spectrum_of_grams(gram_a: Tensor, gram_b: Tensor, rank: int) -> ProductSpectrum:
-    """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values."""
+def spectrum_of_grams(
+    gram_a: Tensor, gram_b: Tensor, rank: int, entry: Entry | None = None
+) -> ProductSpectrum:
+    """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values.
+
+    ``entry`` gives the factors of those products that their Gram matrices do not determine.
+    """
     squares_a, squares_b = trace(gram_a), trace(gram_b)
     product, total = squares_a * squares_b, squares_a + squares_b
     if isfinite(total.sum()):  # one number, to look at it quickly
-        values = _singular_values(gram_a, gram_b, product)
+        values = _singular_values(gram_a, gram_b, product, entry)
     else:  # LAPACK refuses what is not finite
         finite = torch.isfinite(total)
         kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
-        values = _singular_values(*kept, torch.where(finite, product, 0.0))
+        values = _singular_values(*kept, torch.where(finite, product, 0.0), entry)
         values = torch.where(finite[..., None], values, torch.nan)
     return ProductSpectrum(values[..., :rank], gram_a, gram_b)
 
 
-def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
+def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor, entry: Entry | None) -> Tensor:
     """Give the singular values of A B, |A|^2 |B|^2 = size: the fast way, and where it failed again.
 
-    Eigenvalues of the squared core have the error EPS s_1^2, so that s_i has EPS s_1^2 / s_i.
+    Eigenvalues of the squared core have the error EPS size, so that s_i has EPS size / s_i.
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
     squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
     values = squares.flip(-1).clamp_(min=0).sqrt_()
-    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():  # s_1^2 <= size
+    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():
         return values
-    return _repaired(values, gram_a, gram_b, size.sqrt(), failed)
+    return _repaired(values, gram_a, gram_b, size.sqrt(), failed, entry)
 
 
 def _repaired(
-    values: Tensor, gram_a: Tensor, gram_b: Tensor, size: Tensor, failed: Tensor
+    values: Tensor,
+    gram_a: Tensor,
+    gram_b: Tensor,
+    size: Tensor,
+    failed: Tensor,
+    entry: Entry | None,
 ) -> Tensor:
-    """Compute those singular values again that have lost too much, from roots of both factors."""
-    largest = values[..., 0]
-    error = EPS * (largest[..., None] ** 2 / values).sum(-1)
-    exact = (error < TRUSTED * values.sum(-1)) & (largest > 1e-5 * size) & (failed == 0)
-    if not exact.all():
-        shape = (*values.shape[:-1], *gram_a.shape[-2:])
-        root_a, root_b = (_root(g.expand(shape)[~exact]) for g in (gram_a, gram_b))
-        values[~exact] = torch.linalg.svdvals(root_a.mT @ root_b)
-    rounding = 8 * EPS * gram_a.shape[-1] * size
+    """Compute those singular values again that have lost too much."""
+    norms = torch.linalg.matrix_norm(gram_a) * torch.linalg.matrix_norm(gram_b)
+    error = EPS * (norms[..., None] / values).sum(-1)
+    exact = (error < TRUSTED * values.sum(-1)) & (failed == 0)
+    again = ~exact & (size > 0)
+    rounding = ROUNDING * gram_a.shape[-1] * size
+    if entry is None:
+        values[again] = _from_roots(gram_a, gram_b, again)
+        rounding = UNKNOWN * size
+    else:
+        for index in again.nonzero().tolist():
+            found = _from_factors(*entry(tuple(index)))
+            values[tuple(index)] = 0.0
+            values[tuple(index)][: len(found)] = found
     return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
+
+
+def _from_factors(left: Tensor, right: Tensor) -> Tensor:
+    """Give the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
+    return torch.linalg.svdvals(_triangle(left) @ _triangle(right).mT)
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """Give R, with rows^T = Q R; the transposed rows themselves if they are no taller than wide."""
+    tall = double(rows).mT
+    return torch.linalg.qr(tall, mode="r").R if len(tall) > tall.shape[1] else tall
+
+
+def _from_roots(gram_a: Tensor, gram_b: Tensor, which: Tensor) -> Tensor:
+    """Give the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
+    shape = (*which.shape, *gram_a.shape[-2:])
+    root_a, root_b = (_root(g.expand(shape)[which]) for g in (gram_a, gram_b))
+    return torch.linalg.svdvals(root_a.mT @ root_b)
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -211,6 +282,30 @@ def _root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     zero = values <= EPS * gram.shape[-1] * values[..., -1:]
     return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]
+
+
+def spectrum_of_products(
+    left: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor
+) -> ProductSpectrum:
+    """Measure A B by forming it, from A^T (..., r, n) and B (..., r, m): where r >= min(n, m).
+
+    Half the work of the SVD is saved where the eigenvalues of (A B) (A B)^T are exact enough.
+    """
+    size = trace(gram_a) * trace(gram_b)
+    finite = torch.isfinite(trace(gram_a) + trace(gram_b))
+    product = double(left).mT @ double(right)
+    if not finite.all():  # LAPACK refuses what is not finite
+        product = torch.where(finite[..., None, None], product, 0.0)
+    if product.shape[-2] > product.shape[-1]:
+        product = product.mT
+    values = torch.linalg.eigvalsh(product @ product.mT).flip(-1).clamp_(min=0).sqrt_()
+    error = EPS * (values[..., :1] ** 2 / values).sum(-1)
+    exact = error < TRUSTED * values.sum(-1)
+    if not exact.all():
+        values[~exact] = torch.linalg.svdvals(product[~exact])
+    rounding = ROUNDING * gram_a.shape[-1] * size.sqrt()
+    values = torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
+    return ProductSpectrum(torch.where(finite[..., None], values, torch.nan), gram_a, gram_b)
 
 
 def _sizes(n: int, m: int, group: Any) -> tuple[int, int]:

@@ -1,0 +1,162 @@
+"""How exact spectra are: products far smaller than their factors, and products that are formed.
+
+Two ways lead to the singular values of a product whose Gram matrices lose too much; both are
+compared with factors whose product is known beforehand.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mirrorflow.spectrum import SpectralTracker, product_spectrum
+from mirrorflow.spectrum.gram import gram
+from mirrorflow.spectrum.product import spectrum_of_grams
+
+S = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+RATIO = S.sum() / S.norm()
+
+
+def orthogonal(n, k):
+    return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64))[0]
+
+
+def small_product(size, n=60, m=50):
+    """A and B of size 1 whose product has the singular values size S.
+
+    A = U [1, a] and B = [b; 1] V meet in r = 8: A B = U (b + a) V, a = -b + size diag(S). A's and
+    B's own singular values are about 1 each; the product's entries lose what b + a loses, so that
+    they are exact to EPS / size.
+    """
+    b = torch.randn(4, 4, dtype=torch.float64)
+    a = torch.diag(size * S) - b
+    U, V = orthogonal(n, 4), orthogonal(m, 4)
+    eye = torch.eye(4, dtype=torch.float64)
+    return U @ torch.cat([eye, a], 1), torch.cat([b, eye]) @ V.mT
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-8, 1e-9, 1e-10])
+def test_a_product_far_smaller_than_its_factors_keeps_its_ratio(size):
+    torch.manual_seed(0)
+    A, B = small_product(size)
+    spectrum = product_spectrum(A, B)
+    assert spectrum.defined and A.norm() * B.norm() > 8
+    known = 1e-14 / size  # what the entries of A and B determine
+    assert torch.isclose(spectrum.ratio, RATIO, rtol=max(known, 1e-10))
+    torch.testing.assert_close(spectrum.singular_values[:4], size * S, rtol=10 * known, atol=0)
+    assert (spectrum.singular_values[4:] < 1e-13).all()
+
+
+def test_what_is_rounding_alone_has_no_ratio():
+    torch.manual_seed(0)
+    A, B = small_product(1e-17)
+    spectrum = product_spectrum(A, B)
+    assert not spectrum.defined and torch.isnan(spectrum.ratio) and spectrum.nuclear == 0
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-9])
+def test_gram_matrices_alone_give_the_ratio_or_nothing(size):
+    # This is all that sharded factors give: an error of the root of EPS.
+    torch.manual_seed(0)
+    A, B = small_product(size)
+    spectrum = spectrum_of_grams(gram(A.mT), gram(B), 8)
+    assert spectrum.defined.item() == (size > 1e-6)
+    if spectrum.defined:
+        assert torch.isclose(spectrum.ratio, RATIO, rtol=1e-2)
+
+
+def test_a_tracker_measures_small_products_by_layer_and_by_head():
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.num_heads, model.head_dim = 4, 8
+    model.q_proj = torch.nn.Linear(60, 32, bias=False)
+    model.k_proj = torch.nn.Linear(50, 16, bias=False)  # two key heads
+    parts = [small_product(1e-9) for _ in range(2)]
+    with torch.no_grad():
+        model.double()
+        model.k_proj.weight.copy_(torch.cat([B for _, B in parts]))
+        model.q_proj.weight.copy_(torch.cat([parts[i // 2][0].mT for i in range(4)]))
+    heads = SpectralTracker(model, level="head").measure()
+    assert [r.status for r in heads.records] == ["ok"] * 4
+    assert [r.ratio for r in heads.records] == pytest.approx([RATIO.item()] * 4, rel=1e-5)
+    (whole,) = SpectralTracker(model).measure().records
+    Q, K = model.q_proj.weight.detach(), model.k_proj.weight.detach()
+    K = K.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+    dense = torch.linalg.svdvals(Q.mT @ K)
+    assert whole.ratio == pytest.approx((dense.sum() / dense.norm()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "r", "m"), [(40, 40, 40), (40, 60, 50), (30, 40, 90), (5, 64, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_wide_products_agree_with_the_dense_svd(n, r, m, dtype):
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(3, n, r, generator=generator).to(dtype)
+    B = torch.randn(1, r, m, generator=generator).to(dtype)
+    A[1, :, 2:] = 0  # rank 2
+    dense = torch.linalg.svdvals(A.double() @ B.double())
+    spectrum = product_spectrum(A, B)
+    torch.testing.assert_close(spectrum.nuclear, dense.sum(-1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(spectrum.frobenius, dense.norm(dim=-1), rtol=1e-12, atol=0)
+    ratio = dense.sum(-1) / dense.norm(dim=-1)
+    torch.testing.assert_close(spectrum.ratio, ratio, rtol=1e-10, atol=0)
+    torch.testing.assert_close(spectrum.gram_b, B.double() @ B.double().mT)
+    zero = product_spectrum(A * 0, B)
+    assert not zero.defined.any() and (zero.nuclear == 0).all()
+
+
+@pytest.mark.parametrize("slope", [1.0, 3.0])
+def test_decaying_wide_spectra_agree_with_the_dense_svd(slope):
+    torch.manual_seed(0)
+    s = torch.arange(1, 201, dtype=torch.float64) ** -slope
+    A, B = orthogonal(200, 200) * s, orthogonal(200, 200)
+    assert product_spectrum(A, B).nuclear.item() == pytest.approx(s.sum().item(), rel=1e-10)
+
+
+class Sizes(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("kind", ["full rank", "deficient", "zero", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_product_is_never_formed(kind, dtype):
+    torch.manual_seed(0)
+    n, r, m = 600, 8, 500
+    A, B = torch.randn(n, r), torch.randn(r, m)
+    if kind == "deficient":
+        A[:, 3:] = 0
+    if kind == "small":
+        A, B = small_product(1e-9, n, m)
+    if kind == "zero":
+        B = B * 0
+    A, B = A.to(dtype), B.to(dtype)
+    with Sizes() as seen:
+        product_spectrum(A, B)
+    assert seen.largest <= r * max(n, m) < n * m
+
+
+def test_a_tracker_never_forms_a_product_through_a_small_dimension():
+    model = torch.nn.Module()
+    model.num_heads = 4
+    model.q_proj, model.k_proj = (torch.nn.Linear(400, 16, bias=False) for _ in range(2))
+    for level in ("layer", "head"):
+        tracker = SpectralTracker(model, level=level)
+        with Sizes() as seen:
+            tracker.measure()
+        assert 0 < seen.largest <= 16 * 400
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [((0, 3), (3, 4), "A B is 0 x 4"), ((4, 3), (3, 0), "A B is 4 x 0")],
+)
+def test_an_empty_product_is_refused(a, b, message):
+    with pytest.raises(ValueError, match=f"product_spectrum: {message}: it has no spectrum"):
+        product_spectrum(torch.zeros(a), torch.zeros(b))
