@@ -23,32 +23,42 @@ def orthogonal(n, k):
 def small_product(size, n=60, m=50):
     """A and B of size 1 whose product has the singular values size S.
 
-    A = U [1, a] and B = [b; 1] V meet in r = 8: A B = U (b + a) V, a = -b + size diag(S). A's and
-    B's own singular values are about 1 each; the product's entries lose what b + a loses, so that
-    they are exact to EPS / size.
+    A = U diag(1, size S) W and B = W^T [0; 1] V^T meet in r = 8, W orthogonal: B lies where A is
+    small, and A^T A holds the squares of that. The product is determined to EPS / size.
+    """
+    scale = torch.cat([torch.ones(4, dtype=torch.float64), size * S])
+    U, V, W = orthogonal(n, 8), orthogonal(m, 4), orthogonal(8, 8)
+    return U * scale @ W, W[4:].mT @ V.mT
+
+
+def cancelling_product(size, n=60, m=50):
+    """The same from factors without full rank: A = U [1, a] W, B = W^T [b; 1] V^T, a = size S - b.
+
+    Here rounding is all that the small directions of the Gram matrices hold.
     """
     b = torch.randn(4, 4, dtype=torch.float64)
-    a = torch.diag(size * S) - b
-    U, V = orthogonal(n, 4), orthogonal(m, 4)
+    U, V, W = orthogonal(n, 4), orthogonal(m, 4), orthogonal(8, 8)
     eye = torch.eye(4, dtype=torch.float64)
-    return U @ torch.cat([eye, a], 1), torch.cat([b, eye]) @ V.mT
+    return U @ torch.cat([eye, torch.diag(size * S) - b], 1) @ W, W.mT @ torch.cat([b, eye]) @ V.mT
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-8, 1e-9, 1e-10])
-def test_a_product_far_smaller_than_its_factors_keeps_its_ratio(size):
+@pytest.mark.parametrize("make", [small_product, cancelling_product])
+def test_a_product_far_smaller_than_its_factors_keeps_its_ratio(size, make):
     torch.manual_seed(0)
-    A, B = small_product(size)
+    A, B = make(size)
     spectrum = product_spectrum(A, B)
-    assert spectrum.defined and A.norm() * B.norm() > 8
-    known = 1e-14 / size  # what the entries of A and B determine
+    assert spectrum.defined and A.norm() * B.norm() > 3
+    known = 1e-15 / size  # what the entries of A and B determine
     assert torch.isclose(spectrum.ratio, RATIO, rtol=max(known, 1e-10))
     torch.testing.assert_close(spectrum.singular_values[:4], size * S, rtol=10 * known, atol=0)
     assert (spectrum.singular_values[4:] < 1e-13).all()
 
 
-def test_what_is_rounding_alone_has_no_ratio():
+@pytest.mark.parametrize("make", [small_product, cancelling_product])
+def test_what_is_rounding_alone_has_no_ratio(make):
     torch.manual_seed(0)
-    A, B = small_product(1e-17)
+    A, B = make(1e-17)
     spectrum = product_spectrum(A, B)
     assert not spectrum.defined and torch.isnan(spectrum.ratio) and spectrum.nuclear == 0
 
