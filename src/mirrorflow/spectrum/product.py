@@ -8,7 +8,6 @@ smallest dimension, so that the product is no larger than its factors, is it for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, isnan
 from typing import Any
@@ -18,23 +17,15 @@ from torch import Tensor
 
 from .gram import double, gram, trace
 from .shards import is_sharded
+from .singular_values import Entry, of_grams, of_matrix
 
 __all__ = [
-    "Entry",
     "ProductSpectrum",
     "product_spectrum",
     "spectrum_of_grams",
     "spectrum_of_products",
     "unreadable",
 ]
-
-EPS = torch.finfo(torch.float64).eps
-TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast path may have
-ROUNDING = 256 * EPS  # A B below r times this much of |A| |B| is rounding
-UNKNOWN = 64 * EPS**0.5  # A B below this much of |A| |B| cannot be known from Gram matrices alone
-
-# Gives (A^T, B) of one product of a batch, as rows (r, n) and (r, m).
-Entry = Callable[[tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,99 +203,25 @@ def spectrum_of_grams(
     squares_a, squares_b = trace(gram_a), trace(gram_b)
     product, total = squares_a * squares_b, squares_a + squares_b
     if isfinite(total.sum()):  # one number, to look at it quickly
-        values = _singular_values(gram_a, gram_b, product, entry)
+        values = of_grams(gram_a, gram_b, product, entry)
     else:  # LAPACK refuses what is not finite
         finite = torch.isfinite(total)
         kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
-        values = _singular_values(*kept, torch.where(finite, product, 0.0), entry)
+        values = of_grams(*kept, torch.where(finite, product, 0.0), entry)
         values = torch.where(finite[..., None], values, torch.nan)
     return ProductSpectrum(values[..., :rank], gram_a, gram_b)
-
-
-def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor, entry: Entry | None) -> Tensor:
-    """Give the singular values of A B, |A|^2 |B|^2 = size: the fast way, and where it failed again.
-
-    Eigenvalues of the squared core have the error EPS size, so that s_i has EPS size / s_i.
-    """
-    lower, failed = torch.linalg.cholesky_ex(gram_a)
-    squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
-    values = squares.flip(-1).clamp_(min=0).sqrt_()
-    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():
-        return values
-    return _repaired(values, gram_a, gram_b, size.sqrt(), failed, entry)
-
-
-def _repaired(
-    values: Tensor,
-    gram_a: Tensor,
-    gram_b: Tensor,
-    size: Tensor,
-    failed: Tensor,
-    entry: Entry | None,
-) -> Tensor:
-    """Compute those singular values again that have lost too much."""
-    norms = torch.linalg.matrix_norm(gram_a) * torch.linalg.matrix_norm(gram_b)
-    error = EPS * (norms[..., None] / values).sum(-1)
-    exact = (error < TRUSTED * values.sum(-1)) & (failed == 0)
-    again = ~exact & (size > 0)
-    rounding = ROUNDING * gram_a.shape[-1] * size
-    if entry is None:
-        values[again] = _from_roots(gram_a, gram_b, again)
-        rounding = UNKNOWN * size
-    else:
-        for index in again.nonzero().tolist():
-            found = _from_factors(*entry(tuple(index)))
-            values[tuple(index)] = 0.0
-            values[tuple(index)][: len(found)] = found
-    return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
-
-
-def _from_factors(left: Tensor, right: Tensor) -> Tensor:
-    """Give the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
-    return torch.linalg.svdvals(_triangle(left) @ _triangle(right).mT)
-
-
-def _triangle(rows: Tensor) -> Tensor:
-    """Give R, with rows^T = Q R; the transposed rows themselves if they are no taller than wide."""
-    tall = double(rows).mT
-    return torch.linalg.qr(tall, mode="r").R if len(tall) > tall.shape[1] else tall
-
-
-def _from_roots(gram_a: Tensor, gram_b: Tensor, which: Tensor) -> Tensor:
-    """Give the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
-    shape = (*which.shape, *gram_a.shape[-2:])
-    root_a, root_b = (_root(g.expand(shape)[which]) for g in (gram_a, gram_b))
-    return torch.linalg.svdvals(root_a.mT @ root_b)
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Give L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
-    values, vectors = torch.linalg.eigh(gram)
-    zero = values <= EPS * gram.shape[-1] * values[..., -1:]
-    return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]
 
 
 def spectrum_of_products(
     left: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor
 ) -> ProductSpectrum:
-    """Measure A B by forming it, from A^T (..., r, n) and B (..., r, m): where r >= min(n, m).
-
-    Half the work of the SVD is saved where the eigenvalues of (A B) (A B)^T are exact enough.
-    """
+    """Measure A B by forming it, from A^T (..., r, n) and B (..., r, m): where r >= min(n, m)."""
     size = trace(gram_a) * trace(gram_b)
     finite = torch.isfinite(trace(gram_a) + trace(gram_b))
     product = double(left).mT @ double(right)
     if not finite.all():  # LAPACK refuses what is not finite
         product = torch.where(finite[..., None, None], product, 0.0)
-    if product.shape[-2] > product.shape[-1]:
-        product = product.mT
-    values = torch.linalg.eigvalsh(product @ product.mT).flip(-1).clamp_(min=0).sqrt_()
-    error = EPS * (values[..., :1] ** 2 / values).sum(-1)
-    exact = error < TRUSTED * values.sum(-1)
-    if not exact.all():
-        values[~exact] = torch.linalg.svdvals(product[~exact])
-    rounding = ROUNDING * gram_a.shape[-1] * size.sqrt()
-    values = torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
+    values = of_matrix(product, gram_a.shape[-1] * size.sqrt())
     return ProductSpectrum(torch.where(finite[..., None], values, torch.nan), gram_a, gram_b)
 
 
