@@ -15,6 +15,7 @@ from .finding import find
 from .measurement import measure
 from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
 from .records import Measurement
+from .shards import Rows
 
 __all__ = ["audit"]
 
@@ -116,7 +117,7 @@ class Checkpoint:
                 self._types[key] = part.get_dtype()
                 self.shapes[key] = tuple(part.get_shape())
 
-    def load(self, factor: Factor) -> Tensor:
+    def load(self, factor: Factor) -> Tensor | Rows:
         """Read the rows of a factor, and nothing else; the file is closed again."""
         file, name = self._files[factor.key]
         span = slice(factor.start, factor.stop)

@@ -147,8 +147,7 @@ def _blocks(prefix: str, key: str, name: str, shapes: Shapes, facts: Facts) -> P
             known = not size or total == 3 * count * size
     if not known or queries >= total or (total - queries) % 2:
         return f"how {rows} x {columns} divides into Q, K and V is unknown without the heads"
-    edges = (0, queries, (queries + total) // 2, total)
-    parts = (Factor(key, transposed, *edges[i : i + 2]) for i in range(3))
+    parts = _parts(key, (0, queries, (queries + total) // 2, total), transposed)
     note = "its rows are taken for [Q, K, V]: no configuration says so"
     return Projections(prefix, *parts, () if kind or facts.order(module) == "blocks" else (note,))
 
@@ -163,9 +162,7 @@ def _by_heads(prefix: str, key: str, shapes: Shapes, facts: Facts) -> Projection
     size = size or block // 3
     if 2 * size >= block:
         return f"{rows} rows do not hold q, k and v of {count} heads of width {size}"
-    edges = (0, size, 2 * size, block)
-    parts = (Factor(key, False, *edges[i : i + 2], block) for i in range(3))
-    return Projections(prefix, *parts)
+    return Projections(prefix, *_parts(key, (0, size, 2 * size, block), block=block))
 
 
 def multihead(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
@@ -174,12 +171,10 @@ def multihead(key: str, shapes: Shapes, facts: Facts) -> Projections | str | Non
     if not match:
         return None
     if match[2] == "q":
-        names = (f"{match[1]}{part}_proj_weight" for part in "qkv")
-        return Projections(match[1], *map(Factor, names))
+        query, other, value = (Factor(f"{match[1]}{part}_proj_weight") for part in "qkv")
+        return Projections(match[1], query, other, value)
     third = shapes[key][0] // 3
-    return Projections(
-        match[1], *(Factor(key, False, i * third, (i + 1) * third) for i in range(3))
-    )
+    return Projections(match[1], *_parts(key, (0, third, 2 * third, 3 * third)))
 
 
 def interleaved(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
@@ -203,9 +198,8 @@ def interleaved(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
     if groups == 0 or heads % groups:
         return f"{rows} rows do not hold {heads} query heads of width {size} and their keys"
     queries = heads // groups * size
-    edges = (0, queries, queries + size, queries + 2 * size)
-    parts = (Factor(key, False, *edges[i : i + 2], edges[-1]) for i in range(3))
-    return Projections(match[1], *parts)
+    block = queries + 2 * size
+    return Projections(match[1], *_parts(key, (0, queries, queries + size, block), block=block))
 
 
 def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
@@ -234,6 +228,18 @@ def _family(architecture: str) -> str:
     if name.startswith("timm/"):
         return "timm_uneven" if name.removeprefix("timm/").startswith(UNEVEN) else "timm"
     return re.sub(r"_(?:vision|text|audio|thinker)(?:_model|_encoder)?$|_model$", "", name)
+
+
+def _parts(
+    key: str, edges: tuple[int, int, int, int], transposed: bool = False, block: int = 0
+) -> tuple[Factor, Factor, Factor]:
+    """Take Q, K and V out of a weight, or out of each block of it."""
+    a, b, c, d = edges
+    return (
+        Factor(key, transposed, a, b, block),
+        Factor(key, transposed, b, c, block),
+        Factor(key, transposed, c, d, block),
+    )
 
 
 def _tripled(shape: tuple[int, ...]) -> bool:

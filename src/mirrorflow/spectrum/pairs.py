@@ -199,7 +199,7 @@ def _named(name: str, entry: Sequence[Any], shapes: Shapes) -> Pair:
     """Make a pair of (A, B), or of (A, B, heads)."""
     if isinstance(entry, str) or len(entry) not in (2, 3):
         raise ValueError(f"pair {name!r}: two names are needed, and maybe heads, got {entry!r}")
-    a, b, heads = (*entry, None)[:3]
+    (a, b), heads = entry[:2], entry[2] if len(entry) > 2 else None
     left, right = _factor(name, a, shapes, True), _factor(name, b, shapes, False)
     (r, n), (inner, m) = left.size(shapes), right.size(shapes)
     if r != inner:

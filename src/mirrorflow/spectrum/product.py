@@ -206,8 +206,9 @@ def spectrum_of_grams(
         values = of_grams(gram_a, gram_b, product, entry)
     else:  # LAPACK refuses what is not finite
         finite = torch.isfinite(total)
-        kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
-        values = of_grams(*kept, torch.where(finite, product, 0.0), entry)
+        kept_a = torch.where(finite[..., None, None], gram_a, 0.0)
+        kept_b = torch.where(finite[..., None, None], gram_b, 0.0)
+        values = of_grams(kept_a, kept_b, torch.where(finite, product, 0.0), entry)
         values = torch.where(finite[..., None], values, torch.nan)
     return ProductSpectrum(values[..., :rank], gram_a, gram_b)
 
