@@ -83,8 +83,10 @@ def _lora(
     right = Factor(key)
     rank, m = right.size(shapes)
     inner, n = left.size(shapes)
+    if 0 in (rank, m, inner, n):
+        return "it is empty"
     if inner != rank:
-        grouped = len(shapes[key]) > 2 and inner and rank % inner == 0
+        grouped = len(shapes[key]) > 2 and rank % inner == 0
         return (
             f"a convolution in {rank // inner} groups has a product for each"
             if grouped

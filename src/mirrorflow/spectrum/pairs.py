@@ -70,7 +70,7 @@ class Factor:
         for size in rest:
             second *= size
         r, long = (second, first) if self.transposed else (first, second)
-        block = self.block or r
+        block = self.block or max(r, 1)
         return r // block * len(range(block)[self.start : self.stop]), long
 
 
