@@ -11,7 +11,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm)
-NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "qk_norm")
+NORMS = (
+    "q_norm",
+    "k_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_layernorm",
+    "key_layernorm",
+    "qk_norm",
+)
 
 
 class Seen(Exception):

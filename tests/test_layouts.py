@@ -263,6 +263,7 @@ class Config:
         ("qkv_proj", "codegen", "codegen stores its rows in an order of its own"),
         ("wqkv", "", "order of the rows of wqkv is not known without the model"),
         ("query_key_value", "", "differs from model to model"),
+        ("kv_b_proj", "deepseek_v3", "latent attention forms K through a norm"),
     ],
 )
 def test_an_order_that_is_not_known_is_listed_with_the_reason(weight, model_type, reason):
@@ -320,6 +321,7 @@ def test_normalized_queries_and_keys_are_noted():
     four = {**HALF, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "num_local_experts": 2}
     cases = [
         (tf.StableLmModel(tf.StableLmConfig(**stable)), [True]),
+        (tf.HunYuanDenseV1Model(tf.HunYuanDenseV1Config(**HALF)), [True]),
         (tf.Llama4TextModel(tf.Llama4TextConfig(**four)), [True, False]),  # without a weight
         (tf.Llama4TextModel(tf.Llama4TextConfig(**four, use_qk_norm=False)), [False, False]),
     ]

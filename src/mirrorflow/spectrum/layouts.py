@@ -14,7 +14,7 @@ from math import prod
 
 from .pairs import Factor, Facts, Shapes
 
-__all__ = ["Projections", "normalized", "outputs", "projections"]
+__all__ = ["NORMS", "Projections", "normalized", "outputs", "projections"]
 
 SEPARATE = (  # query, key and value side by side in one module
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, ViT, CLIP, OPT, BART
@@ -33,7 +33,10 @@ OUTPUTS = (  # the projection of the heads' values, beside them
     *("o_proj", "out_proj", "dense", "o", "out_lin", "proj", "c_proj", "to_out.0", "to_out"),
     *("wo", "Wo", "W_o", "projection", "linear_out", "out"),
 )
-NORMS = ("q_norm", "q_layernorm", "query_norm", "norm_q", "q_ln", "q_layer_norm")
+NORMS = (
+    *("q_norm", "q_layernorm", "q_layer_norm", "q_ln", "norm_q", "qk_norm"),
+    *("query_norm", "query_layernorm", "norm_query"),
+)
 
 FUSED = ("c_attn", "qkv", "qkv_proj", "qkv_linear", "Wqkv", "to_qkv")
 BLOCKS = {  # architectures whose fused weight is [Q, K, V]; see `_family`
@@ -71,6 +74,8 @@ class Projections:
 
 def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """Find the projections that begin at a weight; a reason if it is one of an unknown order."""
+    if key.endswith(".kv_b_proj.weight"):
+        return "latent attention forms K through a norm: it is no product of two factors"
     for family in (separate, fused, multihead, interleaved):
         if found := family(key, shapes, facts):
             return found

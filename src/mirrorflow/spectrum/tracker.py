@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .finding import find
+from .layouts import NORMS
 from .measurement import measure
 from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
 from .product import unreadable
@@ -235,8 +236,8 @@ class _Modules:
         return "blocks"
 
     def normalized(self, module: str) -> bool:
-        """Whether there is a normalization of Q and K: Llama 4's has no weights."""
-        norms = (getattr(m, "qk_norm", None) for m in self._modules.get(module, ()))
+        """Whether there is a normalization of Q: some have no weights."""
+        norms = [getattr(m, n, None) for m in self._modules.get(module, ()) for n in NORMS]
         return any(isinstance(n, Module) and not isinstance(n, torch.nn.Identity) for n in norms)
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
