@@ -86,12 +86,13 @@ def _whole(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
         return spectrum_of_grams(gram_a, gram_b, min(n, r, m))
     if r < min(n, m):
         return spectrum_of_grams(gram_a, gram_b, r, lambda i: (left[i[0]], right[i[0]]))
-    each = [
-        spectrum_of_products(a, b.to(a.device), gram_a[i], gram_b[i]).singular_values
-        for i, (a, b) in enumerate(zip(left, right, strict=True))
-    ]
-    values = torch.stack([found.to(gram_a.device) for found in each])
-    return ProductSpectrum(values, gram_a, gram_b)
+    values = []
+    for i, a in enumerate(left):  # wherever each is
+        grams = gram_a[i].to(a.device), gram_b[i].to(a.device)
+        values.append(spectrum_of_products(a, right[i].to(a.device), *grams).singular_values)
+    return ProductSpectrum(
+        torch.stack([found.to(gram_a.device) for found in values]), gram_a, gram_b
+    )
 
 
 def _heads(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
