@@ -190,6 +190,77 @@ def test_broken_and_quantized_weights_are_told(tmp_path):
     assert json.loads(found.to_json())["skipped"][0]["name"] == "b"
 
 
+def test_empty_weights_are_listed(tmp_path):
+    file = tmp_path / "x.safetensors"
+    empty, full = torch.zeros(0, 4), torch.randn(6, 4)
+    save(file, a__q_proj__weight=empty, a__k_proj__weight=empty, b__q_proj__weight=full,
+         b__k_proj__weight=full)  # fmt: skip
+    found = audit(file)
+    assert [r.name for r in found.records] == ["b"] and found.skipped == (("a", "it is empty"),)
+    with pytest.raises(ValueError, match="pair 'x': the product is 4 x 0 x 4: it is empty"):
+        audit(file, pairs={"x": ("a.q_proj.weight.T", "a.k_proj.weight")})
+
+
+def test_arguments_that_are_wrong_are_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(file, a__q_proj__weight=torch.eye(4), a__k_proj__weight=torch.eye(4))
+    with pytest.raises(ValueError, match=r"match='\[' is no regular expression"):
+        audit(file, match="[")
+    with pytest.raises(TypeError, match="pairs: a mapping is needed"):
+        audit(file, pairs=["a.q_proj.weight"])
+
+
+@pytest.mark.parametrize("level", ["layer", "head"])
+@pytest.mark.parametrize("build", [llama, gpt2, falcon])
+def test_values_and_outputs_are_found_in_a_file_too(build, level, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    options = {"level": level, "values": True, "match": "value-output"}
+    found, expected = audit(tmp_path, **options), SpectralTracker(model, **options).measure()
+    assert len(found.records) == len(expected.records) > 0
+    assert found.mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9)
+    assert found.records[0].label.count("V-O") == 1
+
+
+def test_a_fused_weight_without_a_configuration_says_what_it_was_taken_for(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(file, blocks__0__attn__qkv__weight=torch.randn(24, 8))
+    assert audit(file).records[0].notes[-1].startswith("its rows are taken for [Q, K, V]")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_heads": 2}))
+    assert audit(file).records[0].notes == ()
+    for unknown in ({"architecture": "maxvit_rmlp_nano_rw_256"}, {"model_type": "unheard_of"}):
+        config.write_text(json.dumps(unknown))
+        with pytest.raises(ValueError, match="order of the rows of qkv is not known for"):
+            audit(file)
+
+
+def test_the_vision_part_has_heads_and_an_architecture_of_its_own(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(
+        file,
+        visual__blocks__0__attn__qkv__weight=torch.randn(24, 8),
+        model__layers__0__self_attn__q_proj__weight=torch.randn(8, 8),
+        model__layers__0__self_attn__k_proj__weight=torch.randn(4, 8),
+    )
+    vision = {"model_type": "qwen2_vl_vision", "num_heads": 4}
+    config = {"model_type": "qwen2_vl", "num_attention_heads": 2, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = audit(file, level="head")
+    names = ["model.layers.0.self_attn"] * 2 + ["visual.blocks.0.attn"] * 4
+    assert [r.name for r in found.records] == names
+
+
+def test_the_normalization_of_llama_4_is_in_its_configuration(tmp_path):
+    config = tf.Llama4TextConfig(
+        **{**LLAMA, "num_hidden_layers": 2}, num_local_experts=2, head_dim=6,
+        no_rope_layers=[1, 0], **WORDS,
+    )  # fmt: skip
+    tf.Llama4TextModel(config).save_pretrained(tmp_path)
+    noted = [any("inert" in note for note in r.notes) for r in audit(tmp_path).records]
+    assert noted == [True, False]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty", "foreign"])
 def test_a_damaged_or_foreign_file_is_an_error_that_names_it(damage, tmp_path):
     file = tmp_path / "x.safetensors"
@@ -290,3 +361,13 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
     body = re.sub(r"<script.*?</script>", "", text, flags=re.S)  # libraries name their licences
     assert not re.search(r'(?:src|href)="(?!data:|#)', body)
     assert "<svg" in body and 'id="audit-ratio"' in body
+
+
+def test_the_page_tells_the_two_products_of_attention_apart(tmp_path):
+    from mirrorflow.report.checkpoint import audit_page
+
+    gpt2().save_pretrained(tmp_path)
+    content = audit(tmp_path, values=True).to_dict()
+    page = audit_page(content, "gpt2", tmp_path / "page.html", "0").read_text()
+    names = re.findall(r"<td>([^<]*h\.\d\.attn[^<]*)</td>", page)
+    assert len(names) == len(set(names)) == 4 and sum("V-O" in name for name in names) == 2

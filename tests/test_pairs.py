@@ -382,12 +382,47 @@ def test_users_name_the_pairs_that_are_not_known():
         (("2.weight", "0.wieght"), r"no weight '0.wieght'; did you mean 0.weight"),
         (("0.weight", "2.weight"), r"0.weight is 3 x 6 and 2.weight is 5 x 3.*append .T"),
         (("2.bias", "0.weight"), "a matrix is needed"),
+        ("2.weight", "two names are needed, and maybe heads, got '2.weight'"),
+        (("2.weight", "0.weight", 2), "2 heads do not divide the inner dimension 3"),
+        (("2.weight[1:4]", "0.weight"), r"2.weight\[1:4\] is not within the inner dimension, 3"),
     ],
 )
 def test_a_wrong_name_says_what_is_wrong(pair, message):
     model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 5))
     with pytest.raises(ValueError, match=message):
         SpectralTracker(model, pairs={"mlp": pair})
+
+
+def test_named_pairs_take_rows_of_a_weight_and_heads():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"in": nn.Linear(10, 24), "conv": nn.Linear(24, 10)})
+    named = {
+        "whole": ("in.weight[:8].T", "in.weight[8:16]"),
+        "heads": ("in.weight[:8].T", "in.weight[8:16]", 2),
+        "turned": ("conv.weight[16:]", "conv.weight[:8].T", 2),  # stored as a Conv1D is
+    }
+    Q, K, _ = model["in"].weight.detach().chunk(3)
+    for level, heads in (("layer", 1), ("head", 2)):
+        records = SpectralTracker(model, level=level, pairs=named).measure().records
+        found = {(r.name, r.head or 0): r for r in records}
+        check(found["whole", 0], Q.T @ K)
+        for head, (a, b) in enumerate(zip(Q.chunk(heads), K.chunk(heads), strict=True)):
+            check(found["heads", head], a.T @ b)
+        _, _, V = model["conv"].weight.detach().T.chunk(3)
+        first = model["conv"].weight.detach().T[:8]
+        for head, (a, b) in enumerate(zip(V.chunk(heads), first.chunk(heads), strict=True)):
+            check(found["turned", head], a.T @ b)
+    assert len(found) == 5
+
+
+def test_named_pairs_have_to_be_a_mapping():
+    with pytest.raises(TypeError, match=r'pairs: a mapping is needed, as in \{"mlp": .* got list'):
+        SpectralTracker(nn.Linear(3, 3), pairs=[("weight", "weight")])
+
+
+def test_a_match_that_is_no_regular_expression_is_named():
+    with pytest.raises(ValueError, match=r"match='\(' is no regular expression: missing \)"):
+        SpectralTracker(nn.MultiheadAttention(8, 2), match="(")
 
 
 def test_grouped_heads_of_unknown_number_are_listed():

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirrorflow.spectrum import gram, product_spectrum
+from mirrorflow.spectrum import SpectralTracker, gram, product_spectrum
 
 
 def factors(seed, n, r, m, batch=(), dtype=torch.float64):
@@ -155,6 +155,49 @@ def test_no_float64_copy_of_a_large_factor_is_made():
     with Largest() as seen:
         product_spectrum(A, A.mT)
     assert 0 < seen.size <= gram.CHUNK
+
+
+class Sizes(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("kind", ["full rank", "deficient", "zero", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_product_is_never_formed(kind, dtype):
+    torch.manual_seed(0)
+    n, r, m = 600, 8, 500
+    A, B = torch.randn(n, r), torch.randn(r, m)
+    if kind == "deficient":
+        A[:, 3:] = 0
+    if kind == "small":
+        A[:, 4:] *= 1e-9
+        B[:4] = 0  # B lies where A is small
+    if kind == "zero":
+        B = B * 0
+    A, B = A.to(dtype), B.to(dtype)
+    with Sizes() as seen:
+        product_spectrum(A, B)
+    assert seen.largest <= r * max(n, m) < n * m
+
+
+def test_a_tracker_never_forms_a_product_through_a_small_dimension():
+    model = torch.nn.Module()
+    model.num_heads = 4
+    model.q_proj, model.k_proj = (torch.nn.Linear(400, 16, bias=False) for _ in range(2))
+    for level in ("layer", "head"):
+        tracker = SpectralTracker(model, level=level)
+        with Sizes() as seen:
+            tracker.measure()
+        assert 0 < seen.largest <= 16 * 400
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,9 @@ def test_large_layers_are_not_held_together(monkeypatch):
     from mirrorflow.spectrum import measurement
 
     sizes = []
-    original = measurement.spectrum_of_grams
+    original = measurement._measure_alike
     monkeypatch.setattr(
-        measurement, "spectrum_of_grams", lambda a, b, k: sizes.append(len(a)) or original(a, b, k)
+        measurement, "_measure_alike", lambda p, *a: sizes.append(len(p)) or original(p, *a)
     )
     tracker = SpectralTracker(Net(5))
     by_parts = measurement.measure(tracker.pairs, tracker._load, "layer", 2000)

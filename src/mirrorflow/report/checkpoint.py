@@ -17,6 +17,7 @@ __all__ = ["audit_page"]
 SHOWN = ("ratio", "effective_rank", "stable_rank", "nuclear", "frobenius", "gap", "imbalance")
 CHARTS = {"ratio": "nuclear / Frobenius norm", "effective_rank": "effective rank"}
 MARKERS = "osD^vP*X"
+COLOURS = ["#0072B2", "#B34700", "#009E73", "#7A3E9D"]
 
 
 def audit_page(content: Mapping[str, Any], source: str, output: str | Path, version: str) -> Path:
@@ -66,10 +67,11 @@ def _rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for place, record in enumerate(records, 1):
         head = "" if record["head"] is None else f" head {record['head']}"
         adapter = f" [{record['adapter']}]" if record["adapter"] else ""
+        values = " V-O" if record["kind"] == "value-output" else ""
         rows.append(
             {
                 "place": place,
-                "product": f"{record['name']}{adapter}{head}",
+                "product": f"{record['name']}{values}{adapter}{head}",
                 "kind": record["kind"],
                 "inner dimension": record["shape"][1],
                 "status": record["status"],
@@ -110,7 +112,7 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str,
                     scale=alt.Scale(nice=False, padding=8),
                     axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y(f"{key}:Q", title=label, scale=alt.Scale(zero=False)),
-            color=alt.Color("kind:N", scale=alt.Scale(range=["#0072B2", "#B34700", "#009E73"])),
+            color=alt.Color("kind:N", scale=alt.Scale(range=COLOURS)),
             shape="kind:N",
             tooltip=["product:N", *(alt.Tooltip(f"{name}:Q", format=".4g") for name in SHOWN)],
         )

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from .finding import find
 from .measurement import measure
-from .pairs import Adapter, Factor, Found, checked, choose, clean, named, nothing_found
+from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
 from .records import Measurement
+from .shards import Rows
 
 __all__ = ["audit"]
 
 COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 WIDTHS = ("head_dim", "d_kv")
+PARTS = {  # of config.json, and in which modules' names
+    "vision_config": ("vision", "visual"),
+    "audio_config": ("audio",),
+}
 READABLE = ("F64", "F32", "F16", "BF16")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -28,20 +33,22 @@ def audit(
     path: str | Path,
     *,
     level: str = "layer",
-    pairs: Mapping[str, tuple[str, str]] | None = None,
+    pairs: Named | None = None,
     match: str | None = None,
+    values: bool = False,
 ) -> Measurement:
     r"""Measure the spectra of the products in a checkpoint.
 
     The weights are read pair by pair, so that memory stays near the largest pair, and the model is
     never built. The number of heads comes from ``config.json``, LoRA's scale from
-    ``adapter_config.json``, where they lie beside the weights.
+    ``adapter_config.json``, where they lie beside the weights, or in files of kohya's scripts
+    (``lora_down``, ``lora_up``) from their ``alpha``.
 
     Parameters
     ----------
     path : str or Path
-        A safetensors file; a Hugging Face folder, sharded or not; the folder of a PEFT adapter.
-    level, pairs, match
+        A safetensors file; a Hugging Face folder, sharded or not; a LoRA adapter.
+    level, pairs, match, values
         As for `SpectralTracker`; `pairs` takes the names in the file.
 
     Returns
@@ -71,8 +78,8 @@ def audit(
     checked(level)
     checkpoint = Checkpoint(Path(path))
     shapes = checkpoint.shapes
-    found = checkpoint.readable(choose(find(shapes, checkpoint), level, match))
-    chosen = (*found.pairs, *named(pairs or {}, shapes))
+    found = checkpoint.readable(choose(find(shapes, checkpoint, values), level, match))
+    chosen = (*found.pairs, *named(pairs, shapes))
     if not chosen:
         raise ValueError(nothing_found(str(path), found.skipped, "audit"))
     return Measurement(measure(chosen, checkpoint.load, level, batch=0), found.skipped)
@@ -110,7 +117,7 @@ class Checkpoint:
                 self._types[key] = part.get_dtype()
                 self.shapes[key] = tuple(part.get_shape())
 
-    def load(self, factor: Factor) -> Tensor:
+    def load(self, factor: Factor) -> Tensor | Rows:
         """Read the rows of a factor, and nothing else; the file is closed again."""
         file, name = self._files[factor.key]
         span = slice(factor.start, factor.stop)
@@ -133,28 +140,63 @@ class Checkpoint:
 
     def heads(self, module: str) -> tuple[int | None, int | None]:
         """Read the number of heads and their width from config.json."""
-        config = self._config
-        if not any(key in config for key in COUNTS):
-            part = "vision_config" if "vision" in module else "text_config"
-            config = config.get(part) or config
+        config = self._part(module)
         side = "decoder" if "decoder" in module else "encoder"
         counts = (f"{side}_attention_heads", *COUNTS)
         return _integer(config, counts), _integer(config, WIDTHS)
 
-    def architecture(self) -> str:
-        """Read the model_type from config.json."""
-        return str(self._config.get("model_type", ""))
+    def _part(self, module: str) -> Mapping[str, Any]:
+        """Give the part of config.json that is about a module."""
+        config = self._config
+        for part, names in PARTS.items():
+            if any(name in module for name in names) and isinstance(config.get(part), dict):
+                return config[part]
+        if any(key in config for key in COUNTS):
+            return config
+        return config.get("text_config") or config
+
+    def architecture(self, module: str) -> str:
+        """Read the model_type from config.json, or timm's name of the model."""
+        found = str(self._part(module).get("model_type") or self._config.get("model_type") or "")
+        timm = self._config.get("architecture")
+        return found or (f"timm/{timm}" if timm else "")
+
+    def order(self, module: str) -> str:
+        """Files do not tell."""
+        return ""
+
+    def normalized(self, module: str) -> bool:
+        """Whether Llama 4 normalizes Q and K, in the layers that have rotary embeddings."""
+        config = self._part(module)
+        layer = re.search(r"layers\.(\d+)\.", f"{module}.")
+        rotary = config.get("no_rope_layers") or []  # 1 where there are some
+        turned = layer is None or int(layer[1]) >= len(rotary) or rotary[int(layer[1])]
+        is_llama = str(config.get("model_type", "")).startswith("llama4")
+        return is_llama and bool(config.get("use_qk_norm")) and bool(turned)
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Compute LoRA's scale from adapter_config.json."""
+        """Compute LoRA's scale from adapter_config.json, or kohya's alpha in the file."""
         config = self._adapter
+        if f"{module}.alpha" in self._files:
+            return Adapter(self._number(f"{module}.alpha") / rank)
         if "lora_alpha" not in config:
-            return Adapter(1.0, ("its scale is unknown without adapter_config.json, taken as 1",))
+            return Adapter(1.0, (self._unscaled(module),))
         for target in config.get("target_parameters") or ():
             if module.endswith(target.rpartition(".")[0]):
                 return Adapter(1.0, skip="LoRA on stacked experts is not one product")
         alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         return Adapter(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
+
+    def _unscaled(self, module: str) -> str:
+        if f"{module}.lora_down.weight" in self._files:
+            return "it has no alpha, which is then its rank: scale 1"
+        return "its scale is unknown without adapter_config.json, taken as 1"
+
+    def _number(self, key: str) -> float:
+        """Read a single number."""
+        file, name = self._files[key]
+        with self._open(file) as content:
+            return float(content.get_tensor(name).reshape(-1)[0])
 
 
 def _reader() -> Any:

@@ -2,193 +2,172 @@
 
 Names and shapes are all that a checkpoint on disk has, so that one finder serves models and files.
 What names do not tell (the number of heads, LoRA's scale) comes from `Facts`: `tracker` reads them
-from the modules, `audit` from the configuration files. One function per family of architectures.
+from the modules, `audit` from the configuration files. Where attention has its factors is written
+in `layouts`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
+from .layouts import Projections, normalized, outputs, projections
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
 
-SEPARATE = (  # the query's and the key's projection side by side in one module
-    ("q_proj", "k_proj"),  # Llama, Qwen, Mistral, ViT, CLIP, OPT, BART
-    ("query", "key"),  # BERT, RoBERTa
-    ("q", "k"),  # T5
-    ("q_lin", "k_lin"),  # DistilBERT
-    ("query_proj", "key_proj"),  # DeBERTa
-    ("to_q", "to_k"),  # diffusers
-    ("wq", "wk"),  # Llama as published
+# The names of LoRA's two factors: PEFT, kohya's scripts, diffusers before PEFT.
+LORA = (
+    (r"(.*)\.lora_A(?:\.([^.]+))?\.weight", ".lora_A.", ".lora_B."),
+    (r"(.*)\.lora_embedding_A(?:\.([^.]+))?", ".lora_embedding_A", ".lora_embedding_B"),
+    (r"(.*)\.lora_down()\.weight", ".lora_down.", ".lora_up."),
+    (r"(.*_lora)\.down()\.weight", "_lora.down.", "_lora.up."),
 )
-FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv")  # GPT-2, timm, Phi-3, ModernBERT: [Q, K, V]
-# Their query_key_value holds for each key head: its query heads, itself, its value head.
-INTERLEAVED = ("gpt_neox", "gpt_neox_japanese", "bloom", "falcon")
-SHUFFLED = ("codegen",)  # its qkv_proj is divided by the TPU cores that it was trained on
-NORMS = ("q_norm", "q_layernorm", "query_norm", "norm_q")
+NO_PRODUCT = {  # what other updates are made of
+    ".lora_E": "AdaLoRA's product has a third factor, lora_E",
+    ".lora_mid.weight": "LoRA with lora_mid has three factors",
+    ".hada_w1_a": "LoHa's update is no product of two factors",
+    ".lokr_w1": "LoKr's update is a Kronecker product",
+    ".lokr_w1_a": "LoKr's update is a Kronecker product",
+}
 
 
-def find(shapes: Shapes, facts: Facts) -> Found:
-    """Find the LoRA updates and the attention layers among weights."""
+def find(shapes: Shapes, facts: Facts, values: bool = False) -> Found:
+    """Find the LoRA updates and the attention layers among weights; W_O W_V too with ``values``."""
     pairs: list[Pair] = []
     skipped: list[tuple[str, str]] = []
     for key in shapes:
-        for family in (lora, lora_embedding, adalora, separate, fused, multihead, interleaved):
-            found = family(key, shapes, facts)
+        for found in (lora(key, shapes, facts), *attention(key, shapes, facts, values)):
             if isinstance(found, Pair):
                 pairs.append(found)
             elif found:
                 skipped.append((key, found))
     adapted = {pair.name for pair in pairs if pair.kind == "lora"}
-    return Found(tuple(_marked(pair, adapted) for pair in pairs), tuple(skipped))
+    empty = [(pair.label, "it is empty") for pair in pairs if 0 in pair.shape]
+    kept = tuple(_marked(pair, adapted) for pair in pairs if 0 not in pair.shape)
+    return Found(kept, (*skipped, *empty))
 
 
 def _marked(pair: Pair, adapted: set[str]) -> Pair:
     """Note on attention whose projections have adapters that only the base is measured."""
     holders = {factor.key.rpartition(".")[0] for factor in (pair.left, pair.right)}
-    if pair.kind != "attention" or not holders & adapted:
+    if pair.kind == "lora" or not holders & adapted:
         return pair
     return replace(pair, notes=(*pair.notes, "base weights, without the adapters' updates"))
 
 
 def lora(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """PEFT's LoRA on Linear, Conv1D and convolutions: scale B A, B (out, r) and A (r, in)."""
-    match = re.fullmatch(r"(.*)\.lora_A(?:\.([^.]+))?\.weight", key)
-    if not match:
-        return None
-    other = key.replace(".lora_A.", ".lora_B.")
-    return _lora(match[1], match[2] or "", Factor(other, transposed=True), key, shapes, facts)
+    """LoRA on Linear, Conv1D, convolutions and Embedding: scale B A, B (out, r) and A (r, in)."""
+    for pattern, down, up in LORA:
+        if match := re.fullmatch(pattern, key):
+            left = Factor(key.replace(down, up), transposed=True)
+            return _lora(match[1], match[2] or "", left, key, shapes, facts)
+    return next((reason for end, reason in NO_PRODUCT.items() if _ends(key, end)), None)
 
 
-def lora_embedding(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """PEFT's LoRA on Embedding: scale B A, B (width, r) and A (r, tokens)."""
-    match = re.fullmatch(r"(.*)\.lora_embedding_A(?:\.([^.]+))?", key)
-    if not match:
-        return None
-    other = key.replace(".lora_embedding_A", ".lora_embedding_B")
-    return _lora(match[1], match[2] or "", Factor(other, transposed=True), key, shapes, facts)
+def _ends(key: str, end: str) -> bool:
+    return key.endswith(end) or f"{end}." in key
 
 
 def _lora(
     module: str, adapter: str, left: Factor, key: str, shapes: Shapes, facts: Facts
-) -> Pair | str:
+) -> Pair | str | None:
     """Pair the two weights of an adapter."""
+    if f"{module}.lora_mid.weight" in shapes:
+        return None  # its third factor says why
     if left.key not in shapes:
         return f"{left.key} is missing"
     if any(size != 1 for size in shapes[left.key][2:]):
         return "the product of these convolutions is no matrix product"
     right = Factor(key)
     rank, m = right.size(shapes)
-    if left.size(shapes)[0] != rank:
-        return f"the ranks {rank} and {left.size(shapes)[0]} differ"
+    inner, n = left.size(shapes)
+    if 0 in (rank, m, inner, n):
+        return "it is empty"
+    if inner != rank:
+        grouped = len(shapes[key]) > 2 and rank % inner == 0
+        return (
+            f"a convolution in {rank // inner} groups has a product for each"
+            if grouped
+            else f"A and B have no product: A has {rank} rows, B {inner} columns"
+        )
     known = facts.adapter(module, adapter, rank)
     if known.skip:
         return known.skip
     suffix = f".{adapter}" if adapter else ""
-    dora = any(f"{module}.lora_magnitude_vector{suffix}{end}" in shapes for end in ("", ".weight"))
-    notes = (*known.notes, *(("DoRA: A B before its normalization",) if dora else ()))
-    shape = (left.size(shapes)[1], rank, m)
-    return Pair(module, "lora", left, right, shape, adapter=adapter, scale=known.scale, notes=notes)
+    dora = (
+        f".lora_magnitude_vector{suffix}",
+        f".lora_magnitude_vector{suffix}.weight",
+        ".dora_scale",
+    )
+    notes = known.notes
+    if any(f"{module}{end}" in shapes for end in dora):
+        notes = (*notes, "DoRA: A B before its normalization")
+    return Pair(
+        module, "lora", left, right, (n, rank, m), adapter=adapter, scale=known.scale, notes=notes
+    )
 
 
-def adalora(key: str, shapes: Shapes, facts: Facts) -> str | None:
-    """Refuse AdaLoRA: its product has a third factor."""
-    return "AdaLoRA's product has a third factor, lora_E" if ".lora_E" in key else None
+def attention(key: str, shapes: Shapes, facts: Facts, values: bool) -> Iterator[Pair | str]:
+    """W_Q^T W_K of the attention module whose first weight this is, and W_O W_V."""
+    found = projections(key, shapes, facts)
+    if found is None:
+        return
+    scores = found if isinstance(found, str) else _scores(found, shapes, facts)
+    yield scores
+    if values and isinstance(found, Projections) and isinstance(scores, Pair):
+        yield _values(found, scores, shapes)
 
 
-def separate(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """Q and K as two Linear modules side by side, stored as (heads x width, in)."""
-    for query, other in SEPARATE:
-        match = re.fullmatch(rf"((?:.*\.)?){query}\.weight", key)
-        if match and (partner := f"{match[1]}{other}.weight") in shapes:
-            return _attention(match[1], Factor(key), Factor(partner), shapes, facts)
-    return None
-
-
-def fused(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """Q, K and V in one weight, stored as (Q + K + V, in), or by GPT-2's Conv1D transposed."""
-    match = re.fullmatch(rf"((?:.*\.)?)({'|'.join(FUSED)})\.weight", key)
-    if not match or len(shapes[key]) != 2:
-        return None
-    if facts.architecture() in SHUFFLED:
-        return f"{facts.architecture()} stores its rows in an order of its own"
-    rows, columns = shapes[key]
-    apart = f"{match[1]}q_attn.weight"  # GPT-2's cross-attention: Q apart, [K, V] fused
-    if match[2] == "c_attn" and apart in shapes:
-        half = Factor(key, True, 0, columns // 2)
-        return _attention(match[1], Factor(apart, True), half, shapes, facts)
-    transposed = columns == 3 * rows
-    total, width = (columns, rows) if transposed else (rows, columns)
-    count, size = facts.heads(match[1].removesuffix("."))
-    queries = count * size if count and size else width  # else Q keeps the width
-    if not (count or total == 3 * width) or queries >= total or (total - queries) % 2:
-        return f"how {rows} x {columns} divides into Q, K and V is unknown without the heads"
-    left = Factor(key, transposed, 0, queries)
-    right = Factor(key, transposed, queries, (queries + total) // 2)
-    return _attention(match[1], left, right, shapes, facts)
-
-
-def multihead(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """`torch.nn.MultiheadAttention`: in_proj_weight (3 d, d), or q_ and k_proj_weight."""
-    match = re.fullmatch(r"((?:.*\.)?)(in|q)_proj_weight", key)
-    if not match:
-        return None
-    if match[2] == "q":
-        other = Factor(f"{match[1]}k_proj_weight")
-        return _attention(match[1], Factor(key), other, shapes, facts)
-    third = shapes[key][0] // 3
-    left, right = Factor(key, False, 0, third), Factor(key, False, third, 2 * third)
-    return _attention(match[1], left, right, shapes, facts)
-
-
-def interleaved(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """Q, K and V head by head in one weight: GPT-NeoX, BLOOM, Falcon.
-
-    With G key heads the weight is G blocks, each of the query heads that share a key head, the key
-    head and the value head. H query heads of width d make (H + 2 G) d rows, which gives G.
-    """
-    match = re.fullmatch(r"((?:.*\.)?)query_key_value\.weight", key)
-    if not match or len(shapes[key]) != 2:
-        return None
-    if facts.architecture() not in INTERLEAVED:
-        return "the order of its rows differs from model to model: name the pair yourself"
-    rows, width = shapes[key]
-    heads, size = facts.heads(match[1].removesuffix("."))
-    size = size or (width // heads if heads else None)
-    if not heads or not size or (rows - heads * size) % (2 * size):
-        return f"how {rows} rows divide into Q, K and V is unknown without the heads"
-    groups = (rows - heads * size) // (2 * size)
-    if groups == 0 or heads % groups:
-        return f"{rows} rows do not hold {heads} query heads of width {size} and their keys"
-    queries = heads // groups * size
-    block = queries + 2 * size
-    left, right = (Factor(key, False, a, b, block) for a, b in
-                   ((0, queries), (queries, queries + size)))  # fmt: skip
-    return _attention(match[1], left, right, shapes, facts)
-
-
-def _attention(
-    prefix: str, left: Factor, right: Factor, shapes: Shapes, facts: Facts
-) -> Pair | str:
+def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
     """Pair W_Q and W_K: the product W_Q^T W_K of the stored (out, in) weights."""
-    if any(key not in shapes or len(shapes[key]) != 2 for key in (left.key, right.key)):
+    left, right = found.query, found.key
+    if not all(_matrix(factor, shapes) for factor in (left, right)):
         return "not a matrix (is it quantized?)"
-    module = prefix.removesuffix(".")
+    module = found.prefix.removesuffix(".")
     (queries, n), (keys, m) = left.size(shapes), right.size(shapes)
     heads, key_heads = _divide(queries, keys, *facts.heads(module))
     if queries != keys and heads is None:
         return f"Q has {queries} rows, K has {keys}, and the number of heads is unknown"
-    notes = []
-    if heads != key_heads:
-        notes.append(f"{heads} query heads share {key_heads} key heads")
-    if any(f"{prefix}{norm}.weight" in shapes for norm in NORMS):
+    notes = [*found.notes, *_shared(heads, key_heads)]
+    if normalized(found.prefix, shapes, facts):
         notes.append("Q and K are normalized: their scale is inert, the norms mean nothing")
-    shape = (n, queries, m)
-    return Pair(
-        module or "attention", "attention", left, right, shape, heads, key_heads, notes=tuple(notes)
-    )
+    name, shape = module or "attention", (n, queries, m)
+    return Pair(name, "attention", left, right, shape, heads, key_heads, notes=tuple(notes))
+
+
+def _values(found: Projections, scores: Pair, shapes: Shapes) -> Pair | str:
+    """Pair W_O and W_V: the product W_O W_V of the stored (out, in) weights, as heads apply it."""
+    value = found.value
+    if value is None or not _matrix(value, shapes):
+        return "its V is not known: no product W_O W_V"
+    rows, m = value.size(shapes)
+    for key in outputs(found.prefix, shapes):
+        left = Factor(key, transposed=not found.query.transposed)
+        if not _matrix(left, shapes):
+            continue
+        r, n = left.size(shapes)
+        heads, key_heads = scores.heads, scores.key_heads
+        if not heads or not key_heads or r % heads or rows * heads != r * key_heads:
+            heads = key_heads = None
+        if heads or r == rows:
+            notes = (*found.notes, *_shared(heads, key_heads))
+            shape = (n, r, m)
+            return Pair(
+                scores.name, "value-output", left, value, shape, heads, key_heads, notes=notes
+            )
+    return f"no output projection is known that fits V ({rows} rows): no product W_O W_V"
+
+
+def _matrix(factor: Factor, shapes: Shapes) -> bool:
+    """Whether a weight is there, and a matrix or a convolution over single pixels."""
+    shape = shapes.get(factor.key, ())
+    return len(shape) > 1 and all(size == 1 for size in shape[2:])
+
+
+def _shared(heads: int | None, key_heads: int | None) -> tuple[str, ...]:
+    return () if heads == key_heads else (f"{heads} query heads share {key_heads} key heads",)
 
 
 def _divide(

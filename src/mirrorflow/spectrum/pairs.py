@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from .gram import columns, is_sharded
+from .shards import Rows, is_sharded
 
 __all__ = [
     "LEVELS",
@@ -18,16 +19,19 @@ __all__ = [
     "Factor",
     "Facts",
     "Found",
+    "Named",
     "Pair",
     "Shapes",
     "checked",
     "choose",
     "clean",
+    "label",
     "named",
     "nothing_found",
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
+Named = Mapping[str, tuple[str, str] | tuple[str, str, int]]
 
 LEVELS = ("layer", "head")
 WRAPPERS = re.compile(
@@ -45,16 +49,19 @@ class Factor:
     stop: int | None = None
     block: int = 0  # start and stop are within each block of so many rows; 0: within all rows
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Take the factor out of its weight."""
+    def rows(self, tensor: Tensor) -> Tensor | Rows:
+        """Take the factor out of its weight; of a sharded one `Rows`, so that nothing travels."""
         matrix = tensor.flatten(1) if tensor.ndim > 2 else tensor
         rows = matrix.mT if self.transposed else matrix
-        if self.stop is None:
-            return rows
-        whole = columns(rows) if is_sharded(rows) else rows
+        if not is_sharded(rows):
+            return self._taken(rows)
+        return Rows(rows, None if self.stop is None else self._taken(torch.arange(len(rows))))
+
+    def _taken(self, rows: Tensor) -> Tensor:
+        """Take rows from start to stop, of each block."""
         if not self.block:
-            return whole[self.start : self.stop]
-        return whole.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
+            return rows[self.start : self.stop]
+        return rows.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
 
     def size(self, shapes: Shapes) -> tuple[int, int]:
         """Give (r, long dimension)."""
@@ -63,7 +70,7 @@ class Factor:
         for size in rest:
             second *= size
         r, long = (second, first) if self.transposed else (first, second)
-        block = self.block or r
+        block = self.block or max(r, 1)
         return r // block * len(range(block)[self.start : self.stop]), long
 
 
@@ -76,7 +83,7 @@ class Pair:
     name : str
         The module, or what the user called it.
     kind : str
-        "lora", "attention" or "named".
+        "lora", "attention" (W_Q^T W_K), "value-output" (W_O W_V) or "named".
     left, right : Factor
         A^T and B, both as rows over the inner dimension r.
     shape : tuple of int
@@ -104,8 +111,15 @@ class Pair:
 
     @property
     def label(self) -> str:
-        """The name, with the adapter."""
-        return f"{self.name} [{self.adapter}]" if self.adapter else self.name
+        """The name, with the adapter, or that it is the product of V and the output."""
+        return label(self.name, self.kind, self.adapter)
+
+
+def label(name: str, kind: str, adapter: str) -> str:
+    """Name a product: a module may have several."""
+    if kind == "value-output":
+        return f"{name} V-O"
+    return f"{name} [{adapter}]" if adapter else name
 
 
 @dataclass(frozen=True)
@@ -136,8 +150,22 @@ class Facts(Protocol):
         """Give the scale of a LoRA update."""
         ...
 
-    def architecture(self) -> str:
-        """Give the model_type of Hugging Face's configuration; empty where unknown."""
+    def architecture(self, module: str) -> str:
+        """Give the model_type of the configuration nearest to a module; empty where unknown.
+
+        A timm model's is "timm/" and its own name.
+        """
+        ...
+
+    def order(self, module: str) -> str:
+        """Give the order of a fused weight: "heads", "blocks", or empty where unknown.
+
+        "heads" is q, k, v of the first head, q, k, v of the second; "blocks" is Q, K, V.
+        """
+        ...
+
+    def normalized(self, module: str) -> bool:
+        """Whether Q and K pass a normalization that has no weights."""
         ...
 
 
@@ -152,36 +180,59 @@ def clean(key: str) -> str:
     return WRAPPERS.sub("", key).removeprefix(".")
 
 
-def named(pairs: Mapping[str, tuple[str, str]], shapes: Shapes) -> tuple[Pair, ...]:
+def named(pairs: Named | None, shapes: Shapes) -> tuple[Pair, ...]:
     """Make pairs of the weights that a user names, as in ``{"mlp": ("fc2.weight", "fc1.weight")}``.
 
     The product is that of the weights as they are stored, or transposed where the name ends in
-    ``.T``.
+    ``.T``. ``[start:stop]`` before that takes a part of the rows of a weight, or of its columns
+    where they are the inner dimension. A third entry is the number of heads that divide that.
     """
-    made = []
-    for name, (a, b) in pairs.items():
-        left, right = _factor(name, a, shapes), _factor(name, b, shapes)
-        left = Factor(left.key, not left.transposed)
-        (r, n), (inner, m) = left.size(shapes), right.size(shapes)
-        if r != inner:
-            raise ValueError(
-                f"pair {name!r}: {a} is {n} x {r} and {b} is {inner} x {m}, so that they have no "
-                "product; append .T to a name to transpose its weight"
-            )
-        made.append(Pair(name, "named", left, right, (n, r, m)))
-    return tuple(made)
+    if not isinstance(pairs or {}, Mapping):
+        raise TypeError(
+            f'pairs: a mapping is needed, as in {{"mlp": ("fc2.weight", "fc1.weight")}}, got '
+            f"{type(pairs).__name__}"
+        )
+    return tuple(_named(name, entry, shapes) for name, entry in (pairs or {}).items())
 
 
-def _factor(pair: str, name: str, shapes: Shapes) -> Factor:
-    """Find the weight that a user named."""
-    key = clean(name.removesuffix(".T"))
+def _named(name: str, entry: Sequence[Any], shapes: Shapes) -> Pair:
+    """Make a pair of (A, B), or of (A, B, heads)."""
+    if isinstance(entry, str) or len(entry) not in (2, 3):
+        raise ValueError(f"pair {name!r}: two names are needed, and maybe heads, got {entry!r}")
+    (a, b), heads = entry[:2], entry[2] if len(entry) > 2 else None
+    left, right = _factor(name, a, shapes, True), _factor(name, b, shapes, False)
+    (r, n), (inner, m) = left.size(shapes), right.size(shapes)
+    if r != inner:
+        raise ValueError(
+            f"pair {name!r}: {a} is {n} x {r} and {b} is {inner} x {m}, so that they have no "
+            "product; append .T to a name to transpose its weight"
+        )
+    if 0 in (n, r, m):
+        raise ValueError(f"pair {name!r}: the product is {n} x {r} x {m}: it is empty")
+    if heads is not None and (not isinstance(heads, int) or heads < 1 or r % heads):
+        raise ValueError(f"pair {name!r}: {heads!r} heads do not divide the inner dimension {r}")
+    return Pair(name, "named", left, right, (n, r, m), heads, heads)
+
+
+def _factor(pair: str, name: str, shapes: Shapes, left: bool) -> Factor:
+    """Find the weight that a user named; its rows are over the inner dimension."""
+    match = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?(\.T)?", name)
+    assert match  # the first part takes anything
+    key = clean(match[1])
     if key not in shapes:
         near = get_close_matches(key, shapes, 3, 0.3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"pair {pair!r}: there is no weight {key!r}{hint}")
     if len(shapes[key]) < 2:
         raise ValueError(f"pair {pair!r}: {key} has the shape {shapes[key]}, a matrix is needed")
-    return Factor(key, transposed=name.endswith(".T"))
+    transposed = bool(match[4]) != left  # A is taken as the rows of A^T
+    if match[2] is None:
+        return Factor(key, transposed)
+    rows = Factor(key, transposed).size(shapes)[0]
+    start, stop = int(match[2] or 0), int(match[3] or rows)
+    if not start < stop <= rows:
+        raise ValueError(f"pair {pair!r}: {name} is not within the inner dimension, {rows}")
+    return Factor(key, transposed, start, stop)
 
 
 def checked(level: str) -> str:
@@ -193,11 +244,15 @@ def checked(level: str) -> str:
 
 def choose(found: Found, level: str, match: str | None) -> Found:
     """Keep the pairs that match and that the level applies to."""
+    try:
+        pattern = re.compile(match or "")
+    except re.error as error:
+        raise ValueError(f"match={match!r} is no regular expression: {error}") from error
     kept, skipped = [], list(found.skipped)
     for pair in found.pairs:
-        if match and not (re.search(match, pair.label) or re.search(match, pair.kind)):
+        if not (pattern.search(pair.label) or pattern.search(pair.kind)):
             continue
-        if level == "head" and pair.kind == "attention" and pair.heads is None:
+        if level == "head" and pair.kind != "lora" and pair.heads is None:
             skipped.append((pair.label, "the number of heads is unknown; level='layer' needs none"))
         else:
             kept.append(pair)

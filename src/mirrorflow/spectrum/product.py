@@ -2,7 +2,8 @@ r"""Spectra of products A B from their factors: r x r Gram matrices, never the p
 
 LoRA's update B A and attention's Q K^T are products through a small inner dimension r. Their
 singular values are those of an r x r core, so that the quantities that weight decay moves (the
-ratio of the nuclear to the Frobenius norm above all) cost next to nothing.
+ratio of the nuclear to the Frobenius norm above all) cost next to nothing. Only where r is not the
+smallest dimension, so that the product is no larger than its factors, is it formed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import gram, trace
+from .gram import double, gram, trace
+from .shards import is_sharded
+from .singular_values import Entry, of_grams, of_matrix
 
-__all__ = ["ProductSpectrum", "product_spectrum", "spectrum_of_grams", "unreadable"]
-
-EPS = torch.finfo(torch.float64).eps
-TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast path may have
+__all__ = [
+    "ProductSpectrum",
+    "product_spectrum",
+    "spectrum_of_grams",
+    "spectrum_of_products",
+    "unreadable",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +35,8 @@ class ProductSpectrum:
     Attributes
     ----------
     singular_values : Tensor of shape (..., min(n, r, m))
-        Descending, float64; all 0 where A B is 0 up to rounding, NaN where a factor is not finite.
+        Descending, float64; all 0 where A B is 0 up to rounding (below some 1e-13 r |A| |B|; below
+        1e-6 |A| |B| of sharded factors), NaN where a factor is not finite.
     gram_a, gram_b : Tensors of shape (..., r, r)
         ``A^T A`` and ``B B^T``, float64.
     """
@@ -98,11 +105,16 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     With ``A^T A = L L^T`` the squared singular values of A B are the eigenvalues of the r x r
     matrix ``L^T (B B^T) L``. The Gram matrices are accumulated in float64 whatever the dtype of the
     factors, a chunk at a time. Where the squares lose too much (factors without full rank, spectra
-    over more than six orders of magnitude), the singular values of ``L^T M``, ``B B^T = M M^T``,
-    are taken.
+    over more than five orders of magnitude, a product far smaller than its factors), the singular
+    values of ``R_A R_B^T`` are taken, ``A = Q_A R_A`` and ``B^T = Q_B R_B``, whose error is that of
+    the dense SVD. Sharded factors have no such second way: a product below 1e-6 |A| |B| counts as 0
+    there.
 
     The cost is that of the Gram matrices, r^2 (n + m), and of r x r eigenvalues: a small part of a
-    dense SVD where r is small beside n and m, and about that of one where it is not.
+    dense SVD where r is small beside n and m. Where it is not (r >= min(n, m)) the product is no
+    larger than its factors: it is formed, and the cost is that of its dense SVD, about 0.8 times
+    from a width of 768 on, and up to twice where its singular values spread over more than five
+    orders of magnitude, so that their squares do not do.
 
     Parameters
     ----------
@@ -123,8 +135,8 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     Raises
     ------
     ValueError
-        If the inner dimensions differ, or a factor holds NaN or infinite entries, no data (it is on
-        the meta device) or integers (it is quantized).
+        If the inner dimensions differ, or a factor is empty or holds NaN or infinite entries, no
+        data (it is on the meta device) or integers (it is quantized).
 
     Examples
     --------
@@ -146,13 +158,32 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
-    gram_a, gram_b = gram(A.mT, group), gram(B, group)
-    n, m = _sizes(A.shape[-2], B.shape[-1], group)
-    spectrum = spectrum_of_grams(gram_a, gram_b, min(n, A.shape[-1], m))
+    spectrum = _spectrum(A.mT.detach(), B.detach(), group)
     if isnan(spectrum.singular_values.sum()):
-        broken = "B" if torch.isfinite(trace(gram_a)).all() else "A"
+        broken = "B" if torch.isfinite(trace(spectrum.gram_a)).all() else "A"
         raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
     return spectrum
+
+
+def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:
+    """Measure A B from the rows A^T (..., r, n) and B (..., r, m)."""
+    r, n, m = left.shape[-2], left.shape[-1], right.shape[-1]
+    gram_a, gram_b = gram(left, group), gram(right, group)
+    if group is not None or is_sharded(left) or is_sharded(right):
+        n, m = _sizes(n, m, group)
+        if min(n, m) == 0:
+            raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+        return spectrum_of_grams(gram_a, gram_b, min(n, r, m))
+    if min(n, m) == 0:
+        raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+    if r >= min(n, m):
+        return spectrum_of_products(left, right, gram_a, gram_b)
+
+    def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        return left.expand(*batch, r, n)[index], right.expand(*batch, r, m)[index]
+
+    return spectrum_of_grams(gram_a, gram_b, min(n, r, m), entry)
 
 
 def unreadable(factor: Tensor) -> str:
@@ -164,53 +195,37 @@ def unreadable(factor: Tensor) -> str:
     return ""
 
 
-def spectrum_of_grams(gram_a: Tensor, gram_b: Tensor, rank: int) -> ProductSpectrum:
-    """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values."""
+def spectrum_of_grams(
+    gram_a: Tensor, gram_b: Tensor, rank: int, entry: Entry | None = None
+) -> ProductSpectrum:
+    """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values.
+
+    ``entry`` gives the factors of those products that their Gram matrices do not determine.
+    """
     squares_a, squares_b = trace(gram_a), trace(gram_b)
     product, total = squares_a * squares_b, squares_a + squares_b
     if isfinite(total.sum()):  # one number, to look at it quickly
-        values = _singular_values(gram_a, gram_b, product)
+        values = of_grams(gram_a, gram_b, product, entry)
     else:  # LAPACK refuses what is not finite
         finite = torch.isfinite(total)
-        kept = (torch.where(finite[..., None, None], g, 0.0) for g in (gram_a, gram_b))
-        values = _singular_values(*kept, torch.where(finite, product, 0.0))
+        kept_a = torch.where(finite[..., None, None], gram_a, 0.0)
+        kept_b = torch.where(finite[..., None, None], gram_b, 0.0)
+        values = of_grams(kept_a, kept_b, torch.where(finite, product, 0.0), entry)
         values = torch.where(finite[..., None], values, torch.nan)
     return ProductSpectrum(values[..., :rank], gram_a, gram_b)
 
 
-def _singular_values(gram_a: Tensor, gram_b: Tensor, size: Tensor) -> Tensor:
-    """Give the singular values of A B, |A|^2 |B|^2 = size: the fast way, and where it failed again.
-
-    Eigenvalues of the squared core have the error EPS s_1^2, so that s_i has EPS s_1^2 / s_i.
-    """
-    lower, failed = torch.linalg.cholesky_ex(gram_a)
-    squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
-    values = squares.flip(-1).clamp_(min=0).sqrt_()
-    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():  # s_1^2 <= size
-        return values
-    return _repaired(values, gram_a, gram_b, size.sqrt(), failed)
-
-
-def _repaired(
-    values: Tensor, gram_a: Tensor, gram_b: Tensor, size: Tensor, failed: Tensor
-) -> Tensor:
-    """Compute those singular values again that have lost too much, from roots of both factors."""
-    largest = values[..., 0]
-    error = EPS * (largest[..., None] ** 2 / values).sum(-1)
-    exact = (error < TRUSTED * values.sum(-1)) & (largest > 1e-5 * size) & (failed == 0)
-    if not exact.all():
-        shape = (*values.shape[:-1], *gram_a.shape[-2:])
-        root_a, root_b = (_root(g.expand(shape)[~exact]) for g in (gram_a, gram_b))
-        values[~exact] = torch.linalg.svdvals(root_a.mT @ root_b)
-    rounding = 8 * EPS * gram_a.shape[-1] * size
-    return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Give L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
-    values, vectors = torch.linalg.eigh(gram)
-    zero = values <= EPS * gram.shape[-1] * values[..., -1:]
-    return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]
+def spectrum_of_products(
+    left: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor
+) -> ProductSpectrum:
+    """Measure A B by forming it, from A^T (..., r, n) and B (..., r, m): where r >= min(n, m)."""
+    size = trace(gram_a) * trace(gram_b)
+    finite = torch.isfinite(trace(gram_a) + trace(gram_b))
+    product = double(left).mT @ double(right)
+    if not finite.all():  # LAPACK refuses what is not finite
+        product = torch.where(finite[..., None, None], product, 0.0)
+    values = of_matrix(product, gram_a.shape[-1] * size.sqrt())
+    return ProductSpectrum(torch.where(finite[..., None], values, torch.nan), gram_a, gram_b)
 
 
 def _sizes(n: int, m: int, group: Any) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from math import isfinite, isnan, nan
 from typing import Any
 
+from .pairs import label
+
 __all__ = ["Measurement", "Record", "table"]
 
 COLUMNS = ("ratio", "nuclear", "frobenius", "effective_rank", "stable_rank", "gap", "imbalance")
@@ -59,8 +61,8 @@ class Record:
     @property
     def label(self) -> str:
         """The name, with the adapter and the head."""
-        adapter = f" [{self.adapter}]" if self.adapter else ""
-        return f"{self.name}{adapter}" + ("" if self.head is None else f" head {self.head}")
+        name = label(self.name, self.kind, self.adapter)
+        return name if self.head is None else f"{name} head {self.head}"
 
 
 @dataclass(frozen=True)

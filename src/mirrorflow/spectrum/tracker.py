@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +11,20 @@ from torch import Tensor
 from torch.nn import Module
 
 from .finding import find
+from .layouts import NORMS
 from .measurement import measure
-from .pairs import Adapter, Factor, Pair, checked, choose, clean, named, nothing_found
+from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
 from .product import unreadable
 from .records import Measurement
+from .shards import Rows
 
 __all__ = ["SpectralTracker"]
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 READABLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size")
+WIDTHS = (
+    *("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size", "key_dim"),
+)
 
 
 class SpectralTracker:
@@ -31,6 +36,9 @@ class SpectralTracker:
     It never writes to the model and keeps no copy of it. On sharded weights (FSDP2, tensor
     parallel) ``measure`` has to be called on every rank.
 
+    Where rotary embeddings turn Q and K, the scores are ``x_i^T W_Q^T R_{i-j} W_K x_j``. What is
+    measured is their content part, R = 1: the scores of a token with itself. Biases are left out.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -38,14 +46,18 @@ class SpectralTracker:
     level : {"layer", "head"}
         Attention as W_Q^T W_K over the whole width, as the paper measures it, or head by head,
         which is faster by far and is what the model computes with.
-    pairs : mapping of str to (str, str), optional
+    pairs : mapping of str to (str, str) or (str, str, int), optional
         Further products by name: two weights A and B as they are stored, with ``.T`` appended to
-        transpose one, as in ``{"mlp": ("mlp.fc2.weight", "mlp.fc1.weight")}``.
+        transpose one, as in ``{"mlp": ("mlp.fc2.weight", "mlp.fc1.weight")}``. ``[start:stop]``
+        takes a part of the inner dimension, and a third entry divides it into heads: of a fused
+        weight of [Q, K, V], ``{"a": ("qkv.weight[:64].T", "qkv.weight[64:128]", 4)}``.
     match : str, optional
         A regular expression that a found pair's name or kind has to contain.
     frozen : bool
         Track pairs that do not train, too. By default only those with a weight that requires a
         gradient are: with LoRA, its updates and not the attention below them.
+    values : bool
+        Track W_O W_V of attention, too: what a head writes of what it reads. Kind "value-output".
 
     Attributes
     ----------
@@ -59,7 +71,9 @@ class SpectralTracker:
     Raises
     ------
     ValueError
-        If there is nothing to measure.
+        If there is nothing to measure, `match` is no regular expression, or a named pair is none.
+    TypeError
+        If `pairs` is no mapping.
 
     Examples
     --------
@@ -79,21 +93,23 @@ class SpectralTracker:
         model: Module,
         *,
         level: str = "layer",
-        pairs: Mapping[str, tuple[str, str]] | None = None,
+        pairs: Named | None = None,
         match: str | None = None,
         frozen: bool = False,
+        values: bool = False,
     ) -> None:
         self.level = checked(level)
         self._places = _places(model)
+        self._modules = _Modules(model)
         shapes = {key: tuple(self._weight(key).shape) for key in self._places}
-        found = choose(find(shapes, _Modules(model)), level, match)
+        found = choose(find(shapes, self._modules, values), level, match)
         chosen, skipped, still = [], list(found.skipped), []
         for pair in found.pairs:
             if self._quantized(pair):
                 skipped.append((pair.label, "quantized"))
             else:
                 (chosen if frozen or self._trains(pair) else still).append(pair)
-        self.pairs: tuple[Pair, ...] = (*chosen, *named(pairs or {}, shapes))
+        self.pairs: tuple[Pair, ...] = (*chosen, *named(pairs, shapes))
         self.frozen: tuple[Pair, ...] = tuple(still)
         self.skipped: tuple[tuple[str, str], ...] = tuple(skipped)
         if not self.pairs:
@@ -111,12 +127,16 @@ class SpectralTracker:
         ValueError
             If a weight has no data: on the meta device, or put elsewhere by ZeRO-3 or FSDP1.
         """
-        return Measurement(measure(self.pairs, self._load, self.level), self.skipped)
+        pairs = [self._now(pair) for pair in self.pairs]
+        return Measurement(measure(pairs, self._load, self.level), self.skipped)
 
     def __repr__(self) -> str:
         """List what was found."""
         count = f"{len(self.pairs)} pair" + "s" * (len(self.pairs) != 1)
-        lines = [f"SpectralTracker: {count}", *(f"  {describe(pair)}" for pair in self.pairs)]
+        lines = [
+            f"SpectralTracker: {count}",
+            *(f"  {describe(self._now(pair))}" for pair in self.pairs),
+        ]
         lines += [f"  not {name}: {reason}" for name, reason in self.skipped]
         if self.frozen:
             lines.append(f"  not {len(self.frozen)} frozen (frozen=True measures them)")
@@ -127,6 +147,15 @@ class SpectralTracker:
         module, attribute = self._places[key]
         return getattr(module, attribute)
 
+    def _now(self, pair: Pair) -> Pair:
+        """Read an adapter's scale again, and whether it is active: both may have changed."""
+        if pair.kind != "lora":
+            return pair
+        known = self._modules.adapter(pair.name, pair.adapter, pair.shape[1])
+        if self._modules.active(pair.name, pair.adapter):
+            return replace(pair, scale=known.scale)
+        return replace(pair, scale=known.scale, notes=("not active", *pair.notes))
+
     def _trains(self, pair: Pair) -> bool:
         return any(self._weight(factor.key).requires_grad for factor in (pair.left, pair.right))
 
@@ -134,7 +163,7 @@ class SpectralTracker:
         types = {self._weight(factor.key).dtype for factor in (pair.left, pair.right)}
         return not types <= READABLE
 
-    def _load(self, factor: Factor) -> Tensor:
+    def _load(self, factor: Factor) -> Tensor | Rows:
         """Give the rows of a factor."""
         weight = self._weight(factor.key).detach()
         if trouble := unreadable(weight):
@@ -187,24 +216,46 @@ class _Modules:
         owners = (*modules, *(getattr(module, "config", None) for module in modules))
         return _first(owners, COUNTS), _first(owners, WIDTHS)
 
-    def architecture(self) -> str:
-        """Read the model_type of the outermost module that has a configuration."""
-        every = (module for modules in self._modules.values() for module in modules)
-        kinds = (getattr(getattr(module, "config", None), "model_type", "") for module in every)
-        return next((kind for kind in kinds if kind), "")
+    def architecture(self, module: str) -> str:
+        """Read the model_type of the nearest module around that has a configuration."""
+        while True:
+            for candidate in self._modules.get(module, ()):
+                if kind := getattr(getattr(candidate, "config", None), "model_type", ""):
+                    return kind
+            if not module:
+                return ""
+            module = module.rpartition(".")[0]
+
+    def order(self, module: str) -> str:
+        """Read timm's head_first; key_dim and val_dim are those of TinyViT and EfficientFormer."""
+        for candidate in self._modules.get(module, ()):
+            if getattr(candidate, "head_first", False):
+                return "heads"
+            if hasattr(candidate, "key_dim") and hasattr(candidate, "val_dim"):
+                return "heads"
+        return "blocks"
+
+    def normalized(self, module: str) -> bool:
+        """Whether there is a normalization of Q: some have no weights."""
+        norms = [getattr(m, n, None) for m in self._modules.get(module, ()) for n in NORMS]
+        return any(isinstance(n, Module) and not isinstance(n, torch.nn.Identity) for n in norms)
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Read the scale from PEFT's layer; a LoRA of another make has no scale that is known."""
-        layers = [m for m in self._modules[module] if isinstance(getattr(m, "scaling", None), dict)]
-        scales: dict[str, Any] = getattr(layers[0], "scaling", {}) if layers else {}
-        if name not in scales:
-            return Adapter(1.0, ("its scale is unknown, taken as 1",))
-        layer = layers[0]
-        if type(layer).__name__ == "ParamWrapper" and getattr(layer, "num_experts", 1) > 1:
-            return Adapter(1.0, skip="LoRA on stacked experts is not one product")
-        active = getattr(layer, "active_adapters", [name])
-        notes = () if name in active else ("not active",)
-        return Adapter(float(scales[name]), notes)
+        """Read the scale from PEFT's layer, or kohya's; others have none that is known."""
+        for layer in self._modules.get(module, ()):
+            scales = getattr(layer, "scaling", None)
+            if isinstance(scales, dict) and name in scales:
+                if type(layer).__name__ == "ParamWrapper" and getattr(layer, "num_experts", 1) > 1:
+                    return Adapter(1.0, skip="LoRA on stacked experts is not one product")
+                return Adapter(float(scales[name]))
+            if hasattr(layer, "lora_down") and (alpha := getattr(layer, "alpha", None)) is not None:
+                return Adapter(float(alpha) / rank)
+        return Adapter(1.0, ("its scale is unknown, taken as 1",))
+
+    def active(self, module: str, name: str) -> bool:
+        """Whether PEFT adds an adapter's update."""
+        layers = (m for m in self._modules.get(module, ()) if hasattr(m, "active_adapters"))
+        return all(name in layer.active_adapters for layer in layers)  # type: ignore[operator]
 
 
 def _first(owners: Iterable[Any], attributes: Iterable[str]) -> int | None:
