@@ -214,6 +214,20 @@ def test_audit_measures_a_checkpoint_and_names_what_it_cannot_read(monkeypatch, 
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_audit_measures_values_and_outputs_if_asked(monkeypatch, capsys, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    generator = torch.Generator().manual_seed(0)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    weights = {f"self_attn.{n}.weight": torch.randn(8, 8, generator=generator) for n in names}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert call(monkeypatch, "audit", tmp_path / "model.safetensors", "--json", "--values") == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert [r["kind"] for r in records] == ["attention", "value-output"]
+    product = weights["self_attn.o_proj.weight"] @ weights["self_attn.v_proj.weight"]
+    s = torch.linalg.svdvals(product.double())
+    assert records[1]["ratio"] == pytest.approx((s.sum() / s.norm()).item())
+
+
 def test_audit_takes_pairs_that_the_user_names(monkeypatch, capsys, tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     generator = torch.Generator().manual_seed(0)

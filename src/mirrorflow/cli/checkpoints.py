@@ -29,6 +29,9 @@ def audit(
             "the end of a name transposes its weight. May be given again.",
         ),
     ] = None,
+    values: Annotated[
+        bool, typer.Option("--values", help="Also W_O W_V of attention layers.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     page: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
 ) -> None:
@@ -42,7 +45,7 @@ def audit(
     pairs = _pairs(pair or [])
     _check_audit(match, page)
     try:
-        found = measure(path, level=level, match=match, pairs=pairs)
+        found = measure(path, level=level, match=match, pairs=pairs, values=values)
     except (OSError, ValueError, ImportError) as error:
         hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
         raise UserError(f"{error}{hint}") from error
