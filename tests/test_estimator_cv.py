@@ -38,9 +38,10 @@ def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
     np.testing.assert_allclose(model.coef_, last.fit(X, y, sample_weight=weights).coef_, atol=1e-6)
 
 
+@pytest.mark.parametrize("noise", [0.3, 3.0])
 @pytest.mark.parametrize("refit", [False, True])
-def test_the_threshold_is_the_largest_that_predicts_as_well_as_none(refit):
-    X, y, _ = problem(n=40, noise=1.0)
+def test_the_threshold_is_the_largest_that_predicts_better_than_none(refit, noise):
+    X, y, _ = problem(n=40, noise=noise)
     weights, cv = np.random.default_rng(3).uniform(0.5, 2, len(y)), KFold(4)
     tols = (0.3, 0.01, 0.1, 0.6)
     options = {"zero_tols": tols, "shrinkages": (), "refit": refit, "cv": cv, "tol": 1e-5}
@@ -59,9 +60,17 @@ def test_the_threshold_is_the_largest_that_predicts_as_well_as_none(refit):
             missed = y[test] - X[test] @ coef - offset
             error = np.average(missed**2, weights=weights[test])
             assert model.zero_mse_path_[i, f] == pytest.approx(error, rel=3e-3)
-    errors, without = model.zero_mse_path_.mean(1), model.mse_path_.mean()
-    harmless = [tol for tol, e in zip(sorted(tols), errors, strict=True) if e <= without]
-    assert model.best_zero_tol_ == (max(harmless) if harmless else sorted(tols)[errors.argmin()])
+    expected = min(tols)
+    if refit:
+        expected = sorted(tols)[model.zero_mse_path_.mean(axis=1).argmin()]
+    for tol, errors in zip(sorted(tols), model.zero_mse_path_, strict=True):
+        gained = [
+            before - after for before, after in zip(model.mse_path_[0, 0], errors, strict=True)
+        ]
+        mean = sum(gained) / 4
+        if mean >= (sum((g - mean) ** 2 for g in gained) / 4 / 4) ** 0.5:
+            expected = tol
+    assert model.best_zero_tol_ == expected
     np.testing.assert_array_equal(model.support_, model.coef_ != 0)
 
 

@@ -19,7 +19,7 @@ from .data import growth, prepare
 from .folds import Folds
 from .linear import FlowRegressor, Run, TurnOff, check_decay, validated
 from .transaction import all_or_nothing
-from .zeros import largest_harmless
+from .zeros import largest_better
 
 __all__ = ["MirrorFlowRegressorCV"]
 
@@ -52,7 +52,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
     zero_tols : array of floats in [0, 1), default=None
         Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
         0, relative to the largest. Taken is the largest with which the error on what was left out
-        is no larger than without zeros; None is 25 between 1e-3 and 0.7.
+        is lower than without zeros, by one standard error of the difference; where none is, the
+        smallest (with ``refit`` that of least error). None is 25 between 1e-3 and 0.7.
     positive, fit_intercept, refit
         As for `MirrorFlowRegressor`; with ``refit``, the errors that choose ``zero_tol`` are those
         of refitted coefficients.
@@ -207,8 +208,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
             float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
         )
         self.zero_mse_path_ = folds.zero_errors(log_A, shrinkage, t, self.zero_tols_, self.refit)
-        self.best_zero_tol_ = largest_harmless(
-            self.zero_tols_, self.zero_mse_path_.mean(axis=1), mean[i, j]
+        self.best_zero_tol_ = largest_better(
+            self.zero_tols_, self.zero_mse_path_, self.mse_path_[i, j], self.refit
         )
         self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
         if shrinkage > 0:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 
 from .data import Data
 
-__all__ = ["finish", "largest_harmless", "least_squares", "without_small"]
+__all__ = ["finish", "largest_better", "least_squares", "without_small"]
 
 Array = NDArray[np.float64]
 
@@ -41,10 +39,15 @@ def least_squares(data: Data, k: int, support: NDArray[np.bool_], weights: Array
     return fitted
 
 
-def largest_harmless(zero_tols: Array, errors: Any, without: float) -> float:
-    """Choose the largest threshold whose error is at most that of the flow without zeros.
+def largest_better(zero_tols: Array, errors: Array, without: Array, refit: bool) -> float:
+    """Choose the largest threshold that predicts better than the flow without zeros.
 
-    Where none is (a refit can be worse throughout), that of least error.
+    Better by one standard error of the difference: ``errors`` (n_tols, n_folds) and ``without``
+    (n_folds,) are of the same folds. Where none is, the smallest; of refits, which can be worse
+    throughout, that of least error.
     """
-    harmless = np.flatnonzero(errors <= without)
-    return float(zero_tols[harmless[-1] if len(harmless) else int(np.argmin(errors))])
+    gained = without - errors
+    doubt = gained.std(axis=1) / np.sqrt(len(without))
+    better = np.flatnonzero(gained.mean(axis=1) >= doubt)
+    otherwise = int(errors.mean(axis=1).argmin()) if refit else 0
+    return float(zero_tols[better[-1] if len(better) else otherwise])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figure", "make_charts"]
+__all__ = ["draw_figure", "kind", "make_charts"]
 
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
 COLOURS = (
@@ -27,16 +27,21 @@ SHAPES = (
 )  # fmt: skip
 
 
+def kind(record: Record) -> str:
+    """Name the kind of problem: with few rows no method finds much, which would hide the others."""
+    return f"{record['truth']} truth, n {'≥' if record['ratio'] >= 0.5 else '<'} d/2"
+
+
 def _name(snr: float) -> str:
     """Name a column of the plot."""
     return "none" if snr >= 1e6 else f"{snr:g}"
 
 
-def _lines(records: list[Record], truth: str, key: str) -> dict[str, list[tuple[str, float]]]:
+def _lines(records: list[Record], chosen: str, key: str) -> dict[str, list[tuple[str, float]]]:
     """Give for each method the medians over everything else, by SNR."""
     found: dict[str, dict[str, list[float]]] = {}
     for r in records:
-        if r.get("truth") == truth:
+        if "truth" in r and kind(r) == chosen:
             found.setdefault(r["method"], {}).setdefault(_name(r["snr"]), []).append(r[key])
     return {
         method: [(snr, statistics.median(values)) for snr, values in by_snr.items()]
@@ -44,21 +49,21 @@ def _lines(records: list[Record], truth: str, key: str) -> dict[str, list[tuple[
     }
 
 
-def _truths(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(r["truth"] for r in records if "truth" in r))
+def _kinds(records: list[Record]) -> list[str]:
+    return sorted({kind(r) for r in records if "truth" in r}, reverse=True)
 
 
 def draw_figure(records: list[Record]) -> Figure:
-    """Draw a row for each measure, a column for each kind of truth."""
+    """Draw a row for each measure, a column for each kind of problem."""
     from matplotlib.figure import Figure
 
-    truths = _truths(records)
-    figure = Figure(figsize=(4.5 * len(truths), 7), layout="constrained")
-    axes = figure.subplots(2, len(truths), squeeze=False)
+    kinds = _kinds(records)
+    figure = Figure(figsize=(max(4.5, 3.4 * len(kinds)), 7), layout="constrained")
+    axes = figure.subplots(2, len(kinds), squeeze=False)
     for row, key in zip(axes, LABELS, strict=True):
-        for axis, truth in zip(row, truths, strict=True):
-            _draw(axis, _lines(records, truth, key), key)
-            axis.set_title(f"{truth} truth", fontsize=10)
+        for axis, chosen in zip(row, kinds, strict=True):
+            _draw(axis, _lines(records, chosen, key), key)
+            axis.set_title(chosen, fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
@@ -77,7 +82,7 @@ def _draw(axis: Axes, lines: dict[str, list[tuple[str, float]]], key: str) -> No
 
 
 def make_charts(records: list[Record]) -> list[tuple[str, TopLevelMixin]]:
-    """Make a chart of each measure, with a menu for the truth."""
+    """Make a chart of each measure, with a menu for the kind of problem."""
     captions = {
         "r2": "Test R² against the signal to noise ratio, medians over designs and draws.",
         "error": "Relative error of the coefficients, medians over designs and draws.",
@@ -89,24 +94,24 @@ def _chart(records: list[Record], key: str) -> Any:
     """Draw one measure."""
     import altair as alt
 
-    truths = _truths(records)
+    kinds = _kinds(records)
     rows = [
-        {"truth": truth, "method": method, "SNR": snr, "value": short(value)}
-        for truth in truths
-        for method, points in _lines(records, truth, key).items()
+        {"kind": chosen, "method": method, "SNR": snr, "value": short(value)}
+        for chosen in kinds
+        for method, points in _lines(records, chosen, key).items()
         for snr, value in points
     ]
     names = list(dict.fromkeys(r["method"] for r in rows))
     menu = alt.param(
-        name=f"truth_{key}", value=truths[0],
-        bind=alt.binding_select(options=truths, name="truth "),
+        name=f"kind_{key}", value=kinds[0],
+        bind=alt.binding_select(options=kinds, name="problem "),
     )  # fmt: skip
     legend = alt.Legend(orient="bottom", columns=4)
     colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
     shapes = alt.Scale(domain=names, range=list(SHAPES[: len(names)]))  # one legend for both
     return (
         alt.Chart(alt.Data(values=rows))
-        .transform_filter(alt.datum.truth == menu)
+        .transform_filter(alt.datum.kind == menu)
         .mark_line(point=alt.OverlayMarkDef(size=50))
         .encode(
             x=alt.X("SNR:O", sort=None, title="signal to noise (none: no noise)"),

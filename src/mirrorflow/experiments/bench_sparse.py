@@ -253,13 +253,16 @@ def _left_out(records: list[Record]) -> str:
 
 def table(records: list[Record]) -> list[Record]:
     """Give a row for each kind of data and method: medians over cells and draws."""
+    from ._sparse_figures import kind
+
+    named = [{**r, "kind": kind(r) if "truth" in r else r["data"]} for r in records]
     rows = []
-    for (data, truth, snr), methods in cells(records, ("data", "truth", "snr")).items():
-        name = "no noise" if snr == CLEAN else f"SNR {snr:g}" if snr else ""
+    for (name, truth, snr), methods in cells(named, ("kind", "truth", "snr")).items():
+        noise = "no noise" if snr == CLEAN else f"SNR {snr:g}" if snr else ""
         for method, m in methods.items():
             rows.append(
                 {
-                    "data": f"{truth} {name}" if truth else data,
+                    "data": f"{name}, {noise}" if truth else name,
                     "method": method,
                     "test R²": m["r2"],
                     "relative error": m.get("error"),
@@ -271,7 +274,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def draw(records: list[Record], trajectory: Trajectory) -> Figure:
-    """Draw test R^2 and relative error against the SNR, a column for each kind of truth."""
+    """Draw test R^2 and relative error against the SNR, a column for each kind of problem."""
     from ._sparse_figures import draw_figure
 
     return draw_figure(records)
