@@ -1,9 +1,9 @@
 """Spectra from Gram matrices against dense SVDs of the product, and against reading the factors.
 
 All heads of GPT-2 small, the whole width of its layers, and LoRA r = 8 at widths 768 and 4,096. The
-dense SVD of one product is timed and taken times the number of products: they are alike. The target
-is against float64, whose digits are ours; float32, which has half of them, is listed beside it. The
-audit reads a checkpoint that is made here, in a process of its own, whose peak memory is its result.
+dense SVD of one product is timed and taken times the number of products: they are alike. The
+target is against float64, whose digits are ours; float32, which has half of them, is beside it. The
+audit reads a checkpoint made here, in a process of its own, whose peak memory is its result.
 """
 
 from __future__ import annotations
