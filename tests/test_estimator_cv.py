@@ -127,6 +127,16 @@ def test_jobs_change_nothing():
     np.testing.assert_allclose(shared.mse_path_, alone.mse_path_, rtol=1e-2)
 
 
+@pytest.mark.parametrize("d", [60, 5])
+def test_what_is_not_kept_is_integrated_again(d, monkeypatch):
+    X, y, _ = problem(n=40, d=d, noise=1.0)
+    kept = mf.MirrorFlowRegressorCV(ts=6, tol=1e-5).fit(X, y)
+    monkeypatch.setattr("mirrorflow.estimator.folds.KEPT", 0)
+    again = mf.MirrorFlowRegressorCV(ts=6, tol=1e-5).fit(X, y)
+    np.testing.assert_allclose(again.zero_mse_path_, kept.zero_mse_path_, rtol=1e-3)
+    np.testing.assert_allclose(again.coef_, kept.coef_, atol=1e-4)
+
+
 def test_cross_validation_finds_the_kind_of_truth():
     rng = np.random.default_rng(0)
     X = rng.standard_normal((80, 120))

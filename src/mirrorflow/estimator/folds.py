@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from .zeros import least_squares, without_small
 
 __all__ = ["Folds"]
 
+KEPT = 2**22  # numbers of dual variables up to which they are kept: 32 MB
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
@@ -58,6 +59,8 @@ class Folds:
         The weight of each row in the training and in the test part; columns sum to 1.
     decay, positive, tol, max_iter
         As for `MirrorFlowRegressorCV`.
+    duals : dict
+        The dual variables of flows that have been integrated, as far as they are few numbers.
     """
 
     data: Data
@@ -67,6 +70,7 @@ class Folds:
     positive: bool
     tol: float
     max_iter: int
+    duals: dict[Any, Any] = field(default_factory=dict)
 
     def errors(self, log_As: Array, shrinkages: Array, ts: Array) -> Array:
         """Give the errors (n_flows, n_ts, n_folds), the mean over the targets."""
@@ -125,22 +129,35 @@ class Folds:
         """Give the errors (n_flows, n_ts, folds of the part) of one target."""
         count, folds = len(log_As), part.train.shape[1]
         found = np.full((count * folds, len(ts)), np.inf)
+        few = found.size * len(part.y) <= KEPT
+        duals = np.zeros((len(part.y), *found.shape)) if few else None
 
-        def save(column: Index, index: Index, _: Array, x: Array, __: Array) -> None:
+        def save(column: Index, index: Index, nu: Array, x: Array, _: Array) -> None:
             found[column, index] = part.error(x, k, column % folds) / self._units[k]
+            if duals is not None:
+                duals[:, column, index] = nu
 
         reached = self._run(part, k, log_As, shrinkages, ts, save)
         found[np.arange(len(ts)) >= reached[:, None]] = np.inf
+        if duals is not None:
+            kept = duals.reshape(len(part.y), count, folds, len(ts))
+            for i, flow in enumerate(zip(log_As.tolist(), shrinkages.tolist(), strict=True)):
+                self.duals[id(part), k, flow] = ts.tolist(), kept[:, i]
         return found.reshape(count, folds, len(ts)).transpose(0, 2, 1)
 
     def _coefs(self, part: _Part, k: int, log_A: float, shrinkage: float, t: float) -> Array:
         """Give the coefficients (d, folds of the part) of one flow at one time."""
         coefs = np.zeros((part.X.shape[1], part.train.shape[1]))
+        one, known = (np.array([log_A]), np.array([shrinkage])), (id(part), k, (log_A, shrinkage))
+        if self.data.pull[k] > 0 and known in self.duals:
+            ts, kept = self.duals[known]
+            columns, unit = self._columns(part, k, *one, coefs.shape[1])
+            return columns.primal(kept[..., ts.index(t)], unit[:, 0] * t)[0]
 
         def save(column: Index, _: Index, __: Array, x: Array, ___: Array) -> None:
             coefs[:, column] = x
 
-        self._run(part, k, np.array([log_A]), np.array([shrinkage]), np.array([t]), save)
+        self._run(part, k, *one, np.array([t]), save)
         return coefs
 
     def _run(
@@ -150,7 +167,8 @@ class Folds:
         count, folds = len(log_As) * part.train.shape[1], part.train.shape[1]
         if not self.data.pull[k] > 0:  # a constant target: all coefficients stay 0
             column, index = (i.ravel() for i in np.indices((count, len(ts))))
-            save(column, index, np.zeros(0), np.zeros((part.X.shape[1], len(column))), np.zeros(0))
+            nu, x = (np.zeros((size, len(column))) for size in part.X.shape)
+            save(column, index, nu, x, np.zeros(0))
             return np.full(count, len(ts))
         columns, unit = self._columns(part, k, log_As, shrinkages, folds)
         return integrate(columns, unit * ts, save, self.tol, self.max_iter)[0]
