@@ -20,11 +20,12 @@ from torch import Tensor
 import mirrorflow.spectrum as spectrum
 from benchmarks._measure import measure
 
-CASES = (  # name, products, n = m, r, target
-    ("12 x 12 heads of GPT-2 small", 144, 768, 64, 100),
-    ("LoRA r = 8, 24 pairs of width 768", 24, 768, 8, 5000),
-    ("LoRA r = 8, 64 pairs of width 4,096", 64, 4096, 8, 5000),
-    ("W_Q^T W_K over the whole width of GPT-2 small, 12 layers", 12, 768, 768, None),
+CASES = (  # name, products, n = m, r, target, threads (0: as torch chooses)
+    ("12 x 12 heads of GPT-2 small", 144, 768, 64, 100, 0),
+    ("LoRA r = 8, 24 pairs of width 768", 24, 768, 8, 5000, 0),
+    ("LoRA r = 8, 24 pairs of width 768, one thread", 24, 768, 8, 5000, 1),
+    ("LoRA r = 8, 64 pairs of width 4,096", 64, 4096, 8, 5000, 0),
+    ("W_Q^T W_K over the whole width of GPT-2 small, 12 layers", 12, 768, 768, None, 0),
 )
 AUDIT_PAIRS, AUDIT_WIDTH = 16, 2048  # 2 x 16 + 2 x 16 matrices of 16 MB: 1 GB
 CHILD = """
@@ -49,8 +50,17 @@ def factors(count: int, n: int, r: int) -> tuple[Tensor, Tensor]:
     return A, torch.randn(count, r, n, generator=generator)
 
 
-def product(name: str, count: int, n: int, r: int, target: int | None) -> dict:
+def product(name: str, count: int, n: int, r: int, target: int | None, threads: int = 0) -> dict:
     """Compare `product_spectrum` of a batch with dense SVDs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _product(name, count, n, r, target)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _product(name: str, count: int, n: int, r: int, target: int | None) -> dict:
     A, B = factors(count, n, r)
     ours = spectrum.product_spectrum(A, B).nuclear[0].item()
     exact = torch.linalg.svdvals(A[0].double() @ B[0].double()).sum().item()

@@ -203,11 +203,11 @@ def spectrum_of_grams(
     ``entry`` gives the factors of those products that their Gram matrices do not determine.
     """
     squares_a, squares_b = trace(gram_a), trace(gram_b)
-    product, total = squares_a * squares_b, squares_a + squares_b
-    if isfinite(total.sum()):  # one number, to look at it quickly
+    product = squares_a * squares_b
+    if isfinite(product.sum()):  # one number, to look at it quickly
         values = of_grams(gram_a, gram_b, product, entry)
     else:  # LAPACK refuses what is not finite
-        finite = torch.isfinite(total)
+        finite = torch.isfinite(squares_a + squares_b)
         kept_a = torch.where(finite[..., None, None], gram_a, 0.0)
         kept_b = torch.where(finite[..., None, None], gram_b, 0.0)
         values = of_grams(kept_a, kept_b, torch.where(finite, product, 0.0), entry)

@@ -45,9 +45,9 @@ def of_grams(gram_a: Tensor, gram_b: Tensor, size: Tensor, entry: Entry | None) 
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
     squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
-    values = squares.flip(-1).clamp_(min=0).sqrt_()
     if (squares[..., 0] > 1e-10 * size).all() and not failed.any():
-        return values
+        return squares.flip(-1).sqrt_()
+    values = squares.flip(-1).clamp_(min=0).sqrt_()
     return _repaired(values, gram_a, gram_b, size.sqrt(), failed, entry)
 
 
