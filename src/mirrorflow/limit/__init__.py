@@ -104,7 +104,7 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
 
         - ``converged``: x solves the problem.
         - ``vertex``: so it does, and it is the limit for a -> -inf, to 1e-13 if no coordinate of it
-          is smaller than 1e-9 |y|: such a one may be left out, which ``stats.residual`` shows.
+          is smaller than ``1e-9 |y|``: such a one may be left out, which ``stats.residual`` shows.
         - ``surrogate``: solved, but the sensing matrices do not commute, so that training U U^T
           ends elsewhere. Not an error and no warning; ``status.ok`` is false.
         - ``inconsistent``: no x in the domain has Zx = y. If none at all has, ``value`` solves the

@@ -35,8 +35,8 @@ class ProductSpectrum:
     Attributes
     ----------
     singular_values : Tensor of shape (..., min(n, r, m))
-        Descending, float64; all 0 where A B is 0 up to rounding (below some 1e-13 r |A| |B|; below
-        1e-6 |A| |B| of sharded factors), NaN where a factor is not finite.
+        Descending, float64; all 0 where A B is 0 up to rounding (below some ``1e-13 r |A| |B|``; below
+        ``1e-6 |A| |B|`` of sharded factors), NaN where a factor is not finite.
     gram_a, gram_b : Tensors of shape (..., r, r)
         ``A^T A`` and ``B B^T``, float64.
     """
@@ -107,8 +107,8 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     factors, a chunk at a time. Where the squares lose too much (factors without full rank, spectra
     over more than five orders of magnitude, a product far smaller than its factors), the singular
     values of ``R_A R_B^T`` are taken, ``A = Q_A R_A`` and ``B^T = Q_B R_B``, whose error is that of
-    the dense SVD. Sharded factors have no such second way: a product below 1e-6 |A| |B| counts as 0
-    there.
+    the dense SVD. Sharded factors have no such second way: there a product below ``1e-6 |A| |B|``
+    counts as 0.
 
     The cost is that of the Gram matrices, r^2 (n + m), and of r x r eigenvalues: a small part of a
     dense SVD where r is small beside n and m. Where it is not (r >= min(n, m)) the product is no
