@@ -35,8 +35,8 @@ class ProductSpectrum:
     Attributes
     ----------
     singular_values : Tensor of shape (..., min(n, r, m))
-        Descending, float64; all 0 where A B is 0 up to rounding (below some ``1e-13 r |A| |B|``; below
-        ``1e-6 |A| |B|`` of sharded factors), NaN where a factor is not finite.
+        Descending, float64; all 0 where A B is 0 up to rounding (below some ``1e-13 r |A| |B|``, of
+        sharded factors below ``1e-6 |A| |B|``), NaN where a factor is not finite.
     gram_a, gram_b : Tensors of shape (..., r, r)
         ``A^T A`` and ``B B^T``, float64.
     """
