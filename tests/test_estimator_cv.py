@@ -68,7 +68,7 @@ def test_the_threshold_is_the_largest_that_predicts_better_than_none(refit, nois
             before - after for before, after in zip(model.mse_path_[0, 0], errors, strict=True)
         ]
         mean = sum(gained) / 4
-        if mean >= (sum((g - mean) ** 2 for g in gained) / 4 / 4) ** 0.5:
+        if mean >= 0.5 * (sum((g - mean) ** 2 for g in gained) / 4 / 4) ** 0.5:
             expected = tol
     assert model.best_zero_tol_ == expected
     np.testing.assert_array_equal(model.support_, model.coef_ != 0)

@@ -52,7 +52,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     zero_tols : array of floats in [0, 1), default=None
         Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
         0, relative to the largest. Taken is the largest with which the error on what was left out
-        is lower than without zeros, by one standard error of the difference; where none is, the
+        is lower than without zeros, by half a standard error of the difference; where none is, the
         smallest (with ``refit`` that of least error). None is 25 between 1e-3 and 0.7.
     positive, fit_intercept, refit
         As for `MirrorFlowRegressor`; with ``refit``, the errors that choose ``zero_tol`` are those
