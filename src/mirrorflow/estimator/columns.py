@@ -212,16 +212,14 @@ class _Run:
 
     def _hand_over(self, good: NDArray[np.bool_], t: Array, new: Array, f: Array) -> None:
         """Save the points that this step has passed, by cubic Hermite interpolation of nu."""
-        where, index = [], []
-        for k in np.flatnonzero(good):
-            row = self.times[self.ids[k]]
-            due = int(np.searchsorted(row, t[k] * (1 + 1e-12), side="right"))
-            where += [k] * (due - self.reached[self.ids[k]])
-            index += range(self.reached[self.ids[k]], due)
-            self.reached[self.ids[k]] = due
-        if not where:
+        before = self.reached[self.ids]
+        due = (self.times[self.ids] <= (t * (1 + 1e-12))[:, None]).sum(axis=1)
+        counts = np.where(good, due - before, 0)
+        if not counts.any():
             return
-        k, i = np.array(where), np.array(index)
+        self.reached[self.ids] = before + counts
+        k = np.repeat(np.arange(len(counts)), counts)
+        i = np.arange(len(k)) - np.repeat(np.cumsum(counts) - counts, counts) + before[k]
         at, h = self.times[self.ids[k], i], (t - self.t)[k]
         s = (at - self.t[k]) / h
         nu = (1 + 2 * s) * (1 - s) ** 2 * self.nu[:, k] + s**2 * (3 - 2 * s) * new[:, k]
