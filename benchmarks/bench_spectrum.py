@@ -1,9 +1,10 @@
 """Spectra from Gram matrices against dense SVDs of the product, and against reading the factors.
 
 All heads of GPT-2 small, the whole width of its layers, and LoRA r = 8 at widths 768 and 4,096. The
-dense SVD of one product is timed and taken times the number of products: they are alike. The
-target is against float64, whose digits are ours; float32, which has half of them, is beside it. The
-audit reads a checkpoint made here, in a process of its own, whose peak memory is its result.
+dense SVD of one product is timed and taken times the number of products: they are alike. Both give
+singular values, from which norms and ratios cost the same. The target is against float64, whose
+digits are ours; float32, which has half of them, is beside it. The audit reads a checkpoint made
+here, in a process of its own, whose peak memory is its result.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CASES = (  # name, products, n = m, r, target, threads (0: as torch chooses)
     ("LoRA r = 8, 64 pairs of width 4,096", 64, 4096, 8, 5000, 0),
     ("W_Q^T W_K over the whole width of GPT-2 small, 12 layers", 12, 768, 768, None, 0),
 )
+RANK = 8  # of LoRA
 AUDIT_PAIRS, AUDIT_WIDTH = 16, 2048  # 2 x 16 + 2 x 16 matrices of 16 MB: 1 GB
 CHILD = """
 import json, sys, time
@@ -44,10 +46,10 @@ print(json.dumps([seconds, before, memory("VmHWM"), len(found.records)]))
 
 
 def factors(count: int, n: int, r: int) -> tuple[Tensor, Tensor]:
-    """Make the stored weights: Q and K, or lora_B and lora_A, float32."""
+    """Make the weights as they are stored: Q and K (r, n), or lora_B (n, r) and lora_A, float32."""
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(count, r, n, generator=generator).mT
-    return A, torch.randn(count, r, n, generator=generator)
+    return A.contiguous() if r == RANK else A, torch.randn(count, r, n, generator=generator)
 
 
 def product(name: str, count: int, n: int, r: int, target: int | None, threads: int = 0) -> dict:
@@ -68,7 +70,7 @@ def _product(name: str, count: int, n: int, r: int, target: int | None) -> dict:
     repeats = 15 if r < 100 else 3
     quick = measure(
         {
-            "ours": lambda: spectrum.product_spectrum(A, B).ratio,
+            "ours": lambda: spectrum.product_spectrum(A, B),
             "read": lambda: (A.sum(), B.sum()),
         },
         repeats,

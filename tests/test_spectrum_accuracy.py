@@ -127,3 +127,15 @@ def test_decaying_wide_spectra_agree_with_the_dense_svd(slope):
 def test_an_empty_product_is_refused(a, b, message):
     with pytest.raises(ValueError, match=f"product_spectrum: {message}: it has no spectrum"):
         product_spectrum(torch.zeros(a), torch.zeros(b))
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_a_small_product_of_full_rank_keeps_its_norm(size):
+    """Each factor is small where the other is large, so that no singular value stands out."""
+    small, large = torch.full((4,), size, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    U, V, W = orthogonal(60, 8), orthogonal(50, 8), orthogonal(8, 8)
+    A = U * torch.cat([large, small]) @ W
+    B = W.mT * torch.cat([small, large]) @ V.mT
+    # The product is determined to EPS / size.
+    tolerance = 1e-10 + 1e-15 / size
+    assert product_spectrum(A, B).nuclear.item() == pytest.approx(8 * size, rel=tolerance)

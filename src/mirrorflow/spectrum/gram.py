@@ -10,13 +10,17 @@ from torch import Tensor
 
 from .shards import Rows, is_sharded
 
-__all__ = ["CHUNK", "double", "gram", "trace"]
+__all__ = ["CHUNK", "double", "gram", "times", "trace"]
 
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
 
+# glibc gives back at once what is larger than any block it has seen freed, and new pages cost more
+# than a product: a block larger than ours, once, lets it keep ours.
+torch.empty(2 * CHUNK, dtype=torch.float64, device="cpu")
+
 
 def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
-    """Give rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n).
+    """Give rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n), detached.
 
     A ``DTensor``, or `Rows` of one, gives its whole Gram matrix as a plain tensor on every rank.
     Only Gram matrices travel where the columns are sharded, and where each process holds whole
@@ -26,7 +30,7 @@ def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
         return rows.gram(_local_gram)
     if is_sharded(rows):
         return Rows(rows).gram(_local_gram)
-    total = _local_gram(rows.detach())
+    total = _local_gram(rows)
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return total
@@ -34,7 +38,7 @@ def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
 
 def double(rows: Tensor) -> Tensor:
     """Give rows in float64, on the CPU where the device has no float64 (mps)."""
-    return (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+    return (rows.cpu() if rows.is_mps else rows).to(torch.float64)
 
 
 def trace(gram: Tensor) -> Tensor:
@@ -42,13 +46,20 @@ def trace(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """Give a b; of small matrices, matmul takes as long to look at their shapes as to multiply."""
+    return torch.bmm(a, b) if a.ndim == b.ndim == 3 and len(a) == len(b) else a @ b
+
+
 def _local_gram(rows: Tensor) -> Tensor:
     """Give rows rows^T in float64 without a float64 copy of all rows."""
-    if rows.device.type == "mps":  # it has no float64
+    if rows.is_mps:  # it has no float64
         rows = rows.cpu()
-    if rows.dtype == torch.float64 or rows.numel() <= CHUNK:
-        wide = double(rows)
-        return wide @ wide.mT
+    if rows.dtype == torch.float64:
+        return times(rows, rows.mT)
+    if rows.numel() <= CHUNK:
+        wide = rows.to(torch.float64)
+        return times(wide, wide.mT)
     return _in_chunks(rows)
 
 
@@ -59,8 +70,11 @@ def _in_chunks(rows: Tensor) -> Tensor:
     total = torch.zeros(len(flat), r, r, dtype=torch.float64, device=rows.device)
     scratch = total.new_empty(max(CHUNK, r))
     entries, width = max(1, CHUNK // (r * n)), max(1, min(n, CHUNK // r))
+    tall = rows.stride(-2) < rows.stride(-1)  # as lora_B, whose r columns are the rows here
     for grams, part in zip(total.split(entries), flat.split(entries), strict=True):
         for piece in part.split(width, -1):
-            wide = scratch[: piece.numel()].view(piece.shape).copy_(piece)
+            stored = piece.mT if tall else piece
+            wide = scratch[: piece.numel()].view(stored.shape).copy_(stored)
+            wide = wide.mT if tall else wide
             grams.baddbmm_(wide, wide.mT)
     return total.view(*batch, r, r)

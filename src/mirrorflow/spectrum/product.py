@@ -9,7 +9,7 @@ smallest dimension, so that the product is no larger than its factors, is it for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import isfinite
 from typing import Any
 
 import torch
@@ -63,18 +63,18 @@ class ProductSpectrum:
     @property
     def ratio(self) -> Tensor:
         """Nuclear over Frobenius norm, in [1, sqrt(rank)]; NaN where A B = 0."""
-        return self._or_nan(self.nuclear / self.frobenius)
+        return self.nuclear / self.frobenius
 
     @property
     def stable_rank(self) -> Tensor:
         """The squared Frobenius over the squared spectral norm, in [1, rank]; NaN where A B = 0."""
-        return self._or_nan((self.frobenius / self.singular_values[..., 0]) ** 2)
+        return (self.frobenius / self.singular_values[..., 0]) ** 2
 
     @property
     def effective_rank(self) -> Tensor:
         """The exponential of the entropy of the normalized singular values; NaN where A B = 0."""
         p = self.singular_values / self.nuclear[..., None]
-        return self._or_nan(torch.exp(-torch.xlogy(p, p).sum(-1)))
+        return torch.exp(-torch.xlogy(p, p).sum(-1))
 
     @property
     def imbalance(self) -> Tensor:
@@ -94,9 +94,6 @@ class ProductSpectrum:
     def gap(self) -> Tensor:
         """``(|A|^2 + |B|^2)/2 - |AB|_*`` >= 0: 0 when the factors are balanced and aligned."""
         return (self.squared_norm - self.nuclear).clamp(min=0)
-
-    def _or_nan(self, value: Tensor) -> Tensor:
-        return torch.where(self.defined, value, torch.nan)
 
 
 def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum:
@@ -158,11 +155,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
-    spectrum = _spectrum(A.mT.detach(), B.detach(), group)
-    if isnan(spectrum.singular_values.sum()):
-        broken = "B" if torch.isfinite(trace(spectrum.gram_a)).all() else "A"
-        raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
-    return spectrum
+    return _spectrum(A.mT.detach(), B.detach(), group)
 
 
 def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:
@@ -173,22 +166,22 @@ def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:
         n, m = _sizes(n, m, group)
         if min(n, m) == 0:
             raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
-        return spectrum_of_grams(gram_a, gram_b, min(n, r, m))
+        return spectrum_of_grams(gram_a, gram_b, min(n, r, m), strict=True)
     if min(n, m) == 0:
         raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
     if r >= min(n, m):
-        return spectrum_of_products(left, right, gram_a, gram_b)
+        return spectrum_of_products(left, right, gram_a, gram_b, strict=True)
 
     def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         return left.expand(*batch, r, n)[index], right.expand(*batch, r, m)[index]
 
-    return spectrum_of_grams(gram_a, gram_b, min(n, r, m), entry)
+    return spectrum_of_grams(gram_a, gram_b, r, entry, strict=True)
 
 
 def unreadable(factor: Tensor) -> str:
     """Say why a factor has no spectrum; an empty string if it has one."""
-    if factor.device.type == "meta":
+    if factor.is_meta:
         return "is on the meta device, it has no data: load or initialize the weights first"
     if not factor.is_floating_point():
         return f"is {str(factor.dtype)[6:]}, not floating: dequantize it first"
@@ -196,31 +189,49 @@ def unreadable(factor: Tensor) -> str:
 
 
 def spectrum_of_grams(
-    gram_a: Tensor, gram_b: Tensor, rank: int, entry: Entry | None = None
+    gram_a: Tensor,
+    gram_b: Tensor,
+    rank: int,
+    entry: Entry | None = None,
+    strict: bool = False,
 ) -> ProductSpectrum:
     """Measure A B from A^T A and B B^T; entries that are not finite have NaN singular values.
 
-    ``entry`` gives the factors of those products that their Gram matrices do not determine.
+    ``entry`` gives the factors of those products that their Gram matrices do not determine;
+    ``strict`` refuses entries that are not finite.
     """
-    squares_a, squares_b = trace(gram_a), trace(gram_b)
-    product = squares_a * squares_b
-    if isfinite(product.sum()):  # one number, to look at it quickly
-        values = of_grams(gram_a, gram_b, product, entry)
+    r, size = gram_a.shape[-1], _norm(gram_a) * _norm(gram_b)
+    if isfinite(size):
+        values = of_grams(gram_a, gram_b, size, entry)
     else:  # LAPACK refuses what is not finite
-        finite = torch.isfinite(squares_a + squares_b)
-        kept_a = torch.where(finite[..., None, None], gram_a, 0.0)
-        kept_b = torch.where(finite[..., None, None], gram_b, 0.0)
-        values = of_grams(kept_a, kept_b, torch.where(finite, product, 0.0), entry)
-        values = torch.where(finite[..., None], values, torch.nan)
-    return ProductSpectrum(values[..., :rank], gram_a, gram_b)
+        finite = _finite(gram_a, gram_b, strict)[..., None, None]
+        kept_a, kept_b = torch.where(finite, gram_a, 0.0), torch.where(finite, gram_b, 0.0)
+        values = of_grams(kept_a, kept_b, _norm(kept_a) * _norm(kept_b), entry)
+        values = torch.where(finite[..., 0], values, torch.nan)
+    return ProductSpectrum(values[..., :rank] if rank < r else values, gram_a, gram_b)
+
+
+def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
+    """Give which entries of a batch are finite; refuse the others if strict."""
+    finite_a, finite_b = (torch.isfinite(trace(found)) for found in (gram_a, gram_b))
+    finite = finite_a & finite_b
+    if strict and not finite.all():
+        broken = "B" if finite_a.all() else "A"
+        raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
+    return finite
+
+
+def _norm(grams: Tensor) -> float:
+    """Give the Frobenius norm of a whole batch: no less than the norm of any of it."""
+    return torch.linalg.vector_norm(grams).item()
 
 
 def spectrum_of_products(
-    left: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor
+    left: Tensor, right: Tensor, gram_a: Tensor, gram_b: Tensor, strict: bool = False
 ) -> ProductSpectrum:
     """Measure A B by forming it, from A^T (..., r, n) and B (..., r, m): where r >= min(n, m)."""
     size = trace(gram_a) * trace(gram_b)
-    finite = torch.isfinite(trace(gram_a) + trace(gram_b))
+    finite = _finite(gram_a, gram_b, strict)
     product = double(left).mT @ double(right)
     if not finite.all():  # LAPACK refuses what is not finite
         product = torch.where(finite[..., None, None], product, 0.0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gram import double
+from .gram import double, times, trace
 
 __all__ = ["Entry", "of_grams", "of_matrix"]
 
@@ -38,28 +38,30 @@ def of_matrix(product: Tensor, scale: Tensor) -> Tensor:
     return torch.where((values[..., 0] > ROUNDING * scale)[..., None], values, 0.0)
 
 
-def of_grams(gram_a: Tensor, gram_b: Tensor, size: Tensor, entry: Entry | None) -> Tensor:
-    """Give the singular values of A B, |A|^2 |B|^2 = size: the fast way, and where it failed again.
+def of_grams(gram_a: Tensor, gram_b: Tensor, size: float, entry: Entry | None) -> Tensor:
+    """Give the singular values of A B: the fast way, and where it was too inexact again.
 
-    Eigenvalues of the squared core have the error EPS size, so that s_i has EPS size / s_i.
+    The eigenvalues of the squared core have the error EPS size, size >= |A^T A| |B B^T|, so that
+    s_i has EPS size / s_i: none is looked at singly where the smallest of all is large enough.
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
-    squares = torch.linalg.eigvalsh(lower.mT @ (gram_b @ lower))
-    if (squares[..., 0] > 1e-10 * size).all() and not failed.any():
+    squares = torch.linalg.eigvalsh(times(lower.mT, times(gram_b, lower)))
+    exact = squares.numel() and squares.min().item() > EPS / TRUSTED * size
+    if exact and failed.count_nonzero().item() == 0:
         return squares.flip(-1).sqrt_()
     values = squares.flip(-1).clamp_(min=0).sqrt_()
-    return _repaired(values, gram_a, gram_b, size.sqrt(), failed, entry)
+    return _repaired(values, gram_a, gram_b, failed, entry)
 
 
 def _repaired(
     values: Tensor,
     gram_a: Tensor,
     gram_b: Tensor,
-    size: Tensor,
     failed: Tensor,
     entry: Entry | None,
 ) -> Tensor:
     """Compute those singular values again that have lost too much."""
+    size = (trace(gram_a) * trace(gram_b)).sqrt()
     norms = torch.linalg.matrix_norm(gram_a) * torch.linalg.matrix_norm(gram_b)
     error = EPS * (norms[..., None] / values).sum(-1)
     exact = (error < TRUSTED * values.sum(-1)) & (failed == 0)
