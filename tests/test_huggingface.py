@@ -1,8 +1,10 @@
 """The Trainer: a small real model is trained, stopped, resumed, and compared with no stop."""
 
 import json
+import shlex
 import shutil
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -112,6 +114,29 @@ def test_the_decay_is_that_of_the_schedule_and_is_logged(tmp_path):
     assert logged[8]["absorbed_decay"] == pytest.approx(1e-2 * 0.5 * OFF)
     assert logged[8]["spectrum/ratio"] == pytest.approx(dict(control.measurements)[8].mean_ratio)
     assert [step for step, _ in control.measurements] == [0, 4, 8, 12]
+
+
+@dataclass
+class Script:
+    """What a script asks for beside TrainingArguments."""
+
+    decay: str = '{"kind": "Constant", "rate": 0.1}'
+
+
+def test_the_schedule_is_an_argument_of_the_script(tmp_path):
+    parser = transformers.HfArgumentParser((transformers.TrainingArguments, Script))
+    line = (
+        f"--output_dir {tmp_path} --max_steps {STEPS} --weight_decay 0.3 --report_to none"
+        f""" --use_cpu True --decay '{{"kind": "SwitchOff", "rate": 0.1, "at": {OFF}}}'"""
+    )
+    args, script = parser.parse_args_into_dataclasses(shlex.split(line))
+    made = transformers.Trainer(model(), args, train_dataset=Tokens())
+    control = control_decay(made, mf.schedule_from_dict(json.loads(script.decay)))
+    train(made)
+    rows = [(r["start"], r["stop"], r["decay"]) for r in control.scheduler.audit()
+            if r["group"] == "0"]  # fmt: skip
+    assert rows[-1] == (OFF, STEPS, 0.0)
+    assert {decay for start, _, decay in rows if start < OFF} == {0.1}
 
 
 def test_the_trainers_own_logs_are_all_there(tmp_path):

@@ -1,9 +1,12 @@
 """Schedules: rate and integral against quadrature, and what they refuse."""
 
+import argparse
 import copy
 import json
 import math
 import pickle
+import shlex
+from collections import UserDict, UserList
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from itertools import pairwise
@@ -335,6 +338,26 @@ def test_plain_values_as_a_file_has_them():
     assert found == mf.join([(mf.Linear(0, 0.1, 10), 10),
                              (mf.Cyclic(mf.Cosine(0.1, 0, 5), 5, 4), 20),
                              (mf.Constant(0), None)])  # fmt: skip
+
+
+def test_plain_values_as_a_command_line_has_them():
+    """As a shell cuts the line, in the form that docs/training.md shows."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--decay", type=json.loads)
+    line = """train.py --decay '{"kind": "SwitchOff", "rate": 0.1, "at": 600}'"""
+    args = parser.parse_args(shlex.split(line)[1:])
+    assert mf.schedule_from_dict(args.decay) == mf.SwitchOff(0.1, at=600)
+
+
+def test_plain_values_as_a_configuration_object_has_them():
+    """OmegaConf's mappings and lists, for one, are no dict and no list."""
+    part = UserDict(kind="Piecewise", times=UserList([10, 20]), rates=UserList([0.1, 0.05, 0]))
+    found = mf.schedule_from_dict(
+        UserDict(kind="join", starts=UserList([0, 30]), schedules=UserList([part, part]))
+    )
+    pieces = mf.Piecewise((10, 20), (0.1, 0.05, 0))
+    assert found == mf.join([(pieces, 30), (pieces, None)])
+    assert hash(found) == hash(mf.join([(pieces, 30), (pieces, None)]))
 
 
 KNOWN = "Constant, SwitchOff, Piecewise, Linear, Cosine, join, Cyclic"
