@@ -431,6 +431,21 @@ def test_layers_that_borrow_their_keys_are_listed():
     assert notes["value-output"].startswith("V is normalized: its scale is inert")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "kind", "inert"),
+    [
+        *(("muse_spark_text", "attention", True), ("muse_spark_vision", "attention", False)),
+        *(("gemma4_text", "value-output", True), ("gemma4_audio", "value-output", False)),
+    ],
+)
+def test_what_one_part_of_a_model_normalizes_is_not_said_of_another(model_type, kind, inert):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+    model.config = Config(model_type)
+    (pair,) = [p for p in SpectralTracker(model, values=True).pairs if p.kind == kind]
+    assert any("scale is inert" in note for note in pair.notes) == inert
+
+
 def test_a_scale_for_each_dimension_of_q_is_noted():
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 6), "k_proj": nn.Linear(8, 6)})
     model.per_dim_scale = nn.Parameter(torch.ones(6))

@@ -39,9 +39,12 @@ NORMS = (
     *("q_norm", "q_layernorm", "q_layer_norm", "q_ln", "norm_q", "qk_norm"),
     *("query_norm", "query_layernorm", "norm_query"),
 )
-# Q and K normalized without a weight; Swin V2, too, which has a logit_scale beside them.
-COSINE = {"yoso", "dory", "muse_glimmer", "muse_spark", "nanochat", "neomme"}
-V_NORMS = {"diffusion_gemma", "embedding_gemma2", "gemma3n", "gemma4", "gemma4_unified"}
+# By model_type, normalized without a weight: Q and K (Swin V2 has a logit_scale instead), and V.
+COSINE = {"yoso", "dory", "muse_glimmer_text", "muse_spark_text", "nanochat", "neomme"}
+V_NORMS = {
+    "diffusion_gemma_text", "embedding_gemma2_text", "gemma3n_text", "gemma4_text",
+    "gemma4_vision", "gemma4_unified_text",
+}  # fmt: skip
 SCALES = ("per_dim_scale", "scaling", "sqk")  # factors for the dimensions of Q, where they learn
 # Between K and the scores in linear attention: Kimi, OLMo Hybrid, Bailing, Inkling.
 CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d", "k_sconv.conv1d", "k_sconv")
@@ -250,7 +253,7 @@ def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
 def caveats(prefix: str, shapes: Shapes, facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Say what the forward does to Q, K and V beside projecting: of the scores, and of W_O W_V."""
     module = prefix.removesuffix(".")
-    kind = _family(facts.architecture(module))
+    kind = facts.architecture(module)
     scores = [
         f"{name} scales the dimensions of Q: it is left out"
         for name in SCALES
