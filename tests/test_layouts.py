@@ -446,6 +446,24 @@ def test_what_one_part_of_a_model_normalizes_is_not_said_of_another(model_type, 
     assert any("scale is inert" in note for note in pair.notes) == inert
 
 
+def test_the_clipped_projections_of_the_encoders_of_gemma_4():
+    tf = pytest.importorskip("transformers")
+    config = tf.Gemma4VisionConfig(**HALF, patch_size=4, position_embedding_size=4)
+    torch.manual_seed(0)
+    model = prepared(tf.Gemma4VisionModel(config))
+    module = model.get_submodule("encoder.layers.0.self_attn")
+    x, turn = torch.zeros(D, 1, D, dtype=torch.float64), torch.ones(D, 1, 8, dtype=torch.float64)
+    still = {"position_embeddings": (turn, 0 * turn), "position_ids": torch.zeros(D, 1, 2).long()}
+    q, k, out = forward(model, module, lambda _: module(hidden_states=x, **still))
+    tracker = SpectralTracker(model, level="head", match="attention")
+    assert tracker.pairs[0].notes[0] == "its clipping is left out"
+    k = k.repeat_interleave(2, 1)
+    for record, a, b in zip(tracker.measure().records, q.unbind(1), k.unbind(1), strict=True):
+        assert record.frobenius == pytest.approx((a @ b.T).norm().item())
+    (whole,) = SpectralTracker(model, match="value", values=True).measure().records
+    assert whole.frobenius == pytest.approx(out.norm().item())
+
+
 def test_a_scale_for_each_dimension_of_q_is_noted():
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 6), "k_proj": nn.Linear(8, 6)})
     model.per_dim_scale = nn.Parameter(torch.ones(6))

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .layouts import Projections, caveats, outputs, projections
+from .caveats import caveats
+from .layouts import Projections, outputs, projections
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]

@@ -14,7 +14,7 @@ from math import prod
 
 from .pairs import Factor, Facts, Shapes
 
-__all__ = ["NORMS", "Projections", "caveats", "outputs", "projections"]
+__all__ = ["Projections", "outputs", "projections"]
 
 SEPARATE = (  # query, key and value side by side in one module
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, ViT, CLIP, OPT, BART
@@ -35,17 +35,6 @@ OUTPUTS = (  # the projection of the heads' values, beside them
     *("o_proj", "out_proj", "dense", "o", "out_lin", "proj", "c_proj", "to_out.0", "to_out"),
     *("wo", "Wo", "W_o", "projection", "linear_out", "out", "attention_out"),
 )
-NORMS = (
-    *("q_norm", "q_layernorm", "q_layer_norm", "q_ln", "norm_q", "qk_norm"),
-    *("query_norm", "query_layernorm", "norm_query"),
-)
-# By model_type, normalized without a weight: Q and K (Swin V2 has a logit_scale instead), and V.
-COSINE = {"yoso", "dory", "muse_glimmer_text", "muse_spark_text", "nanochat", "neomme"}
-V_NORMS = {
-    "diffusion_gemma_text", "embedding_gemma2_text", "gemma3n_text", "gemma4_text",
-    "gemma4_vision", "gemma4_unified_text",
-}  # fmt: skip
-SCALES = ("per_dim_scale", "scaling", "sqk")  # factors for the dimensions of Q, where they learn
 # Between K and the scores in linear attention: Kimi, OLMo Hybrid, Bailing, Inkling.
 CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d", "k_sconv.conv1d", "k_sconv")
 
@@ -107,18 +96,19 @@ def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
 def separate(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """Q, K and V as Linear modules side by side, stored as (heads x width, in)."""
     for query, other, third in SEPARATE:
-        match = re.fullmatch(rf"((?:.*\.)?){query}\.weight", key)
+        match = re.fullmatch(rf"((?:.*\.)?){query}((?:\.linear)?\.weight)", key)
         if not match or len(shapes[key]) < 2:
             continue
-        if any(f"{match[1]}{name}.weight" in shapes for name in CONVOLUTIONS):
+        prefix, end = match.groups()  # Gemma 4's encoders keep a Linear between two bounds
+        if any(f"{prefix}{name}.weight" in shapes for name in CONVOLUTIONS):
             return "K passes a convolution over the tokens: the scores are no product with it"
-        if (partner := f"{match[1]}{other}.weight") in shapes:
-            value = f"{match[1]}{third}.weight"
+        if (partner := f"{prefix}{other}{end}") in shapes:
+            value = f"{prefix}{third}{end}"
             found = Factor(value) if value in shapes else None
-            return _ungated(
-                Projections(match[1], Factor(key), Factor(partner), found), facts, shapes
-            )
-        return _alone(match[1], query, shapes)
+            bounds = () if end == ".weight" else ("its clipping is left out",)
+            parts = Projections(prefix, Factor(key), Factor(partner), found, bounds)
+            return _ungated(parts, facts, shapes)
+        return _alone(prefix, query, shapes)
     return None
 
 
@@ -246,30 +236,9 @@ def interleaved(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
 def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
     """Give the weights that may project the heads' values: beside them, or as in BERT above."""
     above = prefix.removesuffix(".").rpartition(".")[0]
-    names = (*(f"{prefix}{name}" for name in OUTPUTS), f"{above}.output.dense".lstrip("."))
+    beside = (f"{prefix}{name}{end}" for name in OUTPUTS for end in ("", ".linear"))
+    names = (*beside, f"{above}.output.dense".lstrip("."))
     return (f"{name}.weight" for name in names if f"{name}.weight" in shapes)
-
-
-def caveats(prefix: str, shapes: Shapes, facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Say what the forward does to Q, K and V beside projecting: of the scores, and of W_O W_V."""
-    module = prefix.removesuffix(".")
-    kind = facts.architecture(module)
-    scores = [
-        f"{name} scales the dimensions of Q: it is left out"
-        for name in SCALES
-        if f"{prefix}{name}" in shapes
-    ]
-    if kind in COSINE or _has_norm(prefix, shapes) or facts.normalized(module):
-        scores.append("Q and K are normalized: their scale is inert, the norms mean nothing")
-    inert = "V is normalized: its scale is inert, the norms mean nothing"
-    return tuple(scores), (inert,) if kind in V_NORMS else ()
-
-
-def _has_norm(prefix: str, shapes: Shapes) -> bool:
-    """Whether a normalization of Q has a weight."""
-    ends = (".weight", ".norms.0.weight")
-    names = ("logit_scale", *(f"{norm}{end}" for norm in NORMS for end in ends))
-    return any(f"{prefix}{name}" in shapes for name in names)
 
 
 def _family(architecture: str) -> str:
