@@ -417,6 +417,13 @@ def test_linear_attention_over_a_convolution_is_refused_and_latent_attention_sai
         assert str(caught.value).count("\n") == 2
 
 
+def test_convolved_keys_of_zaya_are_refused():
+    tf = pytest.importorskip("transformers")
+    model = tf.ZayaModel(tf.ZayaConfig(**HALF | EXPERTS | {"num_experts_per_tok": 1}))
+    with pytest.raises(ValueError, match="K passes a convolution over the tokens"):
+        SpectralTracker(model)
+
+
 def test_layers_that_borrow_their_keys_are_listed():
     tf = pytest.importorskip("transformers")
     options = HALF | SHORT | GEMMA4 | {"num_hidden_layers": 4, "num_kv_shared_layers": 2}

@@ -35,8 +35,10 @@ OUTPUTS = (  # the projection of the heads' values, beside them
     *("o_proj", "out_proj", "dense", "o", "out_lin", "proj", "c_proj", "to_out.0", "to_out"),
     *("wo", "Wo", "W_o", "projection", "linear_out", "out", "attention_out"),
 )
-# Between K and the scores in linear attention: Kimi, OLMo Hybrid, Bailing, Inkling.
-CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d", "k_sconv.conv1d", "k_sconv")
+# Between K and the scores: Kimi, OLMo Hybrid, Bailing, Inkling, Zaya.
+CONVOLUTIONS = (
+    *("conv1d", "q_conv1d", "k_conv1d", "k_sconv.conv1d", "k_sconv", "conv_qk_depthwise"),
+)
 
 FUSED = ("c_attn", "att_proj", "qkv", "qkv_proj", "qkv_linear", "Wqkv", "to_qkv")
 BLOCKS = {  # architectures whose fused weight is [Q, K, V]; see `_family`
