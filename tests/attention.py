@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm)
+MATMUL, BMM = (torch.matmul, torch.Tensor.matmul), (torch.bmm, torch.Tensor.bmm)
 NORMS = (
     "q_norm",
     "k_norm",
@@ -19,6 +19,7 @@ NORMS = (
     "query_layernorm",
     "key_layernorm",
     "qk_norm",
+    "v_norm",
 )
 
 
@@ -41,21 +42,26 @@ class Meeting(TorchFunctionMode):
             elif func in (torch.baddbmm, torch.Tensor.baddbmm):
                 a, b = kwargs.get("batch1"), kwargs.get("batch2")
                 self.found = [args[1] if a is None else a, (args[2] if b is None else b).mT]
-            elif func in PRODUCTS and all(a.ndim >= 3 for a in args[:2]):
+            elif func is torch.einsum and args[0].startswith("bind,bjnd"):  # Funnel
+                self.found = [part.transpose(1, 2) for part in args[1:3]]
+            elif func in BMM or (func in MATMUL and all(a.ndim >= 4 for a in args[:2])):
                 self.found = [args[0], args[1].mT]
         return func(*args, **kwargs)
 
 
-def prepared(model):
-    """Random weights, no biases, and no normalization of q and k, which hides their size."""
+def prepared(model, norms=False):
+    """Random weights, no biases, and no normalization of q and k, which hides their size.
+
+    What does not train stays as it is: RoFormer's table of rotations is among the parameters.
+    """
     for module in list(model.modules()):
-        for norm in NORMS:
+        for norm in () if norms else NORMS:
             if isinstance(getattr(module, norm, None), nn.Module):
                 setattr(module, norm, nn.Identity())
     for name, weight in model.named_parameters():
         if "bias" in name:
             nn.init.zeros_(weight)
-        else:
+        elif weight.requires_grad:
             nn.init.normal_(weight, std=0.5)
     return model.double().eval()
 

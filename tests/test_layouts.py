@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from attention import forward, prepared
-from mirrorflow.spectrum import SpectralTracker
+from mirrorflow.spectrum import SpectralTracker, audit
+from mirrorflow.spectrum.configuration import heads
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -34,6 +35,24 @@ T5 = {"d_model": D, "d_kv": 5, "d_ff": 16, "num_layers": 1, "num_heads": HEADS, 
 XLM = {"emb_dim": D, "n_layers": 1, "n_heads": HEADS, "n_words": 40, "n_langs": 1}
 FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
 SEEN = {"image_size": 4, "patch_size": 4}
+CONV = {"head_ratio": 2, "embedding_size": D}  # half of the heads, of which a half is convolved
+EXPERTS = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16}
+GEMMA4 = {"global_head_dim": 12, "hidden_size_per_layer_input": 0, "num_hidden_layers": 2}
+SHORT = {"sliding_window": 8}
+WHISPER = {
+    "d_model": D, "encoder_layers": 1, "encoder_attention_heads": HEADS, "decoder_layers": 1,
+    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_attention_heads": HEADS, **WORDS,
+}  # fmt: skip
+SWIN = {"embed_dim": D, "depths": [1], "num_heads": [HEADS], "window_size": 1, **SEEN}
+CPM = {"dim_head": 6, "dim_ff": 16, "prompt_length": 1, **SMALL}
+FUNNEL = {
+    "d_model": D, "n_head": HEADS, "d_head": 6, "d_inner": 16, "block_sizes": [1], "vocab_size": 40,
+    "num_decoder_layers": 1, "separate_cls": False, "type_vocab_size": 2,
+}  # fmt: skip
+BARK = {
+    "hidden_size": D, "num_layers": 1, "num_heads": HEADS, "block_size": 16,
+    "input_vocab_size": 40, "output_vocab_size": 40,
+}  # fmt: skip
 
 # The names of the model and its configuration, its options, and the attention module.
 FAMILIES = {
@@ -48,7 +67,19 @@ FAMILIES = {
     "qwen2": ("Qwen2", GROUPED, "layers.0.self_attn"),
     "qwen3": ("Qwen3", HALF, "layers.0.self_attn"),
     "qwen3_next": ("Qwen3Next", HALF | {"layer_types": ["full_attention"]}, "layers.0.self_attn"),
+    "qwen3_moe": ("Qwen3Moe", HALF | EXPERTS, "layers.0.self_attn"),
     "gemma": ("Gemma", HALF, "layers.0.self_attn"),
+    "gemma2": ("Gemma2", HALF | SHORT, "layers.0.self_attn"),
+    "gemma3": ("Gemma3Text", HALF | SHORT, "layers.0.self_attn"),
+    "gemma4": ("Gemma4Text", HALF | SHORT | GEMMA4, "layers.0.self_attn"),
+    "gemma4 wide": ("Gemma4Text", HALF | SHORT | GEMMA4, "layers.1.self_attn"),
+    "gpt_oss": ("GptOss", HALF | EXPERTS | SHORT, "layers.0.self_attn"),
+    "olmo2": ("Olmo2", GROUPED, "layers.0.self_attn"),
+    "olmo3": ("Olmo3", GROUPED | SHORT, "layers.0.self_attn"),
+    "smollm3": ("SmolLM3", GROUPED, "layers.0.self_attn"),
+    "ministral": ("Ministral", HALF | SHORT, "layers.0.self_attn"),
+    "glm4": ("Glm4", HALF, "layers.0.self_attn"),
+    "cohere2": ("Cohere2", HALF | SHORT, "layers.0.self_attn"),
     "phi": ("Phi", PARTLY, "layers.0.self_attn"),
     "phi3": ("Phi3", GROUPED, "layers.0.self_attn"),
     "stablelm": ("StableLm", PARTLY | {"num_key_value_heads": 1}, "layers.0.self_attn"),
@@ -71,25 +102,41 @@ FAMILIES = {
     "dbrx": ("Dbrx", MPT | DBRX, "blocks.0.norm_attn_norm.attn"),
     "xlm": ("XLM", XLM, "attentions.0"),
     "ctrl": ("CTRL", GPT | {"dff": 16}, "h.0.multi_head_attention"),
+    "convbert": ("ConvBert", SMALL | CONV, "encoder.layer.0.attention.self"),
+    "roformer": ("RoFormer", SMALL, "encoder.layer.0.attention.self"),
+    "siglip": ("SiglipVision", SMALL | SEEN, "encoder.layers.0.self_attn"),
+    "swin": ("Swin", SWIN, "encoder.layers.0.blocks.0.attention"),
+    "cpmant": ("CpmAnt", CPM, "encoder.layers.0.self_att.self_attention"),
+    "bark": ("BarkSemantic", BARK, "layers.0.attn"),
+    "funnel": ("Funnel", FUNNEL, "encoder.blocks.0.0.attention"),
 }  # fmt: skip
 # The output is projected in the module around, has the residual added, is gated.
-OTHERWISE = ("bert", "deberta", "deberta_v2", "bloom", "qwen3_next")
+OTHERWISE = (
+    *("bert", "convbert", "roformer", "deberta", "deberta_v2", "bloom", "qwen3_next"),
+    *("gpt_oss", "funnel"),  # a sink takes a part of each head; a residual is added
+)
 
 
-def build(name):
+# Q and K are normalized without a module.
+COSINE = {
+    "yoso": ("Yoso", SMALL, "encoder.layer.0.attention.self"),
+    "swinv2": ("Swinv2", SWIN, "encoder.layers.0.blocks.0.attention.self"),
+}
+
+
+def build(name, norms=False):
     tf = pytest.importorskip("transformers")
-    family, options, path = FAMILIES[name]
+    family, options, path = {**FAMILIES, **COSINE}[name]
     model = getattr(tf, f"{'T5Encoder' if family == 'T5' else family}Model")
     torch.manual_seed(0)
-    return prepared(model(getattr(tf, f"{family}Config")(**options))), path
+    return prepared(model(getattr(tf, f"{family}Config")(**options)), norms), path
 
 
 def run(model):
-    """One token for each dimension of the input."""
-    if "Vi" in type(model).__name__:
-        model(torch.zeros(D, 3, 4, 4, dtype=torch.float64))
-    else:
-        model(torch.arange(10, 10 + D).unsqueeze(1))
+    """Give the output for one token for each dimension of the input."""
+    if "Vi" in type(model).__name__ or "Swin" in type(model).__name__:
+        return model(torch.zeros(D, 3, 4, 4, dtype=torch.float64))[0]
+    return model(torch.arange(10, 10 + D).unsqueeze(1))[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,6 +157,51 @@ def test_every_head_is_the_one_that_the_forward_of_the_model_uses(name):
         )
         factors.add(round(record.nuclear / values.sum().item(), 6))
     assert len(factors) == 1  # scores are scaled by one number, before or after they are formed
+
+
+def triple(model, pair):
+    """Make Q and K three times as large."""
+    for key in {pair.left.key, pair.right.key}:
+        model.get_parameter(key).data.mul_(3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_note_says_whether_the_scale_of_q_and_k_reaches_the_scores(name):
+    model, path = build(name, norms=True)
+    (pair,) = [p for p in SpectralTracker(model).pairs if p.name == path]
+    before = forward(model, model.get_submodule(path), run)
+    triple(model, pair)
+    after = forward(model, model.get_submodule(path), run)
+    growth = [(b.norm() / a.norm()).item() for a, b in zip(before[:2], after[:2], strict=True)]
+    inert = any("scale is inert" in note for note in pair.notes)
+    assert growth == pytest.approx([1 if inert else 3] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", COSINE)
+def test_a_normalization_of_q_and_k_without_a_module_is_noted(name):
+    model, path = build(name, norms=True)
+    (pair,) = SpectralTracker(model).pairs
+    assert pair.name == path and "scale is inert" in pair.notes[-1]
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad():
+            outputs.append(run(model))
+        triple(model, pair)
+    assert torch.allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of saving
+@pytest.mark.parametrize("name", {**FAMILIES, **COSINE})
+def test_a_saved_model_is_measured_as_in_memory(name, tmp_path):
+    model, _ = build(name, norms=True)
+    model.save_pretrained(tmp_path)
+    tracked = SpectralTracker(model, level="head").measure().records
+    read = audit(tmp_path, level="head").records
+
+    def known(records):
+        return sorted((round(r.ratio, 9), any("inert" in n for n in r.notes)) for r in records)
+
+    assert known(read) == known(tracked)
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in OTHERWISE])
@@ -264,6 +356,8 @@ class Config:
         ("wqkv", "", "order of the rows of wqkv is not known without the model"),
         ("query_key_value", "", "differs from model to model"),
         ("kv_b_proj", "deepseek_v3", "latent attention forms K through a norm"),
+        ("q_b_proj", "deepseek_v4", "latent attention forms Q through a norm"),
+        ("q_proj", "gemma4_text", "there is no K beside it: it is another layer's"),
     ],
 )
 def test_an_order_that_is_not_known_is_listed_with_the_reason(weight, model_type, reason):
@@ -307,7 +401,123 @@ def test_the_names_of_separate_projections(query, key):
     assert record.nuclear == pytest.approx(dense.sum().item()) and record.shape == (8, 6, 5)
 
 
-@pytest.mark.parametrize("weight", ["c_attn", "qkv", "qkv_proj", "Wqkv", "to_qkv"])
+def test_linear_attention_over_a_convolution_is_refused_and_latent_attention_said_once():
+    tf = pytest.importorskip("transformers")
+    linear = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    widths = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    model = tf.OlmoHybridModel(tf.OlmoHybridConfig(**GROUPED | linear | widths))
+    tracker = SpectralTracker(model)
+    assert [p.name for p in tracker.pairs] == ["layers.1.self_attn"]
+    ((name, reason),) = tracker.skipped
+    assert name == "layers.0.linear_attn.q_proj.weight" and "K passes a convolution" in reason
+    for rank in (8, None):  # with q_a and q_b, and with q_proj
+        config = tf.DeepseekV3Config(**SMALL, q_lora_rank=rank, kv_lora_rank=8)
+        with pytest.raises(ValueError, match="latent attention forms K") as caught:
+            SpectralTracker(tf.DeepseekV3Model(config))
+        assert str(caught.value).count("\n") == 2
+
+
+def test_convolved_keys_of_zaya_are_refused():
+    tf = pytest.importorskip("transformers")
+    model = tf.ZayaModel(tf.ZayaConfig(**HALF | EXPERTS | {"num_experts_per_tok": 1}))
+    with pytest.raises(ValueError, match="K passes a convolution over the tokens"):
+        SpectralTracker(model)
+
+
+def test_layers_that_borrow_their_keys_are_listed():
+    tf = pytest.importorskip("transformers")
+    options = HALF | SHORT | GEMMA4 | {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tf.Gemma4TextModel(tf.Gemma4TextConfig(**options, layer_types=kinds))
+    tracker = SpectralTracker(model, values=True)
+    assert {p.name for p in tracker.pairs} == {"layers.0.self_attn", "layers.1.self_attn"}
+    assert [name for name, _ in tracker.skipped] == [
+        f"layers.{i}.self_attn.q_proj.weight" for i in (2, 3)
+    ]
+    notes = {p.kind: p.notes[-1] for p in tracker.pairs}
+    assert notes["value-output"].startswith("V is normalized: its scale is inert")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "inert"),
+    [
+        *(("muse_spark_text", "attention", True), ("muse_spark_vision", "attention", False)),
+        *(("gemma4_text", "value-output", True), ("gemma4_audio", "value-output", False)),
+    ],
+)
+def test_what_one_part_of_a_model_normalizes_is_not_said_of_another(model_type, kind, inert):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+    model.config = Config(model_type)
+    (pair,) = [p for p in SpectralTracker(model, values=True).pairs if p.kind == kind]
+    assert any("scale is inert" in note for note in pair.notes) == inert
+
+
+def test_the_clipped_projections_of_the_encoders_of_gemma_4():
+    tf = pytest.importorskip("transformers")
+    config = tf.Gemma4VisionConfig(**HALF, patch_size=4, position_embedding_size=4)
+    torch.manual_seed(0)
+    model = prepared(tf.Gemma4VisionModel(config))
+    module = model.get_submodule("encoder.layers.0.self_attn")
+    x, turn = torch.zeros(D, 1, D, dtype=torch.float64), torch.ones(D, 1, 8, dtype=torch.float64)
+    still = {"position_embeddings": (turn, 0 * turn), "position_ids": torch.zeros(D, 1, 2).long()}
+    q, k, out = forward(model, module, lambda _: module(hidden_states=x, **still))
+    tracker = SpectralTracker(model, level="head", match="attention")
+    assert tracker.pairs[0].notes[0] == "its clipping is left out"
+    k = k.repeat_interleave(2, 1)
+    for record, a, b in zip(tracker.measure().records, q.unbind(1), k.unbind(1), strict=True):
+        assert record.frobenius == pytest.approx((a @ b.T).norm().item())
+    (whole,) = SpectralTracker(model, match="value", values=True).measure().records
+    assert whole.frobenius == pytest.approx(out.norm().item())
+
+
+def test_a_scale_for_each_dimension_of_q_is_noted():
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 6), "k_proj": nn.Linear(8, 6)})
+    model.per_dim_scale = nn.Parameter(torch.ones(6))
+    (pair,) = SpectralTracker(model).pairs
+    assert pair.notes == ("per_dim_scale scales the dimensions of Q: it is left out",)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "expected"),
+    [
+        ({"hidden_size": 32, "num_attention_heads": 4}, "layers.0.self_attn", (4, 8)),
+        ({"n_embd": 32, "n_head": 4, "head_dim": 5}, "h.0.attn", (4, 5)),
+        ({"embed_dim": 16, "hidden_size": 64, "num_heads": 4}, "blocks.0.attn", (4, 4)),
+        ({"hidden_size": 32, "num_attention_heads": 4, "head_ratio": 2}, "x.self", (2, None)),
+        ({"num_heads": [2, 4], "embed_dim": 8}, "encoder.layers.1.blocks.0.attention", (4, None)),
+        ({"decoder_attention_heads": 3, "num_attention_heads": 4}, "decoder.0", (3, None)),
+        ({"num_decoder_attention_heads": 3}, "decoder.layers.0.cross_attn", (3, None)),
+        ({"num_heads": 4, "vision_config": {"num_heads": 2}}, "visual.blocks.0.attn", (2, None)),
+        ({"decoder_config": {"num_heads": 2}, "encoder_config": {"num_heads": 3}},
+         "decoder.layers.0.encoder_attn", (2, None)),
+        ({"thinker_config": {"text_config": {"n_heads": 2}}}, "thinker.model.h.0", (2, None)),
+        ({"n_heads": 4, "attn_config": {"kv_n_heads": 2}}, "h.0.attn", (4, None)),
+    ],
+)  # fmt: skip
+def test_heads_are_read_from_the_part_of_a_configuration_that_is_meant(config, module, expected):
+    assert heads(config, module) == expected
+
+
+def test_wider_layers_of_gemma_are_read_from_either_form_of_its_configuration():
+    base = {"num_attention_heads": 8, "head_dim": 256}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 512}
+    for config in ({**base, **kinds}, {**base, "per_layer_config": {"1": {"head_dim": 512}}}):
+        assert heads(config, "model.layers.0.self_attn") == (8, 256)
+        assert heads(config, "model.layers.1.self_attn") == (8, 512)
+
+
+def test_a_number_of_heads_that_contradicts_the_shapes_is_not_used(tmp_path):
+    files = pytest.importorskip("safetensors.torch")
+    weights = {f"{part}_proj.weight": torch.randn(48, 32) for part in "qk"}
+    files.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "num_attention_heads": 4}')
+    assert len(audit(tmp_path).records) == 1
+    with pytest.raises(ValueError, match="the number of heads is unknown; level='layer' needs"):
+        audit(tmp_path, level="head")
+
+
+@pytest.mark.parametrize("weight", ["c_attn", "att_proj", "qkv", "qkv_proj", "Wqkv", "to_qkv"])
 def test_the_names_of_fused_projections(weight):
     model = nn.ModuleDict({weight: nn.Linear(8, 24)})
     (record,) = SpectralTracker(model).measure().records

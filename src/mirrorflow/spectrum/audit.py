@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .configuration import heads, part_of
 from .finding import find
 from .measurement import measure
 from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
@@ -19,12 +20,6 @@ from .shards import Rows
 
 __all__ = ["audit"]
 
-COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-WIDTHS = ("head_dim", "d_kv")
-PARTS = {  # of config.json, and in which modules' names
-    "vision_config": ("vision", "visual"),
-    "audio_config": ("audio",),
-}
 READABLE = ("F64", "F32", "F16", "BF16")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -140,24 +135,13 @@ class Checkpoint:
 
     def heads(self, module: str) -> tuple[int | None, int | None]:
         """Read the number of heads and their width from config.json."""
-        config = self._part(module)
-        side = "decoder" if "decoder" in module else "encoder"
-        counts = (f"{side}_attention_heads", *COUNTS)
-        return _integer(config, counts), _integer(config, WIDTHS)
-
-    def _part(self, module: str) -> Mapping[str, Any]:
-        """Give the part of config.json that is about a module."""
-        config = self._config
-        for part, names in PARTS.items():
-            if any(name in module for name in names) and isinstance(config.get(part), dict):
-                return config[part]
-        if any(key in config for key in COUNTS):
-            return config
-        return config.get("text_config") or config
+        return heads(self._config, module)
 
     def architecture(self, module: str) -> str:
         """Read the model_type from config.json, or timm's name of the model."""
-        found = str(self._part(module).get("model_type") or self._config.get("model_type") or "")
+        found = str(
+            part_of(self._config, module).get("model_type") or self._config.get("model_type") or ""
+        )
         timm = self._config.get("architecture")
         return found or (f"timm/{timm}" if timm else "")
 
@@ -167,7 +151,7 @@ class Checkpoint:
 
     def normalized(self, module: str) -> bool:
         """Whether Llama 4 normalizes Q and K, in the layers that have rotary embeddings."""
-        config = self._part(module)
+        config = part_of(self._config, module)
         layer = re.search(r"layers\.(\d+)\.", f"{module}.")
         rotary = config.get("no_rope_layers") or []  # 1 where there are some
         turned = layer is None or int(layer[1]) >= len(rotary) or rotary[int(layer[1])]
@@ -269,15 +253,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: an object is needed")
     return content
-
-
-def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    """Give the first entry that is a positive integer."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

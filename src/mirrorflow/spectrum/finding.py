@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .layouts import Projections, normalized, outputs, projections
+from .caveats import caveats
+from .layouts import Projections, outputs, projections
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
@@ -117,7 +118,7 @@ def attention(key: str, shapes: Shapes, facts: Facts, values: bool) -> Iterator[
     scores = found if isinstance(found, str) else _scores(found, shapes, facts)
     yield scores
     if values and isinstance(found, Projections) and isinstance(scores, Pair):
-        yield _values(found, scores, shapes)
+        yield _values(found, scores, shapes, facts)
 
 
 def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
@@ -130,14 +131,13 @@ def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
     heads, key_heads = _divide(queries, keys, *facts.heads(module))
     if queries != keys and heads is None:
         return f"Q has {queries} rows, K has {keys}, and the number of heads is unknown"
-    notes = [*found.notes, *_shared(heads, key_heads)]
-    if normalized(found.prefix, shapes, facts):
-        notes.append("Q and K are normalized: their scale is inert, the norms mean nothing")
+    told, _ = caveats(found.prefix, shapes, facts)
+    notes = (*found.notes, *_shared(heads, key_heads), *told)
     name, shape = module or "attention", (n, queries, m)
-    return Pair(name, "attention", left, right, shape, heads, key_heads, notes=tuple(notes))
+    return Pair(name, "attention", left, right, shape, heads, key_heads, notes=notes)
 
 
-def _values(found: Projections, scores: Pair, shapes: Shapes) -> Pair | str:
+def _values(found: Projections, scores: Pair, shapes: Shapes, facts: Facts) -> Pair | str:
     """Pair W_O and W_V: the product W_O W_V of the stored (out, in) weights, as heads apply it."""
     value = found.value
     if value is None or not _matrix(value, shapes):
@@ -152,7 +152,8 @@ def _values(found: Projections, scores: Pair, shapes: Shapes) -> Pair | str:
         if not heads or not key_heads or r % heads or rows * heads != r * key_heads:
             heads = key_heads = None
         if heads or r == rows:
-            notes = (*found.notes, *_shared(heads, key_heads))
+            _, told = caveats(found.prefix, shapes, facts)
+            notes = (*found.notes, *_shared(heads, key_heads), *told)
             shape = (n, r, m)
             return Pair(
                 scores.name, "value-output", left, value, shape, heads, key_heads, notes=notes
@@ -173,7 +174,9 @@ def _shared(heads: int | None, key_heads: int | None) -> tuple[str, ...]:
 def _divide(
     queries: int, keys: int, count: int | None, width: int | None
 ) -> tuple[int | None, int | None]:
-    """Give the numbers of query and key heads, if both follow."""
+    """Give the numbers of query and key heads, if both follow and nothing contradicts them."""
+    if count and width and count * width != queries:
+        return None, None  # the facts are another layer's, or another part's
     if not width:
         width = queries // count if count and queries % count == 0 else None
     if not width or queries % width or keys % width or queries % keys:

@@ -14,7 +14,7 @@ from math import prod
 
 from .pairs import Factor, Facts, Shapes
 
-__all__ = ["NORMS", "Projections", "normalized", "outputs", "projections"]
+__all__ = ["Projections", "outputs", "projections"]
 
 SEPARATE = (  # query, key and value side by side in one module
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, ViT, CLIP, OPT, BART
@@ -28,29 +28,40 @@ SEPARATE = (  # query, key and value side by side in one module
     ("W_q", "W_k", "W_v"),  # Dive into Deep Learning
     ("c_q", "c_k", "c_v"),  # nanochat
     ("linear_q", "linear_k", "linear_v"),  # ESPnet, Conformers
+    ("project_q", "project_k", "project_v"),  # CPM-Ant
+    ("q_head", "k_head", "v_head"),  # Funnel
 )
 OUTPUTS = (  # the projection of the heads' values, beside them
     *("o_proj", "out_proj", "dense", "o", "out_lin", "proj", "c_proj", "to_out.0", "to_out"),
-    *("wo", "Wo", "W_o", "projection", "linear_out", "out"),
+    *("wo", "Wo", "W_o", "projection", "linear_out", "out", "attention_out"),
 )
-NORMS = (
-    *("q_norm", "q_layernorm", "q_layer_norm", "q_ln", "norm_q", "qk_norm"),
-    *("query_norm", "query_layernorm", "norm_query"),
+# Between K and the scores: Kimi, OLMo Hybrid, Bailing, Inkling, Zaya.
+CONVOLUTIONS = (
+    *("conv1d", "q_conv1d", "k_conv1d", "k_sconv.conv1d", "k_sconv", "conv_qk_depthwise"),
 )
 
-FUSED = ("c_attn", "qkv", "qkv_proj", "qkv_linear", "Wqkv", "to_qkv")
+FUSED = ("c_attn", "att_proj", "qkv", "qkv_proj", "qkv_linear", "Wqkv", "to_qkv")
 BLOCKS = {  # architectures whose fused weight is [Q, K, V]; see `_family`
-    "gpt2", "imagegpt", "decision_transformer", "openai_gpt", "blip", "blip_2", "instructblip",
-    "instructblipvideo", "cohere_compass", "dbrx", "deepseek_ocr2_sam", "dots3_note",
-    "ernie4_5_vl_moe", "exaone4_5", "florence", "florence2", "glm4v", "glm4v_moe", "glm5_next",
-    "glm_image", "glm_ocr", "got_ocr2", "hiera", "layoutlmv2", "mgp_str", "modernbert", "mpt",
-    "phi3", "phi4_multimodal", "pp_formulanet", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec",
+    "gpt2", "imagegpt", "decision_transformer", "openai_gpt", "semantic", "coarse_acoustics",
+    "fine_acoustics", "gte", "jina_embeddings_v3", "nomic_bert", "radio", "qianfan_ocr",
+    "tipsv2", "unlimited_ocr", "blip", "blip_2", "instructblip", "instructblipvideo",
+    "cohere_compass", "dbrx", "deepseek_ocr2_sam", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
+    "florence", "florence2", "glm4v", "glm4v_moe", "glm5_next", "glm_image", "glm_ocr",
+    "got_ocr2", "hiera", "layoutlmv2", "mgp_str", "modernbert", "mpt", "phi3",
+    "phi4_multimodal", "pp_formulanet", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec",
     "pp_ocrv6_small_rec", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
     "qwen3_5_moe", "qwen3_omni_moe", "qwen4_exp", "sam", "sam2", "sam2_hiera_det", "sam_hq",
     "seggpt", "slanext", "timesformer", "timm", "timm_backbone", "timm_wrapper",
     "unlimited_ocr_sam", "vitdet",
 }  # fmt: skip
-GROUPED = {"dbrx", "exaone4_5", "gpt_bigcode", "phi3", "phi4_multimodal"}  # fewer key heads
+GROUPED = {
+    "dbrx",
+    "exaone4_5",
+    "gpt_bigcode",
+    "molmo2",
+    "phi3",
+    "phi4_multimodal",
+}  # fewer key heads
 # For each key head: the query heads that share it, itself, its value head.
 INTERLEAVED = {"bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"}
 GATED = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp"}  # each head: query, gate
@@ -76,6 +87,8 @@ def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
     """Find the projections that begin at a weight; a reason if it is one of an unknown order."""
     if key.endswith(".kv_b_proj.weight"):
         return "latent attention forms K through a norm: it is no product of two factors"
+    if key.endswith(".q_b_proj.weight") and key.replace(".q_b_", ".kv_b_") not in shapes:
+        return "latent attention forms Q through a norm: it is no product of two factors"
     for family in (separate, fused, multihead, interleaved):
         if found := family(key, shapes, facts):
             return found
@@ -85,14 +98,29 @@ def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
 def separate(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """Q, K and V as Linear modules side by side, stored as (heads x width, in)."""
     for query, other, third in SEPARATE:
-        match = re.fullmatch(rf"((?:.*\.)?){query}\.weight", key)
-        if match and (partner := f"{match[1]}{other}.weight") in shapes:
-            value = f"{match[1]}{third}.weight"
+        match = re.fullmatch(rf"((?:.*\.)?){query}((?:\.linear)?\.weight)", key)
+        if not match or len(shapes[key]) < 2:
+            continue
+        prefix, end = match.groups()  # Gemma 4's encoders keep a Linear between two bounds
+        if any(f"{prefix}{name}.weight" in shapes for name in CONVOLUTIONS):
+            return "K passes a convolution over the tokens: the scores are no product with it"
+        if (partner := f"{prefix}{other}{end}") in shapes:
+            value = f"{prefix}{third}{end}"
             found = Factor(value) if value in shapes else None
-            return _ungated(
-                Projections(match[1], Factor(key), Factor(partner), found), facts, shapes
-            )
+            bounds = () if end == ".weight" else ("its clipping is left out",)
+            parts = Projections(prefix, Factor(key), Factor(partner), found, bounds)
+            return _ungated(parts, facts, shapes)
+        return _alone(prefix, query, shapes)
     return None
+
+
+def _alone(prefix: str, query: str, shapes: Shapes) -> str | None:
+    """Say what became of K, where it has no weight of its own beside that of Q."""
+    if query in ("q", "query") or f"{prefix}kv_b_proj.weight" in shapes:
+        return None  # maybe no projection; latent attention, whose K says so
+    return (
+        "there is no K beside it: it is another layer's, in one weight with V, or called otherwise"
+    )
 
 
 def _ungated(found: Projections, facts: Facts, shapes: Shapes) -> Projections | str:
@@ -210,15 +238,9 @@ def interleaved(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
 def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
     """Give the weights that may project the heads' values: beside them, or as in BERT above."""
     above = prefix.removesuffix(".").rpartition(".")[0]
-    names = (*(f"{prefix}{name}" for name in OUTPUTS), f"{above}.output.dense".lstrip("."))
+    beside = (f"{prefix}{name}{end}" for name in OUTPUTS for end in ("", ".linear"))
+    names = (*beside, f"{above}.output.dense".lstrip("."))
     return (f"{name}.weight" for name in names if f"{name}.weight" in shapes)
-
-
-def normalized(prefix: str, shapes: Shapes, facts: Facts) -> bool:
-    """Whether Q and K are normalized before they meet."""
-    ends = (".weight", ".norms.0.weight")
-    known = any(f"{prefix}{norm}{end}" in shapes for norm in NORMS for end in ends)
-    return known or facts.normalized(prefix.removesuffix("."))
 
 
 def _family(architecture: str) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from .caveats import NORMS
 from .finding import find
-from .layouts import NORMS
 from .measurement import measure
 from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
 from .product import unreadable
