@@ -102,6 +102,12 @@ def check_decay(optimizer: Optimizer, targets: Sequence[Target], decoupled: bool
 def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
     """Raise where the decay cannot be taken out of what the optimizer remembers."""
     for target, kind in zip(targets, kinds, strict=True):
+        if target.schedule is not None and kind == "averaged":
+            raise ValueError(
+                "exact_off takes L2 out of the momentum of torch.optim.SGD, and "
+                f"{type(optimizer).__name__} moves the weights to copies or averages that it keeps "
+                "of them, which have absorbed the decay, too: leave exact_off out"
+            )
         if target.schedule is not None and kind in ("coupled", "unknown"):
             raise ValueError(
                 f"exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in "
@@ -127,7 +133,7 @@ def warn_if_coupled(
     name = type(optimizer).__name__
     found = set()
     for target, kind in zip(targets, kinds, strict=True):
-        if target.schedule is None or kind in ("decoupled", "fixed", "scaled"):
+        if target.schedule is None or kind not in _ADVICE:
             continue
         if kind == "sgd" and exact_off:
             continue
@@ -151,6 +157,6 @@ _ADVICE = {
     ),
     "unknown": (
         "how {name} decays could not be found out, so `accumulated` is NaN: say it with "
-        'coupling="decoupled", "fixed", "scaled" or "coupled", or use decoupled=True'
+        'coupling="decoupled", "fixed", "scaled", "averaged" or "coupled", or use decoupled=True'
     ),
 }

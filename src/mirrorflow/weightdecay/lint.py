@@ -28,8 +28,8 @@ class Finding:
     Attributes
     ----------
     code : str
-        Its name: zero-decay, overwritten, coupled, unknown-coupling, numpy-scalar,
-        frozen-in-graph, unscheduled, double-stepping, decayed-vectors.
+        Its name: zero-decay, overwritten, coupled, averaged, unknown-coupling,
+        numpy-scalar, frozen-in-graph, unscheduled, double-stepping, decayed-vectors.
     group : int or None
         The parameter group, or None for all of them.
     message, remedy : str
@@ -184,6 +184,13 @@ def _of_kind(i: int, group: Mapping[str, Any], kind: str) -> Iterable[Finding]:
         yield Finding(
             "coupled", i, "the decay is added to the gradient and lives on in the moments",
             "Use AdamW, or WeightDecayScheduler(..., decoupled=True), or exact_off=True for SGD",
+        )  # fmt: skip
+    elif kind == "averaged":
+        yield Finding(
+            "averaged", i, "the weights follow copies or averages that the optimizer keeps of them",
+            "Schedule its own decay, as decoupled=True would be undone; what has come in reaches "
+            "the weights after it is 0, too",
+            level="note",
         )  # fmt: skip
     elif kind == "unknown":
         yield Finding(

@@ -66,7 +66,8 @@ class WeightDecayScheduler:
     coupling : str, optional
         How the optimizer's decay acts, where trying it on a small weight fails: "decoupled", the
         weights shrink by lr x decay; "fixed", by the decay; "scaled", by a step size of its own
-        times the decay; "sgd", as in torch.optim.SGD; "coupled", in a rescaled gradient.
+        times the decay; "sgd", as in torch.optim.SGD; "coupled", in a rescaled gradient;
+        "averaged", on what the weights are an average of.
     on_change : {"warn", "error", "program"}
         What to do about a checkpoint that was written with another schedule, or with another decay
         of groups where that is what is multiplied: the schedule is always that of the program, the

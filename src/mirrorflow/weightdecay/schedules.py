@@ -28,8 +28,7 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
         if isinstance(target.schedule, OffAtBudget) and kind not in COUNTED:
             raise ValueError(
                 f"OffAtBudget counts lr x decay, and no such sum describes the decay of "
-                f"{type(optimizer).__name__}, which is {kind}: decoupled=True decays from outside, "
-                "and is counted"
+                f"{type(optimizer).__name__}, which is {kind}: {_INSTEAD.get(kind, _OUTSIDE)}"
             )
     for schedule in {id(t.schedule): t.schedule for t in targets}.values():
         points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
@@ -40,6 +39,13 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
                 "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
                 stacklevel=4,
             )
+
+
+_OUTSIDE = "decoupled=True decays from outside, and is counted"
+_INSTEAD = {
+    "scaled": f'convention="fixed", {_OUTSIDE}',
+    "averaged": "SwitchOff(rate, at=...) is off at a step, OffWhenLevel when a measurement is level",
+}
 
 
 def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
