@@ -14,7 +14,7 @@ from .coverage import Plan
 from .fingerprint import Fingerprints
 from .imprint import cleared, undone_if_it_fails
 from .momentum import forget
-from .schedules import check_schedules
+from .schedules import check_schedules, over
 from .selection import Rule, Target, rules
 from .stepping import Stepping
 
@@ -258,6 +258,7 @@ class WeightDecayScheduler:
             handle.remove()
         cleared(self.optimizer.param_groups)
         forget(self.optimizer)
+        over(self.targets)
 
     def __enter__(self) -> Self:
         """Close at the end of a with block."""

@@ -13,7 +13,7 @@ from .feedback import Feedback, OffAtBudget
 from .ledger import Entry
 from .selection import Target
 
-__all__ = ["check_schedules", "tell"]
+__all__ = ["check_schedules", "over", "tell"]
 
 
 def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
 _OUTSIDE = "decoupled=True decays from outside, and is counted"
 _INSTEAD = {
     "scaled": f'convention="fixed", {_OUTSIDE}',
-    "averaged": "SwitchOff(rate, at=...) is off at a step, OffWhenLevel when a measurement is level",
+    "averaged": "SwitchOff(rate, at=...) is off at a step, OffWhenLevel by a measurement",
 }
 
 
@@ -60,3 +60,10 @@ def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
             loop.acts_at(step)
         elif loop.current and loop.spent_by(most):
             loop.update(step, most)
+
+
+def over(targets: Iterable[Target]) -> None:
+    """Tell the loops that the run is over."""
+    loops = [t.schedule for t in targets if isinstance(t.schedule, Feedback)]
+    for loop in {id(loop): loop for loop in loops}.values():
+        loop.over()
