@@ -120,7 +120,7 @@ def _step(
     """Let the twin take a step."""
     twin.param_groups[0]["weight_decay"] = decay
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         weight.grad = gradient.clone()
         return weight.new_zeros(())
 
