@@ -232,6 +232,13 @@ def test_decay_from_outside_is_refused_where_it_would_be_another(make, message):
     assert set(optimizer.param_groups[0]) == before
 
 
+def test_without_a_decay_of_its_own_there_is_nothing_to_multiply():
+    """The advice to make the optimizer with a weight_decay would be none."""
+    with pytest.raises(ValueError, match=r"NoLR has no weight_decay: with relative=False"):
+        options = {"decoupled": True, "convention": "fixed"}
+        WeightDecayScheduler(NoLR(weights()), OFF, relative=True, **options)
+
+
 @pytest.mark.parametrize("make", [OwnStep, Relative, NoLR])
 def test_a_rate_that_acts_itself_needs_no_learning_rate(make):
     w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))

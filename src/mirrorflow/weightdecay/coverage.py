@@ -44,6 +44,9 @@ class Plan:
     def __post_init__(self) -> None:
         """Raise unless all of it can be done."""
         check_schedule(self.schedule, optional=True)
+        for name in ("relative", "decoupled", "exact_off"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.convention is not None:
             one_of("convention", self.convention, CONVENTIONS)
         if self.coupling is not None:

@@ -12,6 +12,7 @@ import torch
 
 from ..schedule import Constant
 from .checks import inner
+from .choosing import names_of
 from .coupling import coupling
 from .scheduler import WeightDecayScheduler
 
@@ -94,7 +95,7 @@ def lint(
     """
     optimizer = inner(optimizer)
     _check_scheduler(optimizer, scheduler)
-    groups = optimizer.param_groups
+    groups, names = optimizer.param_groups, names_of(model)
     kinds = {i: coupling(optimizer, g) for i, g in enumerate(groups) if decay_of(g, i) > 0}
     if scheduler is not None and scheduler.exact_off:  # it ends as if it had not been coupled
         kinds = {i: kind for i, kind in kinds.items() if kind != "sgd"}
@@ -102,8 +103,7 @@ def lint(
     overwritten = {finding.group for finding in found if finding.code == "overwritten"}
     return [
         *found,
-        *_vectors(groups, {id(p): n for n, p in model.named_parameters()} if model else {},
-                  leave_out=overwritten),
+        *_vectors(groups, names, leave_out=overwritten),
         *_scheduled(groups, scheduler),
         *_double_stepping(optimizer, scheduler),
     ]  # fmt: skip

@@ -145,7 +145,7 @@ class WeightDecayScheduler:
         coverage.warn_if_unused(self.optimizer)
         coverage.update(self.optimizer, self.account)
         kinds = [entry.kind for entry in self.account.entries]
-        check_decay(self.optimizer, self.targets, self.decoupled)
+        check_decay(self.optimizer, self.targets, self.decoupled, self.plan.relative)
         check_schedules(self.optimizer, self.targets, kinds)
         if self.exact_off:
             check_exact_off(self.optimizer, self.targets, kinds)
