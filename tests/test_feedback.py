@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -382,6 +383,40 @@ def test_times_in_steps_are_not_questioned(schedule):
     mf.WeightDecayScheduler(optimizer, schedule)  # a warning would be an error
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("make", [
+    lambda: mf.OffWhenLevel(0.1, window=2), lambda: mf.OffBelow(0.1, 2.0),
+    lambda: mf.OffAtBudget(0.1, 2.0), lambda: mf.HoldRatio(2.0, 0.1, gain=1.0),
+])  # fmt: skip
+def test_what_is_infinite_decides_nothing(make, value):
+    """A loss that has overflowed has not levelled off, and has not reached a target."""
+    loop = make()
+    loop.update(0, 1.9 if isinstance(loop, mf.OffAtBudget) else 2.1)
+    before = loop.memory()
+    for step in range(1, 5):
+        loop.update(step, value)
+    assert loop.memory() == before and loop.log[-1]["reason"] == "not finite"
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.5), np.float32(2.5), torch.tensor([[2.5]])])
+def test_the_log_is_of_plain_numbers(value):
+    loop = mf.OffBelow(0.1, 2.0)
+    loop.update(1, value)
+    assert json.loads(json.dumps(loop.state_dict())) == loop.state_dict()
+    assert type(loop.log[0]["value"]) is float
+
+
+@pytest.mark.parametrize("value", [None, "high", torch.ones(2), []])
+def test_what_is_no_number_is_named(value):
+    for make in (lambda: mf.OffBelow(0.1, 2.0), lambda: mf.HoldRatio(2.0, 0.1, gain=1.0)):
+        with pytest.raises(TypeError, match="value must be a number, got"):
+            make().update(0, value)
+    with pytest.raises(TypeError, match="rate must be a number, got"):
+        mf.OffBelow(value, 2.0)
+    with pytest.raises(TypeError, match=r"bounds are the lowest and the highest rate, got 0\.5"):
+        mf.HoldRatio(2.0, 0.1, gain=1.0, bounds=0.5)
+
+
 def test_below_is_reached_and_for_good():
     loop = mf.OffBelow(0.1, target=2.0)
     values = [3.0, math.nan, 2.001, 2.0, 5.0, 1.0]
@@ -424,6 +459,10 @@ def test_a_stopped_loop_continues_as_if_it_had_not_stopped(loop):
         (lambda: mf.OffBelow(0.1, math.nan), "target"),
         (lambda: mf.OffBelow(-0.1, 2.0), "rate"),
         (lambda: mf.HoldRatio(3.0, 0.1, 1.0).update(0, -1.0), "value"),
+        (lambda: mf.HoldRatio(3.0, 0.1, 1.0, bounds=(0.5, 0.1)), "lowest rate .* in this order"),
+        (lambda: mf.HoldRatio(3.0, 0.1, 1.0, patience=2.5), "patience must be a whole number"),
+        (lambda: mf.OffWhenLevel(0.1, window=2.5), "window must be a whole number"),
+        (lambda: mf.OffWhenLevel(0.1, earliest=1.7), "earliest must be a whole number"),
     ],
 )
 def test_bad_settings_are_named(make, said):

@@ -233,7 +233,7 @@ def test_a_switch_is_true_or_false(option):
     optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
     with pytest.raises(TypeError, match=f"{option} must be True or False, got 1000"):
         WeightDecayScheduler(optimizer, FALL, **{option: 1000})
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got a str"):
+    with pytest.raises(TypeError, match="got a str"):
         WeightDecayScheduler(optimizer, FALL, model="net")
 
 

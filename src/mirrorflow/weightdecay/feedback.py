@@ -14,7 +14,7 @@ from typing import Any
 
 from .unfed import Unfed
 
-__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "number"]
+__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "count", "number"]
 
 
 class Feedback(ABC):
@@ -48,12 +48,16 @@ class Feedback(ABC):
         step : int
             The optimizer step it belongs to.
         value : float
-            What was measured. NaN (a product that is still 0) changes nothing, and is logged.
+            What was measured. NaN (a product that is still 0), or what is infinite, changes
+            nothing, and is logged.
         """
+        value = _float("value", value)
         if math.isnan(value):
             reason = "nothing to measure"
+        elif math.isinf(value):
+            reason = "not finite"
         else:
-            self.current, reason = self._decide(float(value))
+            self.current, reason = self._decide(value)
         self.log.append({"step": step, "value": value, "rate": self.current, "reason": reason})
         if self._unfed:
             self._unfed.fed()
@@ -152,8 +156,8 @@ class OffWhenLevel(Feedback):
 
     def __init__(self, rate: float, window: int = 5, tol: float = 0.01, earliest: int = 0) -> None:
         super().__init__(rate)
-        self.window = int(number("window", window, 2.0))
-        self.tol, self.earliest = number("tol", tol, 0.0), int(number("earliest", earliest, 0.0))
+        self.window = count("window", window, 2)
+        self.tol, self.earliest = number("tol", tol, 0.0), count("earliest", earliest, 0)
         self._count = 0  # how many were measured
         self._last: tuple[float, ...] = ()  # and the last of them
 
@@ -247,9 +251,25 @@ class OffAtBudget(Feedback):
 
 def number(name: str, value: Any, low: float, strict: bool = False) -> float:
     """Give a finite number that is not too small."""
-    number = float(value)
+    number = _float(name, value)
     if not math.isfinite(number) or number < low or (strict and number == low):
         raise ValueError(
             f"{name} must be a number {'>' if strict else '>='} {low:g}, got {value!r}"
         )
     return number
+
+
+def count(name: str, value: Any, low: int) -> int:
+    """Give a whole number that is not too small."""
+    counted = number(name, value, low)
+    if not counted.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(counted)
+
+
+def _float(name: str, value: Any) -> float:
+    """Give a Python float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
