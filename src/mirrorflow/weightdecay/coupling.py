@@ -60,7 +60,8 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     """
     if _steps_as_sgd(optimizer):
         return "sgd"
-    if moves_back(optimizer, group):
+    own = type(optimizer).__module__.startswith("torch.optim.")  # none of which averages weights
+    if not own and moves_back(optimizer, group):
         return "averaged"
     try:
         factors = without_gradient(optimizer, group)
