@@ -60,7 +60,7 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     """
     if _steps_as_sgd(optimizer):
         return "sgd"
-    own = type(optimizer).__module__.startswith("torch.optim.")  # none of which averages weights
+    own = f"{type(optimizer).__module__}.".startswith("torch.optim.")  # which average nothing
     if not own and moves_back(optimizer, group):
         return "averaged"
     try:
