@@ -118,9 +118,31 @@ def test_a_loop_that_is_measured_seldom_is_not_accused_of_being_unfed(make):
         net := Net(), torch.optim.AdamW(net.parameters(), weight_decay=0.1), make(),
         track_every=5000,
     )  # fmt: skip
-    for step in (1, 1500, 4000):  # under a bare scheduler a warning, which would be an error
+    for step in range(1, 4000):  # under a bare scheduler a warning, which would be an error
         control.scheduler.account.steps = step
         control.scheduler.step()
+    for loop in control._loops or control.schedule.loops.values():
+        loop.update(4000, math.nan)  # and nothing in the end
+
+
+@pytest.mark.parametrize("make", [never, lambda: PerLayer(lambda layer: never())])
+def test_a_control_whose_step_is_forgotten_says_so(make):
+    net, optimizer, control = assemble(make())
+    with pytest.warns(
+        UserWarning, match=rf"0 to 20 and was never fed.*every {EVERY} steps.*step\(\)"
+    ):
+        for _ in range(21):
+            net(torch.ones(2, 3, 16)).sum().backward()
+            optimizer.step()
+    assert not control.measurements
+
+
+def test_an_interval_longer_than_the_run_is_said_when_it_is_over():
+    optimizer = torch.optim.AdamW((net := Net()).parameters(), weight_decay=0.1)
+    control = ControlledDecay(net, optimizer, never(), track_every=500)
+    train(net, optimizer, control, 0, 30)
+    with pytest.warns(UserWarning, match=r"OffBelow .* 0 to 30 .* every 500 steps \(track"):
+        control.close()
 
 
 # What it remembers

@@ -1,10 +1,18 @@
 """Decay that answers to measurements: control, limits, authority, and resuming."""
 
 import copy
+import gc
 import itertools
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,7 +272,7 @@ def test_a_budget_that_cannot_be_counted_is_refused():
 
 
 def test_a_loop_that_nobody_feeds_says_so_once():
-    with pytest.warns(UserWarning, match="OffBelow has set the decay for 1000 steps") as said:
+    with pytest.warns(UserWarning, match="OffBelow has set the decay of steps 0 to 1000") as said:
         absorbing(mf.OffBelow(0.5, 2.0), 2500, lr=1e-5)
     assert len(said) == 1
 
@@ -279,6 +287,77 @@ def test_a_loop_that_is_fed_now_and_then_is_not_accused():
             loop.update(step, math.nan)
         scheduler.account.steps = step
         scheduler.step()
+    scheduler.close()  # a warning would be an error
+
+
+def test_a_program_that_ends_says_which_of_its_loops_nobody_fed():
+    run = """
+import mirrorflow as mf
+from test_feedback import absorbing
+
+fed = mf.OffBelow(0.5, 2.0)
+runs = [absorbing(loop, 300, lr=1e-5) for loop in (mf.OffWhenLevel(0.5), fed)]
+fed.update(300, 3.0)
+runs.append(absorbing(mf.OffAtBudget(0.5, 2.0), 300, lr=1e-5))
+"""
+    folder = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", run], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "OffWhenLevel has set the decay of steps 0 to 299 and was never fed" in done.stderr
+    assert done.stderr.count("never fed") == 1
+
+
+def test_a_loop_says_so_when_the_scheduler_is_closed_or_the_loop_is_dropped():
+    with pytest.warns(UserWarning, match="steps 0 to 29 and was never fed.*stays at 0.5") as said:
+        scheduler, _ = absorbing(mf.OffBelow(0.5, 2.0), 30)
+        scheduler.close()
+        scheduler.close()
+        del scheduler
+        gc.collect()
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match="OffWhenLevel has set the decay of steps 0 to 29"):
+        absorbing(mf.OffWhenLevel(0.5), 30)
+        gc.collect()
+
+
+def test_a_trial_of_a_few_steps_is_not_accused():
+    scheduler, _ = absorbing(mf.OffBelow(0.5, 2.0), 20)
+    scheduler.close()
+    del scheduler
+    gc.collect()
+
+
+def test_copies_are_not_accused_and_watch_for_themselves():
+    scheduler, _ = absorbing(mf.OffBelow(0.5, 2.0), 30)
+    copied = pickle.loads(pickle.dumps(scheduler))
+    mf.preview(scheduler, 10)
+    del copied
+    gc.collect()
+    scheduler.schedule.update(30, 3.0)
+    scheduler.close()
+
+
+def test_what_a_loop_was_fed_before_the_stop_is_not_known():
+    """A resumed run may be shorter than the interval; after 1,000 steps it is late all the same."""
+    first, w = absorbing(mf.OffBelow(0.5, 2.0), 30, lr=1e-5)
+    first.schedule.update(30, 3.0)
+    saved = copy.deepcopy(first.optimizer.state_dict())
+    for steps in (30, 1001):
+        optimizer = torch.optim.AdamW([w], lr=1e-5, weight_decay=0.5)
+        second = mf.WeightDecayScheduler(optimizer, mf.OffBelow(0.5, 2.0))
+        optimizer.load_state_dict(saved)
+        second.load_state_dict(first.state_dict())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                w.grad = torch.zeros_like(w)
+                optimizer.step()
+            second.close()
+        late = ["OffBelow has set the decay of steps 30 to 1030"] if steps > 1000 else []
+        assert [str(one.message)[:46] for one in said] == late
 
 
 @pytest.mark.parametrize("schedule", [
@@ -302,6 +381,40 @@ def test_times_that_are_fractions_of_a_run_are_questioned(schedule):
 def test_times_in_steps_are_not_questioned(schedule):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], weight_decay=0.5)
     mf.WeightDecayScheduler(optimizer, schedule)  # a warning would be an error
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("make", [
+    lambda: mf.OffWhenLevel(0.1, window=2), lambda: mf.OffBelow(0.1, 2.0),
+    lambda: mf.OffAtBudget(0.1, 2.0), lambda: mf.HoldRatio(2.0, 0.1, gain=1.0),
+])  # fmt: skip
+def test_what_is_infinite_decides_nothing(make, value):
+    """A loss that has overflowed has not levelled off, and has not reached a target."""
+    loop = make()
+    loop.update(0, 1.9 if isinstance(loop, mf.OffAtBudget) else 2.1)
+    before = loop.memory()
+    for step in range(1, 5):
+        loop.update(step, value)
+    assert loop.memory() == before and loop.log[-1]["reason"] == "not finite"
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.5), np.float32(2.5), torch.tensor([[2.5]])])
+def test_the_log_is_of_plain_numbers(value):
+    loop = mf.OffBelow(0.1, 2.0)
+    loop.update(1, value)
+    assert json.loads(json.dumps(loop.state_dict())) == loop.state_dict()
+    assert type(loop.log[0]["value"]) is float
+
+
+@pytest.mark.parametrize("value", [None, "high", torch.ones(2), []])
+def test_what_is_no_number_is_named(value):
+    for make in (lambda: mf.OffBelow(0.1, 2.0), lambda: mf.HoldRatio(2.0, 0.1, gain=1.0)):
+        with pytest.raises(TypeError, match="value must be a number, got"):
+            make().update(0, value)
+    with pytest.raises(TypeError, match="rate must be a number, got"):
+        mf.OffBelow(value, 2.0)
+    with pytest.raises(TypeError, match=r"bounds are the lowest and the highest rate, got 0\.5"):
+        mf.HoldRatio(2.0, 0.1, gain=1.0, bounds=0.5)
 
 
 def test_below_is_reached_and_for_good():
@@ -346,6 +459,10 @@ def test_a_stopped_loop_continues_as_if_it_had_not_stopped(loop):
         (lambda: mf.OffBelow(0.1, math.nan), "target"),
         (lambda: mf.OffBelow(-0.1, 2.0), "rate"),
         (lambda: mf.HoldRatio(3.0, 0.1, 1.0).update(0, -1.0), "value"),
+        (lambda: mf.HoldRatio(3.0, 0.1, 1.0, bounds=(0.5, 0.1)), "lowest rate .* in this order"),
+        (lambda: mf.HoldRatio(3.0, 0.1, 1.0, patience=2.5), "patience must be a whole number"),
+        (lambda: mf.OffWhenLevel(0.1, window=2.5), "window must be a whole number"),
+        (lambda: mf.OffWhenLevel(0.1, earliest=1.7), "earliest must be a whole number"),
     ],
 )
 def test_bad_settings_are_named(make, said):

@@ -236,3 +236,12 @@ def test_each_layer_is_logged(tmp_path):
 def test_a_closed_loop_needs_measurements(tmp_path):
     with pytest.raises(ValueError, match="track_every"):
         control_decay(trainer(tmp_path), mf.OffWhenLevel(0.1))
+
+
+def test_an_interval_longer_than_the_run_is_said_at_its_start(tmp_path):
+    made = trainer(tmp_path)
+    control_decay(made, mf.OffWhenLevel(0.1), track_every=STEPS + 1)
+    with pytest.warns(UserWarning, match="track_every=13, and the run has 12 steps"):
+        made.train()
+    control_decay(quiet := trainer(tmp_path), mf.SwitchOff(0.1, at=6), track_every=STEPS + 1)
+    train(quiet)

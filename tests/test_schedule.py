@@ -447,6 +447,16 @@ def test_bad_numbers_are_named(make, message):
 def test_a_join_needs_schedules():
     with pytest.raises(TypeError, match=r"join: expected \(Schedule, duration\) pairs, got 0.1"):
         mf.join([(mf.Constant(1), 1.0), (0.1, None)])
+    for wrong in (mf.Constant(1), [mf.Constant(1)], [(mf.Constant(1), 1.0, 2.0)], 3):
+        with pytest.raises(TypeError, match=r"join: expected .*\(Schedule, duration\) pairs, got "):
+            mf.join(wrong)
+    with pytest.raises(ValueError, match="None in the last pair only"):
+        mf.join([(mf.Constant(1), None), (mf.Constant(0), None)])
+    pairs = [(mf.Constant(1), 1.0), [mf.Constant(0), None]]
+    assert mf.join(iter(pairs)) == mf.join(pairs)
+    for wrong in (3, torch.tensor(3.0)):
+        with pytest.raises(ValueError, match="Piecewise: times must be a sequence of numbers"):
+            mf.Piecewise(wrong, (1, 2))
     with pytest.raises(TypeError, match=r"Cyclic: schedule must be a Schedule, got 0.1"):
         mf.Cyclic(0.1, 1.0, 2)
 

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import (
 
 from mirrorflow.schedule import Constant, SwitchOff
 from mirrorflow.weightdecay import (
+    CoupledDecayWarning,
     HoldRatio,
     OffAtBudget,
     PerLayer,
@@ -27,6 +29,7 @@ from mirrorflow.weightdecay import (
     budget,
     coupling,
     learning_rates,
+    preview,
     scale_to_budget,
 )
 from mirrorflow.weightdecay.conventions import (
@@ -207,6 +210,67 @@ def test_a_fixed_decay_under_a_cosine_is_matched_in_the_run():
     assert spent(plain)[0] != pytest.approx(constant, rel=0.1)
 
 
+@pytest.mark.parametrize("convention", ALL)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_budget_through_momentum_is_what_the_ledger_counts(momentum, convention):
+    """Decay acts 1 / (1 - momentum) times by and by: a budget without that is a tenth of it."""
+    optimizer = SGD([w := weight()], lr=0.1, momentum=momentum, weight_decay=0.1)
+    lr = CosineAnnealingLR(optimizer, T_max=40)
+    settings = {"convention": convention, "kind": "sgd", "momentum": momentum}
+    wanted = budget(SwitchOff(0.01, at=20), lr, 40, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoupledDecayWarning)
+        scheduler = WeightDecayScheduler(optimizer, SwitchOff(0.01, at=20), convention=convention)
+    for _ in range(40):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+        lr.step()
+    assert -scheduler.accumulated[0] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("convention", NEED_PEAK)
+@pytest.mark.parametrize("later", [False, True])
+def test_the_peak_of_a_budget_is_that_of_the_run(convention, later):
+    """Which is not the highest of the learning rates that are left, nor of whole steps."""
+    optimizer = AdamW([w := weight()], lr=0.01, weight_decay=0.1)
+    lr = OneCycleLR(optimizer, max_lr=0.05, total_steps=31)
+    for _ in range(15 if later else 0):
+        optimizer.step()
+        lr.step()
+    steps = 10 if later else 30
+    wanted = budget(Constant(0.1), lr, steps, convention=convention)
+    matched = scale_to_budget(SwitchOff(0.3, at=4), Constant(0.1), lr, steps, convention=convention)
+    assert matched.factor == pytest.approx(
+        wanted / budget(SwitchOff(0.3, at=4), lr, steps, convention=convention)
+    )
+    scheduler = WeightDecayScheduler(optimizer, Constant(0.1), convention=convention)
+    for _ in range(steps):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+        lr.step()
+    assert -scheduler.accumulated[0] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [0, -2, 2.5, True, "9"])
+def test_a_number_of_steps_is_a_whole_one(steps):
+    optimizer = AdamW([weight()], lr=0.1, weight_decay=0.1)
+    for call in (
+        lambda: budget(Constant(0.1), 0.1, steps),
+        lambda: learning_rates(CosineAnnealingLR(optimizer, T_max=5), steps),
+        lambda: preview(WeightDecayScheduler(optimizer, Constant(0.1)), steps),
+    ):
+        with pytest.raises(ValueError, match=f"steps must be a whole number >= 1, got {steps!r}"):
+            call()
+
+
+def test_momentum_is_that_of_sgd():
+    with pytest.raises(ValueError, match=r"that of kind=.sgd.*kind is 'decoupled'"):
+        budget(Constant(0.1), 0.1, 5, momentum=0.9)
+    for wrong in (1.0, -0.1, "0.9", math.nan):
+        with pytest.raises(ValueError, match="momentum must be a number >= 0 and < 1"):
+            budget(Constant(0.1), 0.1, 5, kind="sgd", momentum=wrong)
+
+
 def test_functions_are_scaled_by_summing_and_can_be_pickled():
     matched = scale_to_budget(fall, Constant(0.1), 0.25, steps=20)
     assert isinstance(matched, ScaledFunction)
@@ -289,8 +353,11 @@ def test_mistakes_in_learning_rates_are_named():
         ({"rate": 0.1}, "lambda step: values"),
         (PerLayer(lambda layer: HoldRatio(3.0, 0.1, 0.1)), r"groups=loops\.rules.*ControlledDecay"),
         (object(), "Piecewise"),
+        (SwitchOff, r"class .*SwitchOff.*make one of the class, SwitchOff\(\.\.\.\)"),
+        (lambda step: "high", "gives 'high' at step 0: a weight decay is a number"),
+        (lambda step: torch.ones(2), r"at step 0: a weight decay is a number"),
     ],
-    ids=lambda v: type(v).__name__,
+    ids=lambda v: getattr(v, "__name__", type(v).__name__),
 )
 def test_what_is_given_instead_of_a_schedule_gets_its_own_advice(value, hint):
     with pytest.raises(TypeError, match=hint):

@@ -368,3 +368,10 @@ def test_a_wrapped_optimizer_is_unwrapped():
     optimizer = AdamW(weights(), weight_decay=0.1)
     scheduler = WeightDecayScheduler(Wrapper(optimizer), FALL)
     assert scheduler.optimizer is optimizer
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"state": {}}])
+def test_what_is_no_state_is_named(state):
+    scheduler = WeightDecayScheduler(AdamW(weights(), lr=0.1, weight_decay=0.1), FALL)
+    with pytest.raises(ValueError, match="not a state of WeightDecayScheduler"):
+        scheduler.load_state_dict(state)

@@ -163,3 +163,17 @@ def test_who_knows_the_coupling_may_say_it():
     pull(optimizer.param_groups[0]["params"])
     optimizer.step()
     assert scheduler.accumulated == [-0.1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decay_from_outside_is_not_rounded_to_the_precision_of_the_weights(dtype):
+    """torch's foreach multiplies bfloat16 by 0.98828 on a CPU, where 0.99 was meant."""
+    start = torch.linspace(1, 2, 1000).to(dtype)
+    w, v = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(3))
+    optimizer = SGD([w, v], lr=0.1)
+    WeightDecayScheduler(optimizer, None, groups=[(0, Constant(0.1))], decoupled=True)
+    for p in (w, v):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(w.detach(), (start.double() * 0.99).to(dtype))
+    assert v.detach().tolist() == pytest.approx([0.99] * 3)

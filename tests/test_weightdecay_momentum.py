@@ -290,3 +290,18 @@ def test_skipped_steps_store_nothing():
         kept.append(optimizer.state[params[0]]["stored_decay"].clone())
     assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[1], kept[0])
     assert kept[3].abs().max() > 0 and kept[5].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_followed_in_half_precision_is_what_the_buffer_holds(dtype):
+    """A momentum of 0.9 rounded to 0.8984 would follow another buffer."""
+    w = torch.nn.Parameter(torch.linspace(1, 2, 100).to(dtype))
+    optimizer = SGD([w], lr=1e-3, momentum=0.9, weight_decay=0.5)
+    WeightDecayScheduler(optimizer, SwitchOff(0.5, at=40), exact_off=True)
+    for step in range(41):
+        if step == 40:
+            held = optimizer.state[w]["momentum_buffer"].float().norm().item()
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    left = optimizer.state[w]["momentum_buffer"].float().norm().item()
+    assert left < (0.01 if dtype == torch.bfloat16 else 0.001) * held

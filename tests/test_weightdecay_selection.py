@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import SGD, AdamW, Muon
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, SequentialLR
 
 from mirrorflow.schedule import Constant
 from mirrorflow.weightdecay import (
+    WeightDecayLR,
     WeightDecayScheduler,
     WeightDecaySchedulers,
 )
@@ -211,6 +212,29 @@ def test_several_optimizers_count_their_own_steps():
     pull([w])
     muon.step()
     assert muon.param_groups[0]["weight_decay"] == FALL.rate(4)
+
+
+def test_what_is_no_scheduler_is_named():
+    optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
+    for make in (WeightDecayLR, lambda o: WeightDecaySchedulers([o])):
+        with pytest.raises(TypeError, match=r"is made of WeightDecayScheduler.*got AdamW"):
+            make(optimizer)
+    scheduler = WeightDecayScheduler(optimizer, FALL)
+    with pytest.raises(TypeError, match="takes a list of them, got WeightDecayScheduler"):
+        WeightDecaySchedulers(scheduler)
+    adapter = WeightDecayLR(scheduler)
+    with pytest.raises(TypeError, match=r"as SequentialLR does.*mf\.join"):
+        SequentialLR(optimizer, [adapter, ConstantLR(optimizer)], [3])
+
+
+@pytest.mark.parametrize("option", ["relative", "decoupled", "exact_off"])
+def test_a_switch_is_true_or_false(option):
+    """A third argument by position, such as the length of the run, would be ``relative``."""
+    optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(TypeError, match=f"{option} must be True or False, got 1000"):
+        WeightDecayScheduler(optimizer, FALL, **{option: 1000})
+    with pytest.raises(TypeError, match="got a str"):
+        WeightDecayScheduler(optimizer, FALL, model="net")
 
 
 def test_several_as_one_tell_what_each_tells():

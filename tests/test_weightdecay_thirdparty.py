@@ -9,7 +9,13 @@ import torch
 from torch.optim import SGD, AdamW
 
 from mirrorflow.schedule import Constant, SwitchOff
-from mirrorflow.weightdecay import CoupledDecayWarning, WeightDecayScheduler, coupling
+from mirrorflow.weightdecay import (
+    CoupledDecayWarning,
+    OffAtBudget,
+    WeightDecayScheduler,
+    coupling,
+    lint,
+)
 from optimizers import OFF, Plain, pull, weights
 
 
@@ -81,6 +87,34 @@ class Averaging(torch.optim.Optimizer):
                 p.lerp_(z, 1 / group["k"])
 
 
+class WithClosure(Averaging):
+    """As schedule-free's closure variants: a step without a closure is an error."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        super().step()
+
+
+class LookingAhead(AdamW):
+    """Lookahead's shape: every fifth step goes back half of the way to a slow copy."""
+
+    def __init__(self, params, weight_decay=0.0):
+        super().__init__(params, lr=0.1, weight_decay=weight_decay)
+        self.taken = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        super().step()
+        for p in params:
+            self.state[p].setdefault("slow", p.clone())
+        self.taken += 1
+        for p in params if self.taken % 5 == 0 else []:
+            p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+
+
 class MySGD(SGD):
     def __init__(self, params, **options):
         super().__init__(params, lr=0.1, momentum=0.9, **options)
@@ -101,7 +135,9 @@ class NoLR(torch.optim.Optimizer):
         (LionLike, "decoupled"),
         (OwnStep, "scaled"),
         (Relative, "scaled"),
-        (Averaging, "coupled"),
+        (Averaging, "averaged"),
+        (WithClosure, "averaged"),
+        (LookingAhead, "averaged"),
         (MySGD, "sgd"),
         (NoLR, "unknown"),
     ],
@@ -196,6 +232,13 @@ def test_decay_from_outside_is_refused_where_it_would_be_another(make, message):
     assert set(optimizer.param_groups[0]) == before
 
 
+def test_without_a_decay_of_its_own_there_is_nothing_to_multiply():
+    """The advice to make the optimizer with a weight_decay would be none."""
+    with pytest.raises(ValueError, match=r"NoLR has no weight_decay: with relative=False"):
+        options = {"decoupled": True, "convention": "fixed"}
+        WeightDecayScheduler(NoLR(weights()), OFF, relative=True, **options)
+
+
 @pytest.mark.parametrize("make", [OwnStep, Relative, NoLR])
 def test_a_rate_that_acts_itself_needs_no_learning_rate(make):
     w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -231,6 +274,57 @@ def test_averages_move_shrunken_weights_back():
         optimizer.step()
         path.append(w.item())
     assert path[1] < path[2] < path[3]
+
+
+@pytest.mark.parametrize("make", [Averaging, WithClosure, LookingAhead])
+def test_the_advice_for_averages_is_not_what_is_refused(make):
+    """No decay from outside, no alarm about moments; what else does not do says what does."""
+    with pytest.warns(UserWarning, match=r"rules its own weight_decay.*is NaN") as caught:
+        scheduler = WeightDecayScheduler(make(weights(), weight_decay=0.1), OFF)
+    assert len(caught) == 1 and not isinstance(caught[0].message, CoupledDecayWarning)
+    assert "decoupled" not in str(caught[0].message)
+    assert [f.code for f in lint(scheduler.optimizer) if f.level == "warning"] == []
+    for schedule, options, said in [
+        (OFF, {"exact_off": True}, f"{make.__name__} moves .* leave exact_off out"),
+        (OffAtBudget(0.5, 0.1), {}, r"is averaged: SwitchOff\(rate, at=...\)"),
+        (OFF, {"decoupled": True}, "use its own weight_decay"),
+    ]:
+        with pytest.raises(ValueError, match=said) as refused:
+            WeightDecayScheduler(make(weights(), weight_decay=0.1), schedule, **options)
+        assert "decoupled=True" not in str(refused.value) or options == {"decoupled": True}
+
+
+def test_a_budget_is_not_refused_with_advice_that_is_refused():
+    with pytest.raises(ValueError, match=r'is scaled: convention="fixed", decoupled=True'):
+        WeightDecayScheduler(OwnStep(weights(), weight_decay=0.1), OffAtBudget(0.5, 0.1))
+    options = {"convention": "fixed", "decoupled": True}
+    WeightDecayScheduler(OwnStep(weights(), weight_decay=0.1), OffAtBudget(0.5, 0.1), **options)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_averages_are_scheduled_as_by_a_loop_of_ones_own(closed):
+    ends = []
+    for scheduled in (False, True):
+        w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = (WithClosure if closed else Averaging)([w], weight_decay=0.3)
+        optimizer.param_groups[0]["train_mode"] = True
+        if scheduled:
+            with pytest.warns(UserWarning, match="copies or averages"):
+                scheduler = WeightDecayScheduler(optimizer, OFF)
+
+        def closure(w=w):
+            w.grad = w.detach() - 0.25
+            return w.sum()
+
+        closure()
+        for t in range(9):
+            if not scheduled:
+                optimizer.param_groups[0]["weight_decay"] = OFF.rate(t)
+            closure()
+            optimizer.step(*([closure] if closed else []))
+        ends.append(w.detach().clone())
+    assert torch.equal(*ends) and scheduler.steps == 9
+    assert math.isnan(scheduler.accumulated[0]) and math.isnan(scheduler.pending[0])
 
 
 def test_a_subclass_of_sgd_is_sgd():

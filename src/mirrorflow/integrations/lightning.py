@@ -112,7 +112,7 @@ class DecayCallback(Callback):
                 f"DecayCallback(optimizer={self.index}): the module has "
                 f"{len(trainer.optimizers)} optimizers"
             )
-        total = trainer.estimated_stepping_batches if self._plan.schedule_for else 0
+        total = trainer.estimated_stepping_batches if self._plan.schedule_for else trainer.max_steps
         self._loop = loop = self._plan.begin(pl_module, trainer.optimizers[self.index], total)
         if self._saved is not None:
             loop.load_state_dict(self._saved)

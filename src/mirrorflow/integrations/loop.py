@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -100,7 +99,7 @@ class ControlledDecay:
             schedule = None
         self.scheduler = WeightDecayScheduler(optimizer, schedule, model=model, **options)
         for loop in (*self._fed, *self._layers.values()):
-            loop.unfed_since = math.inf  # it will be fed, however rarely
+            loop.fed_every = track_every
 
     def step(self) -> dict[str, float]:
         """Take note of the optimizer's step; measure, and give the numbers for a log, where due.
@@ -217,6 +216,11 @@ class ControlledDecay:
     def close(self) -> None:
         """Let the optimizer go."""
         self.scheduler.close()
+
+    @property
+    def answers(self) -> bool:
+        """Whether anything here answers to measurements."""
+        return bool(self._fed or self._layers)
 
     @property
     def _layers(self) -> dict[str, Feedback]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,14 @@ class Plan:
             schedule = self.schedule_for(_length(total))
         groups = [(what, _fresh(of_group, memo)) for what, of_group in self._options["groups"]]
         options: dict[str, Any] = self._settings | self._options | {"groups": groups}
-        return ControlledDecay(model, optimizer, _fresh(schedule, memo), **options)
+        control = ControlledDecay(model, optimizer, _fresh(schedule, memo), **options)
+        if control.answers and 0 < total < control.track_every:
+            warnings.warn(
+                f"track_every={control.track_every}, and the run has {total:g} steps: what answers "
+                "to measurements will not get any in it, beside that of its start",
+                stacklevel=3,
+            )
+        return control
 
 
 def _fresh(schedule: Any, memo: dict[int, Any]) -> Any:

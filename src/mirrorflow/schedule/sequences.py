@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +77,28 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
     >>> warm.breakpoints, warm.integral(100)
     ((10.0, 30.0), 2.5)
     """
+    parts = _pairs(parts)
     if not parts:
         raise ValueError("join: at least one (schedule, duration) is needed")
-    for schedule, _ in parts:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"join: expected (Schedule, duration) pairs, got {schedule!r}")
+    if any(duration is None for _, duration in parts[:-1]):
+        raise ValueError("join: duration may be None in the last pair only, which goes on for ever")
     durations = [positive("join: duration", d) for _, d in parts[:-1]]
     if parts[-1][1] not in (None, math.inf):
         positive("join: duration", parts[-1][1])
     starts = tuple(float(s) for s in np.concatenate(([0.0], np.cumsum(durations))))
     return Joined(tuple(schedule for schedule, _ in parts), starts)
+
+
+def _pairs(parts: Any) -> list[tuple[Schedule, Any]]:
+    """Give the pairs as a list, or say what is none."""
+    if not isinstance(parts, Iterable):
+        raise TypeError(f"join: expected a list of (Schedule, duration) pairs, got {parts!r}")
+    found = list(parts)
+    for pair in found:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], Schedule)):
+            wrong = pair[0] if isinstance(pair, Sequence) and len(pair) == 2 else pair
+            raise TypeError(f"join: expected (Schedule, duration) pairs, got {wrong!r}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,8 +153,7 @@ class Piecewise(Schedule):
     rates: tuple[float, ...]
 
     def __init__(self, times: Sequence[float], rates: Sequence[float]) -> None:
-        jumps = tuple(finite("Piecewise: times", t) for t in times)
-        values = tuple(finite("Piecewise: rates", r) for r in rates)
+        jumps, values = _several("Piecewise: times", times), _several("Piecewise: rates", rates)
         if jumps and jumps[0] == 0 and len(jumps) == len(values):
             jumps = jumps[1:]
         if len(values) != len(jumps) + 1:
@@ -289,6 +288,13 @@ def finite(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
+
+
+def _several(name: str, values: Any) -> tuple[float, ...]:
+    """Give the numbers of a sequence."""
+    if getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
+    return tuple(finite(name, value) for value in values)
 
 
 def positive(name: str, value: Any) -> float:

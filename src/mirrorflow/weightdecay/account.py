@@ -240,10 +240,10 @@ def _check_kind(ours: str, theirs: str, taken: int, where: str) -> None:
 
 def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
     """Give the entries of a state, or say why they are not those of this scheduler."""
-    if not {"steps", "entries"} <= set(state):
+    if not isinstance(state, Mapping) or not {"steps", "entries"} <= set(state):
+        known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            f"not a state of WeightDecayScheduler: expected the keys steps and entries, got "
-            f"{sorted(map(str, state))}"
+            f"not a state of WeightDecayScheduler: expected the keys steps and entries, got {known}"
         )
     entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
     if len(entries) != count:

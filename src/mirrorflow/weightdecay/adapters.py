@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -35,7 +35,7 @@ class WeightDecaySchedulers:
     """
 
     def __init__(self, schedulers: Sequence[WeightDecayScheduler]) -> None:
-        self.schedulers = list(schedulers)
+        self.schedulers = [_scheduler(one, type(self)) for one in _listed(schedulers)]
 
     def step(self) -> None:
         """Write the decay of each optimizer's next step."""
@@ -119,7 +119,8 @@ class WeightDecayLR(LRScheduler):
 
     def __init__(self, scheduler: WeightDecayScheduler) -> None:
         # Without super().__init__(), which sets initial_lr in the groups and patches the optimizer.
-        self.optimizer, self.scheduler = scheduler.optimizer, scheduler
+        self.scheduler = _scheduler(scheduler, type(self))
+        self.optimizer = scheduler.optimizer
         self.base_lrs = self.get_lr()
         self._last_lr = self.base_lrs
 
@@ -127,6 +128,13 @@ class WeightDecayLR(LRScheduler):
     def last_epoch(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The number of steps that the optimizer has taken."""
         return self.scheduler.steps
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        raise TypeError(
+            "the clock of WeightDecayLR is the count of the optimizer's steps, and cannot be set, "
+            "as SequentialLR does. Leave it outside, and join its schedules: mf.join([...])"
+        )
 
     def get_lr(self) -> list[Any]:
         """Give the learning rates, which are somebody else's."""
@@ -148,3 +156,23 @@ class WeightDecayLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the scheduler's state."""
         self.scheduler.load_state_dict(state_dict)
+
+
+def _listed(schedulers: Any) -> list[Any]:
+    """Give the schedulers as a list."""
+    if isinstance(schedulers, Iterable):
+        return list(schedulers)
+    raise TypeError(
+        f"WeightDecaySchedulers takes a list of them, got {type(schedulers).__name__}: one "
+        "scheduler needs nothing around it"
+    )
+
+
+def _scheduler(value: Any, what: type) -> WeightDecayScheduler:
+    """Raise unless this is a scheduler."""
+    if isinstance(value, WeightDecayScheduler):
+        return value
+    raise TypeError(
+        f"{what.__name__} is made of WeightDecayScheduler(optimizer, schedule), got "
+        f"{type(value).__name__}"
+    )

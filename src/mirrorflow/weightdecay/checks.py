@@ -27,6 +27,7 @@ __all__ = [
     "inner",
     "no_schedule",
     "one_of",
+    "positive_int",
     "warn_if_coupled",
 ]
 
@@ -48,6 +49,21 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
+def positive_int(name: str, value: Any) -> int:
+    """Give a whole number >= 1.
+
+    Examples
+    --------
+    >>> positive_int("steps", 1e3)
+    1000
+    """
+    number: Any = value
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if known and number >= 1 and float(number).is_integer():
+        return int(number)
+    raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
 def no_schedule(value: Any) -> str:
     """Say why something is no schedule of decay, and what to write instead."""
     if isinstance(value, Real):
@@ -59,6 +75,8 @@ def no_schedule(value: Any) -> str:
             "a decay that follows the learning rate has convention=, one of its own a Schedule: "
             "Cosine(0.1, 0.0, duration=1000)"
         )
+    elif isinstance(value, type):
+        hint = f"make one of the class, {value.__name__}(...)"
     elif isinstance(value, PerLayer):
         hint = (
             "PerLayer has a loop for each layer: groups=loops.rules(layers), decoupled=True, or "
@@ -68,7 +86,7 @@ def no_schedule(value: Any) -> str:
         hint = "for values step by step give a function, such as lambda step: values[step]"
     else:
         hint = "Constant, SwitchOff, Linear, Cosine, Piecewise, or lambda step: 0.1 * 0.99**step"
-    shown = repr(value) if isinstance(value, (Real, str)) else f"a {type(value).__name__}"
+    shown = repr(value) if isinstance(value, (Real, str, type)) else f"a {type(value).__name__}"
     return f"a schedule is a mirrorflow Schedule or a function step -> float, got {shown}: {hint}"
 
 
@@ -82,13 +100,20 @@ def check_free(optimizer: Optimizer, kind: type) -> None:
             )
 
 
-def check_decay(optimizer: Optimizer, targets: Sequence[Target], decoupled: bool) -> None:
+def check_decay(
+    optimizer: Optimizer, targets: Sequence[Target], decoupled: bool, relative: bool = False
+) -> None:
     """Raise if there is nothing to schedule, and say how to change that."""
     groups = optimizer.param_groups
     if not decoupled and not all("weight_decay" in group for group in groups):
         raise ValueError(
             f"{type(optimizer).__name__} has no weight_decay in its parameter groups: "
             "decoupled=True decays its weights from outside"
+        )
+    if relative and not any("weight_decay" in group for group in groups):
+        raise ValueError(
+            f"relative=True multiplies the decay of each group, and {type(optimizer).__name__} has "
+            "no weight_decay: with relative=False the schedule gives the decay itself"
         )
     if not any(t.schedule is not None and t.params(groups[t.group]) for t in targets):
         raise ValueError(
@@ -102,6 +127,12 @@ def check_decay(optimizer: Optimizer, targets: Sequence[Target], decoupled: bool
 def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
     """Raise where the decay cannot be taken out of what the optimizer remembers."""
     for target, kind in zip(targets, kinds, strict=True):
+        if target.schedule is not None and kind == "averaged":
+            raise ValueError(
+                "exact_off takes L2 out of the momentum of torch.optim.SGD, and "
+                f"{type(optimizer).__name__} moves the weights to copies or averages that it keeps "
+                "of them, which have absorbed the decay, too: leave exact_off out"
+            )
         if target.schedule is not None and kind in ("coupled", "unknown"):
             raise ValueError(
                 f"exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in "
@@ -127,7 +158,7 @@ def warn_if_coupled(
     name = type(optimizer).__name__
     found = set()
     for target, kind in zip(targets, kinds, strict=True):
-        if target.schedule is None or kind in ("decoupled", "fixed", "scaled"):
+        if target.schedule is None or kind not in _ADVICE:
             continue
         if kind == "sgd" and exact_off:
             continue
@@ -151,6 +182,6 @@ _ADVICE = {
     ),
     "unknown": (
         "how {name} decays could not be found out, so `accumulated` is NaN: say it with "
-        'coupling="decoupled", "fixed", "scaled" or "coupled", or use decoupled=True'
+        'coupling="decoupled", "fixed", "scaled", "averaged" or "coupled", or use decoupled=True'
     ),
 }

@@ -86,6 +86,8 @@ def cleaned(name: str) -> str:
 
 def names_of(model: torch.nn.Module | None) -> dict[int, str]:
     """Name the parameters of a model by their ids."""
+    if not isinstance(model, (torch.nn.Module, type(None))):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     return {} if model is None else {id(p): name for name, p in model.named_parameters()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .trial import LR_AND_DECAY, in_two_runs, without_gradient
+from .trial import LR_AND_DECAY, in_two_runs, moves_back, without_gradient
 
 __all__ = ["COUNTED", "KINDS", "CoupledDecayWarning", "coupling"]
 
@@ -22,6 +22,7 @@ KINDS = {
     "scaled": "the weights shrink by the decay times a step size that the optimizer finds itself",
     "sgd": "L2 in the gradient of SGD, spread over later steps by its momentum",
     "coupled": "L2 in a gradient that is rescaled: no sum of lr x decay describes it",
+    "averaged": "the weights follow copies or averages that the optimizer keeps, and decays",
     "unknown": "the optimizer could not be tried: say which it is with coupling=...",
 }
 COUNTED = ("decoupled", "fixed", "sgd")  # those that a sum of lr x decay, or of decay, describes
@@ -59,6 +60,9 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     """
     if _steps_as_sgd(optimizer):
         return "sgd"
+    own = f"{type(optimizer).__module__}.".startswith("torch.optim.")  # which average nothing
+    if not own and moves_back(optimizer, group):
+        return "averaged"
     try:
         factors = without_gradient(optimizer, group)
         if _same(factors, 1.0):  # some do nothing at all where there is no gradient

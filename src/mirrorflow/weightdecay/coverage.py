@@ -18,7 +18,7 @@ from .conventions import CONVENTIONS
 from .coupling import KINDS, coupling
 from .imprint import INITIAL, own_decay, separated
 from .selection import Rule, Target, check_schedule, labels, settled, targets
-from .trial import asks_again, moves_back
+from .trial import asks_again
 
 __all__ = ["Coverage", "Plan"]
 
@@ -44,6 +44,9 @@ class Plan:
     def __post_init__(self) -> None:
         """Raise unless all of it can be done."""
         check_schedule(self.schedule, optional=True)
+        for name in ("relative", "decoupled", "exact_off"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.convention is not None:
             one_of("convention", self.convention, CONVENTIONS)
         if self.coupling is not None:
@@ -91,15 +94,11 @@ class Coverage:
         warn_if_unused(self.plan.rules, optimizer.param_groups, names_of(self.plan.model))
 
     def warn_if_scaled(self, optimizer: Optimizer, account: Account) -> None:
-        """Warn of a decay that ends exactly, but whose strength only the optimizer knows."""
+        """Warn of a decay that the schedule rules, but whose strength no sum describes."""
         pairs = zip(self.targets, account.entries, strict=True)
-        if any(t.schedule is not None and entry.kind == "scaled" for t, entry in pairs):
-            warnings.warn(
-                f"{type(optimizer).__name__} shrinks weights by the decay times a step size that "
-                "it finds itself: the schedule acts, and 0 is off, but no sum of lr x decay "
-                "describes it, so `accumulated` is NaN",
-                stacklevel=4,
-            )
+        found = {entry.kind for t, entry in pairs if t.schedule is not None}
+        for kind in sorted(found & set(_NO_SUM)):
+            warnings.warn(_NO_SUM[kind].format(type(optimizer).__name__), stacklevel=4)
 
     def update(self, optimizer: Optimizer, account: Account) -> None:
         """Take over the groups, and the tensors in them, that are new.
@@ -181,12 +180,13 @@ class Coverage:
             If the weights would move back, or lr x rate is not what such an optimizer steps by.
         """
         name, fixed = type(optimizer).__name__, self.plan.convention == "fixed"
-        if moves_back(optimizer, group):
+        kind = coupling(optimizer, group)
+        if kind == "averaged":
             raise ValueError(
                 f"decoupled=True would shrink the weights, and {name} moves them back to copies or "
                 "averages that it keeps of them: use its own weight_decay, and decoupled=False"
             )
-        if not fixed and coupling(optimizer, group) == "scaled":
+        if not fixed and kind == "scaled":
             raise ValueError(
                 f"decoupled=True shrinks by lr x rate, and {name} steps by a size of its own, to "
                 "which lr is a factor: its own weight_decay follows that size and ends exactly, so "
@@ -199,6 +199,19 @@ class Coverage:
             )
         self.asks_again = self.asks_again or asks_again(optimizer, group)
         return "fixed" if math.isnan(lr_of(group)) else "decoupled"
+
+
+_NO_SUM = {
+    "scaled": (
+        "{} shrinks weights by the decay times a step size that it finds itself: the schedule "
+        "acts, and 0 is off, but no sum of lr x decay describes it, so `accumulated` is NaN"
+    ),
+    "averaged": (
+        "{} moves the weights to copies or averages that it keeps of them: the schedule rules its "
+        "own weight_decay, and at 0 no more decay comes in, but what has come in still reaches the "
+        "weights through what is kept. No sum of lr x decay describes that, so `accumulated` is NaN"
+    ),
+}
 
 
 def _rule(target: Target) -> tuple[bool, bool]:

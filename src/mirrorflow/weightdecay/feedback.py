@@ -8,14 +8,13 @@ when the optimizer has loaded its checkpoint; ``state_dict()`` has the log of de
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "number"]
+from .unfed import Unfed
 
-UNFED = 1000  # optimizer steps without an update, after which a loop says that nobody feeds it
+__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "count", "number"]
 
 
 class Feedback(ABC):
@@ -27,12 +26,15 @@ class Feedback(ABC):
         The rate that acts now.
     log : list of dict
         step, value, rate and reason of each update.
+    fed_every : int
+        After how many steps somebody has undertaken to feed it; 0 if that is not known.
     """
 
     def __init__(self, rate: float) -> None:
         self.current = number("rate", rate, 0.0)
         self.log: list[dict[str, Any]] = []
-        self.unfed_since: float | None = None  # the step; inf once somebody feeds it, or was told
+        self.fed_every, self._resumed = 0, False
+        self._unfed: Unfed | None = None  # from when it first sets the decay
 
     def __call__(self, step: int) -> float:
         """Give the rate: the last decision's, whatever the step."""
@@ -46,33 +48,46 @@ class Feedback(ABC):
         step : int
             The optimizer step it belongs to.
         value : float
-            What was measured. NaN (a product that is still 0) changes nothing, and is logged.
+            What was measured. NaN (a product that is still 0), or what is infinite, changes
+            nothing, and is logged.
         """
+        value = _float("value", value)
         if math.isnan(value):
             reason = "nothing to measure"
+        elif math.isinf(value):
+            reason = "not finite"
         else:
-            self.current, reason = self._decide(float(value))
+            self.current, reason = self._decide(value)
         self.log.append({"step": step, "value": value, "rate": self.current, "reason": reason})
+        if self._unfed:
+            self._unfed.fed()
         return self.current
 
     def acts_at(self, step: int) -> None:
-        """Warn, once, if this has set the decay for long and nobody has fed it.
+        """Warn, once, if this sets the decay and nobody feeds it.
+
+        After 1,000 steps, or three times ``fed_every``; in a shorter run when it is over: when the
+        scheduler is closed, this is dropped, or the program ends.
 
         Parameters
         ----------
         step : int
             The optimizer step that comes next.
         """
-        if self.unfed_since is None or self.log:
-            self.unfed_since = math.inf if self.log else step
-        elif step - self.unfed_since >= UNFED:
-            self.unfed_since = math.inf
-            warnings.warn(
-                f"{type(self).__name__} has set the decay for {UNFED} steps and was never fed, so "
-                f"that it stays at {self.current}: call its update(step, value) with what is "
-                "measured, or let mirrorflow.integrations.loop.ControlledDecay measure",
-                stacklevel=4,
-            )
+        if self.log:
+            return
+        if self._unfed is None:
+            self._unfed = Unfed(self, step, self._resumed)
+        self._unfed.acts_at(step, self.fed_every)
+
+    def over(self) -> None:
+        """Warn, once, if the run ends and nobody has fed this."""
+        if self._unfed and not self.log:
+            self._unfed.over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what watches over this one, and not over a copy."""
+        return vars(self) | {"_unfed": None}
 
     @abstractmethod
     def _decide(self, value: float) -> tuple[float, str]:
@@ -102,7 +117,10 @@ class Feedback(ABC):
         kind, current, *rest = memory
         if kind != type(self).__name__:
             raise ValueError(f"this is the state of {kind}, not of {type(self).__name__}")
-        self.current = float(current)
+        self.current, self._resumed = float(current), True
+        if self._unfed:
+            self._unfed.fed()  # perhaps: the checkpoint does not say
+            self._unfed = None
         self._recall(*map(float, rest))
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,8 +156,8 @@ class OffWhenLevel(Feedback):
 
     def __init__(self, rate: float, window: int = 5, tol: float = 0.01, earliest: int = 0) -> None:
         super().__init__(rate)
-        self.window = int(number("window", window, 2.0))
-        self.tol, self.earliest = number("tol", tol, 0.0), int(number("earliest", earliest, 0.0))
+        self.window = count("window", window, 2)
+        self.tol, self.earliest = number("tol", tol, 0.0), count("earliest", earliest, 0)
         self._count = 0  # how many were measured
         self._last: tuple[float, ...] = ()  # and the last of them
 
@@ -233,9 +251,25 @@ class OffAtBudget(Feedback):
 
 def number(name: str, value: Any, low: float, strict: bool = False) -> float:
     """Give a finite number that is not too small."""
-    number = float(value)
+    number = _float(name, value)
     if not math.isfinite(number) or number < low or (strict and number == low):
         raise ValueError(
             f"{name} must be a number {'>' if strict else '>='} {low:g}, got {value!r}"
         )
     return number
+
+
+def count(name: str, value: Any, low: int) -> int:
+    """Give a whole number that is not too small."""
+    counted = number(name, value, low)
+    if not counted.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(counted)
+
+
+def _float(name: str, value: Any) -> float:
+    """Give a Python float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements
+        raise TypeError(f"{name} must be a number, got {value!r}") from error

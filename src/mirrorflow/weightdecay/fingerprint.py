@@ -52,7 +52,7 @@ class Fingerprints:
     def change(self, state: Mapping[str, Any], targets: Sequence[Target]) -> str:
         """Say how the schedules differ from those of a state, as far as it knows them."""
         now = self.state(targets)
-        if len(state.get("follows", ())) != len(targets):
+        if not isinstance(state, Mapping) or len(state.get("follows", ())) != len(targets):
             return ""  # a state without them, or of other sets, which is refused elsewhere
         was, new = ([s["schedules"][i] for i in s["follows"]] for s in (state, now))
         said = changes(was, new)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
-from .feedback import Feedback, number
+from .feedback import Feedback, count, number
 
 __all__ = ["HoldRatio"]
 
@@ -65,12 +67,12 @@ class HoldRatio(Feedback):
         self.target, self.base = number("target", target, 0.0, strict=True), self.current
         self.gain = number("gain", gain, 0.0, strict=True)
         self.integral = number("integral", integral, 0.0, strict=True)
-        self.low, self.high = (number("bounds", b, 0.0) for b in bounds)
+        self.low, self.high = _ordered(bounds)
         if not self.low <= self.current <= self.high:
             raise ValueError(f"rate={rate} must lie within bounds={bounds}")
         self.slew = slew if slew == math.inf else number("slew", slew, 0.0, strict=True)
         self.deadband = number("deadband", deadband, 0.0)
-        self.patience = int(number("patience", patience, 1.0))
+        self.patience = count("patience", patience, 1)
         self.sum, self.given_up = 0.0, False
         self._saturated, self._since = 0, 0.0  # for so many updates, since the ratio had this value
 
@@ -145,3 +147,13 @@ class HoldRatio(Feedback):
         """Take them back."""
         self.sum, saturated, self._since, given_up = memory
         self._saturated, self.given_up = int(saturated), bool(given_up)
+
+
+def _ordered(bounds: Any) -> tuple[float, float]:
+    """Give the lowest and the highest rate."""
+    if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+        raise TypeError(f"bounds are the lowest and the highest rate, got {bounds!r}")
+    low, high = (number("bounds", bound, 0.0) for bound in bounds)
+    if low > high:
+        raise ValueError(f"bounds are the lowest rate and the highest, in this order, got {bounds}")
+    return low, high

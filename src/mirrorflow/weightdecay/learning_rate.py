@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checks import inner
+from .checks import inner, positive_int
 
 __all__ = ["ahead", "as_scheduler", "learning_rates", "shadow"]
 
@@ -42,7 +42,7 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
     >>> learning_rates(torch.optim.lr_scheduler.StepLR(optimizer, step_size=2), 4)
     [0.5, 0.5, 0.05, 0.05]
     """
-    found = as_scheduler(scheduler)
+    steps, found = positive_int("steps", steps), as_scheduler(scheduler)
     if found is None:
         raise TypeError(
             f"learning_rates takes a torch learning-rate scheduler, got {type(scheduler).__name__}"
@@ -100,7 +100,7 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
 
 def _rates(lr: Any, steps: int) -> list[float]:
     """Give the learning rates of the steps, from what the user gave."""
-    if not isinstance(lr, Iterable):
+    if not isinstance(lr, Iterable) or isinstance(lr, (str, bytes)):
         raise TypeError(
             f"lr: a learning-rate scheduler or the learning rate of each step is needed, got {lr!r}"
         )

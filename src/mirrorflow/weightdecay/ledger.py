@@ -102,7 +102,7 @@ class Entry:
 
         Nothing, if it were removed then.
         """
-        if self.kind in ("coupled", "unknown"):
+        if self.kind in ("coupled", "averaged", "unknown"):
             return math.nan if math.isnan(self.absorbed) else 0.0
         if self.kind != "sgd":
             return 0.0

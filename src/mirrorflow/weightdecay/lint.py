@@ -12,6 +12,7 @@ import torch
 
 from ..schedule import Constant
 from .checks import inner
+from .choosing import names_of
 from .coupling import coupling
 from .scheduler import WeightDecayScheduler
 
@@ -28,8 +29,8 @@ class Finding:
     Attributes
     ----------
     code : str
-        Its name: zero-decay, overwritten, coupled, unknown-coupling, numpy-scalar,
-        frozen-in-graph, unscheduled, double-stepping, decayed-vectors.
+        Its name: zero-decay, overwritten, coupled, averaged, unknown-coupling,
+        numpy-scalar, frozen-in-graph, unscheduled, double-stepping, decayed-vectors.
     group : int or None
         The parameter group, or None for all of them.
     message, remedy : str
@@ -94,7 +95,7 @@ def lint(
     """
     optimizer = inner(optimizer)
     _check_scheduler(optimizer, scheduler)
-    groups = optimizer.param_groups
+    groups, names = optimizer.param_groups, names_of(model)
     kinds = {i: coupling(optimizer, g) for i, g in enumerate(groups) if decay_of(g, i) > 0}
     if scheduler is not None and scheduler.exact_off:  # it ends as if it had not been coupled
         kinds = {i: kind for i, kind in kinds.items() if kind != "sgd"}
@@ -102,8 +103,7 @@ def lint(
     overwritten = {finding.group for finding in found if finding.code == "overwritten"}
     return [
         *found,
-        *_vectors(groups, {id(p): n for n, p in model.named_parameters()} if model else {},
-                  leave_out=overwritten),
+        *_vectors(groups, names, leave_out=overwritten),
         *_scheduled(groups, scheduler),
         *_double_stepping(optimizer, scheduler),
     ]  # fmt: skip
@@ -184,6 +184,13 @@ def _of_kind(i: int, group: Mapping[str, Any], kind: str) -> Iterable[Finding]:
         yield Finding(
             "coupled", i, "the decay is added to the gradient and lives on in the moments",
             "Use AdamW, or WeightDecayScheduler(..., decoupled=True), or exact_off=True for SGD",
+        )  # fmt: skip
+    elif kind == "averaged":
+        yield Finding(
+            "averaged", i, "the weights follow copies or averages that the optimizer keeps of them",
+            "Schedule its own decay, as decoupled=True would be undone; what has come in reaches "
+            "the weights after it is 0, too",
+            level="note",
         )  # fmt: skip
     elif kind == "unknown":
         yield Finding(

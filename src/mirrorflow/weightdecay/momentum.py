@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from .coupling import CoupledDecayWarning
 from .imprint import INITIAL
 from .ledger import Entry
+from .outside import shrink
 from .selection import Target
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
@@ -108,7 +109,7 @@ def follow(
         moved.append(p)
         stored.append(state[STORED])
     if moved:
-        torch._foreach_mul_(stored, momentum)  # pyright: ignore[reportPrivateImportUsage]
+        shrink(stored, momentum)
         torch._foreach_add_(stored, moved, alpha=passed * decay)  # pyright: ignore[reportPrivateImportUsage]
     return unknown
 

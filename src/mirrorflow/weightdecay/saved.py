@@ -52,6 +52,7 @@ _KINDS: tuple[tuple[set[str], set[str], str], ...] = (
     ({"rho", "eps", "maximize"}, {"betas", "adaptive"}, "coupled"),  # Adadelta
     ({"lambd", "alpha", "t0"}, set(), "coupled"),  # ASGD
     ({"betas", "eps", "foreach", "maximize"}, {"amsgrad", "momentum_decay"}, "coupled"),  # Adamax
+    ({"train_mode", "weight_sum", "lr_max"}, set(), "averaged"),  # the schedule-free ones
 )
 
 

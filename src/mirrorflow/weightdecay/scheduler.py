@@ -14,7 +14,7 @@ from .coverage import Plan
 from .fingerprint import Fingerprints
 from .imprint import cleared, undone_if_it_fails
 from .momentum import forget
-from .schedules import check_schedules
+from .schedules import check_schedules, over
 from .selection import Rule, Target, rules
 from .stepping import Stepping
 
@@ -66,7 +66,8 @@ class WeightDecayScheduler:
     coupling : str, optional
         How the optimizer's decay acts, where trying it on a small weight fails: "decoupled", the
         weights shrink by lr x decay; "fixed", by the decay; "scaled", by a step size of its own
-        times the decay; "sgd", as in torch.optim.SGD; "coupled", in a rescaled gradient.
+        times the decay; "sgd", as in torch.optim.SGD; "coupled", in a rescaled gradient;
+        "averaged", on what the weights are an average of.
     on_change : {"warn", "error", "program"}
         What to do about a checkpoint that was written with another schedule, or with another decay
         of groups where that is what is multiplied: the schedule is always that of the program, the
@@ -144,7 +145,7 @@ class WeightDecayScheduler:
         coverage.warn_if_unused(self.optimizer)
         coverage.update(self.optimizer, self.account)
         kinds = [entry.kind for entry in self.account.entries]
-        check_decay(self.optimizer, self.targets, self.decoupled)
+        check_decay(self.optimizer, self.targets, self.decoupled, self.plan.relative)
         check_schedules(self.optimizer, self.targets, kinds)
         if self.exact_off:
             check_exact_off(self.optimizer, self.targets, kinds)
@@ -257,6 +258,7 @@ class WeightDecayScheduler:
             handle.remove()
         cleared(self.optimizer.param_groups)
         forget(self.optimizer)
+        over(self.targets)
 
     def __enter__(self) -> Self:
         """Close at the end of a with block."""

@@ -13,7 +13,7 @@ from .feedback import Feedback, OffAtBudget
 from .ledger import Entry
 from .selection import Target
 
-__all__ = ["check_schedules", "tell"]
+__all__ = ["check_schedules", "over", "tell"]
 
 
 def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
@@ -28,8 +28,7 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
         if isinstance(target.schedule, OffAtBudget) and kind not in COUNTED:
             raise ValueError(
                 f"OffAtBudget counts lr x decay, and no such sum describes the decay of "
-                f"{type(optimizer).__name__}, which is {kind}: decoupled=True decays from outside, "
-                "and is counted"
+                f"{type(optimizer).__name__}, which is {kind}: {_INSTEAD.get(kind, _OUTSIDE)}"
             )
     for schedule in {id(t.schedule): t.schedule for t in targets}.values():
         points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
@@ -40,6 +39,13 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
                 "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
                 stacklevel=4,
             )
+
+
+_OUTSIDE = "decoupled=True decays from outside, and is counted"
+_INSTEAD = {
+    "scaled": f'convention="fixed", {_OUTSIDE}',
+    "averaged": "SwitchOff(rate, at=...) is off at a step, OffWhenLevel by a measurement",
+}
 
 
 def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
@@ -54,3 +60,10 @@ def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
             loop.acts_at(step)
         elif loop.current and loop.spent_by(most):
             loop.update(step, most)
+
+
+def over(targets: Iterable[Target]) -> None:
+    """Tell the loops that the run is over."""
+    loops = [t.schedule for t in targets if isinstance(t.schedule, Feedback)]
+    for loop in {id(loop): loop for loop in loops}.values():
+        loop.over()

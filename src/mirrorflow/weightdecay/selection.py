@@ -84,7 +84,8 @@ def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
 
 def check_schedule(schedule: Any, optional: bool = False) -> None:
     """Raise unless this is a schedule, or a function of the step."""
-    if isinstance(schedule, Schedule) or callable(schedule) or (optional and schedule is None):
+    known = isinstance(schedule, Schedule) or callable(schedule)
+    if (known and not isinstance(schedule, type)) or (optional and schedule is None):
         return
     raise TypeError(no_schedule(schedule))
 
@@ -107,7 +108,7 @@ def rate_at(schedule: Any, step: int) -> float:
         ) from error
     try:
         rate = float(value)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # of a string, or of several elements
         raise TypeError(
             f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
             "number"

@@ -7,6 +7,7 @@ are touched.
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections import defaultdict
 from collections.abc import Mapping
@@ -118,8 +119,14 @@ def _step(
 ) -> None:
     """Let the twin take a step."""
     twin.param_groups[0]["weight_decay"] = decay
-    weight.grad = gradient.clone()
-    twin.step()
+
+    def closure() -> Any:
+        weight.grad = gradient.clone()
+        return weight.new_zeros(())
+
+    closure()
+    given = inspect.signature(twin.step).parameters.get("closure")
+    twin.step(*([closure] if given and given.default is given.empty else []))  # few require one
 
 
 def _twin(optimizer: Optimizer, group: Mapping[str, Any], weight: torch.nn.Parameter) -> Optimizer:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule import Schedule
-from .checks import one_of
-from .conventions import CONVENTIONS, acting, number_for, peak_lr
+from .checks import one_of, positive_int
+from .conventions import CONVENTIONS, NEED_PEAK, acting, number_for, peak_lr
 from .feedback import Feedback
 from .learning_rate import as_scheduler, learning_rates
 from .selection import check_schedule, rate_at
@@ -90,6 +90,7 @@ def budget(
     *,
     convention: str | None = None,
     kind: str = "decoupled",
+    momentum: float = 0.0,
     peak: float | None = None,
 ) -> float:
     """Sum what acts over a run, lr x decay for most optimizers.
@@ -105,10 +106,14 @@ def budget(
     convention : str, optional
         What the rate means, as for `WeightDecayScheduler`; by default the optimizer's own number.
     kind : {"decoupled", "fixed", "sgd"}
-        How the optimizer's decay acts, as `coupling` names it. In the momentum of SGD the last of
-        it acts after the run.
+        How the optimizer's decay acts, as `coupling` names it.
+    momentum : float
+        That of SGD, through which a decay acts 1 / (1 - momentum) times by and by; what it holds at
+        the end of the run is not counted. `preview` also knows momentum that changes, dampening
+        and Nesterov's.
     peak : float, optional
-        The highest learning rate, where the convention asks for it; that of ``lrs`` by default.
+        The highest learning rate, where the convention asks for it; by default what a scheduler
+        has written to the group, or the highest of ``lrs``.
 
     Raises
     ------
@@ -127,14 +132,15 @@ def budget(
     if convention is not None:
         one_of("convention", convention, CONVENTIONS)
     one_of("kind", kind, ("decoupled", "fixed", "sgd"))  # of others no such sum says what acts
+    _check_momentum(momentum, kind)
     rates = _lrs(lrs, steps)
-    top = max(rates, default=0.0)
-    if peak is not None:
-        top = peak_lr({"lr": top}, peak)
-    return math.fsum(
-        acting(number_for(convention, rate_at(schedule, step), lr, top, kind), lr, kind)
-        for step, lr in enumerate(rates)
-    )
+    top = _peak(lrs, rates, convention, peak)
+    held, acts = 0.0, []
+    for step, lr in enumerate(rates):
+        decay = number_for(convention, rate_at(schedule, step), lr, top, kind)
+        held = momentum * held + decay
+        acts.append(acting(held, lr, kind))
+    return math.fsum(acts)
 
 
 @overload
@@ -171,7 +177,7 @@ def scale_to_budget(
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
     **settings
-        The ``convention``, ``kind`` and ``peak`` of both runs, as for `budget`.
+        The ``convention``, ``kind``, ``momentum`` and ``peak`` of both runs, as for `budget`.
 
     Returns
     -------
@@ -185,6 +191,7 @@ def scale_to_budget(
     (0.4, 0.4, 0.0)
     """
     rates = _lrs(lrs, steps)
+    settings["peak"] = _peak(lrs, rates, settings.get("convention"), settings.get("peak"))
     own = budget(schedule, rates, **settings)
     if own == 0:
         raise ValueError(
@@ -264,6 +271,26 @@ def _check_known(schedule: Any) -> None:
         )
 
 
+def _check_momentum(momentum: Any, kind: str) -> None:
+    """Raise unless it is the momentum of SGD, or 0."""
+    if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+        raise ValueError(f"momentum must be a number >= 0 and < 1, got {momentum!r}")
+    if momentum and kind != "sgd":
+        raise ValueError(
+            f'momentum={momentum} is that of kind="sgd", where decay acts through it, and kind is '
+            f"{kind!r}"
+        )
+
+
+def _peak(lrs: Any, rates: list[float], convention: str | None, peak: float | None) -> float:
+    """Give the peak as `WeightDecayScheduler` knows it, or the highest learning rate."""
+    top, scheduler = max(rates, default=0.0), as_scheduler(lrs)
+    if convention not in NEED_PEAK or (peak is None and scheduler is None):
+        return top
+    group = {} if scheduler is None else scheduler.optimizer.param_groups[0]
+    return peak_lr({**group, "lr": top}, peak)
+
+
 def _lrs(lrs: Any, steps: int | None) -> list[float]:
     """Give the learning rate of each step as a list."""
     number = isinstance(lrs, Real) or getattr(lrs, "ndim", None) == 0
@@ -273,6 +300,7 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
             f"a {'single learning rate' if number else type(lrs).__name__} needs steps=, the "
             "length of the run"
         )
+    steps = None if steps is None else positive_int("steps", steps)
     if number:
         rates = [float(lrs)] * (steps or 0)
     elif scheduler is not None:
