@@ -129,7 +129,10 @@ def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
     (queries, n), (keys, m) = left.size(shapes), right.size(shapes)
     heads, key_heads = _divide(queries, keys, *facts.heads(module))
     if queries != keys and heads is None:
-        return f"Q has {queries} rows, K has {keys}, and the number of heads is unknown"
+        return (
+            f"Q has {queries} rows, K has {keys}, and the number of heads is unknown: it is read "
+            "from the module, or from the config.json beside a file"
+        )
     notes = [*found.notes, *_shared(heads, key_heads)]
     if normalized(found.prefix, shapes, facts):
         notes.append("Q and K are normalized: their scale is inert, the norms mean nothing")
