@@ -26,6 +26,7 @@ LORA = (
 )
 NO_PRODUCT = {  # what other updates are made of
     ".lora_E": "AdaLoRA's product has a third factor, lora_E",
+    ".vera_lambda_b": "VeRA's factors are frozen, between two scales that train",
     ".lora_mid.weight": "LoRA with lora_mid has three factors",
     ".hada_w1_a": "LoHa's update is no product of two factors",
     ".lokr_w1": "LoKr's update is a Kronecker product",
