@@ -296,3 +296,24 @@ def test_a_refusal_is_not_taken_for_damage(saved):
     ) as error:
         train(made, resume=str(saved.parent))
     assert str(saved) in str(error.value) and "damaged" not in str(error.value)
+
+
+def test_what_is_tracked_can_be_named(tmp_path):
+    made = trainer(tmp_path)
+    mlp = [f"transformer.h.0.mlp.{name}.weight" for name in ("c_fc", "c_proj")]
+    control = control_decay(
+        made, mf.Constant(0.5), track_every=6, pairs={"mlp": tuple(mlp)}, values=True, match="h.0"
+    )
+    train(made)
+    rows = control.rows()[-3:]
+    assert [row["kind"] for row in rows] == ["attention", "value-output", "named"]
+    first, second = (made.model.get_parameter(name).detach().double() for name in mlp)
+    dense = torch.linalg.svdvals(first @ second).sum().item()
+    assert rows[2]["layer"] == "mlp" and rows[2]["nuclear"] == pytest.approx(dense, rel=1e-6)
+
+
+def test_frozen_products_are_tracked_on_request(tmp_path):
+    made = trainer(tmp_path, lora=True)
+    control = control_decay(made, mf.Constant(0.5), track_every=6, frozen=True, match="attention")
+    train(made)
+    assert [row["kind"] for row in control.rows()] == 3 * 2 * ["attention"]

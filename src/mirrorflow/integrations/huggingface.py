@@ -18,6 +18,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from ..spectrum import Measurement, SpectralTracker
+from ..spectrum.pairs import Named
 from ..weightdecay import WeightDecayScheduler
 from .loop import ControlledDecay
 from .plan import Plan
@@ -37,6 +38,9 @@ def control_decay(
     metric: Metric = "ratio",
     level: str = "layer",
     match: str | None = None,
+    pairs: Named | None = None,
+    values: bool = False,
+    frozen: bool = False,
     **options: Any,
 ) -> DecayControl:
     """Let a schedule set the weight decay of a `Trainer`, and log what it does.
@@ -57,7 +61,7 @@ def control_decay(
         Measure the spectra every so many steps; 0 for never.
     metric : str or callable Measurement -> float
         What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
-    level, match : str
+    level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
     **options
         For `WeightDecayScheduler`: ``relative``, ``groups``, ``decoupled``, ``exact_off``,
@@ -75,7 +79,10 @@ def control_decay(
         At once if a setting is not possible; when training begins, if no group of the optimizer
         decays, or nothing can be measured.
     """
-    plan = Plan(schedule, schedule_for, track_every, metric, level, match, options)
+    tracked = {
+        "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
+    }  # fmt: skip
+    plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
     control = DecayControl(trainer, plan)
     trainer.add_callback(control)
     return control
