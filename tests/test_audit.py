@@ -317,6 +317,90 @@ def test_a_folder_whose_shards_are_not_all_there_is_refused(tmp_path):
         audit(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lora_alpha": "x"}, "lora_alpha is 'x', and no number"),
+        ({"lora_alpha": None}, "lora_alpha is None, and no number"),
+        ({"lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern is \[1\], and no map to numbers"),
+        ({"lora_alpha": 4, "alpha_pattern": {"a": "b"}}, "and no map to numbers"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 3}}, r"'\(' in alpha_pattern is no regular"),
+    ],
+)
+def test_a_damaged_adapter_config_is_named(config, said, tmp_path):
+    save(tmp_path / "x.safetensors", a__lora_A__weight=torch.eye(2, 4),
+         a__lora_B__weight=torch.eye(4, 2))  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: .*{said}"):
+        audit(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["x", None, [], {}])
+def test_an_odd_config_is_as_none(text, tmp_path):
+    save(tmp_path / "x.safetensors", q_proj__weight=torch.eye(4), k_proj__weight=torch.eye(4))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    assert audit(tmp_path).mean_ratio == pytest.approx(2.0)
+
+
+def test_files_that_hold_the_same_names_are_not_mixed(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.safetensors", q_proj__weight=torch.eye(4),
+             k_proj__weight=torch.eye(4))  # fmt: skip
+    with pytest.raises(ValueError, match=r"a\.safetensors and b\.safetensors both hold k_proj"):
+        audit(tmp_path)
+    assert audit(tmp_path / "b.safetensors").mean_ratio == pytest.approx(2.0)
+
+
+def test_an_index_says_which_of_two_is_meant(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    more = safetensors.load_file(first)
+    other = {k: torch.zeros_like(v) for k, v in safetensors.load_file(second).items()}
+    safetensors.save_file(more | other, first)
+    same(audit(tmp_path), SpectralTracker(model).measure())
+
+
+def test_a_folder_of_folders_says_which_to_name(tmp_path):
+    for step in (4, 8):
+        llama().save_pretrained(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="there are some in checkpoint-4, checkpoint-8: name one"):
+        audit(tmp_path)
+
+
+def test_a_second_adapter_is_not_left_out_silently(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(), config)
+    model.add_adapter("other", peft.LoraConfig(r=3, lora_alpha=1, target_modules=["k_proj"]))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    found = audit(tmp_path)
+    assert len(found.records) == 11
+    assert found.skipped == (("other", "another adapter, in a folder of its own: audit that"),)
+    assert {r.scale for r in audit(tmp_path / "other").records} == {1 / 3}
+
+
+def test_a_gguf_file_and_a_folder_as_a_file_are_told(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "x.gguf"):
+        with pytest.raises(
+            ValueError, match=r"a GGUF file, .* SpectralTracker\(model, frozen=True"
+        ):
+            audit(path)
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be read: it is a folder"):
+        audit(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_what_is_named_has_to_be_floating_too(dtype, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(file, up=torch.ones(4, 4, dtype=dtype), down=torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"up is stored as .*, not floating: dequantize it first"):
+        audit(file, pairs={"mlp": ("up", "down")})
+
+
 def test_only_one_pair_is_in_memory(tmp_path, monkeypatch):
     from mirrorflow.spectrum.audit import Checkpoint
 

@@ -354,3 +354,21 @@ def test_the_plain_loop_of_the_readme():
     torch.save(state, file)
     file.seek(0)
     assert torch.load(file, weights_only=True)["control"]["scheduler"]["steps"] == 9
+
+
+def test_another_product_of_attention_can_have_a_loop():
+    loops = PerLayer(lambda layer: never())
+    net, optimizer, control = assemble(loops, values=True, match="value-output")
+    logs = train(net, optimizer, control, 0, EVERY)[-1]
+    found = {r.label: r.ratio for r in control.measurements[-1][1].records}
+    assert list(found) == list(loops.loops) == ["blocks.0 V-O", "blocks.1 V-O"]
+    assert all(logs[f"ratio/{name}"] == ratio for name, ratio in found.items())
+
+
+def test_a_multiple_that_was_passed_is_measured():
+    control = assemble(mf.Constant(0.1))[2]
+    control.track_every = 5
+    state = control.state_dict()
+    assert [step for step in (2, 4, 6, 9, 10, 23, 24) if control.advance(step)] == [6, 10, 23]
+    control.load_state_dict(state)
+    assert [step for step in (51, 54, 55) if control.advance(step)] == [55]

@@ -417,6 +417,22 @@ def test_what_is_no_number_is_named(value):
         mf.HoldRatio(2.0, 0.1, gain=1.0, bounds=0.5)
 
 
+@pytest.mark.parametrize(
+    "loop", [mf.OffAtBudget(0.3, budget=0.1), mf.OffBelow(0.3, 2.0), mf.HoldRatio(2.0, 0.3, 0.1)]
+)
+def test_a_loop_that_has_decided_in_another_run_is_not_used_silently(loop):
+    def scheduler():
+        net = torch.nn.Linear(3, 3)
+        return mf.WeightDecayScheduler(torch.optim.AdamW(net.parameters()), loop)
+
+    scheduler()  # a warning would be an error
+    loop.update(7, 1.5)
+    with pytest.warns(
+        UserWarning, match=f"this {type(loop).__name__} has decided before, at step 7"
+    ):
+        scheduler()
+
+
 def test_below_is_reached_and_for_good():
     loop = mf.OffBelow(0.1, target=2.0)
     values = [3.0, math.nan, 2.001, 2.0, 5.0, 1.0]

@@ -248,3 +248,72 @@ def test_numbers_in_the_logs_and_rows(tmp_path):
     assert [logged[step]["spectrum/metric"] for step in (0, 6, 12)] == first
     own = {key for row in made.state.log_history if "loss" in row for key in row}
     assert own & set(logged[2]) == {"step", "epoch"}
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_what_is_logged_by_epoch(tmp_path, every):
+    made = trainer(
+        tmp_path, steps=-1, num_train_epochs=2, logging_strategy="epoch", save_strategy="no"
+    )
+    control_decay(made, mf.SwitchOff(0.5, at=20), track_every=every)
+    train(made)
+    decays = [(r["step"], r["weight_decay"]) for r in made.state.log_history if "weight_decay" in r]
+    steps = sorted({16, 32, *range(0, 33, 5)} if every else {16, 32})
+    assert decays == [(step, 0.5 if step < 20 else 0.0) for step in steps]
+    assert [r["step"] for r in made.state.log_history if "loss" in r] == [16, 32]
+
+
+def test_metrics_that_a_subclass_averages_between_its_logs_are_its_own(tmp_path):
+    """As TRL's trainers do: their log method adds the means since the last call, and resets."""
+
+    class Averaging(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            self.seen.append(self.state.global_step)
+            return super().compute_loss(*args, **kwargs)
+
+        def log(self, logs, *args):
+            logs["mean"] = sum(self.seen) / max(1, len(self.seen))
+            super().log(logs, *args)
+            self.seen.clear()
+
+    def means(controlled):
+        given = trainer(tmp_path / str(controlled), logging_steps=4)
+        made = Averaging(model(), given.args, train_dataset=Tokens())
+        made.seen = []
+        if controlled:
+            control_decay(made, mf.Constant(0.3), track_every=3)
+        train(made)
+        return [(r["step"], r["mean"]) for r in made.state.log_history if "mean" in r]
+
+    assert means(True) == means(False) == [(4, 1.5), (8, 5.5), (12, 9.5), (12, 0.0)]
+
+
+def test_a_refusal_is_not_taken_for_damage(saved):
+    made = trainer(saved.parents[1])
+    control_decay(made, mf.SwitchOff(0.5, at=OFF + 2), on_change="error")
+    with pytest.raises(
+        ValueError, match=r'SwitchOff.*refused because of on_change="error"'
+    ) as error:
+        train(made, resume=str(saved.parent))
+    assert str(saved) in str(error.value) and "damaged" not in str(error.value)
+
+
+def test_what_is_tracked_can_be_named(tmp_path):
+    made = trainer(tmp_path)
+    mlp = [f"transformer.h.0.mlp.{name}.weight" for name in ("c_fc", "c_proj")]
+    control = control_decay(
+        made, mf.Constant(0.5), track_every=6, pairs={"mlp": tuple(mlp)}, values=True, match="h.0"
+    )
+    train(made)
+    rows = control.rows()[-3:]
+    assert [row["kind"] for row in rows] == ["attention", "value-output", "named"]
+    first, second = (made.model.get_parameter(name).detach().double() for name in mlp)
+    dense = torch.linalg.svdvals(first @ second).sum().item()
+    assert rows[2]["layer"] == "mlp" and rows[2]["nuclear"] == pytest.approx(dense, rel=1e-6)
+
+
+def test_frozen_products_are_tracked_on_request(tmp_path):
+    made = trainer(tmp_path, lora=True)
+    control = control_decay(made, mf.Constant(0.5), track_every=6, frozen=True, match="attention")
+    train(made)
+    assert [row["kind"] for row in control.rows()] == 3 * 2 * ["attention"]

@@ -116,3 +116,50 @@ def test_rows_and_the_metric():
 def test_impossible_settings_are_named_at_once(settings, kind, message):
     with pytest.raises(kind, match=message):
         DecayCallback(**settings)
+
+
+def test_several_optimizers_are_logged_by_their_own_names_and_steps():
+    class Every(Numbers):
+        def log_metrics(self, metrics, step=None):
+            self.rows += [(step, name) for name in metrics if name.endswith("/weight_decay")]
+
+    callbacks = [
+        DecayCallback(mf.SwitchOff(0.5, at=OFF), track_every=6),
+        DecayCallback(mf.Constant(0.1), optimizer=1),
+    ]
+    logger = Every()
+    fit(Net(optimizers=2), callbacks, steps=2 * STEPS, logger=logger)
+    first = [step for step, name in logger.rows if name == "optimizer0/weight_decay"]
+    second = [step for step, name in logger.rows if name == "optimizer1/weight_decay"]
+    assert first == [0, 4, 6, 8, 12] and second == [4, 8, 12]
+
+
+def test_several_steps_in_a_batch_are_measured_when_they_have_passed_a_multiple():
+    class Thrice(Net):
+        def training_step(self, batch, index):
+            for _ in range(3):
+                for optimizer in self.optimizers():
+                    optimizer.zero_grad()
+                    self.manual_backward(self.head(torch.ones(1, 8)).square().mean())
+                    optimizer.step()
+
+    control = DecayCallback(mf.Constant(0.5), track_every=4, optimizer=1)
+    logger = Numbers()
+    logger.log_metrics = lambda metrics, step: logger.rows.extend((step, name) for name in metrics)
+    fit(Thrice(optimizers=2), [control, DecayCallback(mf.Constant(0.1))], steps=24, logger=logger)
+    assert [step for step, _ in control.measurements] == [0, 6, 9, 12]
+    logged = [step for step, name in logger.rows if name == "optimizer0/weight_decay"]
+    assert logged == [6, 9, 12]
+
+
+@pytest.mark.parametrize("index", [1, -1, "first"])
+def test_an_optimizer_that_does_not_exist_is_named(index):
+    with pytest.raises(ValueError, match=rf"optimizer={index}\): the module has 1 optimizers"):
+        fit(Net(), [DecayCallback(mf.Constant(0.1), optimizer=index)])
+
+
+def test_pairs_can_be_named():
+    pairs = {"out": ("head.weight", "attention.out_proj.weight")}
+    control = DecayCallback(mf.Constant(0.1), track_every=6, pairs=pairs, match="out")
+    fit(Net(), [control])
+    assert [row["layer"] for row in control.rows()] == 3 * ["out"]

@@ -65,6 +65,16 @@ def test_every_optimizer_of_torch_that_decays_is_among_them():
     assert known == set(OPTIMIZERS)
 
 
+def test_the_adafactor_of_transformers_is_known(looked_at):
+    transformers = pytest.importorskip("transformers")
+    weights = torch.nn.Linear(3, 3).parameters()
+    optimizer = transformers.Adafactor(
+        weights, lr=0.1, scale_parameter=False, relative_step=False, weight_decay=0.1
+    )
+    assert coupling(optimizer, optimizer.param_groups[0]) == "decoupled"
+    assert codes(looked_at(optimizer.state_dict())) == []
+
+
 def test_what_cannot_be_told_is_a_note(looked_at):
     saved = state()
     del saved["param_groups"][0]["decoupled_weight_decay"]  # as AdamW was saved before torch 2.6
@@ -175,10 +185,15 @@ def test_damaged_files_are_said_to_be(tmp_path):
     torch.save(state(), path)
     whole = path.read_bytes()
     plain = pickle.dumps(state())
-    for content in (b"", b"hello", whole[: len(whole) // 2], plain[: len(plain) // 2]):
+    larger = tmp_path / "larger.pt"
+    torch.save([state(), torch.zeros(3000)], larger)
+    long = larger.read_bytes()  # torch seeks to before its beginning, if it is cut
+    parts = (whole[: len(whole) // 2], plain[: len(plain) // 2], long[: len(long) // 2])
+    for content in (b"", b"hello", *parts):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="damaged") as caught:
             lint_file(path)
         assert "weights_only=False" not in str(caught.value)
+        assert str(path) in str(caught.value) and not str(caught.value).endswith(": ")
     with pytest.raises(FileNotFoundError):
         lint_file(tmp_path / "none")

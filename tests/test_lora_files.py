@@ -134,3 +134,27 @@ def test_scales_and_active_adapters_are_those_of_the_moment():
     after = tracker.measure().records[1]
     assert after.scale == layer.scaling["y"] == 3 * before.scale
     assert after.nuclear == pytest.approx(3 * before.nuclear) and after.gap == before.gap
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload", "delete_adapter"])
+def test_an_adapter_that_has_left_the_model_is_not_measured_any_more(leave):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    tracker = SpectralTracker(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert tracker.measure().defined
+    getattr(model, leave)(*(["default"] if leave == "delete_adapter" else []))
+    with pytest.raises(ValueError, match=r"lora_B.default.weight is in the model no more"):
+        tracker.measure()
+
+
+def test_an_adapter_that_is_switched_off_is_noted():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    tracker = SpectralTracker(model)
+    with model.disable_adapter():
+        assert tracker.measure().records[0].notes == ("not active",)
+    assert tracker.measure().records[0].notes == ()

@@ -283,3 +283,16 @@ def test_two_processes_with_sharded_weights_measure_what_one_measures(tmp_path):
     for rank in range(2):
         for ours, whole in zip(found[rank], expected, strict=True):
             assert torch.allclose(torch.tensor(ours), torch.tensor(whole), rtol=1e-6, atol=1e-9)
+
+
+def test_a_module_that_is_wrapped_later_is_still_measured():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    tracker = SpectralTracker(model)
+    before = tracker.measure()
+    model[0] = nn.Sequential(model[0])
+    assert tracker.measure() == before
+    again = copy.deepcopy(tracker)
+    model[0] = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="in_proj_weight is in the model no more"):
+        tracker.measure()
+    assert again.measure() == before

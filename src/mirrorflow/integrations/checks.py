@@ -61,8 +61,9 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     known = [name for name in known if name not in ("optimizer", "schedule", "model")]
     if unknown := [name for name in options if name not in known]:
         raise TypeError(
-            f"unknown option {', '.join(map(repr, unknown))}: beside track_every, metric, level "
-            f"and match there are those of WeightDecayScheduler: {', '.join(known)}"
+            f"unknown option {', '.join(map(repr, unknown))}: beside track_every, metric, "
+            "level, match, pairs, values and frozen there are those of WeightDecayScheduler: "
+            f"{', '.join(known)}"
         )
     if options.get("convention") is not None:
         one_of("convention", options["convention"], CONVENTIONS)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..spectrum import Measurement, SpectralTracker
+from ..spectrum.pairs import Named
 from ..weightdecay import WeightDecayScheduler
 from .loop import ControlledDecay
 from .plan import Plan
@@ -37,6 +38,9 @@ def control_decay(
     metric: Metric = "ratio",
     level: str = "layer",
     match: str | None = None,
+    pairs: Named | None = None,
+    values: bool = False,
+    frozen: bool = False,
     **options: Any,
 ) -> DecayControl:
     """Let a schedule set the weight decay of a `Trainer`, and log what it does.
@@ -57,7 +61,7 @@ def control_decay(
         Measure the spectra every so many steps; 0 for never.
     metric : str or callable Measurement -> float
         What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
-    level, match : str
+    level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
     **options
         For `WeightDecayScheduler`: ``relative``, ``groups``, ``decoupled``, ``exact_off``,
@@ -75,7 +79,10 @@ def control_decay(
         At once if a setting is not possible; when training begins, if no group of the optimizer
         decays, or nothing can be measured.
     """
-    plan = Plan(schedule, schedule_for, track_every, metric, level, match, options)
+    tracked = {
+        "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
+    }  # fmt: skip
+    plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
     control = DecayControl(trainer, plan)
     trainer.add_callback(control)
     return control
@@ -106,6 +113,7 @@ class DecayControl(TrainerCallback):
     def __init__(self, trainer: Any, plan: Plan) -> None:
         self._trainer, self._plan = trainer, plan
         self._loop: ControlledDecay | None = None
+        self._logged = -1  # the step of the last row
 
     @property
     def schedule(self) -> Any:
@@ -139,7 +147,7 @@ class DecayControl(TrainerCallback):
         if state.global_step == 0:
             if loop.track_every:
                 loop.measure(0)
-                self._trainer.log(loop.logs())
+                self._log(state, control)
             return
         saved = self._folder(state) / STATE
         if saved.exists():
@@ -151,10 +159,26 @@ class DecayControl(TrainerCallback):
         """Log with the Trainer's logs, and measure where it is due."""
         if self._loop is None:
             return
-        due, should_log = self._loop.advance(state.global_step), control.should_log
-        if due or should_log:
-            self._trainer.log(self._loop.logs(spectra=due))
-            control.should_log = should_log  # logging clears it, and the loss would not be logged
+        due = self._loop.advance(state.global_step)
+        if due or control.should_log:
+            self._log(state, control, spectra=due)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log with the Trainer's logs of ``logging_strategy="epoch"``."""
+        if self._loop is not None and control.should_log and self._logged != state.global_step:
+            self._log(state, control, spectra=False)
+
+    def _log(self, state: Any, control: Any, spectra: bool = True) -> None:
+        """Hand the numbers to whatever watches the training.
+
+        Not by the log method of a subclass: TRL's trainers average their metrics there and begin
+        anew with each call, so that theirs would be in our row, and of too few steps.
+        """
+        assert self._loop is not None
+        should_log = control.should_log
+        Trainer.log(self._trainer, self._loop.logs(spectra))
+        control.should_log = should_log  # logging clears it, and the loss would not be logged
+        self._logged = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the ledger beside the optimizer's state."""
@@ -184,6 +208,8 @@ def _load(loop: ControlledDecay, path: Path) -> None:
     try:
         loop.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if type(error) is ValueError:  # it was read, and refused; errors of JSON are subclasses
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(
             f"{path} cannot be used: {type(error).__name__}: {error}. If it is damaged, remove it: "
             "the optimizer's checkpoint has the step, the totals and the state of closed loops, "

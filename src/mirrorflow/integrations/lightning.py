@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..spectrum import Measurement
+from ..spectrum.pairs import Named
 from ..weightdecay import WeightDecayScheduler
 from .loop import ControlledDecay
 from .plan import Plan
@@ -29,7 +30,8 @@ class DecayCallback(Callback):
 
     It logs with the module's loggers, at ``log_every_n_steps`` or when something was measured:
     decay, lr x decay, what has been absorbed, the time scale and the means of the spectra, as
-    `ControlledDecay.logs` gives them. Its state is saved with Lightning's checkpoints and restored
+    `ControlledDecay.logs` gives them, at the steps of its own optimizer; if there are several, with
+    ``optimizer0/`` before each name. Its state is saved with Lightning's checkpoints and restored
     with them. Each run begins with fresh closed loops, copies of those that were given.
 
     Parameters
@@ -47,7 +49,7 @@ class DecayCallback(Callback):
         What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
     optimizer : int
         Which of the module's optimizers; one callback for each that shall be scheduled.
-    level, match : str
+    level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
     **options
         For `WeightDecayScheduler`.
@@ -72,12 +74,19 @@ class DecayCallback(Callback):
         optimizer: int = 0,
         level: str = "layer",
         match: str | None = None,
+        pairs: Named | None = None,
+        values: bool = False,
+        frozen: bool = False,
         **options: Any,
     ) -> None:
-        self._plan = Plan(schedule, schedule_for, track_every, metric, level, match, options)
+        tracked = {
+            "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
+        }  # fmt: skip
+        self._plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
         self.index = optimizer
         self._loop: ControlledDecay | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._steps = 0  # of the optimizer, at the end of the last batch
 
     @property
     def state_key(self) -> str:
@@ -107,7 +116,7 @@ class DecayCallback(Callback):
         """Take over the optimizer, which has loaded its own state by now."""
         if self._loop is not None:
             self._loop.close()
-        if self.index >= len(trainer.optimizers):
+        if self.index not in range(len(trainer.optimizers)):
             raise ValueError(
                 f"DecayCallback(optimizer={self.index}): the module has "
                 f"{len(trainer.optimizers)} optimizers"
@@ -122,6 +131,7 @@ class DecayCallback(Callback):
         elif loop.track_every and loop.scheduler.steps == 0:
             loop.measure(0)
             self._log(trainer, loop.logs())
+        self._steps = loop.scheduler.steps
 
     def _start_late(self, loop: ControlledDecay, trainer: Trainer) -> None:
         """Begin in the middle of a run, where Lightning knows the step."""
@@ -140,16 +150,21 @@ class DecayCallback(Callback):
         assert self._loop is not None
         if not self._loop.scheduler.account.fresh:
             return  # a batch of accumulated gradients
-        every = trainer.log_every_n_steps
+        every, before, steps = trainer.log_every_n_steps, self._steps, self._loop.scheduler.steps
+        self._steps = steps
         if numbers := self._loop.step():
             self._log(trainer, numbers)
-        elif every > 0 and self._loop.scheduler.steps % every == 0:
+        elif every > 0 and steps // every > before // every:
             self._log(trainer, self._loop.logs(spectra=False))
 
     def _log(self, trainer: Trainer, numbers: dict[str, float]) -> None:
-        """Hand the numbers to the loggers."""
+        """Hand the numbers to the loggers, at the optimizer's own step."""
+        assert self._loop is not None
+        several = len(trainer.optimizers) > 1  # whose numbers would be one zigzag
+        prefix = f"optimizer{self.index}/" if several else ""
+        named = {f"{prefix}{name}": value for name, value in numbers.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+            logger.log_metrics(named, step=self._loop.scheduler.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state, in plain numbers and strings."""

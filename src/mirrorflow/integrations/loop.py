@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..spectrum import Measurement, SpectralTracker
-from ..spectrum.pairs import clean
+from ..spectrum.pairs import Named, clean
 from ..weightdecay import Feedback, OffAtBudget, PerLayer, WeightDecayScheduler
 from .checks import check_settings
 from .readings import Metric, by_layer, decay_numbers, finite, rows, spectrum_numbers, value_of
@@ -48,7 +48,7 @@ class ControlledDecay:
         What loops are fed: the mean over the products that have a ratio of "ratio", "nuclear",
         "frobenius", "effective_rank", "stable_rank", "gap" or "imbalance", or what a function
         makes of the measurement, in `PerLayer` of the records of a layer. NaN changes nothing.
-    level, match : str
+    level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
     **options
         For `WeightDecayScheduler`.
@@ -85,13 +85,21 @@ class ControlledDecay:
         metric: Metric = "ratio",
         level: str = "layer",
         match: str | None = None,
+        pairs: Named | None = None,
+        values: bool = False,
+        frozen: bool = False,
         **options: Any,
     ) -> None:
         options = check_settings(schedule, track_every, metric, level, match, options)
         self.schedule, self.track_every, self.metric = schedule, track_every, metric
         self._loops = _loops([schedule, *(of_group for _, of_group in options["groups"])])
         self._fed = [loop for loop in self._loops if not isinstance(loop, OffAtBudget)]
-        self.tracker = SpectralTracker(model, level=level, match=match) if track_every else None
+        self.tracker = None
+        if track_every:
+            self.tracker = SpectralTracker(
+                model, level=level, match=match, pairs=pairs, values=values, frozen=frozen
+            )
+        self._reached: int | None = None  # the last step, as it was told
         self.measurements: list[tuple[int, Measurement]] = []
         if isinstance(schedule, PerLayer):
             own = schedule.rules(self._weights(model))
@@ -117,7 +125,11 @@ class ControlledDecay:
 
     def advance(self, step: int) -> bool:
         """Do what is due at a step, counted by a framework; tell whether spectra were measured."""
-        due = bool(self.track_every) and step % self.track_every == 0
+        before = self._reached
+        if before is None or before >= step:
+            before = step - 1
+        self._reached = step  # there may be several from one time to the next
+        due = bool(self.track_every) and step // self.track_every > before // self.track_every
         if due:
             self.measure(step)
         self.scheduler.step()
@@ -190,6 +202,7 @@ class ControlledDecay:
             If it is not that of a run with the same loops.
         """
         self._check(state)
+        self._reached = None
         for loop, saved in zip(self._loops, state["loops"], strict=True):
             loop.load_state_dict(saved)
         if isinstance(self.schedule, PerLayer):

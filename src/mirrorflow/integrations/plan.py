@@ -30,8 +30,10 @@ class Plan:
         The rate at each optimizer step.
     schedule_for : callable int -> schedule, or None
         Instead of it: makes the schedule of a run that has so many optimizer steps.
-    track_every, metric, level, match
+    track_every, metric
         As for `ControlledDecay`.
+    tracked : dict
+        What is measured: the settings of `SpectralTracker`.
     options : dict
         For `WeightDecayScheduler`.
 
@@ -47,8 +49,7 @@ class Plan:
         schedule_for: Callable[[int], Any] | None,
         track_every: int,
         metric: Metric,
-        level: str,
-        match: str | None,
+        tracked: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
         if schedule_for is not None and not callable(schedule_for):
@@ -61,11 +62,11 @@ class Plan:
             raise ValueError(
                 "there is no schedule: give one, or schedule_for=lambda total: ..., or groups="
             )
-        options = check_settings(schedule, track_every, metric, level, match, options)
+        options = check_settings(
+            schedule, track_every, metric, tracked["level"], tracked["match"], options
+        )
         self.schedule, self.schedule_for, self._options = schedule, schedule_for, options
-        self._settings = {
-            "track_every": track_every, "metric": metric, "level": level, "match": match
-        }  # fmt: skip
+        self._settings = {"track_every": track_every, "metric": metric, **tracked}
 
     def begin(self, model: torch.nn.Module, optimizer: Any, total: float) -> ControlledDecay:
         """Take the optimizer of a run over, which will have so many steps in all."""

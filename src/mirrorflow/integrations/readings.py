@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..spectrum import Measurement
+from ..spectrum.pairs import label
 from ..spectrum.records import COLUMNS, Record
 from ..weightdecay import WeightDecayScheduler
 from ..weightdecay.acting import strength
@@ -38,7 +39,7 @@ def by_layer(found: Measurement) -> dict[str, Measurement]:
     """Divide a measurement by the product, whose heads stay together."""
     records: dict[str, list[Record]] = {}
     for record in found.records:
-        name = f"{record.name} [{record.adapter}]" if record.adapter else record.name
+        name = label(record.name, record.kind, record.adapter)
         records.setdefault(name, []).append(record)
     return {name: Measurement(tuple(some)) for name, some in records.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from math import sqrt
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .configuration import heads, part_of
+from .files import adapter_config, adapters_below, files_of, json_of, reader
 from .finding import find
 from .measurement import measure
 from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
@@ -21,7 +21,6 @@ from .shards import Rows
 __all__ = ["audit"]
 
 READABLE = ("F64", "F32", "F16", "BF16")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def audit(
@@ -77,7 +76,8 @@ def audit(
     chosen = (*found.pairs, *named(pairs, shapes))
     if not chosen:
         raise ValueError(nothing_found(str(path), found.skipped, "audit"))
-    return Measurement(measure(chosen, checkpoint.load, level, batch=0), found.skipped)
+    skipped = (*found.skipped, *adapters_below(Path(path)))
+    return Measurement(measure(chosen, checkpoint.load, level, batch=0), skipped)
 
 
 class Checkpoint:
@@ -85,19 +85,14 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else path.parent
-        self._open = _reader()
+        self._open = reader()
         self._files: dict[str, tuple[Path, str]] = {}
         self._types: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file, names in _files(path).items():
+        for file, names in files_of(path).items():
             self._list(file, names)
-        self._config = _json(folder / "config.json")
-        self._adapter = _json(folder / "adapter_config.json")
-        kind = self._adapter.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ValueError(
-                f"{folder} holds a {kind} adapter: only LoRA's update is a product A B"
-            )
+        self._config = json_of(folder / "config.json")
+        self._adapter = adapter_config(folder / "adapter_config.json")
 
     def _list(self, file: Path, names: set[str] | None) -> None:
         """List the weights of a file; ``names`` are those that an index expects there."""
@@ -105,9 +100,14 @@ class Checkpoint:
             present = set(content.keys())
             if names and (missing := sorted(names - present)):
                 raise ValueError(f"{file} lacks {missing[0]}, which the index names: save it again")
-            for name in sorted(present, key=_natural):
+            for name in sorted(names or present, key=_natural):
                 part = content.get_slice(name)
                 key = clean(name)
+                if (other := self._files.get(key, (file, ""))[0]) != file:
+                    raise ValueError(
+                        f"{other} and {file.name} both hold {name}, and no index tells which is "
+                        "meant: name one of the files"
+                    )
                 self._files[key] = (file, name)
                 self._types[key] = part.get_dtype()
                 self.shapes[key] = tuple(part.get_shape())
@@ -115,6 +115,10 @@ class Checkpoint:
     def load(self, factor: Factor) -> Tensor | Rows:
         """Read the rows of a factor, and nothing else; the file is closed again."""
         file, name = self._files[factor.key]
+        if (kind := self._types[factor.key]) not in READABLE:  # a user has named it
+            raise ValueError(
+                f"{file}: {name} is stored as {kind}, not floating: dequantize it first"
+            )
         span = slice(factor.start, factor.stop)
         with self._open(file) as content:
             part = content.get_slice(name)
@@ -181,78 +185,6 @@ class Checkpoint:
         file, name = self._files[key]
         with self._open(file) as content:
             return float(content.get_tensor(name).reshape(-1)[0])
-
-
-def _reader() -> Any:
-    """Give a function that opens a safetensors file, with errors that help."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("audit reads safetensors files: pip install safetensors") from error
-
-    def open_file(file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged, or no safetensors file ({error}): save or download it again"
-            ) from error
-
-    return open_file
-
-
-def _files(path: Path) -> dict[Path, set[str] | None]:
-    """Find the safetensors files of a checkpoint, each with the names an index expects in it."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file() and path.name.endswith(".index.json"):
-        return _indexed(path)
-    if path.is_file():
-        if path.suffix in PICKLED:
-            raise ValueError(f"{path} is a pickle, which can run code: {_advice()}")
-        return {path: None}
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        return _indexed(indices[0])
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLED]
-        held = f", only {pickles[0]}: {_advice()}" if pickles else ""
-        raise ValueError(f"{path} holds no safetensors file{held}")
-    return dict.fromkeys(files)
-
-
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    """Read which shard holds which weight."""
-    shards: dict[Path, set[str] | None] = {}
-    weights = _json(index).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} has no weight_map: it is no index of a sharded checkpoint")
-    for name, shard in weights.items():
-        names = shards.setdefault(index.parent / str(shard), set())
-        assert names is not None
-        names.add(name)
-    for shard in shards:
-        if not shard.exists():
-            raise FileNotFoundError(f"{shard} is missing: {index.name} names it")
-    return shards
-
-
-def _advice() -> str:
-    return "save it with save_pretrained(..., safe_serialization=True) or safetensors.torch"
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing file is an empty one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:  # of JSON, and of UTF-8
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: an object is needed")
-    return content
 
 
 def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

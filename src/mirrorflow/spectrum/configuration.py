@@ -50,7 +50,8 @@ def part_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         return part_of(config[min(places)[1]], module)
     if any(key in config for key in COUNTS):
         return config
-    return config.get("text_config") or config
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def _layer(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:

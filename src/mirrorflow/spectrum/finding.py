@@ -27,6 +27,7 @@ LORA = (
 )
 NO_PRODUCT = {  # what other updates are made of
     ".lora_E": "AdaLoRA's product has a third factor, lora_E",
+    ".vera_lambda_b": "VeRA's factors are frozen, between two scales that train",
     ".lora_mid.weight": "LoRA with lora_mid has three factors",
     ".hada_w1_a": "LoHa's update is no product of two factors",
     ".lokr_w1": "LoKr's update is a Kronecker product",
@@ -130,7 +131,10 @@ def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
     (queries, n), (keys, m) = left.size(shapes), right.size(shapes)
     heads, key_heads = _divide(queries, keys, *facts.heads(module))
     if queries != keys and heads is None:
-        return f"Q has {queries} rows, K has {keys}, and the number of heads is unknown"
+        return (
+            f"Q has {queries} rows, K has {keys}, and the number of heads is unknown: it is read "
+            "from the module, or from the config.json beside a file"
+        )
     told, _ = caveats(found.prefix, shapes, facts)
     notes = (*found.notes, *_shared(heads, key_heads), *told)
     name, shape = module or "attention", (n, queries, m)

@@ -33,7 +33,8 @@ class SpectralTracker:
     It finds LoRA updates (PEFT, on Linear, Conv1D and Embedding layers, all adapters) and the
     products W_Q^T W_K of attention layers (GPT-2, Llama, Qwen, Mistral, BERT, ViT, T5, Phi-3,
     DistilBERT, ModernBERT, ``nn.MultiheadAttention``, timm), and says in ``pairs`` what it found.
-    It never writes to the model and keeps no copy of it. On sharded weights (FSDP2, tensor
+    It never writes to the model and keeps no copy of it. What it has found stays the same: after
+    adding an adapter, make a new one. On sharded weights (FSDP2, tensor
     parallel) ``measure`` has to be called on every rank.
 
     Where rotary embeddings turn Q and K, the scores are ``x_i^T W_Q^T R_{i-j} W_K x_j``. What is
@@ -99,7 +100,7 @@ class SpectralTracker:
         values: bool = False,
     ) -> None:
         self.level = checked(level)
-        self._places = _places(model)
+        self._model, self._places = model, _places(model)
         self._modules = _Modules(model)
         shapes = {key: tuple(self._weight(key).shape) for key in self._places}
         found = choose(find(shapes, self._modules, values), level, match)
@@ -112,6 +113,7 @@ class SpectralTracker:
         self.pairs: tuple[Pair, ...] = (*chosen, *named(pairs, shapes))
         self.frozen: tuple[Pair, ...] = tuple(still)
         self.skipped: tuple[tuple[str, str], ...] = tuple(skipped)
+        self._links = self._linked()
         if not self.pairs:
             reasons = (*skipped, *((pair.label, "frozen: pass frozen=True") for pair in still))
             raise ValueError(nothing_found(type(model).__name__, reasons, "SpectralTracker"))
@@ -125,8 +127,11 @@ class SpectralTracker:
         Raises
         ------
         ValueError
-            If a weight has no data: on the meta device, or put elsewhere by ZeRO-3 or FSDP1.
+            If a weight has no data: on the meta device, or put elsewhere by ZeRO-3 or FSDP1; or if
+            it has left the model, as after PEFT's ``merge_and_unload`` and ``delete_adapter``.
         """
+        if any(parent._modules.get(name) is not child for parent, name, child in self._links):
+            self._links = self._linked()  # or it raises
         pairs = [self._now(pair) for pair in self.pairs]
         return Measurement(measure(pairs, self._load, self.level), self.skipped)
 
@@ -146,6 +151,31 @@ class SpectralTracker:
         """Give a weight as it is now: training tools replace parameters."""
         module, attribute = self._places[key]
         return getattr(module, attribute)
+
+    def _linked(self) -> list[tuple[Module, str, Module]]:
+        """Give the ways from the model to the weights: parents, names and children.
+
+        Raises
+        ------
+        ValueError
+            If there is none to a weight any more.
+        """
+        paths = {id(module): path for path, module in self._model.named_modules()}
+        links: dict[tuple[int, str], tuple[Module, str, Module]] = {}
+        for key in (factor.key for pair in self.pairs for factor in (pair.left, pair.right)):
+            path = paths.get(id(self._places[key][0]))
+            if path is None:
+                raise ValueError(
+                    f"SpectralTracker: {key} is in the model no more (merged, unloaded or "
+                    "deleted?): make a new tracker for what the model is now"
+                )
+            parent = self._model
+            for name in path.split(".") if path else ():
+                child = parent._modules[name]
+                assert child is not None
+                links[id(parent), name] = parent, name, child
+                parent = child
+        return list(links.values())
 
     def _now(self, pair: Pair) -> Pair:
         """Read an adapter's scale again, and whether it is active: both may have changed."""
@@ -255,7 +285,10 @@ class _Modules:
     def active(self, module: str, name: str) -> bool:
         """Whether PEFT adds an adapter's update."""
         layers = (m for m in self._modules.get(module, ()) if hasattr(m, "active_adapters"))
-        return all(name in layer.active_adapters for layer in layers)  # type: ignore[operator]
+        return all(
+            name in layer.active_adapters and not getattr(layer, "disable_adapters", False)  # type: ignore[operator]
+            for layer in layers
+        )
 
 
 def _first(owners: Iterable[Any], attributes: Iterable[str]) -> int | None:

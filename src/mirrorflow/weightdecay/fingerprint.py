@@ -56,9 +56,7 @@ class Fingerprints:
             return ""  # a state without them, or of other sets, which is refused elsewhere
         was, new = ([s["schedules"][i] for i in s["follows"]] for s in (state, now))
         said = changes(was, new)
-        return said and (
-            f"the schedule is not that of the checkpoint: {said}. The program's counts from here on"
-        )
+        return said and f"the schedule is not that of the checkpoint: {said}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the ids, which a copy does not have."""

@@ -34,6 +34,7 @@ _DAMAGED = (
     ValueError,
     LookupError,
     AttributeError,
+    OSError,  # a seek to before the beginning
 )
 _FILES = ("optimizer*.pt", "optimizer*.bin")  # of the Trainer, and of accelerate
 _NUMBERS = "?bhilqBHILQefdgFD"  # the codes of NumPy's types of numbers
@@ -47,6 +48,7 @@ _KINDS: tuple[tuple[set[str], set[str], str], ...] = (
     ({"dampening", "nesterov", "momentum"}, set(), "sgd"),
     ({"ns_coefficients", "ns_steps"}, set(), "decoupled"),  # Muon
     ({"beta2_decay", "d", "eps"}, set(), "decoupled"),  # Adafactor
+    ({"clip_threshold", "scale_parameter", "relative_step"}, set(), "decoupled"),  # transformers'
     ({"alpha", "centered", "momentum"}, set(), "coupled"),  # RMSprop
     ({"lr_decay", "initial_accumulator_value"}, set(), "coupled"),  # Adagrad
     ({"rho", "eps", "maximize"}, {"betas", "adaptive"}, "coupled"),  # Adadelta
@@ -107,7 +109,8 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> Any:
     """Load a file without running anything in it; its tensors stay on the disk where they can."""
-    zipped = zipfile.is_zipfile(file)
+    with file.open("rb"):  # or an error that names it
+        zipped = zipfile.is_zipfile(file)
     try:
         with _numbers_of_numpy(), warnings.catch_warnings():
             warnings.filterwarnings(
@@ -123,7 +126,7 @@ def _read(file: Path) -> Any:
             ) from error
         # Torch's own text goes on for lines, to advise weights_only=False.
         reason = _COLOUR.sub("", str(error)).partition("WeightsUnpickler error:")
-        line = (reason[2] or reason[0]).strip().partition("\n")[0]
+        line = (reason[2] or reason[0]).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged, or no file of torch.save: {line}") from error
 
 

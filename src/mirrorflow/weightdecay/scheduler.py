@@ -245,11 +245,12 @@ class WeightDecayScheduler:
             ``on_change="error"`` of another schedule; nothing is changed then.
         """
         change = self._fingerprints.change(state, self.targets)
+        effect = "The program's counts from here on"
         if change and self.plan.on_change == "error":
-            self._stepping.object_to(change)
+            self._stepping.object_to(change, effect)
         self.account.load(state, self.optimizer.param_groups)
         if change:
-            self._stepping.object_to(change)
+            self._stepping.object_to(change, effect)
         self.step()
 
     def close(self) -> None:

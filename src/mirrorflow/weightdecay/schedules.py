@@ -39,6 +39,14 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
                 "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
                 stacklevel=4,
             )
+        if isinstance(schedule, Feedback) and schedule.log:
+            last = schedule.log[-1]
+            warnings.warn(
+                f"this {type(schedule).__name__} has decided before, at step {last['step']} the "
+                f"last time ({last['reason']}), and goes on from there with a rate of "
+                f"{schedule.current:g}: for a new run make a new one",
+                stacklevel=4,
+            )
 
 
 _OUTSIDE = "decoupled=True decays from outside, and is counted"

@@ -214,18 +214,18 @@ class Stepping:
         ]
         if said and self.plan.on_change != "program":
             self.object_to(
-                f"the groups' own decay is not that of the checkpoint: {'; '.join(said)}. That of "
-                "the checkpoint counts"
+                f"the groups' own decay is not that of the checkpoint: {'; '.join(said)}",
+                "That of the checkpoint counts",
             )
 
-    def object_to(self, change: str) -> None:
+    def object_to(self, change: str, effect: str) -> None:
         """Say that the program is not what the checkpoint was written by, or refuse it."""
         if self.plan.on_change == "error":
             raise ValueError(f'{change}. It is refused because of on_change="error"')
         if self.plan.on_change == "warn":
             warnings.warn(
-                f'{change}; on_change="error" refuses this, on_change="program" takes what the '
-                "program says, and says nothing",
+                f'{change}. {effect}; on_change="error" refuses this, on_change="program" takes '
+                "what the program says, and says nothing",
                 stacklevel=3,
             )
 
