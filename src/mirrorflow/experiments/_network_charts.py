@@ -129,7 +129,7 @@ def _scatter(study: Study, records: list[Record]) -> Any:
         name: alt.Scale(domain=around([end[key] for end in shown]), nice=False, padding=12)
         for name, key in (("x", "ratio"), ("y", "mean"))
     }
-    legend = alt.Legend(orient="bottom", columns=2)
+    legend = alt.Legend(orient="bottom", columns=1)  # two beside each other fit a telephone
     return (
         alt.Chart(alt.Data(values=points))
         .mark_point(size=90, filled=True, clip=True)
