@@ -62,7 +62,8 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
 
 def _caption(label: str) -> str:
     """Say what a chart shows."""
-    return f"{label[0].upper()}{label[1:]} of each product, numbered as in the table."
+    what = f"{label[0].upper()}{label[1:]} of each product"
+    return f"{what}, numbered as in the table, in the order of the checkpoint."
 
 
 def _rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -113,7 +114,7 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str,
         alt.Chart(alt.Data(values=[dict(row) for row in _defined(rows)]))
         .mark_point(filled=True, size=45)
         .encode(
-            x=alt.X("place:Q", title="number of the product, in the order of the checkpoint",
+            x=alt.X("place:Q", title="number of the product",
                     scale=alt.Scale(nice=False, zero=False, padding=8),
                     axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y(f"{key}:Q", title=label, scale=alt.Scale(zero=False, padding=8)),
@@ -139,7 +140,7 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
                       label=kind)  # fmt: skip
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
-    axis.set_xlabel("number of the product, in the order of the checkpoint")
+    axis.set_xlabel("number of the product")
     figure.axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
