@@ -26,3 +26,5 @@ autodoc_default_options = {
 }
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]

@@ -1,9 +1,11 @@
-"""The examples in the README and the documentation run as they are printed."""
+"""The documentation: its examples run as printed, its tables are what is stored."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from mirrorflow import experiments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,3 +31,84 @@ def test_links_to_files_lead_somewhere(path):
         if "://" not in link:
             target = path.parent / link
             assert target.exists() or target.with_suffix(".md").exists(), link
+
+
+# --- The tables of the studies against results/ ---------------------------------------------------
+
+NAMES = {  # a column or a row of a page -> as it is stored
+    "refitted": "mirrorflow, refitted",
+    "basis pursuit, stopped early": "early-stopped basis pursuit",
+    "decay off": "mirrorflow (decay off)",
+    "decay kept": "mirrorflow (decay kept)",
+    "diabetes with interactions": "diabetes",
+    "china, a photograph": "china",
+    "flower, a photograph": "flower",
+    "digits, one image a row": "digits",
+    "Olivetti faces, one image a row": "faces",
+}
+
+
+def stored(name, key):
+    """Give a column of the table of a stored study: (data, method) -> number."""
+    (result,) = [
+        r for r in experiments.find_results(ROOT / "results") if r["experiment"] == name
+    ]  # fmt: skip
+    rows = experiments.load(name).table(result["records"])
+    return {(case(row), row["method"]): row[key] for row in rows}
+
+
+def case(row):
+    """Name the data of a row as the pages do."""
+    if "noise" not in row or row["noise"] is None:
+        return row["data"].replace(" truth", "")
+    sizes = {"small": "30 x 24", "large": "150 x 120"}
+    data = re.sub("small|large", lambda found: sizes[found.group()], row["data"])
+    noise = f"noise {row['noise']:g}" if row["noise"] else "no noise"
+    return f"{data.replace('measurements', 'measurements, 16 x 12')}, {noise}"
+
+
+def printed(path, head):
+    """Give the cells of the table of a page whose heading begins so: (row, column) -> text."""
+    page = path.read_text(encoding="utf-8")
+    lines = page[page.index(head) :].split("\n\n")[0].splitlines()
+    cells = [[c.strip(" *") for c in line.split("|")[1:-1]] for line in lines]
+    return {
+        (NAMES.get(row[0], row[0]), NAMES.get(column, column)): cell
+        for row in cells[2:] for column, cell in zip(cells[0][1:], row[1:], strict=True) if cell
+    }  # fmt: skip
+
+
+def check(text, number):
+    """Compare a printed number with the stored one, to the last digit that is printed."""
+    unit = 10.0 ** -len(text.partition(".")[2])
+    assert abs(float(text) - number) <= 0.5001 * unit, (text, number)
+
+
+@pytest.mark.parametrize(
+    ("head", "study", "key", "least"),
+    [
+        ("| | mirrorflow | refitted | lasso", "bench_sparse", "test R²", 110),
+        ("| | decay off | decay kept", "bench_lowrank", "relative error", 50),
+    ],
+)
+def test_the_tables_of_the_estimators_are_what_is_stored(head, study, key, least):
+    numbers = stored(study, key)
+    cells = printed(ROOT / "docs" / "estimators.md", head)
+    assert len(cells) >= least
+    for place, text in cells.items():
+        check(text, numbers[place])
+
+
+def test_the_supports_and_the_table_of_the_readme_are_what_is_stored():
+    r2, f1 = (stored("bench_sparse", key) for key in ("test R²", "F1 of the support"))
+    page = ROOT / "docs" / "estimators.md"
+    supports = printed(page, page.read_text().split("as F1 score:\n\n")[1][:200])
+    for (data, method), text in supports.items():
+        check(text, f1[f"sparse, {data}", method])
+    cells = printed(ROOT / "README.md", "| n against d = 200")
+    assert len(supports) == 48 and len(cells) == 25
+    for (data, method), texts in cells.items():
+        for snr, text in zip((1, 3, 10), texts.split(" / "), strict=True):
+            kind = "sparse, n ≥ d/2" if data == "its support" else data.replace(" truth", "")
+            numbers = f1 if data == "its support" else r2
+            check(text, numbers[f"{kind}, SNR {snr}", method])

@@ -90,7 +90,7 @@ def test_every_axis_of_the_figure_holds_data(name, smoke):
     for axis in figure.axes:
         points = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines])
         assert np.isfinite(points).any() and axis.get_ylabel(), axis.get_title()
-    figure.canvas.draw()  # warnings are errors: a layout that does not fit fails here
+    figure.draw_without_rendering()  # warnings are errors: a layout that does not fit fails here
 
 
 @pytest.mark.parametrize("name", NAMES)

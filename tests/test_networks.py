@@ -5,10 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 import mirrorflow.experiments as ex
-from mirrorflow.experiments import _download, _language, _network_figures, _networks, _vision
+from mirrorflow.experiments import (
+    _download,
+    _language,
+    _network_charts,
+    _network_figures,
+    _networks,
+    _vision,
+)  # fmt: skip
 from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
 from mirrorflow.experiments import tab03_fig03a_lora as tab03
 from mirrorflow.experiments._networks import Study, absorbed, compared, interval
@@ -231,6 +240,36 @@ def test_nothing_follows_from_runs_that_diverged():
     table = {row["decay"]: row["what"] for row in _network_figures.rows(LOSS, records)}
     assert table["none"] == "no decay at all (1 of 1 diverged)"
     assert table["off"] == "switched off"
+
+
+def test_runs_that_diverged_do_not_hide_the_others():
+    records = [
+        ended("constant", 3.9), ended("off", 3.7), ended("half", 9.0), ended("none", 3.6),
+    ]  # fmt: skip
+    spec = _network_charts._scatter(LOSS, records).to_dict()
+    low, high = spec["encoding"]["y"]["scale"]["domain"]
+    assert 3.5 < low < 3.6 and 3.9 < high < 4.0
+    colours = spec["encoding"]["color"]["scale"]
+    assert dict(zip(colours["domain"], colours["range"], strict=True))["none"] == (
+        _network_figures.NONE  # it belongs to no family of decays
+    )
+    axis = Figure().subplots()
+    _network_figures._draw_ends(axis, LOSS, records)
+    low, high = axis.get_xlim()
+    assert 3.5 < low < 3.6 and 3.9 < high < 4.0
+
+
+def test_runs_are_told_apart_without_colour():
+    runs = [(f, k) for f in (0.1, 0.02) for k in ("constant", "off", "half", "budget")]
+    runs += [(0.1, kind) for kind in ("none", "time", "time", "time", "hold", "level")]
+    looks = [
+        (
+            round(10 * np.dot(to_rgb(colour), (0.299, 0.587, 0.114))),  # lightness
+            tuple(_network_charts.PATTERNS[kind]),
+        )
+        for (_, kind), colour in zip(runs, _network_charts._colours(runs), strict=True)
+    ]
+    assert len(set(looks)) == len(looks)
 
 
 def test_a_switched_off_run_that_diverged_is_not_judged():

@@ -76,6 +76,23 @@ def test_groups_of_one_name_are_told_apart():
     assert len(seen.plot().axes[0].lines) == 3
 
 
+@pytest.mark.parametrize(("count", "name"), [(1, "all"), (24, "layers.{}"), (3, "{}" + 70 * "x")])
+def test_the_legend_lies_below_the_curves_and_inside_the_picture(count, name):
+    groups = [{"params": [weight()], "name": name.format(i)} for i in range(count)]
+    scheduler = WeightDecayScheduler(AdamW(groups, lr=1e-3, weight_decay=0.1), Constant(0.5))
+    figure = preview(scheduler, 20).plot()
+    figure.draw_without_rendering()  # warnings are errors: a layout that does not fit fails here
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == count
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    for axis in figure.axes:
+        assert axis.get_legend() is None and box.y1 <= axis.get_window_extent().y0
+        assert axis.get_window_extent().height > 100
+    lines = figure.axes[0].lines
+    assert len({line.get_linestyle() for line in lines[:4]}) == min(count, 4)
+
+
 def test_a_scheduler_that_needs_a_metric_is_refused_with_what_to_do():
     optimizer = SGD([weight()], lr=0.5, weight_decay=0.1)
     scheduler = WeightDecayScheduler(optimizer, FALL)

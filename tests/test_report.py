@@ -51,12 +51,51 @@ def page(tmp_path_factory):
     return cli._build(folder, folder / "index.html")
 
 
+@pytest.fixture(scope="module")
+def stored_page(tmp_path_factory):
+    """Make the page of the results that the repository holds: their legends are the longest."""
+    results = Path(__file__).parents[1] / "results"
+    return cli._build(results, tmp_path_factory.mktemp("stored") / "index.html")
+
+
 def test_text_is_escaped_and_the_parts_are_there(tmp_path):
     html = report.build([section()], tmp_path / "deep" / "page.html", "9.9").read_text()
     for part in ("A &lt;title&gt;", "It shows &amp; says.", "mirrorflow 9.9", "1.235e-05",
                  "--preset cpu", "versions: torch 2.13.0", "<svg ", "1.5 s"):  # fmt: skip
         assert part in html
     assert html.count("</script>") == html.count("<script")
+
+
+def test_charts_and_figures_have_names_for_those_who_do_not_see_them(tmp_path):
+    html = report.build([section()], tmp_path / "page.html", "1").read_text()
+    assert '<svg role="img" aria-label="A &lt;title&gt;" ' in html
+    specs = json.loads(re.search(r'id="charts">(.*?)</script>', html, re.S).group(1))
+    assert [spec["description"] for spec in specs.values()] == ["A line </script>."]
+
+
+def test_long_tables_are_closed_and_a_setting_takes_one_line(tmp_path):
+    config = {"seeds": list(range(20)), "text": "a"}
+    result = {**section().result, "config": config}
+    for count, closed in ((report.LONG, 0), (report.LONG + 1, 1)):
+        whole = section(table=[{"row": i} for i in range(count)], result=result)
+        html = report.build([whole], tmp_path / "page.html", "1").read_text()
+        assert html.count(f"<summary>The table: {count} rows</summary>") == closed
+        assert html.count("<td class=number>") == count
+    written = re.search(r"<pre>({.*?})</pre>", html, re.S).group(1)
+    assert json.loads(written.replace("&quot;", '"')) == config and written.count("\n") == 3
+
+
+def test_runs_of_one_experiment_have_headings_of_their_own():
+    def run(hash_, **config):
+        return {"experiment": "fig00", "hash": hash_, "config": {"seeds": [0], **config}}
+
+    other = {"experiment": "fig01", "hash": "z", "config": {"seeds": [0]}}
+    small, large = run("a", lr=0.1, model="small"), run("b", lr=0.1, model="large")
+    again = run("c", lr=0.2, model="large")
+    said = [cli._difference(r, [small, large, again, other]) for r in (small, large, again, other)]
+    assert said == [" (model small)", " (model large, lr 0.1)", " (model large, lr 0.2)", ""]
+    twins = [run("a", lr=0.1), {**run("b", lr=0.1), "config": {"seeds": [1], "lr": 0.1}}]
+    assert [cli._difference(r, twins) for r in twins] == [" (result a)", " (result b)"]
 
 
 def test_the_page_is_replaced_in_one_step_and_leaves_no_draft(tmp_path):
@@ -106,6 +145,42 @@ def test_a_browser_draws_data_in_every_chart_without_complaint(page, width):
         points = sum(path.count("L") + path.count("A") for mark in marks
                      for path in re.findall(r' d="([^"]*)"', mark))  # fmt: skip
         assert points > 10, chart[:200]
+
+
+MEASURE = """<style>body { max-width: 400px !important; margin: 0 !important }</style>
+<script>setTimeout(() => {
+  document.body.dataset.charts = document.querySelectorAll(".chart svg").length;
+  document.body.dataset.cut = JSON.stringify(
+  [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+    const room = svg.closest(".chart").getBoundingClientRect().right + 1;
+    const cut = [...svg.querySelectorAll(".role-legend, .role-axis-title")]
+      .filter((part) => part.getBoundingClientRect().right > room
+        || part.getBoundingClientRect().left < -1)
+      .map((part) => part.textContent.slice(0, 60));
+    const plot = svg.querySelector(".background").getBoundingClientRect().width;
+    const found = plot < 200 ? [...cut, `the plot is ${plot} wide`] : cut;
+    return svg.querySelector("image") ? [] : found.map((f) => `${svg.closest(".chart").id} ${f}`);
+  })); }, 3000);
+</script>"""
+
+
+@pytest.mark.browser
+def test_on_a_telephone_every_legend_and_title_is_inside_its_chart(stored_page, tmp_path):
+    narrow = tmp_path / "narrow.html"
+    narrow.write_text(stored_page.read_text() + MEASURE)  # parsers add it to the body
+    drawn, _ = browser.dom(narrow, "--window-size=500,2000")
+    said = dict(re.findall(r' data-(charts|cut)="([^"]*)"', drawn))
+    assert int(said["charts"]) > 30 and json.loads(said["cut"].replace("&quot;", '"')) == []
+
+
+@pytest.mark.browser
+def test_a_chart_has_one_legend_for_each_thing_and_every_line_a_colour(stored_page):
+    drawn, _ = browser.dom(stored_page)
+    for chart in re.split(r'<div class="chart[^>]* id="', drawn)[1:]:
+        titles = re.findall(r'aria-label="Symbol legend titled \'(.*?)\'', chart)
+        assert len(titles) == len(set(titles)), (chart[:60], titles)
+        for rule in re.findall(r'<line aria-label[^>]*"rule mark"[^>]*>', chart):
+            assert ' stroke="' in rule, rule
 
 
 @pytest.mark.browser

@@ -203,11 +203,11 @@ def _build(folder: Path, output: Path) -> Path:
         raise UserError(f"there are no finished results in {folder}; make some with mirrorflow run")
     # The paper's figures first, then the studies of our own.
     results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
-    sections = [_section(folder, result) for result in results]
+    sections = [_section(folder, result, results) for result in results]
     return page.build(sections, output, __version__)
 
 
-def _section(folder: Path, result: dict[str, Any]) -> Any:
+def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
     """Let an experiment say what its stored records show."""
     from .. import experiments
     from .. import report as page
@@ -215,7 +215,7 @@ def _section(folder: Path, result: dict[str, Any]) -> Any:
     module, records = experiments.load(result["experiment"]), result["records"]
     curves = experiments.trajectory(folder / result["experiment"] / result["hash"])
     return page.Section(
-        title=module.TITLE,
+        title=module.TITLE + _difference(result, results),
         paper=module.PAPER,
         summary=module.summary(records),
         result=result,
@@ -224,6 +224,22 @@ def _section(folder: Path, result: dict[str, Any]) -> Any:
         table=module.table(records),
         command=_command(module, result["config"]),
     )
+
+
+def _difference(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Name the settings that tell a run from the others of its experiment: names before numbers."""
+    mine = result["config"]
+    others = [r["config"] for r in results
+              if r["experiment"] == result["experiment"] and r is not result]  # fmt: skip
+    said = []
+    for key in sorted(mine, key=lambda name: (not isinstance(mine[name], str), name)):
+        alike = [other for other in others if other.get(key) == mine[key]]
+        if isinstance(mine[key], str | int | float) and len(alike) < len(others):
+            said.append(f"{key} {mine[key]}")
+            others = alike
+    if others:  # lists differ, or nothing but what the hash sees
+        said.append(f"result {result['hash']}")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _command(module: Any, config: dict[str, Any]) -> str:

@@ -121,7 +121,9 @@ def _chart(curves: dict[str, dict[str, Array]], key: str, title: str) -> Any:
     colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
     cycle = [[1, 0], [6, 2], [6, 2, 1, 2], [2, 2]]
     dashes = alt.Scale(domain=names, range=[cycle[i % len(cycle)] for i in range(len(names))])
-    legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300, title=title)
+    legend = alt.Legend(
+        orient="bottom", symbolType="stroke", symbolSize=300, title=title, columns=3
+    )
     return (
         alt.Chart(alt.Data(values=rows))
         .mark_line(clip=True)

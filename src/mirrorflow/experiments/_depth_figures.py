@@ -8,7 +8,7 @@ import numpy as np
 
 from ._contract import Record, Trajectory
 from ._depth import DEPTHS
-from ._drawing import STYLES, ZOOM_HINT, decades, short, zoomable
+from ._drawing import STYLES, ZOOM_HINT, decades, name_band, short, zoomable
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -38,6 +38,7 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
         column[0].set_title(f"x = {name}", fontsize=10)
         column[1].set_xlabel("step")
     _mark_limits(axes[0, 1], records)
+    name_band(axes[0, 1])
     axes[0, 0].set_ylim(bottom=FLOOR)
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
@@ -58,14 +59,16 @@ def _draw_curves(
         axis.fill_between(steps[shown], low, high, color=style["color"], alpha=0.15, linewidth=0)
     switch = float(trajectory[f"depth{depth}/switch"])
     axis.axvline(switch, color="0.6", linewidth=0.8, linestyle=(0, (2, 2)))
+    note: Any = {"va": "top", "fontsize": 8, "color": "0.35"}
+    axis.text(switch, 0.98, " decay off", transform=axis.get_xaxis_transform(), **note)
     axis.set_ylabel(LABELS[key], fontsize=9)
     if key == "error":
         axis.set_yscale("log")
     else:
         truth = _true_ratio(records, trajectory)
         axis.axhline(truth, color="0.4", linewidth=0.8)
-        axis.annotate("truth", (0, truth), (2, -3), textcoords="offset points", va="top",
-                      fontsize=8, color="0.35")  # fmt: skip
+        across = axis.get_yaxis_transform()
+        axis.text(0.98, truth - 0.1, "truth", transform=across, ha="right", **note)
     axis.grid(alpha=0.25)
 
 
@@ -100,10 +103,11 @@ def _predicted(records: list[Record], alpha: float) -> float:
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
     """Make a chart of the error and one of the ratio, each with a menu for the model."""
     captions = {
-        "error": "Reconstruction error for the model chosen in the menu; dotted: the end point of "
-        "m·w that limit computes without training.",
-        "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu; grey: that "
-        "of the truth.",
+        "error": "Reconstruction error for the model chosen in the menu, median over the seeds. "
+        "Level dotted lines, for m·w: the end point that limit computes without training, where "
+        f"it is above {FLOOR:.0e}.",
+        "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu, median over "
+        "the seeds; grey: that of the truth.",
     }
     return [
         (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, trajectory, key)))
@@ -124,12 +128,14 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str) -> Any:
     colours = alt.Scale(domain=names, range=[STYLES[j]["color"] for j in range(len(names))])
     dashes = alt.Scale(domain=names, range=[[6, 2], [6, 2, 1, 2], [2, 2], [1, 0]][: len(names)])
     legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300)
+    of_alpha = alt.Color("α:N", scale=colours, sort=names, legend=legend)
+    grey = alt.value("#777")
     base = (
         alt.Chart(alt.Data(values=rows))
         .transform_filter(alt.datum.model == menu)
         .encode(
             x=alt.X("step:Q", scale=alt.Scale(nice=False)),
-            color=alt.Color("α:N", scale=colours, sort=names, legend=legend),
+            color=of_alpha,
             strokeDash=alt.StrokeDash("α:N", scale=dashes, sort=names, legend=legend),
         )
     )
@@ -142,10 +148,9 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str) -> Any:
     rule = (
         alt.Chart(alt.Data(values=_rules(records, trajectory, key)))
         .transform_filter(alt.datum.model == menu)
-        .mark_rule(strokeDash=[1, 4], strokeWidth=2)
-        .encode(y=alt.Y("median:Q", **vertical),
-                color=alt.Color("α:N", scale=colours, sort=names, legend=legend))
-    )  # fmt: skip
+        .mark_rule(strokeDash=[1, 4], strokeWidth=2, clip=True)
+        .encode(y=alt.Y("median:Q", **vertical), color=of_alpha if key == "error" else grey)
+    )
     return alt.layer(line, hover, rule).add_params(menu).properties(height=280)
 
 
@@ -182,7 +187,7 @@ def _rules(records: list[Record], trajectory: Trajectory, key: str) -> list[Reco
     """Give the horizontal lines: end points, or the ratio of the truth."""
     if key == "ratio":
         ratio = short(_true_ratio(records, trajectory))
-        return [{"model": name, "α": None, "median": ratio} for name in DEPTHS]
+        return [{"model": name, "median": ratio} for name in DEPTHS]
     return [
         {"model": "m·w", "α": f"{alpha:g}", "median": short(_predicted(records, alpha))}
         for alpha in _alphas(records)

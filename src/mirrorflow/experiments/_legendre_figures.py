@@ -203,6 +203,9 @@ def _speeds(records: list[Record]) -> Any:
     ]
     speeds = [row["speed"] for row in rows]
     axis = alt.Axis(format=".0e", values=decades(min(speeds), max(speeds)))
+    names = list(_labels(records).values())
+    colours = alt.Scale(domain=names, range=["#0072B2", "#E69F00", "#000000", "#777777"])
+    dashes = alt.Scale(domain=names, range=[[1, 0], [6, 2], [6, 2, 1, 2], [2, 2]])
     legend = alt.Legend(orient="bottom", columns=2, symbolType="stroke", symbolSize=300)
     return (
         alt.Chart(alt.Data(values=rows), height=260)
@@ -216,8 +219,8 @@ def _speeds(records: list[Record]) -> Any:
             ),
             y=alt.Y("speed:Q", title="inverse metric at the centre", axis=axis,
                     scale=alt.Scale(type="log")),
-            color=alt.Color("model:N", sort=None, legend=legend),
-            strokeDash=alt.StrokeDash("model:N", sort=None, legend=legend),
+            color=alt.Color("model:N", sort=names, scale=colours, legend=legend),
+            strokeDash=alt.StrokeDash("model:N", sort=names, scale=dashes, legend=legend),
             tooltip=["model:N", "a:Q", alt.Tooltip("speed:Q", format=".3g")],
         )
     )  # fmt: skip

@@ -134,7 +134,7 @@ def _chart(rows: list[Record], records: list[Record], x: str) -> Any:
     menu = alt.param(
         name=f"case_{x}", value=cases[0], bind=alt.binding_select(options=cases, name="data ")
     )
-    legend = alt.Legend(orient="bottom", columns=3)
+    legend = alt.Legend(orient="bottom", columns=2)
     colours = alt.Scale(domain=names, range=[str(s["color"]) for s in STYLES[: len(names)]])
     shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
     chart = alt.Chart(alt.Data(values=rows)).transform_filter(alt.datum.case == menu)

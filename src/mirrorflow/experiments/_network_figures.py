@@ -8,15 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._contract import Record, Trajectory
-from ._drawing import MARKERS, ZOOM_HINT, short, zoomable
+from ._drawing import MARKERS, name_band
 from ._networks import Study, compared, interval, values
 
 if TYPE_CHECKING:
-    from altair import TopLevelMixin
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figure", "ends", "make_charts", "rows", "sentences"]
+__all__ = [
+    "COLOURS", "KINDS", "NONE", "RATIO", "around", "curves", "draw_figure", "ends", "rows",
+    "sentences",
+]  # fmt: skip
 
 KINDS = {
     "constant": "kept",
@@ -39,6 +41,7 @@ RATIO = "mean nuclear / Frobenius norm"
 COLOURS = (("#7F3C00", "#E66100", "#F5B27A"), ("#00264D", "#0072B2", "#7CC0E8"))
 SHORT = {"half": " (half)", "budget": " (same budget)", "none": " (none)"}
 DRAWN = ("constant", "off", "half")
+NONE = "#777777"  # no decay at all belongs to no family
 LINES = {"constant": "solid", "off": (0, (5, 1.5)), "half": (0, (1.2, 1.2))}
 
 
@@ -149,6 +152,7 @@ def draw_figure(study: Study, records: list[Record], trajectory: Trajectory) -> 
         axis.set_xlabel("step" if across == "step" else "absorbed decay −a = Σ lr·decay")
     _zoom(axes[0, 1], study, records, trajectory)
     _draw_ends(axes[1, 1], study, records)
+    name_band(axes[0, 0])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -163,7 +167,8 @@ def _draw_curves(
             x, y = curves(records, trajectory, family, kind, across, up)
             name = next(r["run"] for r in records if (r["family"], r["kind"]) == (family, kind))
             axis.plot(x, y.mean(0), color=colour, linestyle=LINES[kind], label=f"decay {name}",
-                      linewidth=1.8)  # fmt: skip
+                      linewidth=1.8, marker=("", "s")[rank % 2], markersize=4,
+                      markevery=max(1, len(x) // 8))  # fmt: skip
             axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
             _mark_switch(axis, records, x, y, family, kind, across, colour)
     axis.grid(alpha=0.25)
@@ -205,13 +210,14 @@ def _zoom(axis: Axes, study: Study, records: list[Record], trajectory: Trajector
             x, y = curves(records, trajectory, family, kind, "step", study.metric)
             found.append(y[:, x >= 0.3 * x[-1]])
     if found:
-        axis.set_ylim(*_around(np.concatenate(found, axis=None)))
+        axis.set_ylim(*around(np.concatenate(found, axis=None)))
 
 
-def _around(numbers: Any) -> tuple[float, float]:
+def around(numbers: Any) -> tuple[float, float]:
     """Give the limits of an axis that holds numbers."""
     low, high = float(np.min(numbers)), float(np.max(numbers))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
 
 
 def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
@@ -219,7 +225,7 @@ def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
     found = ends(study, records)
     ranks = {family: i for i, family in enumerate(dict.fromkeys(r["family"] for r in records))}
     for place, end in enumerate(found):
-        colour = COLOURS[ranks[end["family"]] % 2][1]
+        colour = NONE if end["kind"] == "none" else COLOURS[ranks[end["family"]] % 2][1]
         marker = MARKERS[list(KINDS).index(end["kind"]) % len(MARKERS)]
         axis.plot(end["all"], [place] * len(end["all"]), "|", color=colour, markersize=9)
         axis.errorbar([end["mean"]], [place], xerr=[end["width"]], color=colour, marker=marker,
@@ -230,98 +236,9 @@ def _draw_ends(axis: Axes, study: Study, records: list[Record]) -> None:
     ]
     axis.set_yticks(range(len(found)), labels, fontsize=8)
     axis.invert_yaxis()
+    sound = [value for end in found if not end["diverged"] for value in end["all"]]
+    if len(sound) < sum(len(end["all"]) for end in found) and sound:
+        axis.set_xlim(*around(sound))  # what has diverged is named, and would hide the others
     axis.set_xlabel(f"{study.label} at the end: mean, 95% interval, seeds")
     axis.set_ylabel("run")
     axis.grid(alpha=0.25, axis="x")
-
-
-# --- Interactive ----------------------------------------------------------------------------------
-
-
-def make_charts(
-    study: Study, records: list[Record], trajectory: Trajectory
-) -> list[tuple[str, TopLevelMixin]]:
-    """Make a chart of the ratio and one of the metric, all kinds of runs, and one of the ends."""
-    made = []
-    for up, label in (("ratio", RATIO), (study.metric, study.label)):
-        caption = f"{label}, mean over seeds; click in the legend to single out a run."
-        chart = _chart(records, trajectory, up, label)
-        made.append((f"{caption} {ZOOM_HINT}", zoomable(chart)))
-    ending = "Where each run ends: its ratio and its metric, mean over seeds."
-    return [*made, (f"{ending} {ZOOM_HINT}", zoomable(_scatter(study, records)))]
-
-
-def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -> Any:
-    """Draw the curves of all runs of one quantity."""
-    import altair as alt
-
-    points, names, lost = [], {}, set()
-    for family, kind, run in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
-        mine = [r for r in records if (r["family"], r["kind"], r["run"]) == (family, kind, run)]
-        x, y = curves(mine, trajectory, family, kind, "step", up)
-        name = names.setdefault((family, kind, run), f"{run} ({KINDS[kind]})")
-        if any(r["diverged"] for r in mine):
-            lost.add(name)
-        absorbed = -np.mean([np.interp(x, trajectory[f"{k}/a.step"], trajectory[f"{k}/a"])
-                             for k in (r["part"] for r in mine)], axis=0)  # fmt: skip
-        points += [
-            {"run": name, "step": float(s), "value": short(v), "absorbed": short(a)}
-            for s, v, a in zip(x, y.mean(0), absorbed, strict=True)
-        ]
-    shown = [p for p in points if p["run"] not in lost] or points
-    later = [p["value"] for p in shown if p["step"] >= 0.3 * points[-1]["step"]]
-    scale = alt.Scale(zero=False) if up == "ratio" else alt.Scale(domain=_around(later), nice=False)
-    pick = alt.selection_point(fields=["run"], bind="legend")
-    axis = alt.param(
-        name=f"across_{up}", value="step",
-        bind=alt.binding_select(options=["step", "absorbed"], name="horizontal "),
-    )  # fmt: skip
-    order = list(dict.fromkeys(names.values()))
-    return (
-        alt.Chart(alt.Data(values=points))
-        .transform_calculate(x=f"datum[{axis.name}]")
-        .mark_line(point=alt.OverlayMarkDef(size=18), clip=True)
-        .encode(
-            x=alt.X("x:Q", title="step, or absorbed decay −a", scale=alt.Scale(nice=False)),
-            y=alt.Y("value:Q", title=label, scale=scale),
-            color=alt.Color("run:N", sort=order, scale=alt.Scale(scheme="category20"),
-                            legend=alt.Legend(orient="right", labelLimit=260, title=None)),
-            strokeDash=alt.StrokeDash("run:N", sort=order, legend=None),
-            opacity=alt.condition(pick, alt.value(1.0), alt.value(0.12)),
-            order="step:Q",
-            tooltip=["run:N", "step:Q", "value:Q", "absorbed:Q"],
-        )
-        .add_params(pick, axis)
-        .properties(height=320)
-    )  # fmt: skip
-
-
-def _scatter(study: Study, records: list[Record]) -> Any:
-    """Draw the ends of all runs."""
-    import altair as alt
-
-    families = [f"{family:g}" for family in dict.fromkeys(r["family"] for r in records)]
-    points = [
-        {"run": f"{end['run']} ({KINDS[end['kind']]})", "decay": f"{end['family']:g}",
-         "kind": KINDS[end["kind"]], "metric": short(end["mean"]), "ratio": short(end["ratio"]),
-         "absorbed": short(end["budget"])}
-        for end in ends(study, records)
-    ]  # fmt: skip
-    return (
-        alt.Chart(alt.Data(values=points))
-        .mark_point(size=90, filled=True, clip=True)
-        .encode(
-            x=alt.X("ratio:Q", title=RATIO, scale=alt.Scale(zero=False)),
-            y=alt.Y("metric:Q", title=study.label, scale=alt.Scale(zero=False)),
-            color=alt.Color(
-                "decay:N",
-                sort=families,
-                scale=alt.Scale(
-                    domain=families, range=[COLOURS[i % 2][1] for i in range(len(families))]
-                ),
-            ),
-            shape=alt.Shape("kind:N", sort=list(KINDS.values()), title="what happens to it"),
-            tooltip=["run:N", "metric:Q", "ratio:Q", "absorbed:Q"],
-        )
-        .properties(height=320)
-    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._contract import Record, Trajectory
-from ._drawing import DASHES, ZOOM_HINT, shade, short, zoomable
+from ._drawing import DASHES, ZOOM_HINT, name_band, shade, short, zoomable
 from ._networks import interval, values
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
         _draw_curves(row[1], records, trajectory, optimizer, "accuracy")
         _draw_ends(row[2], records, optimizer)
         row[0].set_title(f"{name}: strongest and weakest decay", fontsize=10, loc="left")
+    name_band(axes[0, 0])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -122,7 +123,7 @@ def _draw_curves(
                 drawn = drawn - drawn[:, :1]
             axis.plot(
                 steps, drawn.mean(0), linestyle=dash, linewidth=1.6,
-                color=("#0072B2", "#B34700")[shown],
+                color=("#0072B2", "#B34700")[shown], marker=("", "s")[shown], markersize=4,
                 label=f"{'strongest' if shown else 'weakest'} decay, {name}",
             )  # fmt: skip
             axis.fill_between(steps, drawn.min(0), drawn.max(0), alpha=0.12,
@@ -157,7 +158,8 @@ def _draw_ends(axis: Axes, records: list[Record], optimizer: str) -> None:
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
     """Make a chart of the ratio and one of the accuracy, with menus."""
     return [
-        (f"{label}, mean over seeds, for the chosen optimizer and learning rate. {ZOOM_HINT}",
+        (f"{label[0].upper()}{label[1:]}, mean over seeds, for the chosen optimizer and learning "
+         f"rate. {ZOOM_HINT}",
          zoomable(_chart(records, trajectory, key, label)))
         for key, label in LABELS.items()
     ]  # fmt: skip
@@ -174,19 +176,21 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str, label: str) 
         )
         for field, names in (("optimizer", NAMES), ("rate", RATES))
     ]  # fmt: skip
-    count = len({r["rank"] for r in records})
-    colours = alt.Scale(domain=list(range(count)), range=[shade(i, count) for i in range(count)])
+    names = _strengths(records)
+    colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
+    legend = alt.Legend(orient="bottom", columns=3, title=f"decay of {' / '.join(NAMES.values())}")
     return (
         alt.Chart(alt.Data(values=_points(records, trajectory, key)))
         .transform_filter(
             f"datum.optimizer == {menus[0].name} && datum.rate == {menus[1].name}"
         )
-        .mark_line(point=True, clip=True)
+        .mark_line(point=alt.OverlayMarkDef(size=40), clip=True)
         .encode(
             x=alt.X("step:Q", scale=alt.Scale(nice=False), title="step of fine-tuning"),
             y=alt.Y("value:Q", title=label, scale=alt.Scale(zero=False)),
-            color=alt.Color("rank:O", scale=colours, title="decay, from weak to strong",
-                            legend=alt.Legend(orient="bottom")),
+            color=alt.Color("strength:N", sort=names, scale=colours, legend=legend),
+            shape=alt.Shape("strength:N", sort=names, scale=shapes, legend=legend),
             tooltip=["decay:Q", "step:Q", "value:Q"],
         )
         .add_params(*menus)
@@ -194,15 +198,25 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str, label: str) 
     )  # fmt: skip
 
 
+def _strengths(records: list[Record]) -> list[str]:
+    """Name each rank by the decays that have it, from weak to strong."""
+    found = {(r["optimizer"], r["rank"]): f"{r['decay']:g}" for r in records}
+    ranks = sorted({rank for _, rank in found})
+    return [" / ".join(found[name, rank] for name in NAMES if (name, rank) in found)
+            for rank in ranks]  # fmt: skip
+
+
 def _points(records: list[Record], trajectory: Trajectory, key: str) -> list[Record]:
     """Give the points of all curves."""
     points = []
+    strengths = dict(zip(sorted({r["rank"] for r in records}), _strengths(records), strict=True))
     for name in dict.fromkeys((r["optimizer"], r["rate"], r["decay"], r["rank"]) for r in records):
         where = dict(zip(("optimizer", "rate", "decay", "rank"), name, strict=True))
         found = _chosen(records, **where)
         steps = trajectory[f"{found[0]['part']}/{key}.step"]
         mean = np.mean([trajectory[f"{r['part']}/{key}"] for r in found], axis=0)
         points += [
-            {**where, "step": float(s), "value": short(v)} for s, v in zip(steps, mean, strict=True)
+            {**where, "strength": strengths[where["rank"]], "step": float(s), "value": short(v)}
+            for s, v in zip(steps, mean, strict=True)
         ]
     return points

@@ -141,7 +141,7 @@ def _map_chart(records: list[Record]) -> Any:
     scale = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
     vertical = alt.Axis(format=".0e", values=decades(min(errors), max(errors)))
     numbers = [alt.Tooltip(f"{key}:Q", format=".3g") for key in ("off", "a", "error")]
-    legend = alt.Legend(orient="bottom")
+    legend = alt.Legend(orient="bottom")  # one for both: the scales have the same domain
     return (
         alt.Chart(alt.Data(values=rows), height=260)
         .mark_line(point=alt.OverlayMarkDef(size=50))
@@ -154,7 +154,7 @@ def _map_chart(records: list[Record]) -> Any:
                 axis=vertical,
             ),
             color=alt.Color("α:N", scale=scale, sort=names, legend=legend),
-            shape=alt.Shape("α:N", sort=names, legend=legend),
+            shape=alt.Shape("α:N", sort=names, scale=alt.Scale(domain=names), legend=legend),
             tooltip=["α:N", *numbers],
         )
     )
@@ -171,7 +171,8 @@ def _commuting_chart(records: list[Record], trajectory: Trajectory) -> Any:
         for at, gap in zip(t, trajectory[f"commuting/gap{i}"], strict=True)
     ]
     colours = alt.Scale(domain=names, range=[STYLES[i]["color"] for i in (0, 2, 3)])
-    legend = alt.Legend(orient="bottom", symbolType="stroke")
+    dashes = alt.Scale(domain=names, range=[[1, 0], [6, 2], [2, 2]])
+    legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300)
     vertical = alt.Axis(format=".0e", values=decades(min(r["distance"] for r in rows), 1.0))
     horizontal = alt.Axis(format=".0e", values=decades(t[0], t[-1]))
     return (
@@ -188,7 +189,7 @@ def _commuting_chart(records: list[Record], trajectory: Trajectory) -> Any:
                 axis=vertical,
             ),
             color=alt.Color("decay:N", sort=names, scale=colours, legend=legend),
-            strokeDash=alt.StrokeDash("decay:N", sort=names, legend=legend),
+            strokeDash=alt.StrokeDash("decay:N", sort=names, scale=dashes, legend=legend),
             tooltip=["decay:N", *(alt.Tooltip(f"{k}:Q", format=".2g") for k in ("t", "distance"))],
         )
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._contract import Record, Trajectory
-from ._drawing import MARKERS, STYLES, shade
+from ._drawing import MARKERS, STYLES, name_band, shade
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,10 +82,11 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
             _draw_curves(axis, scenario_names(records), trajectory, model, metric)
             _mark_switch(axis, records)
     _mark_surrogates(axes[0, 1], records)
+    name_band(axes[0, 1])
     for axis in axes[1]:
         axis.set_xlabel("time t = η · step")
     handles, labels = axes[0, 1].get_legend_handles_labels()
-    top.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    top.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
     lower = bottom.subplots(1, 3)
     _draw_map(lower[0], "off", "switch-off time t", records)
     _draw_map(lower[1], "a", "accumulated decay −a", records)

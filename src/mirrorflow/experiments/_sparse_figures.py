@@ -106,7 +106,7 @@ def _chart(records: list[Record], key: str) -> Any:
         name=f"kind_{key}", value=kinds[0],
         bind=alt.binding_select(options=kinds, name="problem "),
     )  # fmt: skip
-    legend = alt.Legend(orient="bottom", columns=4)
+    legend = alt.Legend(orient="bottom", columns=2)
     colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
     shapes = alt.Scale(domain=names, range=list(SHAPES[: len(names)]))  # one legend for both
     return (
@@ -114,7 +114,12 @@ def _chart(records: list[Record], key: str) -> Any:
         .transform_filter(alt.datum.kind == menu)
         .mark_line(point=alt.OverlayMarkDef(size=50))
         .encode(
-            x=alt.X("SNR:O", sort=None, title="signal to noise (none: no noise)"),
+            x=alt.X(
+                "SNR:O",
+                sort=None,
+                title="signal to noise (none: no noise)",
+                axis=alt.Axis(labelAngle=0),
+            ),
             y=alt.Y("value:Q", title=LABELS[key], scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
             shape=alt.Shape("method:N", sort=names, scale=shapes, legend=legend),

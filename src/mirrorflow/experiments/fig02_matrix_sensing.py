@@ -251,9 +251,10 @@ def summary(records: list[Record]) -> str:
     linear = _median(records, "linear", _scenarios(records)[-1])["error"]
     before = _median(records, "linear", _scenarios(records)[-2])["error"]
     commuting = max(r["gap"] for r in records if r["panel"] == "commuting")
+    middle = ", median over the seeds" * (len({r["seed"] for r in records if "seed" in r}) > 1)
     return (
         f"With weight decay switched off during training U Uᵀ ends {ends[-1]:.1e} from the truth "
-        f"(|X − X*|, median over the seeds), against {ends[0]:.1e} without decay and "
+        f"(|X − X*|{middle}), against {ends[0]:.1e} without decay and "
         f"{min(ends[1:-1]):.1e} with constant decay; the penalized linear model X goes from "
         f"{before:.1e} to {linear:.1e} only, because it forgets its penalty. Where the sensing "
         f"matrices commute, the end of the flow equals the minimizer of Rₐ that limit computes "
@@ -296,7 +297,7 @@ def table(records: list[Record]) -> list[Record]:
                     "decay": name,
                     "a at the end": found[0]["a"],
                     "|X − X*|": middle["error"],
-                    "of the seeds": f"{min(errors):.2g} to {max(errors):.2g}",
+                    "of the seeds": _range(errors),
                     "|X − X*|²": statistics.median(e * e for e in errors),
                     "training error": middle["train"],
                     "nuclear norm": middle["nuclear"],
@@ -305,6 +306,11 @@ def table(records: list[Record]) -> list[Record]:
                 }
             )
     return rows
+
+
+def _range(errors: list[float]) -> str:
+    """Write the least and the greatest; of one there is no range."""
+    return f"{min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else "one seed"
 
 
 def draw(records: list[Record], trajectory: Trajectory) -> Figure:

@@ -96,7 +96,8 @@ def summary(records: list[Record]) -> str:
     worse = most["mse_end"] / free["mse_end"] - 1
     return (
         f"With α = {most['alpha']:g} the nuclear norm of the codes ({free['data']}) ends "
-        f"{100 * more:.2g} % above that without decay, and the MSE {100 * worse:+.2g} % from it. "
+        f"{100 * more:.2g} % above that without decay, and the MSE "
+        f"{100 * abs(worse):.2g} % {'below' if worse < 0 else 'above'} it. "
         f"With the corrected formula decay lowers the scale of Rₐ (here to "
         f"{100 * most['scale']:.3g} % of its start) and thereby speeds the codes up; the printed "
         "formula, with −2a, would raise it and slow them down (errata 3)."

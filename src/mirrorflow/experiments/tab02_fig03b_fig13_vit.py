@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from ._contract import Record, Recorder, checksum
-from ._network_figures import draw_figure, make_charts, rows, sentences
+from ._network_charts import make_charts
+from ._network_figures import draw_figure, rows, sentences
 from ._networks import Array, Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._trunks import Checkpoints, Timeline
 from ._vision import ImageConfig

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Section", "build"]
 
+LONG = 40  # rows of a table that are shown without a click
+
 
 @dataclass(frozen=True)
 class Section:
@@ -111,7 +113,7 @@ def _section(section: Section, specs: dict[str, Any]) -> str:
     containers = []
     for number, (caption, chart) in enumerate(section.charts):
         key = f"{section.anchor}-chart{number}"
-        specs[key] = _responsive(chart.to_dict())
+        specs[key] = _responsive(chart.to_dict(), caption)
         containers.append(_fill("chart.html", id=key, caption=escape(caption)))
     return _fill(
         "section.html",
@@ -120,18 +122,37 @@ def _section(section: Section, specs: dict[str, Any]) -> str:
         paper=escape(section.paper),
         summary=escape(section.summary),
         charts="".join(containers),
-        figure=_svg(section.figure, section.anchor),
-        table=_table(section.table),
+        figure=_svg(section.figure, section.anchor, section.title),
+        table=_folded(_table(section.table), len(section.table)),
         command=escape(section.command),
-        config=escape(json.dumps(section.result["config"], indent=2)),
+        config=escape(_settings(section.result["config"])),
         provenance="<br>".join(escape(line) for line in _provenance(section.result)),
     )
 
 
-def _responsive(spec: dict[str, Any]) -> dict[str, Any]:
-    """Let a single or layered chart take the width of its container; others keep their own."""
-    font = {"font": "system-ui, sans-serif", "background": "white"}
-    spec = {**spec, "config": {**spec.get("config", {}), **font}}
+def _settings(config: Mapping[str, Any]) -> str:
+    """Write a configuration as JSON, a line for each setting: lists take no page of print."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _folded(table: str, rows: int) -> str:
+    """Close a table that would take screens; it is printed all the same."""
+    if rows <= LONG:
+        return table
+    return f"<details><summary>The table: {rows} rows</summary>{table}</details>"
+
+
+def _responsive(spec: dict[str, Any], caption: str) -> dict[str, Any]:
+    """Let a single or layered chart take the width of its container; others keep their own.
+
+    Screen readers read the caption as the chart's name.
+    """
+    across = {"labelFlush": False, "labelSeparation": 8}  # the ends of an axis run into no label
+    look = {"font": "system-ui, sans-serif", "background": "white", "axisX": across}
+    spec = {**spec, "description": caption, "config": {**spec.get("config", {}), **look}}
+    if spec.get("mark", {}).get("type") == "image":  # pictures keep their size, and would overlap
+        return spec
     single = "mark" in spec or "layer" in spec
     faceted = any(channel in spec.get("encoding", {}) for channel in ("row", "column", "facet"))
     if single and not faceted:
@@ -139,7 +160,7 @@ def _responsive(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _svg(figure: Figure, name: str, label: str) -> str:
     """Render a figure as SVG that scales with the page; ``name`` keeps its ids apart."""
     import matplotlib
 
@@ -147,7 +168,8 @@ def _svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
-    return re.sub(r'^<svg (.*?)width="\S+" ', r"<svg \1", text[text.index("<svg") :], count=1)
+    text = re.sub(r'^<svg (.*?)width="\S+" ', r"<svg \1", text[text.index("<svg") :], count=1)
+    return f'<svg role="img" aria-label="{escape(label)}" {text.removeprefix("<svg ")}'
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -159,7 +181,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = _cells("th", ((c, c in numeric) for c in columns))
     body = (_cells("td", ((_shown(row.get(c)), c in numeric) for c in columns)) for row in rows)
     return (
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>'
+        f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>'
         + "".join(f"<tr>{cells}</tr>" for cells in body)
         + "</tbody></table></div>"
     )

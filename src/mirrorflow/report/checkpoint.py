@@ -16,6 +16,7 @@ __all__ = ["audit_page"]
 
 SHOWN = ("ratio", "effective_rank", "stable_rank", "nuclear", "frobenius", "gap", "imbalance")
 CHARTS = {"ratio": "nuclear / Frobenius norm", "effective_rank": "effective rank"}
+HEADS = {"place": "no.", "frobenius": "Frobenius"}
 MARKERS = "osD^vP*X"
 COLOURS = ["#0072B2", "#B34700", "#009E73", "#7A3E9D"]
 
@@ -48,17 +49,21 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
         source=escape(source),
         lead=escape(_lead(content)),
         charts="".join(
-            _fill("chart.html", id=f"audit-{key}", caption=escape(f"{label}, product by product"))
+            _fill("chart.html", id=f"audit-{key}", caption=escape(_caption(label)))
             for key, label in CHARTS.items()
         ),
-        figure=_svg(_figure(rows), "audit"),
-        table=_table(
-            [{key.replace("_", " "): v for key, v in row.items() if key != "place"} for row in rows]
-        ),
+        figure=_svg(_figure(rows), "audit", f"Spectra of {source}"),
+        table=_table([{HEADS.get(k, k.replace("_", " ")): v for k, v in r.items()} for r in rows]),
         remarks=_remarks(content["skipped"]),
         scripts=_chart_scripts(specs),
     )
     return _written(page, output)
+
+
+def _caption(label: str) -> str:
+    """Say what a chart shows."""
+    what = f"{label[0].upper()}{label[1:]} of each product"
+    return f"{what}, numbered as in the table, in the order of the checkpoint."
 
 
 def _rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -104,26 +109,28 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str,
     """Draw a number of each product, in the order of the checkpoint."""
     import altair as alt
 
+    legend = alt.Legend(orient="bottom", columns=2)
     chart = (
         alt.Chart(alt.Data(values=[dict(row) for row in _defined(rows)]))
         .mark_point(filled=True, size=45)
         .encode(
-            x=alt.X("place:Q", title="product, in the order of the checkpoint",
-                    scale=alt.Scale(nice=False, padding=8),
+            x=alt.X("place:Q", title="number of the product",
+                    scale=alt.Scale(nice=False, zero=False, padding=8),
                     axis=alt.Axis(tickMinStep=1, format="d")),
-            y=alt.Y(f"{key}:Q", title=label, scale=alt.Scale(zero=False)),
-            color=alt.Color("kind:N", scale=alt.Scale(range=COLOURS)),
-            shape="kind:N",
+            y=alt.Y(f"{key}:Q", title=label, scale=alt.Scale(zero=False, padding=8)),
+            color=alt.Color("kind:N", scale=alt.Scale(range=COLOURS), legend=legend),
+            shape=alt.Shape("kind:N", legend=legend),
             tooltip=["product:N", *(alt.Tooltip(f"{name}:Q", format=".4g") for name in SHOWN)],
         )
         .properties(height=260)
     )  # fmt: skip
-    return _responsive(chart.to_dict())
+    return _responsive(chart.to_dict(), _caption(label))
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the same for print and for readers without JavaScript."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 1, sharex=True), CHARTS.items(), strict=True):
@@ -133,8 +140,10 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
                       label=kind)  # fmt: skip
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
-    axis.set_xlabel("product, in the order of the checkpoint")
-    figure.axes[0].legend(frameon=False)
+    axis.set_xlabel("number of the product")
+    figure.axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

@@ -222,7 +222,7 @@ function startExplorer(root) {
   function redraw() {
     const inputs = [...start.querySelectorAll("input")];
     const [p, q] = inputs.map((input) => Number(input.value));
-    const half = 10 ** Number(reach.value), here = Number(a.value);
+    const half = +(10 ** Number(reach.value)).toPrecision(2), here = Number(a.value);
     for (const input of inputs) input.parentElement.querySelector("output").textContent = text(+input.value);
     find("a-value").textContent = text(here);
     find("reach-value").textContent = `−${text(half)} to ${text(half)}`;

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Preview", "preview", "table"]
 
+_DASHES = ("-", "--", "-.", ":")
 _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_end", "absorbed", "a")
 
 
@@ -51,15 +52,20 @@ class Preview:
         """Draw decay, lr x decay, and the accumulated sum."""
         from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
 
-        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        abreast = max(1, min(3, 100 // (10 + max(map(len, self.curves), default=0))))
+        lines = -(-len(self.curves) // abreast)  # of the legend, below the curves
+        figure = Figure(figsize=(9, 2.8 + 0.25 * lines), layout="constrained")
         axes = figure.subplots(1, 3)
-        for name, (lrs, decays, sums) in self.curves.items():
+        for place, (name, (lrs, decays, sums)) in enumerate(self.curves.items()):
             acting = [lr * decay for lr, decay in zip(lrs, decays, strict=True)]
+            style = _DASHES[place % len(_DASHES)]  # tells them apart in grey, and on one another
             for axis, values in zip(axes, (decays, acting, sums), strict=True):
-                axis.plot(range(len(values)), values, label=f"group {name}")
+                axis.plot(range(len(values)), values, linestyle=style, label=f"group {name}")
         for axis, title in zip(axes, ("decay", "lr × decay", "accumulated $a$"), strict=True):
             axis.set(title=title, xlabel="step")
-        axes[0].legend(frameon=False)
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=abreast, frameon=False)
         return figure
 
 
