@@ -142,6 +142,15 @@ def test_the_dtype_of_the_start_is_kept():
     [
         ({"lr": 0.0}, ValueError, "lr must be positive"),
         ({"lr": float("nan")}, ValueError, "lr must be positive"),
+        (
+            {"g": torch.sin},
+            TypeError,
+            "descend needs a Reparam and a Regularizer, got builtin_func",
+        ),
+        ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
+        ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
+        ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
+        ({"loss": lambda x: x.detach().sum()}, ValueError, r"write 0 \* x.sum\(\)"),
         ({"steps": 0}, ValueError, "steps must be >= 1"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\)"),
         ({"save_every": 0}, ValueError, "save_every must be >= 1"),

@@ -144,6 +144,13 @@ def test_weights_that_decay_below_the_tolerance_are_a_warning(view):
 
 
 @each_view
+def test_without_a_loss_x_follows_the_centre(view):
+    sol = hadamard(mf.Constant(0.3), 2.0, loss=lambda x: 0 * x.sum(), view=view)
+    R = mf.legendre(H, DECAY, HADAMARD.start(0))
+    assert difference(sol.value, R.centre(-0.6)) < 1e-7 and sol.path.mu.abs().max() == 0
+
+
+@each_view
 def test_a_loss_of_ones_own_gives_the_flow_of_least_squares(view):
     schedule = SCHEDULES["linear"]
     ours = hadamard(schedule, 2.0, view=view)
@@ -333,6 +340,11 @@ def test_the_step_limit_is_a_status(save_at):
         ({"rtol": 1e-15}, ValueError, "rtol must be in"),
         ({"atol": -1.0}, ValueError, "atol must be finite and >= 1e-140"),
         ({"atol": 1e-200}, ValueError, "atol must be finite and >= 1e-140"),
+        ({"g": torch.sin}, TypeError, "flow needs a Reparam and a Regularizer, got builtin_func"),
+        ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
+        ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
+        ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
+        ({"loss": lambda x: x.detach().sum()}, ValueError, r"write 0 \* x.sum\(\)"),
         ({"max_steps": 0}, ValueError, "max_steps must be >= 1"),
         ({"save_at": []}, ValueError, "save_at must be ascending"),
         ({"save_at": [0.5, 0.2]}, ValueError, "save_at must be ascending"),
@@ -351,3 +363,8 @@ def test_bad_arguments_are_named(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         mf.flow(**{**good, **change})
+
+
+def test_measurements_are_tensors():
+    with pytest.raises(TypeError, match="LeastSquares: y must be a tensor"):
+        mf.LeastSquares(LINEAR.Z, LINEAR.y.numpy())

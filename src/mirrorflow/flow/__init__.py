@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..loss import LeastSquares
-from ..regularizer import Regularizer
+from ..regularizer import Regularizer, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 from ..solution import Solution
@@ -111,8 +111,7 @@ def flow(
     (1.0, 'completed')
     """
     _check_arguments(view, schedule, t_end, method, max_steps)
-    g.validate(w0)
-    h.validate(g)
+    require_pair("flow", g, h, w0)
     w0 = unflatten(flatten(w0).detach(), w0)
     if isinstance(loss, LeastSquares):
         loss.require(g(w0), "flow")
@@ -127,8 +126,9 @@ def flow(
         warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
     if run.faint:
         warnings.warn(
-            f"flow: decay takes the state below {run.atol.min():.0e}, which the view {view!r} does not "
-            "resolve: what comes back after the decay comes back too soon; view='mirror' follows it",
+            f"flow: decay takes the state below {SMALLEST_ATOL:.0e}, which the view {view!r} does "
+            "not resolve: what comes back after the decay comes back too soon; view='mirror' "
+            "follows it",
             RuntimeWarning,
             stacklevel=2,
         )
