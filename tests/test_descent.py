@@ -80,6 +80,7 @@ def test_momentum_runs_the_flow_at_a_faster_clock():
     errors = []
     for lr in (1 / 80, 1 / 160, 1 / 320):
         sol = run(case, "logistic", mf.Constant(0.2), lr, round(2 * (1 - m) / lr), momentum=m)
+        assert float(sol.path.a[-1]) / (1 - m) == pytest.approx(-0.2 * 2.0)
         errors.append(np.abs(sol.value.numpy() - x).max())
     assert errors[0] < 0.05
     assert np.abs(orders(errors) - 1).max() < 0.15

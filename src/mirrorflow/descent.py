@@ -59,7 +59,8 @@ def descend(
     momentum : float
         m in [0, 1). The buffer includes the decay, which lives on in it after it is switched off.
         Heavy-ball steps are 1/(1 - m) times as long: as lr -> 0, x at k lr is the flow's x at
-        k lr/(1 - m), with the rate read at k lr.
+        k lr/(1 - m), with the rate read at k lr. The a to put into R_a is then the path's a over
+        1 - m.
     save_every : int, optional
         Save the state every so many steps; by default about 100 times.
 
