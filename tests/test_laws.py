@@ -278,12 +278,6 @@ def test_the_imbalance_of_a_product_decays_like_e_to_the_2a(seed, schedule):
         assert gap(left, torch.exp(2 * sol.path.a[i]) * start) < 1e-6
 
 
-# Law 8, of training, is in test_descent.py: the order of the time step.
-
-
-# What is outside the theory violates it, by an amount that can be measured.
-
-
 def test_aligned_factors_have_the_entropy_of_m_w_in_their_singular_values():
     """A0 = P m0 S^T, B0 = S w0 V^T and gradients P (...) V^T, as docs/theory.md has it."""
     rng = np.random.default_rng(0)
@@ -309,6 +303,12 @@ def test_aligned_factors_have_the_entropy_of_m_w_in_their_singular_values():
     np.testing.assert_allclose(P.T @ X @ V, expected, atol=1e-11)
     w0 = (torch.from_numpy(A0), torch.from_numpy(B0))
     assert mf.check(mf.Product(), mf.WeightDecay(), w0, torch.from_numpy(sensing)).commuting
+
+
+# Law 8, of training, is in test_descent.py: the order of the time step.
+
+
+# What is outside the theory violates it, by an amount that can be measured.
 
 
 @pytest.mark.parametrize("case", FAIL, ids=str)
