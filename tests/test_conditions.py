@@ -314,6 +314,26 @@ def test_whether_ones_own_penalty_is_bounded_below(fn, bounded, seed):
 # The report.
 
 
+TINY = tuple(vector(*f) for f in ((1.0, 2.0), (3.0, -1.0)))
+
+
+@pytest.mark.parametrize("size", (1e-40, 1e-80, 1e-200, 1e-300))
+@pytest.mark.parametrize(
+    ("g", "h", "applies", "power"),
+    [
+        (mf.Hadamard(), DECAY, True, 1),
+        (mf.CustomReparam(lambda w: w[0] * w[1]), DECAY, True, 1),
+        (mf.PowerDifference(2), TERMS, True, 3),
+        (mf.PowerDifference(2), DECAY, False, 3),
+    ],
+)
+def test_starts_of_any_size(g, h, applies, power, size):
+    """The squares of 1e-200 underflow; the conditions are relative."""
+    size = size ** (1 / power)
+    report = mf.check(g, h, tuple(size * f for f in TINY))
+    assert report.regular and report.commuting is applies, report.explain()
+
+
 def test_reports_are_determined_by_the_seed_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     pair = (mf.Depth(3), DECAY, THREE)

@@ -80,6 +80,7 @@ def test_momentum_runs_the_flow_at_a_faster_clock():
     errors = []
     for lr in (1 / 80, 1 / 160, 1 / 320):
         sol = run(case, "logistic", mf.Constant(0.2), lr, round(2 * (1 - m) / lr), momentum=m)
+        assert float(sol.path.a[-1]) / (1 - m) == pytest.approx(-0.2 * 2.0)
         errors.append(np.abs(sol.value.numpy() - x).max())
     assert errors[0] < 0.05
     assert np.abs(orders(errors) - 1).max() < 0.15
@@ -142,6 +143,15 @@ def test_the_dtype_of_the_start_is_kept():
     [
         ({"lr": 0.0}, ValueError, "lr must be positive"),
         ({"lr": float("nan")}, ValueError, "lr must be positive"),
+        (
+            {"g": torch.sin},
+            TypeError,
+            "descend needs a Reparam and a Regularizer, got builtin_func",
+        ),
+        ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
+        ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
+        ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
+        ({"loss": lambda x: x.detach().sum()}, ValueError, r"write 0 \* x.sum\(\)"),
         ({"steps": 0}, ValueError, "steps must be >= 1"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\)"),
         ({"save_every": 0}, ValueError, "save_every must be >= 1"),

@@ -1,8 +1,11 @@
 """What `flow` promises beside the laws: times, tolerances, dtypes, and failure as data."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Lasso
 
 import mirrorflow as mf
 import oracles
@@ -113,6 +116,38 @@ def test_weights_that_decay_to_almost_nothing_still_decide(view):
     assert mu.abs().max() > 50  # the entropy is close to L1 here
     assert difference(Z.T @ theta, mu[:, None]) < 1e-4 * mu.abs().max()
     assert difference(sol.path.mu[-1], mu) < 1e-4 * mu.abs().max()
+
+
+@pytest.mark.parametrize("view", ("parameters", "primal"))
+def test_constant_decay_for_a_very_long_time_ends_at_the_lasso(view):
+    """From m = 0, a = -1000: the stationary points of m * w under decay are those of the lasso."""
+    w0 = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    Z, y = vector([1.0, 2.0, 0.5], [0.0, 1.0, 1.0]), vector(1.0, 2.0)
+    sol = hadamard(mf.Constant(0.1), 1e4, loss=mf.LeastSquares(Z, y), w0=w0, view=view)
+    assert sol.status is mf.Status.completed
+    lasso = Lasso(alpha=0.1, fit_intercept=False, tol=1e-12).fit(Z.numpy(), y.numpy())
+    assert difference(sol.value, lasso.coef_) < 1e-6
+
+
+@pytest.mark.parametrize("view", ("parameters", "primal"))
+def test_weights_that_decay_below_the_tolerance_are_a_warning(view):
+    """At a = -1000 the weights are e^{-1000}; x is still 0 at t = 100, as mu says."""
+    w0 = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    schedule, loss_of = mf.SwitchOff(1e3, 1.0), mf.LeastSquares(vector([1.0, 2.0]), vector(1.0))
+    with pytest.warns(RuntimeWarning, match="view='mirror' follows it"):
+        hadamard(schedule, 100.0, loss=loss_of, w0=w0, view=view)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        sol = hadamard(schedule, 100.0, loss=loss_of, w0=w0, view="mirror")
+        hadamard(mf.SwitchOff(6.0, 10.0), 20.0, loss=loss_of, w0=w0, view=view)
+    assert sol.value.abs().max() == 0
+
+
+@each_view
+def test_without_a_loss_x_follows_the_centre(view):
+    sol = hadamard(mf.Constant(0.3), 2.0, loss=lambda x: 0 * x.sum(), view=view)
+    R = mf.legendre(H, DECAY, HADAMARD.start(0))
+    assert difference(sol.value, R.centre(-0.6)) < 1e-7 and sol.path.mu.abs().max() == 0
 
 
 @each_view
@@ -303,7 +338,13 @@ def test_the_step_limit_is_a_status(save_at):
         ({"t_end": float("inf")}, ValueError, "t_end must be positive"),
         ({"rtol": 0.0}, ValueError, "rtol must be in"),
         ({"rtol": 1e-15}, ValueError, "rtol must be in"),
-        ({"atol": -1.0}, ValueError, "atol must be positive"),
+        ({"atol": -1.0}, ValueError, "atol must be finite and >= 1e-140"),
+        ({"atol": 1e-200}, ValueError, "atol must be finite and >= 1e-140"),
+        ({"g": torch.sin}, TypeError, "flow needs a Reparam and a Regularizer, got builtin_func"),
+        ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
+        ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
+        ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
+        ({"loss": lambda x: x.detach().sum()}, ValueError, r"write 0 \* x.sum\(\)"),
         ({"max_steps": 0}, ValueError, "max_steps must be >= 1"),
         ({"save_at": []}, ValueError, "save_at must be ascending"),
         ({"save_at": [0.5, 0.2]}, ValueError, "save_at must be ascending"),
@@ -322,3 +363,8 @@ def test_bad_arguments_are_named(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         mf.flow(**{**good, **change})
+
+
+def test_measurements_are_tensors():
+    with pytest.raises(TypeError, match="LeastSquares: y must be a tensor"):
+        mf.LeastSquares(LINEAR.Z, LINEAR.y.numpy())

@@ -380,5 +380,5 @@ def test_nan_and_wrong_shapes_name_the_argument(method, names):
         ):
             with pytest.raises(ValueError, match=message):
                 getattr(R, method)(*good[:i], spoiled, *good[i + 1 :], -0.1)
-    with pytest.raises(ValueError, match=r"^a is NaN"):
+    with pytest.raises(ValueError, match=r"^a must be finite, got nan"):
         getattr(R, method)(*good, math.nan)

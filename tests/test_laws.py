@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 from scipy.optimize import bisect
 
 import mirrorflow as mf
@@ -275,6 +276,33 @@ def test_the_imbalance_of_a_product_decays_like_e_to_the_2a(seed, schedule):
         A, B = (f[i] for f in sol.path.w)
         left = A.mT @ A - B @ B.mT
         assert gap(left, torch.exp(2 * sol.path.a[i]) * start) < 1e-6
+
+
+def test_aligned_factors_have_the_entropy_of_m_w_in_their_singular_values():
+    """A0 = P m0 S^T, B0 = S w0 V^T and gradients P (...) V^T, as docs/theory.md has it."""
+    rng = np.random.default_rng(0)
+    P, S, V = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, :3] for n in (4, 3, 5))
+    m, w, y = np.array([1.0, 0.4, 0.2]), np.array([0.3, 0.9, -0.6]), np.array([0.5, -0.3])
+    A0, B0 = P @ np.diag(m) @ S.T, S @ np.diag(w) @ V.T
+    sensing = np.stack([P @ np.diag(rng.standard_normal(3)) @ V.T for _ in range(2)])
+
+    def velocity(_, state):
+        A, B = state[:12].reshape(4, 3), state[12:27].reshape(3, 5)
+        G = np.tensordot(np.tensordot(sensing, A @ B, 2) - y, sensing, 1)
+        return -np.concatenate(
+            [(G @ B.T + 0.2 * A).ravel(), (A.T @ G + 0.2 * B).ravel(), G.ravel()]
+        )
+
+    start = np.concatenate([A0.ravel(), B0.ravel(), np.zeros(20)])
+    end = solve_ivp(velocity, (0, 3), start, rtol=1e-11, atol=1e-13).y[:, -1]
+    X = end[:12].reshape(4, 3) @ end[12:27].reshape(3, 5)
+    mu = np.diag(P.T @ end[27:].reshape(4, 5) @ V).copy()
+    factors = (torch.from_numpy(m), torch.from_numpy(w))
+    R = mf.legendre(mf.Hadamard(), mf.WeightDecay(), factors)
+    expected = np.diag(R.primal(torch.from_numpy(mu), -0.6).numpy())
+    np.testing.assert_allclose(P.T @ X @ V, expected, atol=1e-11)
+    w0 = (torch.from_numpy(A0), torch.from_numpy(B0))
+    assert mf.check(mf.Product(), mf.WeightDecay(), w0, torch.from_numpy(sensing)).commuting
 
 
 # Law 8, of training, is in test_descent.py: the order of the time step.

@@ -317,5 +317,41 @@ def test_nan_and_wrong_shapes_name_the_argument(case, method, names):
         ):
             with pytest.raises(ValueError, match=message):
                 call(*good[:i], spoiled, *good[i + 1 :], A)
-    with pytest.raises(ValueError, match=r"^a is NaN"):
-        call(*good, math.nan)
+        with pytest.raises(TypeError, match=f"^{name} must be a torch tensor, got list"):
+            call(*good[:i], x.tolist(), *good[i + 1 :], A)
+    for bad in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=f"^a must be finite, got {bad}"):
+            call(*good, bad)
+    with pytest.raises(TypeError, match=r"^a must be a number or a tensor, got list"):
+        call(*good, [A])
+
+
+def test_matrices_that_are_symmetric_up_to_rounding():
+    """Entries that rounding alone makes differ from 0 have no digits in common."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        V = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=dtype))[0]
+        block = V @ torch.diag(torch.arange(1.0, 7.0, dtype=dtype)) @ V.mT
+        A_one = torch.block_diag(block, 1e-12 * block) + 1e-17 * torch.randn(
+            12, 12, generator=generator, dtype=dtype
+        )
+        g = mf.CommutingQuadratic(A_one[None])
+        assert torch.equal(g.A, g.A.mT)
+    skew = torch.tensor([[[1.0, 0.1], [0.0, 1.0]]])
+    for bad, error, message in (
+        (skew, ValueError, "symmetric, A is off by 9.5e-02"),
+        (skew * math.nan, ValueError, "A holds NaN"),
+        (skew.int(), TypeError, "a tensor of floats, got torch.int32"),
+        (skew.tolist(), TypeError, "a tensor of floats, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            mf.CommutingQuadratic(bad)
+
+
+def test_quadratic_forms_of_another_precision_than_the_start():
+    g = mf.CommutingQuadratic(torch.eye(2, dtype=torch.float64)[None])
+    for w0 in (torch.ones(2), (torch.ones(2, dtype=torch.float64),)):
+        run = mf.descend(
+            lambda x: ((x - 2) ** 2).sum(), g, mf.WeightDecay(), w0, mf.Constant(0.0), 0.05, 200
+        )
+        assert abs(run.value.item() - 2) < 1e-3

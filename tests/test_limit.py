@@ -303,3 +303,36 @@ def test_one_number_and_a_path_of_one():
     assert type(one.stats.kkt) is float and type(one.stats.steps) is int
     assert one.stats.seconds > 0 and "status" not in one.aux
     assert pickle.loads(pickle.dumps(path)).stats.steps.tolist() == path.stats.steps.tolist()
+
+
+# By inversion, and near the ends of a range, after much decay.
+
+
+def test_inversion_after_much_decay(a=-10.0):
+    """A full Newton step goes e^{-2a} too far: without damping this takes minutes."""
+    g = mf.CustomReparam(lambda w: w[0] * w[1], elementwise=True)
+    h = mf.CustomRegularizer(lambda w: (w[0] ** 2 + w[1] ** 2).sum() / 2, elementwise=True)
+    Z, y = dense(2, 3, 1)
+    w0 = tensors(np.full(3, 0.1), np.ones(3))
+    own, known = (mf.limit(mf.legendre(*pair, w0), Z, y, a) for pair in ((g, h), (H, DECAY)))
+    assert own.status is Status.converged and own.stats.steps < 20
+    assert distance(own.value, known.value) < 1e-12
+
+
+@pytest.mark.parametrize(("k", "a"), [(2, -1e4), (2, -1e6), (7, -1e4)])
+def test_the_power_difference_after_much_decay(k, a):
+    """mu is of the size of a, and P = c (c_u - mu - a) of size 1 where x is."""
+    R = mf.legendre(mf.PowerDifference(k), TERMS, tensors(np.full(3, 0.9), np.full(3, 0.8)))
+    Z, y = np.array([[1.0, 2.0, 0.5], [0.0, 1.0, 1.0]]), np.array([1.0, 2.0])
+    sol = mf.limit(R, Z, y, a)
+    assert sol.status is Status.converged and sol.stats.steps < 30
+    assert distance(sol.value, torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)) < 1e-6
+
+
+def test_what_rounding_forbids_keeps_the_closest_point():
+    """At a = -1e7 mu is known to 1e-9, and x, near the end of the range, to 1e-7."""
+    R = mf.legendre(mf.PowerDifference(7), TERMS, tensors(np.full(3, 0.9), np.full(3, 0.8)))
+    Z, y = np.array([[1.0, 2.0, 0.5], [0.0, 1.0, 1.0]]), np.array([1.0, 2.0])
+    with pytest.warns(RuntimeWarning, match="no longer improved"):
+        sol = mf.limit(R, Z, y, -1e7)
+    assert sol.status is Status.stalled and 1e-9 < sol.stats.residual < 1e-5

@@ -221,6 +221,39 @@ def test_x_may_have_any_shape():
     assert distance(sol.value, mf.limit(zero_start(12), Z, y, [-1.0, -2.0]).value) < 1e-13
 
 
+FAMILIES = {
+    "hadamard": lambda: zero_start(3),
+    "unbalanced": lambda: mf.legendre(H, DECAY, tensors(np.full(3, 0.3), np.ones(3))),
+    "one-sided": lambda: mf.legendre(H, DECAY, tensors(np.ones(3), np.ones(3))),
+    "quadratic": lambda: mf.legendre(
+        mf.CommutingQuadratic(torch.eye(3, dtype=torch.float64).diag_embed()),
+        DECAY, torch.ones(3, dtype=torch.float64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("a", (-400.0, -1000.0))
+@pytest.mark.parametrize("id", FAMILIES)
+def test_targets_of_any_size_at_a_scale_that_underflows(id, a):
+    """e^{2a} is 0 in float64; the end point is the vertex, or 0 for targets of 0."""
+    R, Z, y = FAMILIES[id](), np.array([[1.0, 2.0, 0.5], [0.0, 1.0, 1.0]]), np.array([1.0, 2.0])
+    for size in (0.0, 1e-300, 1.0, 1e200):
+        sol = mf.limit(R, Z, size * y, a)
+        assert sol.status.ok and sol.stats.residual < 1e-9, size
+        assert np.abs(sol.value.numpy() - size * np.array([0.0, 0.0, 2.0])).max() <= 1e-9 * size
+    assert mf.limit(R, Z, y, -1000.0).stats.kkt < 1e-9
+
+
+@pytest.mark.parametrize("id", (*FAMILIES, "matrix"))
+def test_a_scale_that_overflows_is_refused(id, capfd):
+    U = torch.eye(3, dtype=torch.float64)
+    R = mf.legendre(mf.SymmetricFactor(), DECAY, U) if id == "matrix" else FAMILIES[id]()
+    for y in (1.0, 0.0):
+        with pytest.raises(mf.RangeError, match=r"a = 400.0: x has the scale .* -int alpha dt"):
+            mf.limit(R, np.ones((1, *R.shape)), [y], [-1.0, 400.0])
+    assert capfd.readouterr() == ("", "")  # LAPACK complains of NaN by printing
+
+
 @pytest.mark.parametrize("size", (1e-100, 1e-8, 1e8, 1e100))
 def test_targets_of_any_size(size):
     """x(s y, A) = s x(y, A / s)."""

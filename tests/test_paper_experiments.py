@@ -10,12 +10,18 @@ from scipy.optimize import root
 import mirrorflow as mf
 from paper import (
     EXACT,
+    HADAMARD,
+    STARTS,
+    Y,
+    Z,
     gap,
     integrate,
+    least_squares,
     matrix_flow,
     power,
     stated,
     tensors,
+    train,
 )
 
 
@@ -144,3 +150,19 @@ def test_erratum_23_a_deep_model_freezes_the_coordinates_that_have_died():
     fit[alive] = np.linalg.lstsq(A[:, alive], y, rcond=None)[0]
     assert gap(x, fit) < 1e-6
     stated(23, x[1], "0.68")
+
+
+def test_erratum_24_a_falling_learning_rate_runs_the_same_curve(until=40.0, alpha=0.1):
+    start = STARTS["hadamard"]
+
+    def velocity(t, state):
+        w, eta = state.reshape(start.shape), np.cos(np.pi * t / (2 * until)) ** 2
+        slope = HADAMARD.pull(w, least_squares(HADAMARD.g(w)))
+        return -eta * (slope + alpha * HADAMARD.decay(w)).ravel()
+
+    cosine = integrate(velocity, start.ravel(), until).reshape(start.shape)
+    constant = train(HADAMARD, start, [(until / 2, alpha)])
+    off = train(HADAMARD, start, [(until / 4, 2 * alpha), (until / 4, 0.0)])
+    assert gap(cosine, constant.w) < EXACT and constant.a == off.a == -2
+    stated(24, gap(Z @ HADAMARD.g(cosine), Y), "0.093")
+    stated(24, gap(Z @ off.x, Y), "0.0047")

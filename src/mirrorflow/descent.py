@@ -6,14 +6,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .loss import LeastSquares
-from .regularizer import Regularizer
+from .loss import LeastSquares, slope
+from .regularizer import Regularizer, require_pair
 from .reparam import Parameters, Reparam, factors
 from .schedule import Schedule
 from .solution import Path, Solution, Status
@@ -58,7 +59,8 @@ def descend(
     momentum : float
         m in [0, 1). The buffer includes the decay, which lives on in it after it is switched off.
         Heavy-ball steps are 1/(1 - m) times as long: as lr -> 0, x at k lr is the flow's x at
-        k lr/(1 - m), with the rate read at k lr.
+        k lr/(1 - m), with the rate read at k lr. The a to put into R_a is then the path's a over
+        1 - m.
     save_every : int, optional
         Save the state every so many steps; by default about 100 times.
 
@@ -84,8 +86,7 @@ def descend(
     [1.0, 1.0]
     """
     _check_arguments(schedule, lr, steps, momentum, save_every)
-    g.validate(w0)
-    h.validate(g)
+    require_pair("descend", g, h, w0)
     if isinstance(loss, LeastSquares):
         loss.require(g(w0), "descend")
     begun = time.perf_counter()
@@ -115,7 +116,7 @@ class _Run:
         every: int,
     ) -> None:
         self.g, self.h, self.lr, self.momentum, self.every = g, h, lr, momentum, every
-        self.gradient = loss.gradient if isinstance(loss, LeastSquares) else _gradient(loss)
+        self.gradient = loss.gradient if isinstance(loss, LeastSquares) else partial(slope, loss)
         self.one = isinstance(w0, Tensor)
         self.w = tuple(f.detach().clone() for f in factors(w0))
         self.buffer: tuple[Tensor, ...] | None = None
@@ -158,17 +159,6 @@ class _Run:
         t = torch.tensor(k, dtype=torch.float64) * self.lr
         x = torch.stack([x for _, _, x in self.saved])
         return Path(t, x, None, torch.from_numpy(sums[k]), w[0] if self.one else w)
-
-
-def _gradient(loss: Loss) -> Callable[[Tensor], Tensor]:
-    """Give grad f by automatic differentiation."""
-
-    def gradient(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            point = x.detach().requires_grad_()
-            return torch.autograd.grad(loss(point), point)[0]
-
-    return gradient
 
 
 def _check_arguments(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["LeastSquares"]
+__all__ = ["LeastSquares", "slope"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,9 @@ class LeastSquares:
 
     def __post_init__(self) -> None:
         """Check shapes and finiteness."""
+        for name, value in (("Z", self.Z), ("y", self.y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"LeastSquares: {name} must be a tensor, got {type(value)}")
         if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
             got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
             raise ValueError(
@@ -69,3 +73,20 @@ class LeastSquares:
         """Evaluate f(x)."""
         r = self.predict(x) - self.y
         return (r * r).sum() / (2 * len(self.y))
+
+
+def slope(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Give grad f(x) by automatic differentiation, of a loss that gives one number."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        value = loss(point)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"the loss must give a tensor of one number, got {got}")
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss gives a number without a gradient in x: compute it with torch, without "
+                "detach or item; for no loss at all write 0 * x.sum()"
+            )
+        (gradient,) = torch.autograd.grad(value.sum(), point, materialize_grads=True)
+    return gradient

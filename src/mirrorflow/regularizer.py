@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .reparam import Parameters, Reparam, SeparableReparam, factors
 
-__all__ = ["CustomRegularizer", "Regularizer", "Separable", "WeightDecay"]
+__all__ = ["CustomRegularizer", "Regularizer", "Separable", "WeightDecay", "require_pair"]
 
 
 class Regularizer(ABC):
@@ -143,3 +143,21 @@ class CustomRegularizer(Regularizer):
     def __repr__(self) -> str:
         """Show the function's name."""
         return f"CustomRegularizer({getattr(self.fn, '__name__', 'fn')})"
+
+
+def require_pair(caller: str, g: Any, h: Any, w0: Parameters) -> None:
+    """Raise an error unless g and h are of the kinds that ``caller`` takes, and fit w0."""
+    if not isinstance(g, Reparam) or not isinstance(h, Regularizer):
+        raise TypeError(
+            f"{caller} needs a Reparam and a Regularizer, got {_kind(g)} and {_kind(h)}; wrap "
+            "torch functions in CustomReparam and CustomRegularizer"
+        )
+    g.validate(w0)
+    h.validate(g)
+
+
+def _kind(value: Any) -> str:
+    """Name the type of an object, or a class that was passed instead of one."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return type(value).__name__

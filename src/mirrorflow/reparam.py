@@ -82,7 +82,8 @@ class Reparam(ABC):
         """Raise an error that names what is wrong with ``w`` as a starting point."""
         parts = factors(w)
         if not all(isinstance(f, Tensor) for f in parts):
-            raise TypeError(f"{self}: w must be a torch tensor or a tuple of them, got {type(w)}")
+            got = ", ".join(sorted({type(f).__name__ for f in parts}))
+            raise TypeError(f"{self}: w must be a torch tensor or a tuple of them, got {got}")
         if len(parts) != len(self.names):
             expected = f"({', '.join(self.names)})"
             raise ValueError(f"{self}: w must hold {expected}, got {len(parts)} tensor(s)")
@@ -256,19 +257,30 @@ class CommutingQuadratic(Reparam):
     """
 
     def __init__(self, A: Tensor) -> None:
+        if not isinstance(A, Tensor) or not A.is_floating_point():
+            kind = A.dtype if isinstance(A, Tensor) else type(A).__name__
+            raise TypeError(f"CommutingQuadratic: A must be a tensor of floats, got {kind}")
         if A.ndim != 3 or A.shape[1] != A.shape[2]:
             raise ValueError(f"CommutingQuadratic: A must be (d, D, D), got {tuple(A.shape)}")
-        if not torch.allclose(A, A.mT, rtol=1e-10, atol=0):
-            raise ValueError("CommutingQuadratic: each A_i must be symmetric")
-        self.A = A
+        if not torch.isfinite(A).all():
+            raise ValueError("CommutingQuadratic: A holds NaN or infinite entries")
+        skew, size = (A - A.mT).abs().sum(), A.abs().sum()
+        if skew > max(1e-10, 100 * torch.finfo(A.dtype).eps) * size:
+            raise ValueError(
+                f"CommutingQuadratic: each A_i must be symmetric, A is off by {skew / size:.1e}"
+            )
+        self.A = (A + A.mT) / 2
 
     def __call__(self, w: Parameters) -> Tensor:
         """Evaluate the d quadratic forms."""
-        return 0.5 * torch.einsum("ijk,j,k->i", self.A, w, w)
+        v = factors(w)[0]
+        return 0.5 * torch.einsum("ijk,j,k->i", self.A.to(v.dtype), v, v)
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
         """Give (sum_i dx_i A_i) w."""
-        return torch.einsum("i,ijk,k->j", dx, self.A, w)
+        v = factors(w)[0]
+        moved = torch.einsum("i,ijk,k->j", dx, self.A.to(v.dtype), v)
+        return moved if isinstance(w, Tensor) else (moved,)
 
     def validate(self, w: Parameters) -> None:
         """Require a vector of length D."""

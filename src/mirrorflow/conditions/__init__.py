@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay
+from ..regularizer import (
+    CustomRegularizer,
+    Regularizer,
+    Separable,
+    WeightDecay,
+    require_pair,
+)
 from ..reparam import (
     CustomReparam,
     LogRatio,
@@ -22,7 +28,7 @@ from ..reparam import (
     unflatten,
 )
 from .advice import advice
-from .probe import Probe, norm
+from .probe import Probe, lengths, norm
 from .report import Condition, Report
 
 __all__ = ["Condition", "Report", "check"]
@@ -75,13 +81,7 @@ def check(
     >>> print(check(PowerDifference(2), WeightDecay(), w0).advice)
     Corollary 3.7: h must be a combination of the terms of g; use Separable(), h = u^4 + v^4.
     """
-    if not isinstance(g, Reparam) or not isinstance(h, Regularizer):
-        raise TypeError(
-            f"check needs a Reparam and a Regularizer, got {type(g).__name__} and "
-            f"{type(h).__name__}; wrap torch functions in CustomReparam and CustomRegularizer"
-        )
-    g.validate(w0)
-    h.validate(g)
+    require_pair("check", g, h, w0)
     whole = _double(w0)
     _require_finite(g, h, whole)
     _validate_sensing(sensing, g(whole).shape)
@@ -142,7 +142,7 @@ def _regular_rows(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
 def _row_sizes(g: Reparam, w: Parameters) -> Tensor:
     """Give the norms of the rows of J_g for an elementwise g."""
     slopes = factors(g.pullback(w, torch.ones_like(g(w))))
-    return torch.stack(torch.broadcast_tensors(*slopes)).norm(dim=0)
+    return lengths(torch.stack(torch.broadcast_tensors(*slopes)))
 
 
 def _rank_size(g: Reparam, w: Parameters) -> float:
@@ -232,9 +232,8 @@ def _bracket(
     one = _stacked(probe, torch.func.jvp(Y, (w,), (X(w),))[1])
     two = _stacked(probe, torch.func.jvp(X, (w,), (Y(w),))[1])
     # Per coordinate if elementwise, so that many good coordinates do not hide a bad one.
-    norm = torch.linalg.vector_norm
-    bracket, terms = norm(one - two, dim=0), norm(one, dim=0) + norm(two, dim=0)
-    scale = terms.max() * 1e-6 + 1e-300
+    bracket, terms = lengths(one - two), lengths(one) + lengths(two)
+    scale = terms.max() * 1e-6 + torch.finfo(terms.dtype).tiny
     return float((bracket / (terms + scale)).max())
 
 

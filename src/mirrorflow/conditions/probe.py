@@ -17,7 +17,7 @@ from ..reparam import (
     unflatten,
 )
 
-__all__ = ["Probe", "norm"]
+__all__ = ["Probe", "lengths", "norm"]
 
 MAX_EVALUATIONS = 600  # a flow that needs more is about to blow up, or chatters at a kink
 
@@ -71,7 +71,10 @@ class Probe:
         if not np.isfinite(velocity(0.0, flatten(w).numpy())).all():
             return None  # SciPy's first step would be NaN, and never end
         with np.errstate(all="ignore"):
-            solver = DOP853(velocity, 0.0, flatten(w).numpy(), 1.0, rtol=1e-10, atol=1e-12)
+            atol = 1e-12 * (min(1.0, norm(w)) or 1.0)  # tiny weights are followed as well
+            solver = DOP853(
+                velocity, 0.0, flatten(w).numpy(), 1.0, rtol=1e-10, atol=max(atol, 1e-140)
+            )
             while solver.status == "running" and solver.nfev < MAX_EVALUATIONS:
                 solver.step()
         end = torch.from_numpy(solver.y.copy())
@@ -86,4 +89,10 @@ class Probe:
 
 def norm(w: Parameters) -> float:
     """Give the Euclidean norm of all factors."""
-    return float(torch.linalg.vector_norm(flatten(w)))
+    return float(lengths(flatten(w)))
+
+
+def lengths(v: Tensor) -> Tensor:
+    """Give Euclidean norms over the first dimension, where squares would underflow too."""
+    peak = v.abs().amax(0)
+    return peak * torch.linalg.vector_norm(v / torch.where(peak > 0, peak, 1.0), dim=0)

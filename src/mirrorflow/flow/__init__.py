@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from ..loss import LeastSquares
-from ..regularizer import Regularizer
+from ..regularizer import Regularizer, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 from ..solution import Solution
-from .run import Run
+from .run import SMALLEST_ATOL, Run
 from .views import Array, Loss, make
 
 __all__ = ["FlowStats", "flow"]
@@ -78,7 +78,8 @@ def flow(
     atol : float, optional
         The absolute tolerance of all entries of the state. By default a hundredth of ``rtol`` times
         the size that each entry has when it has decayed most (``e^{2a} |w0|``, say): weights of
-        e^{-100} still decide where x goes.
+        e^{-100} still decide where x goes. At least 1e-140: the solvers square what is divided by
+        it.
     method : str, optional
         LSODA (switches to a stiff method by itself; the default up to 100 unknowns) or DOP853
         (order 8, no linear algebra; the default above).
@@ -91,7 +92,8 @@ def flow(
         ``value`` the final x. ``path``, of tensors: t and a (float64), x, mu, and in the view
         "parameters" w. ``status`` completed, diverged, left_domain or max_steps, with a
         RuntimeWarning unless completed: then the last row of the path, and ``value``, are the last
-        good state, at the time ``stats.t``.
+        good state, at the time ``stats.t``. A RuntimeWarning too if decay, before it ends, takes w
+        or x below what ``atol`` can resolve.
 
     Raises
     ------
@@ -109,8 +111,7 @@ def flow(
     (1.0, 'completed')
     """
     _check_arguments(view, schedule, t_end, method, max_steps)
-    g.validate(w0)
-    h.validate(g)
+    require_pair("flow", g, h, w0)
     w0 = unflatten(flatten(w0).detach(), w0)
     if isinstance(loss, LeastSquares):
         loss.require(g(w0), "flow")
@@ -123,6 +124,14 @@ def flow(
     status = run.integrate()
     if not status.ok:
         warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
+    if run.faint:
+        warnings.warn(
+            f"flow: decay takes the state below {SMALLEST_ATOL:.0e}, which the view {view!r} does "
+            "not resolve: what comes back after the decay comes back too soon; view='mirror' "
+            "follows it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     path = coordinates.path(*run.rows(), schedule)
     last = coordinates.path(np.array([run.now]), run.state[None], schedule)
     seconds = time.perf_counter() - begun
@@ -154,8 +163,8 @@ def _check_tolerances(rtol: float, atol: float | None, w0: Parameters) -> None:
         raise ValueError(
             f"flow: rtol must be in [{floor:.1e}, 1), which {dtype} resolves, got {rtol}"
         )
-    if atol is not None and not 0 < atol < np.inf:
-        raise ValueError(f"flow: atol must be positive and finite, got {atol}")
+    if atol is not None and not SMALLEST_ATOL <= atol < np.inf:
+        raise ValueError(f"flow: atol must be finite and >= {SMALLEST_ATOL}, got {atol}")
 
 
 def _save_times(save_at: Any, t_end: float) -> Array:

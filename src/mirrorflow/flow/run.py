@@ -17,8 +17,9 @@ from ..schedule import Schedule
 from ..solution import Status
 from .views import Array, Coordinates
 
-__all__ = ["Run"]
+__all__ = ["SMALLEST_ATOL", "Run"]
 
+SMALLEST_ATOL = 1e-140  # solvers square velocity / atol: below it, a start at 0 overflows
 STUCK = 30  # steps in a row that time hardly resolves: x goes to infinity there
 
 
@@ -38,7 +39,8 @@ class Run:
         self.coordinates, self.schedule, self.save_at = coordinates, schedule, save_at
         self.rtol, atol = tolerances
         lowest = float(np.min(schedule.accumulated(np.linspace(0, t_end, 101))))
-        derived = np.maximum(1e-2 * self.rtol * coordinates.scales(lowest), 1e-300)
+        derived = np.maximum(1e-2 * self.rtol * coordinates.scales(lowest), SMALLEST_ATOL)
+        self.faint = atol is None and self._faint(lowest, t_end)
         self.atol = derived if atol is None else atol
         self.method, self.max_steps, self.steps, self.evaluations = method, max_steps, 0, 0
         inner = [b for b in schedule.breakpoints if 0 < b < t_end]
@@ -46,6 +48,12 @@ class Run:
         self.now, self.state, self.latest = 0.0, coordinates.start(), 0.0
         self.t: list[float] = []
         self.y: list[Array] = []
+
+    def _faint(self, lowest: float, t_end: float) -> bool:
+        """Say whether what has decayed below the tolerance may come back, when decay is less."""
+        rates = self.schedule.rate(np.linspace(0, t_end, 101))
+        size = self.coordinates.scales(lowest / 2).min()  # e^a for weight decay
+        return bool(rates[-1] < rates.max() and 1e-2 * self.rtol * size < SMALLEST_ATOL)
 
     def rows(self) -> tuple[Array, Array]:
         """Give the saved times and states."""

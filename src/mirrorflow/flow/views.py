@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
-from ..loss import LeastSquares
+from ..loss import LeastSquares, slope
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
@@ -70,9 +70,7 @@ class Coordinates(ABC):
             return self.linear.transpose(residual), residual
         if not torch.isfinite(x).all():
             return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-        with torch.enable_grad():
-            point = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.loss(point), point)
+        gradient = slope(self.loss, x)
         return gradient, gradient
 
     def dual_scales(self) -> Array:

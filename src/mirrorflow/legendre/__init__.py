@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..conditions import Report, check
-from ..regularizer import Regularizer, Separable, WeightDecay
+from ..regularizer import Regularizer, Separable, WeightDecay, require_pair
 from ..reparam import (
     CommutingQuadratic,
     Depth,
@@ -83,8 +83,7 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     >>> R.log_A(-5.0)
     tensor([-10.6931, -10.6931, -10.6931], dtype=torch.float64)
     """
-    g.validate(w0)
-    h.validate(g)
+    require_pair("legendre", g, h, w0)
     closed = _closed_form(g, h, w0)
     if closed is None or closed is QuadraticEntropy:  # the others always commute
         report = check(in_double(g), h, w0)

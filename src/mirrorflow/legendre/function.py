@@ -105,14 +105,18 @@ def near_bregman(metric: Callable[[Tensor], Tensor], y: Tensor, step: Tensor) ->
 
 
 def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None:
-    """Raise ValueError if ``argument`` does not end in the shape of R, or anything is NaN."""
+    """Raise an error if ``argument`` does not end in the shape of R, or anything is NaN."""
+    if not isinstance(argument, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(argument).__name__}")
+    if not isinstance(a, Tensor | float | int | np.number | np.ndarray):
+        raise TypeError(f"a must be a number or a tensor, got {type(a).__name__}")
     ends = tuple(argument.shape[argument.ndim - len(R.shape) :])
     if argument.ndim < len(R.shape) or ends != tuple(R.shape):
         raise ValueError(f"{name} must have shape {tuple(R.shape)}, got {tuple(argument.shape)}")
     if torch.isnan(argument).any():
         raise ValueError(f"{name} holds NaN")
-    if torch.isnan(torch.as_tensor(a)).any():
-        raise ValueError("a is NaN")
+    if not torch.isfinite(torch.as_tensor(a)).all():
+        raise ValueError(f"a must be finite, got {a}")
 
 
 def softplus(y: Tensor) -> Tensor:

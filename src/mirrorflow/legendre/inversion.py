@@ -15,6 +15,7 @@ from .integration import integrate
 __all__ = ["Inversion"]
 
 RANGE_RTOL = 1e-10
+SMALLEST = 1e-70  # |w| from which x can be reached
 EFOLDS = 10.0  # what |w| or |J| changes by between two looks at the end of a range
 
 
@@ -197,7 +198,10 @@ class Inversion(LegendreFunction):
         zero = torch.zeros(shape, dtype=self.dtype)
         moved = self._moved(self._start(shape), zero, a.expand(shape))
         if moved is None:
-            raise RangeError(f"a = {a.tolist()}: decay takes w0 out of the domain of {self.g}")
+            raise RangeError(
+                f"a = {a.tolist()}: decay takes w0 out of the domain of {self.g}, or below the "
+                "numbers that float64 can follow"
+            )
         return moved
 
     def _move(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor:
@@ -225,6 +229,11 @@ class Inversion(LegendreFunction):
             return self._pull(s, dmu), dmu
 
         moved = integrate(velocity, state, torch.zeros_like(x))
+        if moved is None and float(state.abs().max()) < SMALLEST:
+            raise RangeError(
+                f"the mirror of x cannot be found: w starts below {SMALLEST:.0e}, where the square "
+                "of J loses its digits"
+            )
         if moved is None:
             raise RangeError(
                 "x is outside the domain of R_a: no w that the flow reaches from w0 has g(w) = x"

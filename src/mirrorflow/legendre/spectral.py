@@ -102,6 +102,7 @@ class MatrixEntropy(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the Hessian as an (n^2, n^2) matrix that acts on flattened symmetric matrices."""
+        self._check("x", x, a)
         basis = torch.eye(self.n**2, dtype=x.dtype).reshape(-1, self.n, self.n)
         return self.apply_metric(x, a, basis).reshape(self.n**2, self.n**2)
 

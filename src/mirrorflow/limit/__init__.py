@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..legendre import (
+    HyperbolicEntropy,
     LegendreFunction,
     MatrixEntropy,
     OneSidedEntropy,
@@ -25,12 +26,13 @@ from .continuation import Point
 from .families import family
 from .general import solve_general
 from .matrix import commutator
-from .rows import Rows, orthonormal
+from .rows import Rows, length, orthonormal
 from .threads import one_pool
 
 __all__ = ["LimitStats", "limit"]
 
 Array = NDArray[np.float64]
+FAINT = 1e-290  # an x that decays below it loses its digits, and then is 0
 COMMUTING = 1e-10  # relative size of commutators below which sensing matrices commute
 # From harmless to bad: a path has the status of its worst point.
 SEVERITY = (
@@ -50,7 +52,8 @@ class LimitStats:
     Attributes
     ----------
     kkt : float or array
-        max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable.
+        max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
+        without coordinates that underflow.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
         of X, or squares of w, to rounding, |x - primal(Z^T theta, a)| / |x| instead.
     residual : float or array
@@ -123,7 +126,8 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     TypeError
         If an argument cannot be read as real numbers.
     RangeError
-        If R_a has no centre at this ``a``: the flow has left the domain before.
+        If R_a has no centre at this ``a``: the flow has left the domain before. Or if ``a`` is so
+        large (> 300, say) that x would be beyond float64.
 
     Examples
     --------
@@ -236,8 +240,8 @@ def _measure(
     started: float,
 ) -> LimitStats:
     """Measure every point against the problem as it was given."""
-    size = float(np.linalg.norm(y)) or 1.0
-    residual = np.array([float(np.linalg.norm(Z @ p.x - y)) / size for p in points])
+    size = length(y) or 1.0
+    residual = np.array([length(Z @ p.x - y) / size for p in points])
     mus = [(rows.back @ p.theta) @ Z for p in points]
     kkt = np.array([_kkt(R, p.x, mu, ai) for p, mu, ai in zip(points, mus, a, strict=True)])
     gap = np.array([_gap(R, Z, p, rows) for p in points])
@@ -250,14 +254,17 @@ def _measure(
 
 def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
     """Compare x and mu by the maps of R, which the solvers of the closed forms do not use."""
+    if not (np.isfinite(x).all() and np.isfinite(mu).all()):
+        return np.inf
     point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
     if isinstance(R, MatrixEntropy | QuadraticEntropy):
         image = R.primal((dual + dual.mT) / 2 if dual.ndim == 2 else dual, a)
-        return float((point - image).norm() / image.norm().clamp(min=1e-300))
+        unit = image.abs().max().clamp(min=1e-300)
+        return float(((point - image) / unit).norm() / (image / unit).norm().clamp(min=1e-300))
     held = torch.ones_like(point, dtype=torch.bool)
-    if isinstance(R, OneSidedEntropy):  # x that underflows to 0 has no mu left to compare
-        held = point != 0
-        point = torch.where(held, point, R.sign.to(R.dtype))
+    if isinstance(R, HyperbolicEntropy | OneSidedEntropy):  # x that underflows has no mu left
+        held = torch.maximum(point.abs(), R.primal(dual, a).abs()) > FAINT
+        point = torch.where(held, point, R.primal(torch.zeros_like(dual), 0.0))
     try:
         error = (R.mirror(point, a) - dual)[held].abs()
     except RangeError:

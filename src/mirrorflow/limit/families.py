@@ -16,16 +16,18 @@ from ..legendre import (
     MatrixEntropy,
     OneSidedEntropy,
     QuadraticEntropy,
+    RangeError,
 )
 from .continuation import Point, follow
 from .duals import ColumnDual, ExponentialDual, HyperbolicDual, OneSidedDual
 from .matrix import MatrixDual, smat, svec
-from .rows import Rows
+from .rows import Rows, length
 from .vertex import at_vertex
 
 __all__ = ["Family", "family"]
 
 Array = NDArray[np.float64]
+LARGEST = 600.0  # log of the largest scale of x: some room to 709, where float64 ends
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Family:
         The measurements in the coordinates x'.
     make : callable
         Gives the dual from (Q, a, log_unit), for x' in units of e^log_unit.
+    top : callable
+        Gives the logarithm of the largest scale of x at ``a``.
     decay : float or None
         The slope in ``a`` of a log-scale that all coordinates share; None if they share none.
     expand : callable
@@ -46,11 +50,18 @@ class Family:
 
     Z: Array
     make: Callable[[Array, float, float], ExponentialDual]
+    top: Callable[[float], float]
     decay: float | None
     expand: Callable[[Array], Array]
 
     def solve(self, rows: Rows, a: Sequence[float], max_steps: int) -> list[Point]:
         """Solve for each ``a``: along one path where the log-scale is shared, else one by one."""
+        for ai in a:
+            if self.top(ai) > LARGEST:
+                raise RangeError(
+                    f"a = {ai}: x has the scale e^{self.top(ai):.0f}, beyond float64; a is "
+                    "-int alpha dt, negative for decay"
+                )
         if self.decay is None:
             return [self._follow(rows, ai, [0.0], max_steps)[0] for ai in a]
         scales = self.decay * np.asarray(a)
@@ -62,12 +73,12 @@ class Family:
 
     def _follow(self, rows: Rows, a: float, taus: list[float], max_steps: int) -> list[Point]:
         """Solve in units in which b has norm 1, or, where y is 0, in units of x at theta = 0."""
-        size = float(np.linalg.norm(rows.b))
-        log_unit = math.log(size) if size > 0 else -self.make(rows.Q, a, 0.0).easy()
+        size = length(rows.b)
+        log_unit = math.log(size) if size > 0 else self.top(a)
         if not math.isfinite(log_unit):  # no coordinate at all
             log_unit = 0.0
-        unit = math.exp(log_unit)
-        dual, b = self.make(rows.Q, a, log_unit), rows.b / unit
+        unit = math.exp(log_unit)  # may underflow where y is 0: then so does x
+        dual, b = self.make(rows.Q, a, log_unit), rows.b / (unit if size > 0 else 1.0)
         vertex = None
         if isinstance(dual, ColumnDual) and dual.large and len(taus) == 1 and size > 0:
             vertex = at_vertex(dual, b, taus[0])
@@ -95,14 +106,21 @@ def _hyperbolic(R: HyperbolicEntropy, Z: Array) -> Family:
         return HyperbolicDual(Q, _flat(R.log_A(a)) - log_unit, _flat(R.rho(a)), R.speed)
 
     decay, drift = _shared(R.decay), _shared(R.drift)
-    return Family(Z, make, decay if drift == 0 else None, _same)
+
+    def top(a: float) -> float:
+        return float((_flat(R.log_A(a)) + np.abs(_flat(R.rho(a)))).max(initial=-np.inf))
+
+    return Family(Z, make, top, decay if drift == 0 else None, _same)
 
 
 def _one_sided(R: OneSidedEntropy, Z: Array) -> Family:
     def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
         return OneSidedDual(Q, _flat(R.log_scale(a)) - log_unit, _flat(R.sign), R.speed)
 
-    return Family(Z, make, _shared(R.decay), _same)
+    def top(a: float) -> float:
+        return float(_flat(R.log_scale(a)).max(initial=-np.inf))
+
+    return Family(Z, make, top, _shared(R.decay), _same)
 
 
 def _quadratic(R: QuadraticEntropy, Z: Array) -> Family:
@@ -113,7 +131,10 @@ def _quadratic(R: QuadraticEntropy, Z: Array) -> Family:
         log_s = _flat(R.log_c2) + 2 * a - math.log(2) - log_unit
         return OneSidedDual(Q, log_s, np.ones(len(log_s)), 2.0)
 
-    return Family(Z @ eigenvalues, make, 2.0, lambda s: eigenvalues @ s)
+    def top(a: float) -> float:
+        return float(_flat(R.log_c2).max(initial=-np.inf)) + 2 * a
+
+    return Family(Z @ eigenvalues, make, top, 2.0, lambda s: eigenvalues @ s)
 
 
 def _matrix(R: MatrixEntropy, Z: Array) -> Family:
@@ -123,7 +144,11 @@ def _matrix(R: MatrixEntropy, Z: Array) -> Family:
         return MatrixDual(Q, R.n, float(R.log_scale(a)) - log_unit)
 
     half = svec((full + full.transpose(0, 2, 1)) / 2)
-    return Family(half, make, 2.0, lambda v: smat(v, R.n).reshape(-1))
+
+    def top(a: float) -> float:
+        return float(R.log_scale(a))
+
+    return Family(half, make, top, 2.0, lambda v: smat(v, R.n).reshape(-1))
 
 
 def _flat(value: torch.Tensor) -> Array:

@@ -51,6 +51,8 @@ class _Search:
         self.R, self.Q, self.b, self.a, self.max_steps = R, rows.Q, rows.b, a, max_steps
         self.QT, self.steps = np.ascontiguousarray(rows.Q.T), 0
         self.theta, self.x = np.zeros(len(rows.b)), np.zeros(rows.Q.shape[1])
+        self.rates = np.zeros(rows.Q.shape[1])  # |d log weight / d mu|; 0 where it is not known
+        self.missed, self.closest = math.inf, self.theta  # of all places
         self.eps = torch.finfo(R.dtype).eps
         self.good = max(GOOD, 1e3 * self.eps)
 
@@ -64,14 +66,21 @@ class _Search:
         if not (np.isfinite(x).all() and np.isfinite(self.weights).all()):
             return None
         self.theta, self.x = theta, x
+        missed = float(np.linalg.norm(self.b - self.Q @ x))
+        if missed < self.missed:
+            self.missed, self.closest = missed, theta
         return x
 
     def _elementwise(self, mu: torch.Tensor) -> Array:
         """Keep d x / d mu, a diagonal. The batch of one keeps messages of `Inversion` cheap."""
         mu = mu.reshape(1, *self.R.shape).requires_grad_()
         x = self.R.primal(mu, self.a)
-        slope = torch.autograd.grad(x.sum(), mu)[0]
+        slope = torch.autograd.grad(x.sum(), mu, create_graph=True)[0]
+        bend = torch.zeros_like(mu)
+        if slope.requires_grad:  # not for a linear g
+            (bend,) = torch.autograd.grad(slope.sum(), mu, materialize_grads=True)
         self.weights, self.frame = _numpy(slope), self.QT
+        self.rates = np.abs(_numpy(bend)) / np.maximum(self.weights, 1e-300)
         return _numpy(x)
 
     def _dense(self, mu: torch.Tensor) -> Array:
@@ -87,7 +96,8 @@ class _Search:
         """Solve Q x = target from ``theta``; None if that does not succeed."""
         if self.place(theta) is None:
             return None
-        best, scale = math.inf, float(np.linalg.norm(target)) or 1.0
+        best = math.inf
+        scale = float(max(np.linalg.norm(target), np.linalg.norm(self.b))) or 1.0
         for _ in range(limit):
             residual = target - self.Q @ self.x
             size = float(np.linalg.norm(residual)) / scale
@@ -97,10 +107,19 @@ class _Search:
             if self.steps >= self.max_steps:
                 return None
             best, self.steps = min(best, size), self.steps + 1
-            step = NewtonSystem(self.frame, self.weights).solve(residual)
+            step = self._damped(NewtonSystem(self.frame, self.weights).solve(residual))
             if not self._advance(step, residual, target):
                 return self.theta if size < self.good else None
         return None
+
+    def _damped(self, step: Array) -> Array:
+        """Shorten a step along which the weights would change by far: log(1 + beta) / beta of it.
+
+        That is what sums of exponentials ask for (see `continuation`). Where weights have decayed
+        to e^{-20}, a full step goes e^{20} too far, and every trial there is a long integration.
+        """
+        beta = float(np.max(self.rates * np.abs(self.QT @ step), initial=0.0))
+        return step if not beta > 0.5 else math.log1p(beta) / beta * step
 
     def _advance(self, step: Array, residual: Array, target: Array) -> bool:
         """Move along ``step`` until the slope of the objective, -<step, residual>, has fallen.
@@ -119,7 +138,8 @@ class _Search:
         return False
 
     def point(self) -> Point:
-        """Give the last place, measured against b."""
+        """Give the place that came closest to b."""
+        self.place(self.closest)
         scale = float(np.linalg.norm(self.b)) or 1.0
         residual = float(np.linalg.norm(self.b - self.Q @ self.x)) / scale
         exhausted = self.steps >= self.max_steps

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-__all__ = ["Rows", "orthonormal"]
+__all__ = ["Rows", "length", "orthonormal"]
 
 Array = NDArray[np.float64]
 RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
@@ -41,6 +41,12 @@ class Rows:
     def consistent(self) -> bool:
         """Whether some x has Zx = y."""
         return self.missed <= MISSED
+
+
+def length(v: Array) -> float:
+    """Give the Euclidean norm, also where squares would overflow or underflow."""
+    peak = float(np.abs(v).max(initial=0.0))
+    return peak * float(np.linalg.norm(v / peak)) if peak > 0 else 0.0
 
 
 def orthonormal(Z: Array, y: Array) -> Rows:
