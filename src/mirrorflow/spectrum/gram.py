@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .shards import Rows, is_sharded
 
-__all__ = ["CHUNK", "double", "gram", "times", "trace"]
+__all__ = ["CHUNK", "double", "gram", "trace"]
 
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
 
@@ -46,20 +46,16 @@ def trace(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def times(a: Tensor, b: Tensor) -> Tensor:
-    """Give a b; of small matrices, matmul takes as long to look at their shapes as to multiply."""
-    return torch.bmm(a, b) if a.ndim == b.ndim == 3 and len(a) == len(b) else a @ b
-
-
 def _local_gram(rows: Tensor) -> Tensor:
     """Give rows rows^T in float64 without a float64 copy of all rows."""
     if rows.is_mps:  # it has no float64
         rows = rows.cpu()
     if rows.dtype == torch.float64:
-        return times(rows, rows.mT)
+        return rows @ rows.mT
     if rows.numel() <= CHUNK:
         wide = rows.to(torch.float64)
-        return times(wide, wide.mT)
+        # Of small matrices, matmul takes as long to look at the shapes as to multiply.
+        return torch.bmm(wide, wide.mT) if wide.ndim == 3 else wide @ wide.mT
     return _in_chunks(rows)
 
 

@@ -155,7 +155,11 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
-    return _spectrum(A.mT.detach(), B.detach(), group)
+    return _spectrum(_detached(A).mT, _detached(B), group)
+
+
+def _detached(factor: Tensor) -> Tensor:
+    return factor.detach() if factor.requires_grad else factor
 
 
 def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:

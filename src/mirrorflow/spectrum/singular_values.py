@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gram import double, times, trace
+from .gram import double, trace
 
 __all__ = ["Entry", "of_grams", "of_matrix"]
 
@@ -45,6 +45,7 @@ def of_grams(gram_a: Tensor, gram_b: Tensor, size: float, entry: Entry | None) -
     s_i has EPS size / s_i: none is looked at singly where the smallest of all is large enough.
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
+    times = torch.bmm if gram_a.ndim == 3 and gram_a.shape == gram_b.shape else torch.matmul
     squares = torch.linalg.eigvalsh(times(lower.mT, times(gram_b, lower)))
     exact = squares.numel() and squares.min().item() > EPS / TRUSTED * size
     if exact and failed.count_nonzero().item() == 0:
