@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from benchmarks import bench_paths, bench_pursuit, bench_scaling
+from benchmarks import bench_paths, bench_pursuit, bench_scaling, bench_spectrum
 from benchmarks._measure import kept, measure, once
 
 
@@ -58,3 +58,11 @@ def test_calls_take_turns_and_leave_their_last_result():
     before = len(made)
     assert set(once(kept(calls, found))) == {"a", "b"} and made[before:] == ["a", "b"]
     assert found == {"a": before + 1, "b": before + 2}
+
+
+def test_spectra_are_measured_in_processes_of_their_own():
+    row = bench_spectrum.in_processes(("a few", 3, 20, 4, None, 1), count=1)
+    dense = row["dense SVDs in float64, seconds"]
+    assert row[bench_spectrum.RATIO] == pytest.approx(dense / row["seconds"])
+    assert row["ratios of 1 processes"] == [row[bench_spectrum.RATIO]] * 2
+    assert row["relative error of the nuclear norm"] < 1e-13
