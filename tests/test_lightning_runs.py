@@ -163,3 +163,30 @@ def test_pairs_can_be_named():
     control = DecayCallback(mf.Constant(0.1), track_every=6, pairs=pairs, match="out")
     fit(Net(), [control])
     assert [row["layer"] for row in control.rows()] == 3 * ["out"]
+
+
+class Batches(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(40, 1), batch_size=None)
+
+
+def test_lightning_cli_makes_the_schedule(monkeypatch):
+    """By its arguments alone, as docs/training.md has it."""
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    decay = ("track_every=5", "schedule=mirrorflow.SwitchOff", "schedule.rate=0.5", "schedule.at=6")
+    monkeypatch.setattr("sys.argv", [
+        "main.py", "fit", f"--trainer.max_steps={STEPS}", "--trainer.accelerator=cpu",
+        *(f"--trainer.{setting}=false" for setting in off),
+        "--trainer.callbacks+=mirrorflow.integrations.lightning.DecayCallback",
+        *(f"--trainer.callbacks.{argument}" for argument in decay),
+    ])  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning and torch themselves
+        warnings.filterwarnings("error", module="mirrorflow")
+        cli = LightningCLI(Net, Batches, save_config_callback=None, seed_everything_default=False)
+    (control,) = (c for c in cli.trainer.callbacks if isinstance(c, DecayCallback))
+    rows = [(row["start"], row["stop"], row["decay"]) for row in control.scheduler.audit()]
+    assert rows == [(0, 6, 0.5), (6, STEPS, 0.0)] and len(control.measurements) >= 2

@@ -15,9 +15,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..schedule import Schedule
 from ..spectrum import Measurement
 from ..spectrum.pairs import Named
-from ..weightdecay import WeightDecayScheduler
+from ..weightdecay import Feedback, PerLayer, WeightDecayScheduler
 from .loop import ControlledDecay
 from .plan import Plan
 from .readings import Metric
@@ -66,7 +67,8 @@ class DecayCallback(Callback):
 
     def __init__(
         self,
-        schedule: Any = None,
+        # Spelled out, because LightningCLI makes objects by the annotation.
+        schedule: Schedule | Feedback | PerLayer | Callable[[int], float] | None = None,
         *,
         schedule_for: Callable[[int], Any] | None = None,
         track_every: int = 0,
