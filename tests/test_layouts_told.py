@@ -167,6 +167,8 @@ def test_a_scale_for_each_dimension_of_q_is_noted():
          "decoder.layers.0.encoder_attn", (2, None)),
         ({"thinker_config": {"text_config": {"n_heads": 2}}}, "thinker.model.h.0", (2, None)),
         ({"n_heads": 4, "attn_config": {"kv_n_heads": 2}}, "h.0.attn", (4, None)),
+        ({"encoder_attention_heads": 4}, "encoder.0.text_enhancer_layer.self_attn", (None, None)),
+        ({"num_attention_heads": 4}, "encoder.stages.0.downsample.assign", (None, None)),
     ],
 )  # fmt: skip
 def test_heads_are_read_from_the_part_of_a_configuration_that_is_meant(config, module, expected):

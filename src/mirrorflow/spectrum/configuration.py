@@ -15,6 +15,8 @@ OTHER_NAMES = {  # of the parts of config.json, in modules
     "vision": "vision|visual", "text": "text|language_model",
     "backbone": "backbone|pixel_level_module",
 }  # fmt: skip
+# Grounding DINO's layers of the text, GroupViT's assignment: another number than is stated.
+UNSTATED = re.compile(r"(?:^|\.)(?:text_enhancer_layer\.|assign$)")
 NO_PARTS = ("attn_config", "ffn_config")  # MPT, DBRX: options in a dictionary of their own
 
 
@@ -22,8 +24,11 @@ def heads(config: Mapping[str, Any], module: str) -> tuple[int | None, int | Non
     """Read the number of heads and their width.
 
     Where no width is stated the heads divide the width of the model. That is given, too: where
-    it contradicts the shapes, the number is that of another part.
+    it contradicts the shapes, the number is that of another part. Neither is known where the
+    file does not state it.
     """
+    if UNSTATED.search(module):
+        return None, None
     own = _stage(_layer(part_of(config, module), module), module)
     side = "decoder" if "decoder" in module else "encoder"
     keys = ("attention_heads", "num_attention_heads")
