@@ -54,14 +54,8 @@ BLOCKS = {  # architectures whose fused weight is [Q, K, V]; see `_family`
     "seggpt", "slanext", "timesformer", "timm", "timm_backbone", "timm_wrapper",
     "unlimited_ocr_sam", "vitdet",
 }  # fmt: skip
-GROUPED = {
-    "dbrx",
-    "exaone4_5",
-    "gpt_bigcode",
-    "molmo2",
-    "phi3",
-    "phi4_multimodal",
-}  # fewer key heads
+# Of these, with fewer key heads than query heads.
+GROUPED = {"dbrx", "exaone4_5", "gpt_bigcode", "molmo2", "phi3", "phi4_multimodal"}
 # For each key head: the query heads that share it, itself, its value head.
 INTERLEAVED = {"bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"}
 GATED = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp"}  # each head: query, gate

@@ -159,6 +159,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
 
 
 def _detached(factor: Tensor) -> Tensor:
+    """Give a factor without its graph; most have none, and a view takes time."""
     return factor.detach() if factor.requires_grad else factor
 
 

@@ -34,8 +34,8 @@ class SpectralTracker:
     products W_Q^T W_K of attention layers (GPT-2, Llama, Qwen, Mistral, BERT, ViT, T5, Phi-3,
     DistilBERT, ModernBERT, ``nn.MultiheadAttention``, timm), and says in ``pairs`` what it found.
     It never writes to the model and keeps no copy of it. What it has found stays the same: after
-    adding an adapter, make a new one. On sharded weights (FSDP2, tensor
-    parallel) ``measure`` has to be called on every rank.
+    adding an adapter, make a new one. On sharded weights (FSDP2, tensor parallel) ``measure`` has
+    to be called on every rank.
 
     Where rotary embeddings turn Q and K, the scores are ``x_i^T W_Q^T R_{i-j} W_K x_j``. What is
     measured is their content part, R = 1: the scores of a token with itself. Biases are left out.
@@ -284,9 +284,11 @@ class _Modules:
 
     def active(self, module: str, name: str) -> bool:
         """Whether PEFT adds an adapter's update."""
-        layers = (m for m in self._modules.get(module, ()) if hasattr(m, "active_adapters"))
+        layers: list[Any] = [
+            m for m in self._modules.get(module, ()) if hasattr(m, "active_adapters")
+        ]
         return all(
-            name in layer.active_adapters and not getattr(layer, "disable_adapters", False)  # type: ignore[operator]
+            name in layer.active_adapters and not getattr(layer, "disable_adapters", False)
             for layer in layers
         )
 

@@ -27,7 +27,6 @@ __all__ = [
     "inner",
     "no_schedule",
     "one_of",
-    "positive_int",
     "warn_if_coupled",
 ]
 
@@ -47,21 +46,6 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise unless the value is known."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def positive_int(name: str, value: Any) -> int:
-    """Give a whole number >= 1.
-
-    Examples
-    --------
-    >>> positive_int("steps", 1e3)
-    1000
-    """
-    number: Any = value
-    known = isinstance(value, Real) and not isinstance(value, bool)
-    if known and number >= 1 and float(number).is_integer():
-        return int(number)
-    raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def no_schedule(value: Any) -> str:

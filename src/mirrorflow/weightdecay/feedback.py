@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .arguments import as_float, number, whole
 from .unfed import Unfed
 
-__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel", "count", "number"]
+__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel"]
 
 
 class Feedback(ABC):
@@ -51,7 +52,7 @@ class Feedback(ABC):
             What was measured. NaN (a product that is still 0), or what is infinite, changes
             nothing, and is logged.
         """
-        value = _float("value", value)
+        value = as_float("value", value)
         if math.isnan(value):
             reason = "nothing to measure"
         elif math.isinf(value):
@@ -156,8 +157,8 @@ class OffWhenLevel(Feedback):
 
     def __init__(self, rate: float, window: int = 5, tol: float = 0.01, earliest: int = 0) -> None:
         super().__init__(rate)
-        self.window = count("window", window, 2)
-        self.tol, self.earliest = number("tol", tol, 0.0), count("earliest", earliest, 0)
+        self.window = whole("window", window, 2)
+        self.tol, self.earliest = number("tol", tol, 0.0), whole("earliest", earliest, 0)
         self._count = 0  # how many were measured
         self._last: tuple[float, ...] = ()  # and the last of them
 
@@ -247,29 +248,3 @@ class OffAtBudget(Feedback):
         if self.spent_by(value):
             return 0.0, "budget absorbed: switched off"
         return self.current, "within the budget"
-
-
-def number(name: str, value: Any, low: float, strict: bool = False) -> float:
-    """Give a finite number that is not too small."""
-    number = _float(name, value)
-    if not math.isfinite(number) or number < low or (strict and number == low):
-        raise ValueError(
-            f"{name} must be a number {'>' if strict else '>='} {low:g}, got {value!r}"
-        )
-    return number
-
-
-def count(name: str, value: Any, low: int) -> int:
-    """Give a whole number that is not too small."""
-    counted = number(name, value, low)
-    if not counted.is_integer():
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(counted)
-
-
-def _float(name: str, value: Any) -> float:
-    """Give a Python float."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements
-        raise TypeError(f"{name} must be a number, got {value!r}") from error

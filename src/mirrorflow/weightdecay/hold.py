@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .feedback import Feedback, count, number
+from .arguments import number, whole
+from .feedback import Feedback
 
 __all__ = ["HoldRatio"]
 
@@ -72,7 +73,7 @@ class HoldRatio(Feedback):
             raise ValueError(f"rate={rate} must lie within bounds={bounds}")
         self.slew = slew if slew == math.inf else number("slew", slew, 0.0, strict=True)
         self.deadband = number("deadband", deadband, 0.0)
-        self.patience = count("patience", patience, 1)
+        self.patience = whole("patience", patience)
         self.sum, self.given_up = 0.0, False
         self._saturated, self._since = 0, 0.0  # for so many updates, since the ratio had this value
 

@@ -12,7 +12,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checks import inner, positive_int
+from .arguments import whole
+from .checks import inner
 
 __all__ = ["ahead", "as_scheduler", "learning_rates", "shadow"]
 
@@ -42,7 +43,7 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
     >>> learning_rates(torch.optim.lr_scheduler.StepLR(optimizer, step_size=2), 4)
     [0.5, 0.5, 0.05, 0.05]
     """
-    steps, found = positive_int("steps", steps), as_scheduler(scheduler)
+    steps, found = whole("steps", steps), as_scheduler(scheduler)
     if found is None:
         raise TypeError(
             f"learning_rates takes a torch learning-rate scheduler, got {type(scheduler).__name__}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checks import positive_int
+from .arguments import whole
 from .feedback import Feedback, OffAtBudget
 from .learning_rate import ahead, shadow
 from .ledger import Entry
@@ -107,7 +107,7 @@ def preview(
     0      decoupled  0      4     0.25   0.25       0.5   0.34567  0.43835   -0.43835
     0      decoupled  4      8     0      0          0.25  0.01903  0         -0.43835
     """
-    steps, copied = positive_int("steps", steps), shadow(scheduler.optimizer)
+    steps, copied = whole("steps", steps), shadow(scheduler.optimizer)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
     schedules = _copied_loops(scheduler.targets)
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]

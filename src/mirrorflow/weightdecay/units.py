@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule import Schedule
-from .checks import one_of, positive_int
+from .arguments import whole
+from .checks import one_of
 from .conventions import CONVENTIONS, NEED_PEAK, acting, number_for, peak_lr
 from .feedback import Feedback
 from .learning_rate import as_scheduler, learning_rates
@@ -300,7 +301,7 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
             f"a {'single learning rate' if number else type(lrs).__name__} needs steps=, the "
             "length of the run"
         )
-    steps = None if steps is None else positive_int("steps", steps)
+    steps = None if steps is None else whole("steps", steps)
     if number:
         rates = [float(lrs)] * (steps or 0)
     elif scheduler is not None:
