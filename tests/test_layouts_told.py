@@ -61,6 +61,48 @@ def test_the_lightning_attention_of_minimax_is_refused_and_its_other_layers_are_
     assert name == "layers.0.self_attn.qkv_proj.weight" and "through an activation" in reason
 
 
+def test_a_weight_that_q_and_k_share_and_those_that_are_no_linear_modules_are_told():
+    tf = pytest.importorskip("transformers")
+    options = {
+        "attn_layers": ["lsh", "local"],
+        "axial_pos_shape": [2, 4],
+        "axial_pos_embds_dim": [8, 16],
+        "num_hidden_layers": 2,
+    }
+    config = tf.ReformerConfig(**SMALL | options, attention_head_size=6, feed_forward_size=16)
+    tracker = SpectralTracker(tf.ReformerModel(config))
+    assert len(tracker.pairs) == 1
+    ((name, reason),) = tracker.skipped
+    assert name.endswith("query_key.weight") and "are the same weight W" in reason
+
+    model = prepared(tf.XLNetModel(tf.XLNetConfig(d_model=D, n_layer=1, n_head=4, d_inner=16)))
+    with pytest.raises(ValueError, match=r"rel_attn.q: XLNet's Q and K are no Linear") as raised:
+        SpectralTracker(model)
+    named = {"0": ("layer.0.rel_attn.q", "layer.0.rel_attn.k.T", 4)}
+    assert "('layer.0.rel_attn.q', 'layer.0.rel_attn.k.T', heads)" in str(raised.value)
+    records = SpectralTracker(model, pairs=named, level="head").measure().records
+    layer = model.layer[0].rel_attn
+    products = torch.einsum("ihd,jhd->hij", layer.q.detach(), layer.k.detach())
+    for record, product in zip(records, products, strict=True):
+        assert record.nuclear == pytest.approx(torch.linalg.svdvals(product).sum().item())
+
+
+def test_heads_of_cvt_are_those_of_its_projections_and_the_convolution_is_noted(tmp_path):
+    tf = pytest.importorskip("transformers")
+    config = tf.CvtConfig(depth=[1, 2, 3], embed_dim=[8, 16, 24], num_heads=[1, 2, 3])
+    model = prepared(tf.CvtModel(config))
+    tracker = SpectralTracker(model, level="head")
+    assert all("after a convolution" in pair.notes[-1] for pair in tracker.pairs)
+    records = tracker.measure().records
+    assert [r.head for r in records] == [0, *[0, 1] * 2, *[0, 1, 2] * 3]
+    last = model.encoder.stages[2].layers[2].attention.attention
+    Q, K = last.projection_query.weight[16:], last.projection_key.weight[16:]
+    dense = torch.linalg.svdvals((Q.mT @ K).detach())
+    assert records[-1].nuclear == pytest.approx(dense.sum().item())
+    model.save_pretrained(tmp_path)
+    assert [r.head for r in audit(tmp_path, level="head").records] == [r.head for r in records]
+
+
 @pytest.mark.parametrize(
     ("query", "key"),
     [

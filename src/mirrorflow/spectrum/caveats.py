@@ -16,6 +16,7 @@ V_NORMS = {
     "diffusion_gemma_text", "embedding_gemma2_text", "gemma3n_text", "gemma4_text",
     "gemma4_vision", "gemma4_unified_text",
 }  # fmt: skip
+CONVOLVED = "convolution_projection_key.convolution_projection.convolution.weight"  # CvT
 SCALES = ("per_dim_scale", "scaling", "sqk")  # factors for the dimensions of Q, where they learn
 
 
@@ -30,6 +31,8 @@ def caveats(prefix: str, shapes: Shapes, facts: Facts) -> tuple[tuple[str, ...],
     ]
     if kind in COSINE or _has_norm(prefix, shapes) or facts.normalized(module):
         scores.append("Q and K are normalized: their scale is inert, the norms mean nothing")
+    if f"{prefix}{CONVOLVED}" in shapes:
+        scores.append("Q and K are projections of tokens after a convolution")
     inert = "V is normalized: its scale is inert, the norms mean nothing"
     return tuple(scores), (inert,) if kind in V_NORMS else ()
 

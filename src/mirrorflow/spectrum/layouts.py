@@ -30,6 +30,7 @@ SEPARATE = (  # query, key and value side by side in one module
     ("linear_q", "linear_k", "linear_v"),  # ESPnet, Conformers
     ("project_q", "project_k", "project_v"),  # CPM-Ant
     ("q_head", "k_head", "v_head"),  # Funnel
+    ("projection_query", "projection_key", "projection_value"),  # CvT
 )
 OUTPUTS = (  # the projection of the heads' values, beside them
     *("o_proj", "out_proj", "dense", "o", "out_lin", "proj", "c_proj", "to_out.0", "to_out"),
@@ -63,6 +64,17 @@ REFUSED = {
     "codegen": "codegen stores its rows in an order of its own",
     "minimax": "minimax passes Q and K through an activation: the scores are no product with them",
 }
+APART = {  # told, as names and shapes of another kind would pass in silence
+    ".rel_attn.q": (
+        "XLNet's Q and K are no Linear modules: name the pair, as in "
+        "pairs={'0': ('layer.0.rel_attn.q', 'layer.0.rel_attn.k.T', heads)}"
+    ),
+    ".query_key.weight": (
+        "Reformer's Q and K are the same weight W, and K is normalized: W^T W has no norm that "
+        "means something, its ratio is that of pairs={'0': ('query_key.weight.T', "
+        "'query_key.weight')}"
+    ),
+}
 UNEVEN = ("maxvit", "maxxvit", "coatnet", "coatnext", "tiny_vit", "efficientformer")
 
 
@@ -83,6 +95,8 @@ def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
         return "latent attention forms K through a norm: it is no product of two factors"
     if key.endswith(".q_b_proj.weight") and key.replace(".q_b_", ".kv_b_") not in shapes:
         return "latent attention forms Q through a norm: it is no product of two factors"
+    if reason := next((why for end, why in APART.items() if key.endswith(end)), ""):
+        return reason
     for family in (separate, fused, multihead, interleaved):
         if found := family(key, shapes, facts):
             return found
