@@ -63,10 +63,11 @@ class Numbers(lightning.loggers.logger.DummyLogger):
             self.rows.append((step, metrics))
 
 
-def fit(net, callbacks=(), steps=STEPS, resume=None, logger=False, **options):
+def fit(net, callbacks=(), steps=STEPS, resume=None, logger=False, said=None, **options):
     batches = torch.zeros(40, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Lightning and torch themselves
+    with warnings.catch_warnings(record=said is not None) as warned:
+        # Of Lightning and torch themselves there are many.
+        warnings.simplefilter("ignore" if said is None else "always")
         warnings.filterwarnings("error", module="mirrorflow")
         trainer = lightning.Trainer(
             max_steps=steps, callbacks=list(callbacks), logger=logger, accelerator="cpu",
@@ -74,6 +75,8 @@ def fit(net, callbacks=(), steps=STEPS, resume=None, logger=False, **options):
             log_every_n_steps=4, **options,
         )  # fmt: skip
         trainer.fit(net, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
+    if said is not None:
+        said += [str(warning.message) for warning in warned]
     return trainer
 
 

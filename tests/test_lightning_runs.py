@@ -77,6 +77,25 @@ def test_a_run_without_an_end_has_no_length():
         fit(Net(), [control], steps=-1, max_epochs=-1, limit_train_batches=3)
 
 
+@pytest.mark.parametrize(
+    "length", [{"steps": 5}, {"steps": -1, "max_epochs": 1, "limit_train_batches": 5}]
+)
+def test_an_interval_that_is_longer_than_the_run_is_said(length):
+    said = []
+    control = DecayCallback(mf.OffBelow(0.5, target=1.0), track_every=6)
+    fit(Net(), [control], said=said, **length)
+    assert [text for text in said if "track_every=6, and the run has 5 steps" in text]
+    said.clear()
+    fit(
+        Net(),
+        [control],
+        said=said,
+        **length | {"limit_train_batches": 6, "steps": -1, "max_epochs": 1},
+    )
+    fit(Net(optimizers=2), [control], said=said, **length | {"steps": -1, "max_epochs": 1})
+    assert not [text for text in said if "track_every" in text]  # steps made by hand: unknown
+
+
 def test_the_names_are_not_those_of_the_learning_rate_monitor():
     class Every(Numbers):
         def log_metrics(self, metrics, step=None):

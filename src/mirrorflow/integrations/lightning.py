@@ -123,7 +123,7 @@ class DecayCallback(Callback):
                 f"DecayCallback(optimizer={self.index}): the module has "
                 f"{len(trainer.optimizers)} optimizers"
             )
-        total = trainer.estimated_stepping_batches if self._plan.schedule_for else trainer.max_steps
+        total = self._length(trainer, pl_module)
         self._loop = loop = self._plan.begin(pl_module, trainer.optimizers[self.index], total)
         if self._saved is not None:
             loop.load_state_dict(self._saved)
@@ -134,6 +134,12 @@ class DecayCallback(Callback):
             loop.measure(0)
             self._log(trainer, loop.logs())
         self._steps = loop.scheduler.steps
+
+    def _length(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Give the number of steps of a run, as far as it is known: else -1 or infinity."""
+        if not pl_module.automatic_optimization and self._plan.schedule_for is None:
+            return trainer.max_steps  # a batch may have several steps
+        return trainer.estimated_stepping_batches
 
     def _start_late(self, loop: ControlledDecay, trainer: Trainer) -> None:
         """Begin in the middle of a run, where Lightning knows the step."""

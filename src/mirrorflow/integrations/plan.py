@@ -77,7 +77,7 @@ class Plan:
         groups = [(what, _fresh(of_group, memo)) for what, of_group in self._options["groups"]]
         options: dict[str, Any] = self._settings | self._options | {"groups": groups}
         control = ControlledDecay(model, optimizer, _fresh(schedule, memo), **options)
-        if control.answers and 0 < total < control.track_every:
+        if control.answers and 0 < total < control.track_every:  # -1 or inf: without an end
             warnings.warn(
                 f"track_every={control.track_every}, and the run has {total:g} steps: what answers "
                 "to measurements will not get any in it, beside that of its start",
