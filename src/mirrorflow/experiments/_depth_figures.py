@@ -8,7 +8,7 @@ import numpy as np
 
 from ._contract import Record, Trajectory
 from ._depth import DEPTHS
-from ._drawing import STYLES, ZOOM_HINT, decades, name_band, short, zoomable
+from ._drawing import STYLES, ZOOM_HINT, decades, middle, name_band, short, zoomable
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -103,11 +103,11 @@ def _predicted(records: list[Record], alpha: float) -> float:
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
     """Make a chart of the error and one of the ratio, each with a menu for the model."""
     captions = {
-        "error": "Reconstruction error for the model chosen in the menu, median over the seeds. "
+        "error": f"Reconstruction error for the model chosen in the menu{middle(records)}. "
         "Level dotted lines, for m·w: the end point that limit computes without training, where "
         f"it is above {FLOOR:.0e}.",
-        "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu, median over "
-        "the seeds; grey: that of the truth.",
+        "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu"
+        f"{middle(records)}; grey: that of the truth.",
     }
     return [
         (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, trajectory, key)))

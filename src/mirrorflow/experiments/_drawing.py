@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "DASHES", "MARKERS", "STYLES", "ZOOM_HINT", "decades", "name_band", "shade", "short",
-    "zoomable",
+    "DASHES", "MARKERS", "STYLES", "ZOOM_HINT", "decades", "middle", "name_band", "shade",
+    "short", "zoomable",
 ]  # fmt: skip
 
 # Colours that differ in lightness too; the dashes tell the lines apart in grey.
@@ -38,6 +39,18 @@ def name_band(axis: Any) -> None:
 def short(value: Any) -> float:
     """Round to four digits: the page carries these numbers as text."""
     return float(f"{value:.4g}")
+
+
+def middle(records: Iterable[Mapping[str, Any]], band: str = "") -> str:
+    """Say what a number stands for: the median over the seeds, if there are several.
+
+    Examples
+    --------
+    >>> middle([{"seed": 0}, {"seed": 1}, {}], ", with their range"), middle([{"seed": 0}])
+    (', median over the seeds, with their range', '')
+    """
+    several = len({r["seed"] for r in records if "seed" in r}) > 1
+    return f", median over the seeds{band}" if several else ""
 
 
 def decades(low: float, high: float) -> list[float]:

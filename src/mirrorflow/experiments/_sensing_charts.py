@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._contract import Record, Trajectory
-from ._drawing import STYLES, ZOOM_HINT, decades, shade, short, zoomable
+from ._drawing import STYLES, ZOOM_HINT, decades, middle, shade, short, zoomable
 from ._sensing_figures import (
     METRIC_LABELS,
     MODEL_LABELS,
@@ -27,9 +27,9 @@ __all__ = ["make_charts"]
 
 POINTS = 100  # of a curve
 CAPTIONS = {
-    "error": "Reconstruction error |X − X*|: median over the seeds, with their range. Once decay "
-    "is switched off, its effect lasts in U Uᵀ only. Dotted: the minimizer of Rₐ, a surrogate "
-    "for these sensing matrices, which do not commute.",
+    "error": "Reconstruction error |X − X*|{middle}. Once decay is switched off, its "
+    "effect lasts in U Uᵀ only. Dotted: the minimizer of Rₐ, a surrogate for these sensing "
+    "matrices, which do not commute.",
     "train": "Training error. Every model without decay fits; what differs is which X it finds.",
     "nuclear": "Nuclear norm of X. The truth has 1.",
 }
@@ -38,9 +38,10 @@ CAPTIONS = {
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
     """Make the panels of the figure as charts that can be hovered and zoomed."""
     names = scenario_names(records)
-    predicted = {"error": surrogates(records)}
+    predicted, over = {"error": surrogates(records)}, middle(records, ", with their range")
     made = [
-        (CAPTIONS[m], _curve_chart(trajectory, names, m, predicted.get(m, {}))) for m in CAPTIONS
+        (text.format(middle=over), _curve_chart(trajectory, names, m, predicted.get(m, {})))
+        for m, text in CAPTIONS.items()
     ]
     if any(r["panel"] == "map" for r in records):
         text = (

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from . import _contract
 from ._contract import Part, Record, Recorder, Trajectory, checksum
+from ._drawing import middle
 from ._sensing import METRICS, Curves, Problem, Scenario, train_factor, train_linear
 
 if TYPE_CHECKING:
@@ -251,10 +252,9 @@ def summary(records: list[Record]) -> str:
     linear = _median(records, "linear", _scenarios(records)[-1])["error"]
     before = _median(records, "linear", _scenarios(records)[-2])["error"]
     commuting = max(r["gap"] for r in records if r["panel"] == "commuting")
-    middle = ", median over the seeds" * (len({r["seed"] for r in records if "seed" in r}) > 1)
     return (
         f"With weight decay switched off during training U Uᵀ ends {ends[-1]:.1e} from the truth "
-        f"(|X − X*|{middle}), against {ends[0]:.1e} without decay and "
+        f"(|X − X*|{middle(records)}), against {ends[0]:.1e} without decay and "
         f"{min(ends[1:-1]):.1e} with constant decay; the penalized linear model X goes from "
         f"{before:.1e} to {linear:.1e} only, because it forgets its penalty. Where the sensing "
         f"matrices commute, the end of the flow equals the minimizer of Rₐ that limit computes "
