@@ -61,7 +61,7 @@ def test_calls_take_turns_and_leave_their_last_result():
 
 
 def test_spectra_are_measured_in_processes_of_their_own():
-    row = bench_spectrum.in_processes(("a few", 3, 20, 4, None, 1), count=1)
+    (row,) = bench_spectrum.in_processes([("a few", 3, 20, 4, None, 1)], count=1)
     dense = row["dense SVDs in float64, seconds"]
     assert row[bench_spectrum.RATIO] == pytest.approx(dense / row["seconds"])
     assert row["ratios of 1 processes"] == [row[bench_spectrum.RATIO]] * 2
