@@ -76,7 +76,8 @@ def in_processes(cases: Sequence[tuple], count: int = 15) -> list[dict]:
     """Give for each case the row of that process whose ratio is the median, and the ratios' range.
 
     Where a process has its code and data in memory decides which lines of the cache they share,
-    and that makes a fifth of the time of small products. The cases take turns.
+    and that makes a fifth of the time of small products; so does what else a shared host does,
+    which hits small operations more than dense SVDs. The cases take turns.
     """
     rows = [[_in_process(case) for case in cases] for _ in range(count)]
     return [_middle(list(of_case)) for of_case in zip(*rows, strict=True)]
