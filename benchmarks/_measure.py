@@ -51,7 +51,7 @@ def _turn(call: Callable[[], Any], count: int) -> float:
 
 
 def _count(call: Callable[[], Any]) -> int:
-    """Give how many calls take 20 ms, judged by the fastest of a few: the first ones warm up."""
+    """Give how many calls take 20 ms, judged by five after a first that may load things."""
     taken = _seconds(call)
     return max(1, int(0.02 / max(_seconds(call, 5) / 5, 1e-7))) if taken < 0.1 else 1
 

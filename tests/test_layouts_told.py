@@ -73,7 +73,7 @@ def test_a_weight_that_q_and_k_share_and_those_that_are_no_linear_modules_are_to
     tracker = SpectralTracker(tf.ReformerModel(config))
     assert len(tracker.pairs) == 1
     ((name, reason),) = tracker.skipped
-    assert name.endswith("query_key.weight") and "are the same weight W" in reason
+    assert name.endswith("query_key.weight") and "it is the same W for both" in reason
 
     model = prepared(tf.XLNetModel(tf.XLNetConfig(d_model=D, n_layer=1, n_head=4, d_inner=16)))
     with pytest.raises(ValueError, match=r"rel_attn.q: XLNet's Q and K are no Linear") as raised:
@@ -92,7 +92,9 @@ def test_heads_of_cvt_are_those_of_its_projections_and_the_convolution_is_noted(
     config = tf.CvtConfig(depth=[1, 2, 3], embed_dim=[8, 16, 24], num_heads=[1, 2, 3])
     model = prepared(tf.CvtModel(config))
     tracker = SpectralTracker(model, level="head")
-    assert all("after a convolution" in pair.notes[-1] for pair in tracker.pairs)
+    written = SpectralTracker(model, match="value", values=True).pairs
+    pairs = (*tracker.pairs, *written)
+    assert len(written) == 6 and all("after a convolution" in pair.notes[-1] for pair in pairs)
     records = tracker.measure().records
     assert [r.head for r in records] == [0, *[0, 1] * 2, *[0, 1, 2] * 3]
     last = model.encoder.stages[2].layers[2].attention.attention

@@ -31,10 +31,13 @@ def caveats(prefix: str, shapes: Shapes, facts: Facts) -> tuple[tuple[str, ...],
     ]
     if kind in COSINE or _has_norm(prefix, shapes) or facts.normalized(module):
         scores.append("Q and K are normalized: their scale is inert, the norms mean nothing")
+    values = []
+    if kind in V_NORMS:
+        values.append("V is normalized: its scale is inert, the norms mean nothing")
     if f"{prefix}{CONVOLVED}" in shapes:
-        scores.append("Q and K are projections of tokens after a convolution")
-    inert = "V is normalized: its scale is inert, the norms mean nothing"
-    return tuple(scores), (inert,) if kind in V_NORMS else ()
+        for notes in (scores, values):
+            notes.append("Q, K and V are projections of tokens after a convolution")
+    return tuple(scores), tuple(values)
 
 
 def _has_norm(prefix: str, shapes: Shapes) -> bool:

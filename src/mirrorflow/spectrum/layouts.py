@@ -64,15 +64,16 @@ REFUSED = {
     "codegen": "codegen stores its rows in an order of its own",
     "minimax": "minimax passes Q and K through an activation: the scores are no product with them",
 }
-APART = {  # told, as names and shapes of another kind would pass in silence
+APART = {  # by the ends of names: what is no pair, or none that can be found
+    ".kv_b_proj.weight": "latent attention forms K through a norm: it is no product of two factors",
     ".rel_attn.q": (
         "XLNet's Q and K are no Linear modules: name the pair, as in "
         "pairs={'0': ('layer.0.rel_attn.q', 'layer.0.rel_attn.k.T', heads)}"
     ),
     ".query_key.weight": (
-        "Reformer's Q and K are the same weight W, and K is normalized: W^T W has no norm that "
-        "means something, its ratio is that of pairs={'0': ('query_key.weight.T', "
-        "'query_key.weight')}"
+        "Q and K have one weight. In Reformer it is the same W for both, and K is normalized: "
+        "W^T W has no norm that means something, its ratio is that of "
+        "pairs={'0': ('query_key.weight.T', 'query_key.weight')}, with the whole name"
     ),
 }
 UNEVEN = ("maxvit", "maxxvit", "coatnet", "coatnext", "tiny_vit", "efficientformer")
@@ -91,11 +92,9 @@ class Projections:
 
 def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """Find the projections that begin at a weight; a reason if it is one of an unknown order."""
-    if key.endswith(".kv_b_proj.weight"):
-        return "latent attention forms K through a norm: it is no product of two factors"
     if key.endswith(".q_b_proj.weight") and key.replace(".q_b_", ".kv_b_") not in shapes:
         return "latent attention forms Q through a norm: it is no product of two factors"
-    if reason := next((why for end, why in APART.items() if key.endswith(end)), ""):
+    if reason := next((why for end, why in APART.items() if key.endswith(end)), None):
         return reason
     for family in (separate, fused, multihead, interleaved):
         if found := family(key, shapes, facts):
