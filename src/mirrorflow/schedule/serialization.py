@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .sequences import Cyclic, Joined
-from .values import Constant, Cosine, Linear, Piecewise, Schedule, SwitchOff, finite
+from .combinators import Cyclic, Joined
+from .schedules import Constant, Cosine, Linear, Piecewise, Schedule, SwitchOff, finite
 
 __all__ = ["schedule_from_dict", "schedule_to_dict"]
 

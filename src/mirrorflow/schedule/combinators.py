@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .values import Array, Schedule, positive
+from .schedules import Array, Schedule, positive
 
 __all__ = ["Cyclic", "Joined", "join"]
 
