@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from sklearn.exceptions import ConvergenceWarning
 
-from ..solution import Status
+from .._solution import Status
 
 __all__ = ["Ends", "ends", "warn_unfinished"]
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..loss import LeastSquares
+from .._loss import LeastSquares
+from .._solution import Solution
 from ..regularizer import Regularizer, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
-from ..solution import Solution
 from .run import SMALLEST_ATOL, Run
 from .views import Array, Loss, make
 

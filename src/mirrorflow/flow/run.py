@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.integrate import DOP853, LSODA
 
+from .._solution import Status
 from ..legendre import RangeError
 from ..schedule import Schedule
-from ..solution import Status
 from .views import Array, Coordinates
 
 __all__ = ["SMALLEST_ATOL", "Run"]

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._loss import LeastSquares, slope
+from .._solution import Path
 from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
-from ..loss import LeastSquares, slope
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
-from ..solution import Path
 
 __all__ = [
     "Array",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._solution import Solution, Status
 from ..legendre import (
     HyperbolicEntropy,
     LegendreFunction,
@@ -21,7 +22,6 @@ from ..legendre import (
     QuadraticEntropy,
     RangeError,
 )
-from ..solution import Solution, Status
 from .continuation import Point
 from .families import family
 from .general import solve_general

@@ -10,12 +10,7 @@ from scipy.integrate import DOP853
 from torch import Tensor
 
 from ..regularizer import Regularizer
-from ..reparam import (
-    Parameters,
-    Reparam,
-    flatten,
-    unflatten,
-)
+from ..reparam import Parameters, Reparam, flatten, unflatten
 
 __all__ = ["Probe", "lengths", "norm"]
 
