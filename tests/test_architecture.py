@@ -141,7 +141,10 @@ def test_a_violation_is_caught(tmp_path, file, code, message):
 @pytest.mark.parametrize(
     ("file", "code"),
     [
-        ("flow.py", "import torch\nfrom .legendre import legendre\nfrom ._loss import LeastSquares"),
+        (
+            "flow.py",
+            "import torch\nfrom .legendre import legendre\nfrom ._loss import LeastSquares",
+        ),
         ("legendre/power.py", "from .function import checked\nfrom ..reparam import factors"),
         (
             "experiments/fig02_matrix_sensing.py",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, Separable, WeightDecay
 from ..reparam import Depth, Hadamard, Parameters, PowerDifference, Reparam, factors
-from .function import LegendreFunction, RangeError, Scalar, checked
+from .base import LegendreFunction, RangeError, Scalar, checked
 
 __all__ = ["HyperbolicEntropy", "OneSidedEntropy", "arcsinh_ratio", "entropy_excess"]
 

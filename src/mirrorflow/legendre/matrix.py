@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Parameters, Reparam, SymmetricFactor
-from .entropy import entropy_excess
-from .function import LegendreFunction, RangeError, Scalar, checked
+from .base import LegendreFunction, RangeError, Scalar, checked
+from .hyperbolic import entropy_excess
 
 __all__ = ["MatrixEntropy"]
 
