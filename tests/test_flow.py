@@ -10,8 +10,8 @@ from sklearn.linear_model import Lasso
 import mirrorflow as mf
 import oracles
 from cases import EIGEN, EVERY, SCHEDULES, loss
-from mirrorflow.flow.run import Run
-from mirrorflow.flow.views import HadamardView, HyperbolicView, MirrorView, ParameterView
+from mirrorflow.flow._integrator import Run
+from mirrorflow.flow._views import HadamardView, HyperbolicView, MirrorView, ParameterView
 
 VIEWS = ("parameters", "mirror", "primal")
 METHODS = ("LSODA", "DOP853")

@@ -15,7 +15,7 @@ from scipy.integrate import DOP853, LSODA
 from .._solution import Status
 from ..legendre import RangeError
 from ..schedule import Schedule
-from .views import Array, Coordinates
+from ._views import Array, Coordinates
 
 __all__ = ["SMALLEST_ATOL", "Run"]
 
