@@ -9,9 +9,9 @@ from scipy.optimize import linprog
 from threadpoolctl import ThreadpoolController
 
 import mirrorflow as mf
-from mirrorflow.limit import duals, families
-from mirrorflow.limit.newton import NewtonSystem
-from mirrorflow.limit.threads import _own_blas, one_pool
+from mirrorflow.limit import _duals as duals
+from mirrorflow.limit import _problems as families
+from mirrorflow.limit._newton import NewtonSystem, _own_blas, one_pool
 
 DEEP = -150.0  # a at which log A is about -300
 

@@ -10,8 +10,8 @@ from scipy.linalg import solve_triangular
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 
-from .continuation import GOOD, Point
-from .duals import ColumnDual
+from ._continuation import GOOD, Point
+from ._duals import ColumnDual
 
 __all__ = ["at_vertex"]
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..legendre import LegendreFunction, RangeError
-from .continuation import GOOD, Point
-from .newton import NewtonSystem
-from .rows import Rows
+from ._constraints import Rows
+from ._continuation import GOOD, Point
+from ._newton import NewtonSystem
 
 __all__ = ["solve_general"]
 

@@ -18,11 +18,18 @@ from ..legendre import (
     QuadraticEntropy,
     RangeError,
 )
-from .continuation import Point, follow
-from .duals import ColumnDual, ExponentialDual, HyperbolicDual, OneSidedDual
-from .matrix import MatrixDual, smat, svec
-from .rows import Rows, length
-from .vertex import at_vertex
+from ._constraints import Rows, length
+from ._continuation import Point, follow
+from ._duals import (
+    ColumnDual,
+    ExponentialDual,
+    HyperbolicDual,
+    MatrixDual,
+    OneSidedDual,
+    smat,
+    svec,
+)
+from ._l1_vertex import at_vertex
 
 __all__ = ["Family", "family"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .duals import ExponentialDual
-from .newton import NewtonSystem
+from ._duals import ExponentialDual
+from ._newton import NewtonSystem
 
 __all__ = ["VERTEX", "Point", "follow"]
 

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-__all__ = ["ColumnDual", "ExponentialDual", "HyperbolicDual", "OneSidedDual"]
+__all__ = [
+    "ColumnDual",
+    "ExponentialDual",
+    "HyperbolicDual",
+    "MatrixDual",
+    "OneSidedDual",
+    "commutator",
+    "smat",
+    "svec",
+]
 
 Array = NDArray[np.float64]
 LARGE = 5_000_000  # r^2 d, from which Newton steps are computed in single precision
@@ -187,3 +196,94 @@ class OneSidedDual(ColumnDual):
     def excludes(self, b: Array, theta: Array) -> bool:
         """Whether b, of norm 1 or 0, is outside the cone of the columns of Q with their signs."""
         return float(nnls(self.Q * self.sign, b)[1]) > APART
+
+
+# --- The dual of the matrix entropy, on half-vectors of symmetric matrices.
+
+Array = NDArray[np.float64]
+
+
+class MatrixDual(ExponentialDual):
+    """X = e^{log_beta + tau} exp(2 M), M = sum theta_i Q_i, with half-vectors as coordinates."""
+
+    def __init__(self, Q: Array, n: int, log_beta: float) -> None:
+        self.Q, self.QT, self.n, self.speed, self.log_beta = Q, Q.T, n, 2.0, log_beta
+        self.rows, self.columns = np.triu_indices(n)
+        self.full = smat(Q, n)  # (r, n, n)
+        self.root2 = np.where(self.rows == self.columns, 1.0, np.sqrt(2.0))
+
+    def place(self, theta: Array, tau: float) -> None:
+        """Compute X and its derivative in the eigenbasis of M."""
+        t, self.vectors = np.linalg.eigh(2 * smat(theta @ self.Q, self.n))
+        self.largest = float(np.abs(t).max())
+        values = np.exp(self.log_beta + tau + t)
+        self.x = svec((self.vectors * values) @ self.vectors.T)
+        self.mass = svec(np.diag(values))
+        # d exp in the eigenbasis is diagonal: divided differences (Daleckii and Krein).
+        self.weight = _logarithmic_mean(values)[self.rows, self.columns]
+
+    def frame(self) -> Array:
+        """Give the rows, turned to the eigenbasis of M."""
+        V, n = self.vectors, self.n
+        turned = (self.full.reshape(-1, n) @ V).reshape(-1, n, n)
+        turned = np.matmul(V.T, turned)
+        return (turned[:, self.rows, self.columns] * self.root2).T
+
+    def reach(self, step: Array) -> float:
+        """Give the largest change of an exponent along a step."""
+        return float(np.abs(self._eigenvalues(step)).max()) * self.speed
+
+    def ceiling(self, theta: Array) -> float:
+        """Give the largest eigenvalue: X has no negative ones."""
+        return float(self._eigenvalues(theta).max())
+
+    def _eigenvalues(self, theta: Array) -> Array:
+        values = np.linalg.eigvalsh(smat(theta @ self.Q, self.n))
+        return np.asarray(values, dtype=np.float64)
+
+    def easy(self) -> float:
+        """Give the scale at which X is the identity for theta = 0."""
+        return -self.log_beta
+
+
+def svec(X: Array) -> Array:
+    """Give the half-vectors of symmetric matrices (..., n, n), with the inner product kept."""
+    rows, columns = np.triu_indices(X.shape[-1])
+    return X[..., rows, columns] * np.where(rows == columns, 1.0, np.sqrt(2.0))
+
+
+def smat(v: Array, n: int) -> Array:
+    """Give the symmetric matrices (..., n, n) of half-vectors."""
+    rows, columns = np.triu_indices(n)
+    X = np.empty((*v.shape[:-1], n, n))
+    entries = v / np.where(rows == columns, 1.0, np.sqrt(2.0))
+    X[..., rows, columns] = entries
+    X[..., columns, rows] = entries
+    return X
+
+
+def _logarithmic_mean(s: Array) -> Array:
+    """Give (s_i - s_j) / (log s_i - log s_j), and s_i where they meet."""
+    low, high = np.minimum(s[:, None], s), np.maximum(s[:, None], s)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = np.log(high) - np.log(low)
+        mean = high * -np.expm1(-gap) / gap
+    near = high * (1 - gap / 2 + gap**2 / 6)
+    return np.where(gap < 1e-4, near, np.where(low > 0, mean, 0.0))
+
+
+def commutator(Z: Array, trials: int = 3) -> float:
+    """Give the relative size of [S, T] for random combinations S, T of the matrices Z_i (n, p, p).
+
+    It is 0 with probability 1 only if all of them commute, at the cost of a few products.
+    """
+    rng = np.random.default_rng(0)
+    sizes = np.sqrt(np.einsum("ijk,ijk->i", Z, Z))
+    keep = sizes > 0
+    flat = (Z[keep] / sizes[keep, None, None]).reshape(int(keep.sum()), -1)
+    worst = 0.0
+    for _ in range(trials):
+        S, T = (rng.standard_normal((2, len(flat))) @ flat).reshape(2, *Z.shape[1:])
+        size = np.linalg.norm(S) * np.linalg.norm(T)
+        worst = max(worst, float(np.linalg.norm(S @ T - T @ S) / size) if size > 0 else 0.0)
+    return worst
