@@ -1,4 +1,4 @@
-# The public names: `__init__.py` imports each on first use, type checkers and editors read them here.
+# The public names: `__init__.py` imports each on first use; type checkers read them here.
 from ._loss import LeastSquares as LeastSquares
 from ._solution import Path as Path
 from ._solution import Solution as Solution

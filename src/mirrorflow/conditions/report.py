@@ -91,7 +91,7 @@ class Report:
         return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
 
 
-# --- What would work where a pair fails: the penalty, the start, or the measurements.
+# What would work where a pair fails: the penalty, the start, or the measurements.
 
 
 def advice(g: Reparam, h: Regularizer, conditions: list[Condition]) -> str:

@@ -319,7 +319,7 @@ class _Conjugate(torch.autograd.Function):
         return grads[0] * R.g(w), grads[0] * R.h.value(w, R.g), None
 
 
-# --- One integrator for the flows of parameters behind `Inversion`.
+# One integrator for the flows of parameters behind `Inversion`.
 
 RTOL = 1e-12
 # A flow that needs more evaluations before its time has doubled is about to blow up. One that grows

@@ -198,7 +198,7 @@ class OneSidedDual(ColumnDual):
         return float(nnls(self.Q * self.sign, b)[1]) > APART
 
 
-# --- The dual of the matrix entropy, on half-vectors of symmetric matrices.
+# The dual of the matrix entropy, on half-vectors of symmetric matrices.
 
 Array = NDArray[np.float64]
 

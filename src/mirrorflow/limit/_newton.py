@@ -143,12 +143,12 @@ def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
     return bool((pivots * pivots > least * least * gram.diagonal()).all())
 
 
-# --- One pool of BLAS threads at a time.
+# One pool of BLAS threads at a time.
 #
 # The wheels of NumPy and SciPy bring an OpenBLAS each. The threads of one keep their cores busy for
-# some 25 ms after a call, in case of another; where products (NumPy) and factorizations (SciPy) take
-# turns, each waits for the other's, and two threads are slower than one by a factor of two to three.
-# The factorizations are the smaller part: they get one thread.
+# some 25 ms after a call, in case of another; where products (NumPy) and factorizations (SciPy)
+# take turns, each waits for the other's, and two threads are slower than one by a factor of two to
+# three. The factorizations are the smaller part: they get one thread.
 
 _lock, _inside = Lock(), 0
 _held: Any = None
