@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.estimator.coder import codes
+from mirrorflow.estimator._codes import codes
 
 
 class AnyWidth(mf.MirrorFlowCoder):

@@ -188,7 +188,7 @@ def test_a_fit_that_fails_leaves_the_estimator_as_it_was(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mirrorflow.estimator.lowrank.alternate", interrupted)
+    monkeypatch.setattr("mirrorflow.estimator._lowrank.alternate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.fit(M[:, :7])
     assert vars(model) == before

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.estimator.chebyshev import stages
+from mirrorflow.estimator._chebyshev import stages
 
 MODELS = [
     mf.MirrorFlowRegressor(),

@@ -12,8 +12,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
 
 import mirrorflow as mf
-from mirrorflow.estimator import folds
-from mirrorflow.estimator.data import Data
+from mirrorflow.estimator import _folds as folds
+from mirrorflow.estimator._data import Data
 
 Regressor, RegressorCV = mf.MirrorFlowRegressor, mf.MirrorFlowRegressorCV
 
@@ -78,10 +78,10 @@ def test_sparse_is_dense_where_columns_have_unequal_scales(shape):
 def test_large_sparse_data_take_lsqr_which_says_when_it_fails(monkeypatch):
     X, y = problem()
     expected = Regressor().fit(X, y)
-    monkeypatch.setattr("mirrorflow.estimator.data.FEW", 5)
+    monkeypatch.setattr("mirrorflow.estimator._data.FEW", 5)
     found = Regressor().fit(sp.csr_array(X), y)
     np.testing.assert_allclose(found.coef_, expected.coef_, atol=1e-5)
-    monkeypatch.setattr("mirrorflow.estimator.data.lsqr", lambda *a, **k: (np.ones(100), 7))
+    monkeypatch.setattr("mirrorflow.estimator._data.lsqr", lambda *a, **k: (np.ones(100), 7))
     with pytest.warns(ConvergenceWarning, match="common scale"):
         Regressor().fit(sp.csr_array(X), y)
 

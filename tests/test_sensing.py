@@ -16,8 +16,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.estimator.factors import Observed, alternate, solve_rows
-from mirrorflow.estimator.measured import Measured, descend
+from mirrorflow.estimator._alternating import Observed, alternate, solve_rows
+from mirrorflow.estimator._measured import Measured, descend
 from mirrorflow.experiments._sensing import Problem
 
 
@@ -224,7 +224,7 @@ def test_a_fit_that_fails_leaves_the_estimator_as_it_was(rank_one, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mirrorflow.estimator.sensing.sense", interrupted)
-    monkeypatch.setattr("mirrorflow.estimator.lowrank.alternate", interrupted)
+    monkeypatch.setattr("mirrorflow.estimator._lowrank.alternate", interrupted)
     for data in ((A[:, :3], y), (X[:, :3],)):
         with pytest.raises(KeyboardInterrupt):
             model.fit(*data)

@@ -11,12 +11,11 @@ from sklearn.utils import check_X_y as sklearn_check_X_y
 from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
-from .candidates import scales, times
-from .columns import Columns, integrate
-from .cross_validation import MirrorFlowRegressorCV
-from .data import prepare
-from .ends import ends, warn_unfinished
-from .linear import LOG_A, TurnOff, check_decay, weights_of
+from ._base import LOG_A, TurnOff, check_decay, weights_of
+from ._chebyshev import Columns, integrate
+from ._data import prepare
+from ._endpoints import ends, warn_unfinished
+from .regression import MirrorFlowRegressorCV, scales, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,11 +17,10 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .factors import Observed, Trained
-from .lowrank import LowRank, filled
-from .measured import Measured, flat, matrices, sense
-from .symmetric import SymmetricObserved
-from .transaction import all_or_nothing
+from ._alternating import Observed, SymmetricObserved, Trained
+from ._lowrank import LowRank, filled
+from ._measured import Measured, flat, matrices, sense
+from ._transaction import all_or_nothing
 
 __all__ = ["MatrixSensing"]
 

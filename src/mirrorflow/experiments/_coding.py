@@ -59,7 +59,7 @@ def run_codes(
     X: Array, D: Array, form: str, k: int, alpha: float, start: Array, rate: float, steps: int
 ) -> dict[str, Array]:
     """Take the steps, rate / Lip(D) long, and measure the codes before each and after the last."""
-    from mirrorflow.estimator.coder import codes, lipschitz
+    from mirrorflow.estimator._codes import codes, lipschitz
 
     path = codes(X, D, form, k, alpha, 1.0, start, rate / lipschitz(D))
     found = [

@@ -53,7 +53,7 @@ class Config(_contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Code the images for every alpha."""
-    from mirrorflow.estimator.coder import lipschitz
+    from mirrorflow.estimator._codes import lipschitz
 
     X, source = images(config.data)
     X = X[: config.samples]

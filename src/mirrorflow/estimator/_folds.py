@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 
-from .columns import Columns, Saved, integrate
-from .data import Data, centered, triangle
-from .linear import TurnOff
-from .zeros import least_squares, without_small
+from ._base import TurnOff, least_squares, without_small
+from ._chebyshev import Columns, Saved, integrate
+from ._data import Data, centered, triangle
 
 __all__ = ["Folds"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 
-from .factors import ABOVE, Trained
+from ._alternating import ABOVE, Trained
 
 __all__ = ["Measured", "descend", "flat", "matrices", "sense"]
 

@@ -8,24 +8,29 @@ equality where the factors are balanced; then alpha is set to 0, from where they
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.sparse import csr_array, issparse
+from scipy.sparse.linalg import eigsh
 from sklearn.utils.extmath import randomized_svd
 
 __all__ = [
     "ABOVE",
     "DEAD",
+    "CentredObserved",
     "Observed",
+    "SymmetricObserved",
     "Trained",
     "alternate",
     "balanced",
     "distance",
     "like",
     "product_at",
+    "solve_centred",
     "solve_rows",
 ]
 
@@ -220,3 +225,162 @@ def balanced(U: Array, V: Array) -> tuple[Array, Array]:
     keep = s > DEAD * s.max(initial=0.0)
     root = np.sqrt(s[keep])
     return (QU @ left[:, keep]) * root, (QV @ right.T[:, keep]) * root
+
+
+# Training factors beside offsets of rows and columns that are not penalized.
+#
+# .. math:: X_{ij} = (U V^T)_{ij} + a_i + b_j
+#
+# The offsets are one more column of each factor, beside a column of ones in the other: each step
+# of
+# the alternation solves for both.
+
+
+TOL = 1e-12  # of the offsets before there are factors, relative to the largest entry
+STEPS = 1000  # at most for them: the factors' own steps go on with them
+
+
+@dataclass
+class Offsets:
+    """a of the rows, with mean 0, and b of the columns; they change with the factors."""
+
+    a: Array
+    b: Array
+
+    def keep(self, a: Array, b: Array, seen: Any) -> None:
+        """Take new ones; a row without an entry gets 0, such a column the mean of the others."""
+        rows, columns = (np.asarray(seen.sum(axis=axis)).ravel() > 0 for axis in (1, 0))
+        level = a[rows].mean()
+        self.a = np.where(rows, a - level, 0.0)
+        self.b = np.where(columns, b + level, (b[columns] + level).mean())
+
+
+@dataclass(frozen=True)
+class CentredObserved(Observed):
+    """f(X) of what the offsets leave; they start at their fit without factors."""
+
+    offsets: Offsets = field(default_factory=lambda: Offsets(np.zeros(0), np.zeros(0)))
+
+    @classmethod
+    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> CentredObserved:
+        """Take values at their places, and fit the offsets alone."""
+        plain = Observed.at(rows, columns, values, shape)
+        start = Offsets(np.zeros(shape[0]), np.zeros(shape[1]))
+        problem = cls(plain.Y, plain.seen, start)
+        if not len(values):
+            return problem
+        empty, size = np.zeros((shape[1], 0)), float(np.abs(values).max(initial=0.0))
+        for _ in range(STEPS):
+            before = start.a
+            problem.alternated(empty, 0.0)
+            if np.abs(start.a - before).max() <= TOL * size:
+                break
+        return problem
+
+    def times(self, unit: float) -> CentredObserved:
+        """Give the problem of ``unit`` times X."""
+        scaled = Offsets(unit * self.offsets.a, unit * self.offsets.b)
+        return replace(self, Y=like(self.Y, unit * self.Y.data), offsets=scaled)
+
+    def pull(self, U: Array, V: Array) -> Any:
+        """Give -grad f, which is sparse."""
+        left, right = _beside(U, self.offsets.a), _beside(V, 1.0)
+        return Observed.pull(without(self, self.offsets.b), left, right)
+
+    def alternated(self, V: Array, alpha: float) -> tuple[Array, Array]:
+        """Solve for U and a, then for V and b."""
+        U, a = solve_centred(self, V, self.offsets.b, alpha)
+        V, b = solve_centred(self.transposed(), U, a, alpha)
+        self.offsets.keep(a, b, self.seen)
+        return U, V
+
+    def settle(
+        self, U: Array, V: Array, alpha: float, steps: int, tol: float
+    ) -> tuple[Array, Array, int, bool]:
+        """Alternate at one alpha; give the factors, the steps, and whether all have settled."""
+        for count in range(1, steps + 1):
+            before, a = U, self.offsets.a
+            U, V = balanced(*self.alternated(V, alpha))
+            moved = np.sqrt(len(V)) * np.linalg.norm(self.offsets.a - a)
+            size = float(np.linalg.norm(U.T @ U))  # of the product: the factors are balanced
+            if distance(before, U) <= tol * np.linalg.norm(U) and moved <= tol * size:
+                return U, V, count, True
+        return U, V, steps, False
+
+
+def without(problem: Observed, b: Array) -> Observed:
+    """Give the problem without offsets of its columns."""
+    return Observed(like(problem.Y, problem.Y.data - b[problem.Y.indices]), problem.seen)
+
+
+def _beside(U: Array, column: Array | float) -> Array:
+    """Add a column."""
+    return np.column_stack([U, np.broadcast_to(column, len(U))])
+
+
+def solve_centred(problem: Observed, V: Array, b: Array, alpha: float) -> tuple[Array, Array]:
+    """Give the U and a that minimize f(U V^T + a + b) + alpha/2 |U|^2."""
+    penalties = np.r_[np.full(V.shape[1], alpha), 0.0]
+    found = solve_rows(without(problem, b), _beside(V, 1.0), penalties)
+    return found[:, :-1], found[:, -1]
+
+
+# Training U of a symmetric, positive semi-definite matrix U U^T on some of its entries.
+#
+# :math:`f(U U^T) + \alpha |U|_F^2` is minimized by L-BFGS: its stationary points are those of
+# gradient descent on U under decay, and :math:`|U|_F^2` is the trace of the product.
+
+
+DENSE = 200  # rows up to which all eigenvalues are computed at once
+FLOOR = 1e-7  # a gradient that line searches cannot lower for rounding, in units of the data
+
+
+@dataclass(frozen=True)
+class SymmetricObserved(Observed):
+    """f of a symmetric X: each entry that is known counts half for its place and half for (j, i).
+
+    ``Y`` is symmetric, with the mean where both are known; ``seen`` has the weights 1/2 and 1.
+    """
+
+    @classmethod
+    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> SymmetricObserved:
+        """Take values at their places and at the mirrored ones."""
+        places = np.r_[rows, columns], np.r_[columns, rows]
+        sums: Any = csr_array((np.r_[values, values], places), shape=shape)
+        counts: Any = csr_array((np.ones(2 * len(values)), places), shape=shape)
+        Y = csr_array((sums.data / counts.data, sums.indices, sums.indptr), shape=shape)
+        return cls(Y, csr_array((counts.data / 2, sums.indices, sums.indptr), shape=shape))
+
+    def pull(self, U: Array, V: Array) -> Any:
+        """Give -grad f(U V^T), which is sparse and, where V is U, symmetric."""
+        values = self.seen.data * (self.Y.data - product_at(self.Y, U, V))
+        return csr_array((values, self.Y.indices, self.Y.indptr), shape=self.Y.shape)
+
+    def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
+        """Give the k largest eigenvalues of -grad f(U V^T), and (k, q) eigenvectors."""
+        G, n = self.pull(U, V), self.Y.shape[0]
+        if n <= max(DENSE, k + 1):
+            s, L = np.linalg.eigh(G.toarray())
+        else:
+            s, L = eigsh(G, k, which="LA", v0=np.ones(n))
+        largest = np.argsort(s)[::-1][:k]
+        return s[largest], L[:, largest].T
+
+    def settle(
+        self, U: Array, V: Array, alpha: float, steps: int, tol: float
+    ) -> tuple[Array, Array, int, bool]:
+        """Minimize at one alpha from V; give U twice, the steps, and whether it has settled."""
+
+        def objective(flat: Array) -> tuple[float, Array]:
+            W = flat.reshape(V.shape)
+            residual = self.Y.data - product_at(self.Y, W, W)
+            value = 0.5 * float(self.seen.data @ residual**2) + alpha * float(flat @ flat)
+            return value, 2 * (alpha * W - self.pull(W, W) @ W).ravel()
+
+        limits: Any = {"maxiter": steps, "maxfun": 5 * steps, "ftol": 0.0, "gtol": 0.1 * tol}
+        found = minimize(objective, V.ravel(), jac=True, method="L-BFGS-B", options=limits)
+        settled = float(np.abs(found.jac).max()) <= max(0.1 * tol, FLOOR)
+        L, s, _ = np.linalg.svd(found.x.reshape(V.shape), full_matrices=False)
+        keep = s**2 > DEAD * s.max(initial=0.0) ** 2
+        W = L[:, keep] * s[keep]
+        return W, W, int(found.nit), settled

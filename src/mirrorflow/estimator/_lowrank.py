@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from .factors import Observed, Trained, alternate
+from ._alternating import Observed, Trained, alternate
 
 __all__ = ["LowRank", "filled"]
 
