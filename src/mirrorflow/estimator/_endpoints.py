@@ -90,8 +90,6 @@ def warn_unfinished(max_iter: float, why: str = "") -> None:
 # How well a fit satisfies its conditions, and how far from L1 it is.
 
 
-
-
 def kkt(x: Array, log_A: float, mu: Array, positive: bool) -> float:
     """Compare mirror(x) with X^T nu, where x has digits."""
     size = float(np.abs(mu).max(initial=0.0))

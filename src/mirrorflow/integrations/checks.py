@@ -10,9 +10,9 @@ from typing import Any
 from ..spectrum.pairs import checked
 from ..spectrum.records import COLUMNS
 from ..weightdecay import Feedback, OffAtBudget, PerLayer, WeightDecayScheduler
-from ..weightdecay.checks import one_of
+from ..weightdecay._checks import one_of
+from ..weightdecay._targets import check_schedule, rules
 from ..weightdecay.coupling import KINDS
-from ..weightdecay.selection import check_schedule, rules
 from ..weightdecay.units import CONVENTIONS
 
 __all__ = ["check_settings"]

@@ -10,7 +10,7 @@ from ..spectrum import Measurement
 from ..spectrum.pairs import label
 from ..spectrum.records import COLUMNS, Record
 from ..weightdecay import WeightDecayScheduler
-from ..weightdecay.acting import strength
+from ..weightdecay.conventions import strength
 
 __all__ = ["by_layer", "decay_numbers", "finite", "rows", "spectrum_numbers", "value_of"]
 

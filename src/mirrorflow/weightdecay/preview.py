@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from .arguments import whole
-from .feedback import Feedback, OffAtBudget
-from .learning_rate import ahead, shadow
-from .ledger import Entry
+from ._ledger import Entry
+from ._targets import Target, rate_at
+from .feedback import Feedback, OffAtBudget, whole
 from .scheduler import WeightDecayScheduler
-from .selection import Target, rate_at
+from .units import ahead, shadow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .account import Account, begun
-from .acting import lr_of
-from .checks import one_of
-from .choosing import names_of, warn_if_unused
-from .conventions import CONVENTIONS
-from .coupling import KINDS, coupling
-from .imprint import INITIAL, own_decay, separated
-from .selection import Rule, Target, check_schedule, labels, settled, targets
-from .trial import asks_again
+from ._checks import one_of
+from ._group_state import INITIAL, own_decay, separated
+from ._ledger import Account, begun
+from ._targets import (
+    Rule,
+    Target,
+    check_schedule,
+    labels,
+    names_of,
+    settled,
+    targets,
+    warn_if_unused,
+)
+from .conventions import CONVENTIONS, lr_of
+from .coupling import KINDS, asks_again, coupling
 
 __all__ = ["Coverage", "Plan"]
 

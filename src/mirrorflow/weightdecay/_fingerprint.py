@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..schedule import Schedule
+from ._targets import Target, rate_at
 from .feedback import Feedback
-from .selection import Target, rate_at
 
 __all__ = ["Fingerprints", "changes", "fingerprint"]
 

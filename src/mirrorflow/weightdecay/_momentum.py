@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ._group_state import INITIAL, shrink
+from ._ledger import Entry
+from ._targets import Target
 from .coupling import CoupledDecayWarning
-from .imprint import INITIAL
-from .ledger import Entry
-from .outside import shrink
-from .selection import Target
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
 

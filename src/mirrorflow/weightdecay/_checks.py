@@ -5,27 +5,23 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from ..schedule import Constant
-from .coupling import CoupledDecayWarning
-from .layers import PerLayer
-
-if TYPE_CHECKING:
-    from .selection import Target
+from ..schedule import Constant, Schedule
+from ._targets import Target
+from .coupling import COUNTED, CoupledDecayWarning
+from .feedback import Feedback, OffAtBudget
 
 __all__ = [
     "check_decay",
     "check_exact_off",
     "check_free",
     "check_not_captured",
+    "check_schedules",
     "inner",
-    "no_schedule",
     "one_of",
     "warn_if_coupled",
 ]
@@ -46,32 +42,6 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise unless the value is known."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def no_schedule(value: Any) -> str:
-    """Say why something is no schedule of decay, and what to write instead."""
-    if isinstance(value, Real):
-        hint = f"for a number use Constant({value!r})"
-    elif isinstance(value, str):
-        hint = "make it from its settings: SwitchOff(0.1, at=600), Cosine(0.1, 0.0, duration=1000)"
-    elif isinstance(value, LRScheduler):
-        hint = (
-            "a decay that follows the learning rate has convention=, one of its own a Schedule: "
-            "Cosine(0.1, 0.0, duration=1000)"
-        )
-    elif isinstance(value, type):
-        hint = f"make one of the class, {value.__name__}(...)"
-    elif isinstance(value, PerLayer):
-        hint = (
-            "PerLayer has a loop for each layer: groups=loops.rules(layers), decoupled=True, or "
-            "give it to ControlledDecay, which finds the layers"
-        )
-    elif isinstance(value, (Sequence, Mapping)):
-        hint = "for values step by step give a function, such as lambda step: values[step]"
-    else:
-        hint = "Constant, SwitchOff, Linear, Cosine, Piecewise, or lambda step: 0.1 * 0.99**step"
-    shown = repr(value) if isinstance(value, (Real, str, type)) else f"a {type(value).__name__}"
-    return f"a schedule is a mirrorflow Schedule or a function step -> float, got {shown}: {hint}"
 
 
 def check_free(optimizer: Optimizer, kind: type) -> None:
@@ -168,4 +138,47 @@ _ADVICE = {
         "how {name} decays could not be found out, so `accumulated` is NaN: say it with "
         'coupling="decoupled", "fixed", "scaled", "averaged" or "coupled", or use decoupled=True'
     ),
+}
+
+
+# What a scheduler looks for in its schedules, and what it tells those that answer to it.
+
+
+def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
+    """Raise or warn where a schedule cannot do what it was made for.
+
+    Raises
+    ------
+    ValueError
+        If a budget is to be kept of which no account exists.
+    """
+    for target, kind in zip(targets, kinds, strict=True):
+        if isinstance(target.schedule, OffAtBudget) and kind not in COUNTED:
+            raise ValueError(
+                f"OffAtBudget counts lr x decay, and no such sum describes the decay of "
+                f"{type(optimizer).__name__}, which is {kind}: {_INSTEAD.get(kind, _OUTSIDE)}"
+            )
+    for schedule in {id(t.schedule): t.schedule for t in targets}.values():
+        points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
+        if points and points[-1] < 1:
+            warnings.warn(
+                f"{schedule!r} is over before the first step has ended: its clock is the number of "
+                "the optimizer's steps, not a fraction of the run. Multiply its times by the "
+                "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
+                stacklevel=4,
+            )
+        if isinstance(schedule, Feedback) and schedule.log:
+            last = schedule.log[-1]
+            warnings.warn(
+                f"this {type(schedule).__name__} has decided before, at step {last['step']} the "
+                f"last time ({last['reason']}), and goes on from there with a rate of "
+                f"{schedule.current:g}: for a new run make a new one",
+                stacklevel=4,
+            )
+
+
+_OUTSIDE = "decoupled=True decays from outside, and is counted"
+_INSTEAD = {
+    "scaled": f'convention="fixed", {_OUTSIDE}',
+    "averaged": "SwitchOff(rate, at=...) is off at a step, OffWhenLevel by a measurement",
 }

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-from .account import TOTALS, Account
-from .acting import decay_of
-from .checks import check_not_captured
-from .clock import Clock, only_makes_state, stands
-from .conventions import UnknownPeakError
-from .coverage import Coverage, Plan
-from .imprint import INITIAL, separated
-from .ledger import Entry
-from .memory import recall, remember
-from .momentum import follow, forget, keep_apart
-from .outside import followed, skipped, write
-from .schedules import tell
-from .selection import NoValueError, Target, rate_at
-from .taking import Taking
+from ._checks import check_not_captured
+from ._coverage import Coverage, Plan
+from ._group_state import INITIAL, followed, recall, remember, separated, shrink, skipped, write
+from ._ledger import TOTALS, Account, Entry
+from ._momentum import follow, forget, keep_apart
+from ._targets import NoValueError, Target, rate_at
+from .conventions import Acting, UnknownPeakError, decay_of, lr_of, noted, strength
+from .feedback import Feedback, OffAtBudget
 
-__all__ = ["Stepping"]
+__all__ = ["Clock", "Stepping", "Taking", "only_makes_state", "stands"]
 
 
 class Stepping:
@@ -250,3 +245,203 @@ class Stepping:
         self.write()
         if not self.plan.exact_off:
             forget(self.optimizer)
+
+
+# One step of an optimizer: what acts in it is noted beforehand, and done from outside if asked.
+
+
+class Taking:
+    """A step that an optimizer is about to take.
+
+    What acts is read before it, and once more when the closure has computed the gradients, if
+    there is one; never after it, when hooks of others may have changed the learning rate, or have
+    set the gradients to None. What pre-step hooks of others change later is not seen.
+
+    Parameters
+    ----------
+    ledgers : sequence of (Target, Entry)
+        The sets of tensors.
+    groups : sequence of mapping
+        The live groups.
+    decays : sequence of float, optional
+        The decay of each set, from outside; without it, it is the optimizer's own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.zeros(2)
+    >>> entry, groups = Entry("decoupled"), [{"params": [w], "lr": 0.5}]
+    >>> taking = Taking([(Target(0, None, None, True), entry)], groups, [0.5])
+    >>> taking.shrink()
+    >>> taking.record(0)
+    >>> w.detach(), entry.accumulated
+    (tensor([0.7500, 0.7500]), -0.25)
+    """
+
+    def __init__(
+        self,
+        ledgers: Sequence[tuple[Target, Entry]],
+        groups: Sequence[Mapping[str, Any]],
+        decays: Sequence[float] | None = None,
+    ) -> None:
+        self._ledgers, self._groups = ledgers, groups
+        self._decays = [None] * len(ledgers) if decays is None else decays
+        self.note()
+
+    def note(self) -> None:
+        """Read what acts now."""
+        self.acting: list[Acting] = []
+        for (target, _), decay in zip(self._ledgers, self._decays, strict=True):
+            group = self._groups[target.group]
+            self.acting.append(noted(decay, group, target.params(group)))
+
+    def shrink(self, everything: bool = False) -> None:
+        """Shrink the weights that have a gradient, or ``everything`` that may get one yet."""
+        for (target, entry), acting in zip(self._ledgers, self.acting, strict=True):
+            params = target.params(self._groups[target.group])
+            moved = [p for p in params if p.grad is not None or (everything and p.requires_grad)]
+            shrink(moved, 1 - strength(acting.decay, acting.settings, entry.kind))
+
+    def record(self, step: int) -> None:
+        """Enter the step into the ledgers of what it has moved."""
+        for (_, entry), acting in zip(self._ledgers, self.acting, strict=True):
+            if acting.moved:
+                entry.record(step, acting.decay, acting.settings)
+
+    def rest(self) -> None:
+        """Take note of a step that moves nothing and does not count."""
+        for (_, entry), acting in zip(self._ledgers, self.acting, strict=True):
+            entry.rest(acting.settings)
+
+    def warn_if_too_much(self, step: int) -> bool:
+        """Warn of a decay that takes weights through 0; tell whether there was one."""
+        for (target, entry), acting in zip(self._ledgers, self.acting, strict=True):
+            taken = strength(acting.decay, acting.settings, entry.kind)
+            if taken >= 1 and target.params(self._groups[target.group]):
+                warnings.warn(_TOO_MUCH.format(target.group, step, taken, 1 - taken), stacklevel=4)
+                return True
+        return False
+
+
+_TOO_MUCH = (
+    "the decay of group {} at step {} takes {:g} times the weights away, so that {:g} times them "
+    "are left: lr x decay >= 1. The optimizer multiplies a decay by the learning rate: give a "
+    "smaller rate, or say with convention= what it means"
+)
+
+
+# Whether a call of ``optimizer.step`` is a step, and whether the optimizer counts as many.
+
+
+def only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a step is the one by which torch.distributed.checkpoint makes the state.
+
+    It calls ``step(closure=None)`` with learning rates of 0 and gradients of 0, before it reads or
+    loads an optimizer that has no state yet. The weights stay what they are, so nothing counts.
+    """
+    if "closure" not in kwargs or kwargs["closure"] is not None or not stands(optimizer):
+        return False
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return not any(_moves(p.grad) for p in params if p.grad is not None)
+
+
+def stands(optimizer: Optimizer) -> bool:
+    """Tell whether all learning rates that there are are 0."""
+    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
+
+
+class Clock:
+    """Compares the scheduler's count with the optimizer's own, where they can have come apart.
+
+    Once; where the optimizer's groups say which step they are of, there is nothing to compare.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Many count the steps of each tensor in their state.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._uncounted = 0  # steps that the optimizer has counted and the scheduler has not
+        self._before: int | None = None
+        self._empty = False  # the optimizer's state, before a step
+        self.loaded(optimizer)
+
+    def loaded(self, optimizer: Optimizer) -> None:
+        """Take note of what the optimizer has loaded."""
+        self._uncounted = 0
+        self._compare = not any(TOTALS in group for group in optimizer.param_groups)
+
+    def rested(self) -> None:
+        """Take note of a step that does not count."""
+        self._uncounted += 1
+
+    def begins(self, optimizer: Optimizer) -> None:
+        """Look at the optimizer's count before a step."""
+        self._empty = not optimizer.state
+        self._before = _own_count(optimizer) if self._compare else None
+
+    def ends(self, optimizer: Optimizer, account: Account) -> None:
+        """Compare after a step, and warn if the counts are not the same."""
+        if self._compare:
+            self._compare = False
+            count = _own_count(optimizer)
+            counts = count is not None and count == (self._before or 0) + 1
+            if counts and count != account.steps + self._uncounted:
+                account.alone = False
+                warnings.warn(_APART.format(_name(optimizer), count, account.steps), stacklevel=4)
+        alone, account.alone = account.alone, False
+        if alone and self._empty and optimizer.state:  # its momentum began anew
+            warnings.warn(_ALONE.format(_name(optimizer), account.steps - 1), stacklevel=4)
+
+
+_APART = (
+    "{} has taken {} steps by its own count, the decay schedule is at step {}: one of the two was "
+    "not loaded, or the scheduler is new. To begin a schedule here as if at another step, shift "
+    "it: lambda step: schedule.rate(step + ...)"
+)
+_ALONE = (
+    "the state of WeightDecayScheduler was loaded at step {1}, and that of {0} was not: what it "
+    "remembers of the gradients has begun anew. If it was saved, load it, too"
+)
+
+
+def _name(optimizer: Optimizer) -> str:
+    """Name the class."""
+    return type(optimizer).__name__
+
+
+def _moves(gradient: Any) -> bool:
+    """Tell whether a gradient is not 0; of a sharded one this process's part, without data no."""
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return not local.is_meta and bool(local.any())
+
+
+def _own_count(optimizer: Optimizer) -> int | None:
+    """Give the number of steps that the optimizer has counted, if it does."""
+    states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
+    counts = [state["step"] for state in states if "step" in state]
+    known = [int(count) for count in counts if isinstance(count, (int, float, torch.Tensor))]
+    return max(known, default=None)
+
+
+def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
+    """Tell the loops what the account of their decay says, before the step that comes next."""
+    absorbed: dict[int, tuple[Feedback, float]] = {}
+    for target, entry in ledgers:
+        if isinstance(loop := target.schedule, Feedback):
+            most = max(entry.absorbed, absorbed.get(id(loop), (loop, 0.0))[1])
+            absorbed[id(loop)] = loop, most
+    for loop, most in absorbed.values():
+        if not isinstance(loop, OffAtBudget):
+            loop.acts_at(step)
+        elif loop.current and loop.spent_by(most):
+            loop.update(step, most)
+
+
+def over(targets: Iterable[Target]) -> None:
+    """Tell the loops that the run is over."""
+    loops = [t.schedule for t in targets if isinstance(t.schedule, Feedback)]
+    for loop in {id(loop): loop for loop in loops}.values():
+        loop.over()
