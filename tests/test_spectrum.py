@@ -7,7 +7,8 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirrorflow.spectrum import SpectralTracker, gram, product_spectrum
+from mirrorflow.spectrum import SpectralTracker, product_spectrum
+from mirrorflow.spectrum import product as gram
 
 
 def factors(seed, n, r, m, batch=(), dtype=torch.float64):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mirrorflow.spectrum import SpectralTracker, product_spectrum
-from mirrorflow.spectrum.gram import gram
-from mirrorflow.spectrum.product import spectrum_of_grams
+from mirrorflow.spectrum.product import gram, spectrum_of_grams
 
 S = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
 RATIO = S.sum() / S.norm()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .shards import Rows, is_sharded
+from ._shards import Rows, is_sharded
 
 __all__ = [
     "LEVELS",

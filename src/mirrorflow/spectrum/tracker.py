@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .caveats import NORMS
-from .finding import find
-from .measurement import measure
+from ._attention import NORMS
+from ._discovery import find
+from ._measurement import measure
+from ._shards import Rows
 from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
 from .product import unreadable
 from .records import Measurement
-from .shards import Rows
 
 __all__ = ["SpectralTracker"]
 

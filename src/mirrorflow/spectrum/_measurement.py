@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import CHUNK, double, gram
+from ._shards import Rows
 from .pairs import Factor, Pair
-from .product import ProductSpectrum, spectrum_of_grams, spectrum_of_products
+from .product import CHUNK, ProductSpectrum, double, gram, spectrum_of_grams, spectrum_of_products
 from .records import Record
-from .shards import Rows
 
 __all__ = ["measure"]
 

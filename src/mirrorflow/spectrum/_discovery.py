@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .caveats import caveats
-from .layouts import Projections, outputs, projections
+from ._attention import Projections, caveats, outputs, projections
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
