@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mirrorflow as mf
-from mirrorflow.integrations.loop import ControlledDecay
+from mirrorflow.control.loop import ControlledDecay
 from mirrorflow.weightdecay import PerLayer
 
 LR, STEPS, STOP, EVERY = 0.01, 12, 7, 2

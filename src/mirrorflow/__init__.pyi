@@ -5,6 +5,7 @@ from ._solution import Solution as Solution
 from ._solution import Status as Status
 from .conditions import Report as Report
 from .conditions import check as check
+from .control import ControlledDecay as ControlledDecay
 from .descent import descend as descend
 from .estimator import MatrixCompletion as MatrixCompletion
 from .estimator import MatrixSensing as MatrixSensing
@@ -16,6 +17,8 @@ from .estimator import TurnOff as TurnOff
 from .estimator import entropy_path as entropy_path
 from .estimator import flow_path as flow_path
 from .flow import flow as flow
+from .integrations.huggingface import control_decay as control_decay
+from .integrations.lightning import DecayCallback as DecayCallback
 from .legendre import IncompatiblePair as IncompatiblePair
 from .legendre import LegendreFunction as LegendreFunction
 from .legendre import RangeError as RangeError

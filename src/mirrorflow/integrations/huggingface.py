@@ -17,12 +17,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from ..control.loop import ControlledDecay
+from ..control.plan import Plan
+from ..control.readings import Metric
 from ..spectrum import Measurement, SpectralTracker
 from ..spectrum.pairs import Named
 from ..weightdecay import WeightDecayScheduler
-from .loop import ControlledDecay
-from .plan import Plan
-from .readings import Metric
 
 __all__ = ["DecayControl", "control_decay"]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..control.loop import ControlledDecay
+from ..control.plan import Plan
+from ..control.readings import Metric
 from ..schedule import Schedule
 from ..spectrum import Measurement
 from ..spectrum.pairs import Named
 from ..weightdecay import Feedback, PerLayer, WeightDecayScheduler
-from .loop import ControlledDecay
-from .plan import Plan
-from .readings import Metric
 
 __all__ = ["DecayCallback"]
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..weightdecay import Feedback, PerLayer
-from .checks import check_settings
-from .loop import ControlledDecay
+from .loop import ControlledDecay, check_settings
 from .readings import Metric
 
 __all__ = ["Plan"]
