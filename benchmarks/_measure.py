@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mirrorflow.experiments._provenance import checkout, provenance, versions
+from mirrorflow.lab.framework.provenance import checkout, provenance, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMMIT = checkout()  # of the code that is loaded, whatever is edited while it measures

@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from benchmarks._measure import measure
-from mirrorflow.experiments._sensing import Problem, Scenario, train_factor, train_linear
+from mirrorflow.lab.experiments.matrix_sensing._problem import (
+    Problem,
+    Scenario,
+    train_factor,
+    train_linear,
+)
 
 STEPS, REPEATS = 200, 5
 N, R, ETA, START = 50, 5, 0.25, 0.1

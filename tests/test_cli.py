@@ -150,7 +150,7 @@ def test_ctrl_c_keeps_finished_parts_and_the_same_command_goes_on(tmp_path):
     """Stop after the first part for real, with a signal; then look, and go on."""
     settings = tmp_path / "settings.toml"
     settings.write_text("steps = 3000\nswitch = 1500\nseeds = [0, 1]\ngrid_alphas = []\n")
-    command = [sys.executable, "-m", "mirrorflow.cli", "run", "fig02_matrix_sensing"]
+    command = [sys.executable, "-m", "mirrorflow", "run", "fig02_matrix_sensing"]
     command += ["--preset", "smoke", "--config", settings, "--out", tmp_path / "out"]
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

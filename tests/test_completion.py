@@ -20,7 +20,7 @@ from sklearn.utils import Bunch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.experiments._lowrank_data import faces
+from mirrorflow.lab.experiments.studies._lowrank_data import faces
 
 
 @parametrize_with_checks(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mirrorflow import experiments
+from mirrorflow.lab import framework
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,9 +51,9 @@ NAMES = {  # a column or a row of a page -> as it is stored
 def stored(name, key):
     """Give a column of the table of a stored study: (data, method) -> number."""
     (result,) = [
-        r for r in experiments.find_results(ROOT / "results") if r["experiment"] == name
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == name
     ]  # fmt: skip
-    rows = experiments.load(name).table(result["records"])
+    rows = framework.load(name).table(result["records"])
     return {(case(row), row["method"]): row[key] for row in rows}
 
 

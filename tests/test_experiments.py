@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import mirrorflow.experiments as ex
-from mirrorflow.experiments import _sensing as sensing
-from mirrorflow.experiments import fig02_matrix_sensing as fig02
-from mirrorflow.experiments import fig09_fig11_fig14_legendre as legendre
-from mirrorflow.experiments._contract import Config
-from mirrorflow.experiments._sensing import Problem, Scenario, train_factor, train_linear
+import mirrorflow.lab.framework as ex
+from mirrorflow.lab.experiments.legendre_shapes import fig09_fig11_fig14_legendre as legendre
+from mirrorflow.lab.experiments.matrix_sensing import _problem as sensing
+from mirrorflow.lab.experiments.matrix_sensing import fig02_matrix_sensing as fig02
+from mirrorflow.lab.experiments.matrix_sensing._problem import (
+    Problem,
+    Scenario,
+    train_factor,
+    train_linear,
+)
+from mirrorflow.lab.framework.contract import Config
 
 NAMES = list(ex.experiments())
 
@@ -122,7 +127,7 @@ def test_presets_are_configurations_of_their_own(name):
 
 def test_figures_are_imported_when_they_are_drawn():
     code = (
-        "import sys, mirrorflow.experiments as ex\n"
+        "import sys, mirrorflow.lab.framework as ex\n"
         "for name in ex.experiments(): ex.load(name)\n"
         "print(*{m.split('.')[0] for m in sys.modules} & {'matplotlib', 'altair', 'torch'})"
     )

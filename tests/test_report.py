@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 import browser
 import mirrorflow as mf
-from mirrorflow import cli, experiments, report
+from mirrorflow import cli
+from mirrorflow.lab import framework, report
 
-NAMES = tuple(experiments.experiments())
+NAMES = tuple(framework.experiments())
 
 
 def section(**changes):
@@ -46,8 +47,8 @@ def page(tmp_path_factory):
     """Run both experiments small, and make their page by the command line's own function."""
     folder = tmp_path_factory.mktemp("results")
     for name in NAMES:
-        module = experiments.load(name)
-        experiments.execute(module, experiments.config_from(module, "smoke"), folder)
+        module = framework.load(name)
+        framework.execute(module, framework.config_from(module, "smoke"), folder)
     return cli._build(folder, folder / "index.html")
 
 
@@ -241,7 +242,7 @@ def start_of(name, p, q):
 
 
 def test_the_grid_covers_every_case_of_the_explorer():
-    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    source = resources.files("mirrorflow.lab.report").joinpath("explorer.js").read_text()
     table = source[source.index("const CASES") : source.index("// What the page shows")]
     assert set(re.findall(r"^  (\w+): \{", table, re.M)) == set(CASES)
 
@@ -276,7 +277,7 @@ def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
 
 def in_browser(folder: Path, grid):
     """Evaluate the explorer's formulas in a browser."""
-    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    source = resources.files("mirrorflow.lab.report").joinpath("explorer.js").read_text()
     body = """
     const results = GRID.map(([name, p, q, a, xs]) => {
       const R = CASES[name].make(p, q, a), centre = R.primal(0), mirror = xs.map(R.mirror);

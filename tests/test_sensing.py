@@ -18,7 +18,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import mirrorflow as mf
 from mirrorflow.estimator._alternating import Observed, alternate, solve_rows
 from mirrorflow.estimator._measured import Measured, descend
-from mirrorflow.experiments._sensing import Problem
+from mirrorflow.lab.experiments.matrix_sensing._problem import Problem
 
 
 class Rows(mf.MatrixSensing, auto_wrap_output_keys=None):

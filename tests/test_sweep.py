@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import mirrorflow.experiments as ex
-from mirrorflow import sweep as sw
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
+import mirrorflow.lab.framework as ex
+from mirrorflow.lab import sweep as sw
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
 
 HERE = Path(__file__).parent
 SMALL = {"loops": False, "times": [], "decays": [2.0], "steps": 12, "every": 4, "validation": 20}
@@ -240,7 +240,7 @@ def test_a_killed_driver_leaves_no_orphans_and_the_same_command_ends_as_if_nothi
         + "".join(f"{key} = {json.dumps(value)}\n" for key, value in SMALL.items())
         + "[grid]\noff = [4, 8]\n"
     )
-    command = [sys.executable, "-m", "mirrorflow.cli", "sweep", str(study),
+    command = [sys.executable, "-m", "mirrorflow", "sweep", str(study),
                "--out", str(tmp_path / "runs"), "--workers", "2"]  # fmt: skip
     driver = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     trunks = tmp_path / "runs" / ".trunks" / tab02.NAME
@@ -314,7 +314,7 @@ def test_numbers_are_written_for_tensorboard(tmp_path):
 
     study = QUICK.model_copy(update={"grid": {"start": [0.1]}})
     outcome = sw.sweep(
-        study, tmp_path, workers=1, hooks=("mirrorflow.sweep.observers:tensorboard",)
+        study, tmp_path, workers=1, hooks=("mirrorflow.lab.sweep.observers:tensorboard",)
     )
     assert outcome.complete
     folder = next((tmp_path / QUICK.module.NAME).glob("*/result.json")).parent
@@ -335,7 +335,7 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(tmp_path):
     out = ["--out", str(tmp_path / "runs")]
 
     def mirrorflow(*arguments):
-        command = [sys.executable, "-m", "mirrorflow.cli", *arguments]
+        command = [sys.executable, "-m", "mirrorflow", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     said = mirrorflow("sweep", str(study), *out, "--dry-run")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import mirrorflow.experiments as ex
-from mirrorflow import sweep as sw
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
+import mirrorflow.lab.framework as ex
+from mirrorflow.lab import sweep as sw
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
 
 HERE = Path(__file__).parent
 QUICK = sw.Study(
@@ -43,7 +43,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 def test_jobs_of_submitit_have_the_same_results(tmp_path, alone):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     engine = OnSlurm(tmp_path, 2, (1.0, 0.0), "", (), cluster="local")
     assert sw.sweep(QUICK, tmp_path, engine=engine).complete
@@ -53,7 +53,7 @@ def test_jobs_of_submitit_have_the_same_results(tmp_path, alone):
 @pytest.mark.slow
 def test_a_job_that_dies_under_submitit_is_given_up_with_its_reason(tmp_path):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     hooks = ("sweep_hooks:kills_itself_always",)
     engine = OnSlurm(tmp_path, 2, (1.0, 0.0), "", hooks, cluster="local")
@@ -63,7 +63,7 @@ def test_a_job_that_dies_under_submitit_is_given_up_with_its_reason(tmp_path):
 
 def test_a_fraction_of_a_gpu_is_refused_under_slurm(tmp_path):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     with pytest.raises(ValueError, match=r"whole GPUs, not 0\.25"):
         OnSlurm(tmp_path, 0, (1.0, 0.25), "", (), cluster="local")
@@ -89,7 +89,7 @@ def cluster():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own, about its processes and sockets
 def test_a_node_that_is_killed_from_outside_costs_no_run(tmp_path, cluster):
-    from mirrorflow.sweep.on_ray import OnRay
+    from mirrorflow.lab.sweep.engines.ray import OnRay
 
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     study = sw.Study(

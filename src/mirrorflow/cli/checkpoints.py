@@ -80,7 +80,7 @@ def _check_audit(match: str | None, page: Path | None) -> None:
 
 def _write_audit(content: dict[str, Any], source: str, page: Path) -> None:
     """Write the page of an audit."""
-    from ..report.checkpoint import audit_page
+    from ..lab.report.checkpoint import audit_page
 
     try:
         written = audit_page(content, source, page, __version__)
