@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,17 +25,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback that can be pasted into an issue
 )
 app.add_typer(sweeps, name="sweep")
+# Which extra brings a package that only some commands need.
+EXTRAS = {
+    "altair": "lab",
+    "matplotlib": "lab",
+    "pydantic": "lab",
+    "vl_convert": "lab",
+    "transformers": "hf",
+    "peft": "hf",
+    "PIL": "networks",
+    "pyarrow": "networks",
+}
 PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
 
 
 def main() -> None:
-    """Run the command line; mistakes end with 2, Ctrl-C with 130."""
+    """Run the command line; a user's mistake ends with exit code 2, Ctrl-C with 130."""
     try:
         app()
     except UserError as error:
-        print(f"mirrorflow: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        _fail(str(error), error.code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        _fail(f"this command needs {package}, of the extra {extra}: pip install '.[{extra}]'", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print one line and end with an exit code."""
+    print(f"mirrorflow: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:

@@ -228,7 +228,12 @@ class MirrorFlowCVDisplay:
         -------
         self
         """
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+            ) from error
 
         axis = plt.subplots()[1] if ax is None else ax
         reached = np.where(np.isinf(self.mse_path), np.nan, self.mse_path)  # leaves gaps

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+try:
+    from transformers import Trainer, TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "control_decay needs transformers, of the extra hf: pip install '.[hf]'",
+        name="transformers",
+    ) from error
 
 from ..control.loop import ControlledDecay
 from ..control.plan import Plan

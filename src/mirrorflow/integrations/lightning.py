@@ -13,7 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "DecayCallback needs lightning, of the extra lightning: pip install '.[lightning]'",
+        name="lightning",
+    ) from error
 
 from ..control.loop import ControlledDecay
 from ..control.plan import Plan

@@ -304,10 +304,7 @@ GGUF = (
 
 def reader() -> Any:
     """Give a function that opens a safetensors file, with errors that help."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("audit reads safetensors files: pip install safetensors") from error
+    from safetensors import SafetensorError, safe_open
 
     def open_file(file: Path) -> Any:
         try:

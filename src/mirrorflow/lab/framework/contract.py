@@ -141,7 +141,7 @@ def needs(module: Experiment) -> tuple[str, ...]:
     missing = {n.partition(".")[0] for n in names if not find_spec(n.partition(".")[0])}
     if missing:
         raise ImportError(
-            f"{module.NAME} needs {', '.join(sorted(missing))}: pip install 'mirrorflow[networks]'"
+            f"{module.NAME} needs {', '.join(sorted(missing))}: pip install '.[networks]'"
         )
     return names
 

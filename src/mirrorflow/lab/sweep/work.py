@@ -137,7 +137,7 @@ class Store:
             from fsspec.core import url_to_fs
         except ImportError:
             raise ImportError(
-                f"a store at {url} needs fsspec and its driver: pip install 'mirrorflow[store]'"
+                f"a store at {url} needs fsspec and its driver: pip install '.[store]'"
             ) from None
         files, self._root = url_to_fs(str(url))
         self._files: Any = files

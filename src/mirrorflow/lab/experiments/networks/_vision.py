@@ -169,9 +169,7 @@ def _cifar10(part: str, size: int) -> Images:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ImportError(
-            "CIFAR-10 comes as a parquet file: pip install 'mirrorflow[networks]'"
-        ) from None
+        raise ImportError("CIFAR-10 comes as a parquet file: pip install '.[networks]'") from None
     table = parquet.read_table(data_file(f"cifar10/{part}.parquet", CIFAR10.format(part)))
     encoded = [cell["bytes"] for cell in table["img"].to_pylist()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

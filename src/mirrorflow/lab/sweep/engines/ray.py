@@ -56,7 +56,7 @@ class OnRay:
         try:
             import ray  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError:
-            raise ImportError("--engine ray needs Ray: pip install 'mirrorflow[ray]'") from None
+            raise ImportError("--engine ray needs Ray: pip install '.[ray]'") from None
         here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=False, **here)
         self._ray: Any = ray

@@ -49,9 +49,7 @@ class OnSlurm:
             import submitit  # pyright: ignore[reportMissingImports]  # an extra
             from submitit.core import utils  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ImportError(
-                "--engine slurm needs submitit: pip install 'mirrorflow[slurm]'"
-            ) from None
+            raise ImportError("--engine slurm needs submitit: pip install '.[slurm]'") from None
         cpus, gpus = resources
         if gpus != int(gpus):
             raise ValueError(f"SLURM gives whole GPUs, not {gpus}: use --engine ray for fractions")
