@@ -5,10 +5,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # One thread per process: the tests run in two processes, and the problems are small.
 THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+# What differs between machines: vector instructions, threads, the order of the tests, neighbours.
+MACHINES := on-old-instructions on-two-threads in-any-order beside-a-busy-process
+SEED ?= $(shell date +%s)
 
 # Two installs into one .venv at the same time would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser lint bench docs clean
+.PHONY: help demo test test-slow test-browser test-machines $(MACHINES) lint bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +25,25 @@ test: .venv/.installed-test ## run the tests (minutes)
 
 test-slow: .venv/.installed-cluster ## run the slow tests, those of a Ray cluster too
 	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow and not gpu and not download"
+
+test-machines: ## run the tests as on other machines; says on which of them they fail (an hour)
+	@failed=; for machine in $(MACHINES); do \
+		echo "== $$machine"; $(MAKE) --no-print-directory $$machine || failed="$$failed $$machine"; \
+	done; if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi; echo "passed: $(MACHINES)"
+
+on-old-instructions: .venv/.installed-test
+	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(THREADS) $(BIN)/pytest -q -n 2
+
+on-two-threads: .venv/.installed-test
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(subst =1,=2,$(THREADS)) $(BIN)/pytest -q -n 2
+
+# Repeat an order that fails by SEED=... The tests seed themselves, so the plugin need not.
+in-any-order: .venv/.installed-test
+	$(THREADS) $(BIN)/pytest -q -n 2 -p randomly --randomly-seed=$(SEED) --randomly-dont-reset-seed
+
+beside-a-busy-process: .venv/.installed-test
+	@$(BIN)/python -c "while True: pass" & busy=$$!; trap "kill $$busy" EXIT INT TERM; \
+		$(THREADS) $(BIN)/pytest -q -n 2
 
 test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \

@@ -33,6 +33,6 @@ def dom(page: Path, *flags: str) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [chromium(), *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom", page.as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=600, check=True,
         )  # fmt: skip
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)

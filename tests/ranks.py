@@ -150,7 +150,7 @@ def main():
     warnings.filterwarnings("error", module="mirrorflow")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(minutes=10),
     )  # fmt: skip
     found = {}
     for name, run in (("ddp", ddp), ("fsdp", fsdp)):

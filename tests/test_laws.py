@@ -226,7 +226,7 @@ def test_the_end_point_satisfies_the_optimality_conditions(case):
     linear, x = end_of_flow(case)
     mu = legendre(case).mirror(x, -0.3).reshape(-1).numpy()
     Z = linear.Z.reshape(len(linear.y), -1).numpy()
-    theta = np.linalg.lstsq(Z.T, mu, rcond=None)[0]
+    theta = np.linalg.lstsq(Z.T, mu, rcond=1e-10)[0]
     assert np.abs(theta).max() > 1e-2  # the test would say nothing at mu = 0
     assert gap(Z.T @ theta, mu) < 1e-6
 
@@ -392,9 +392,9 @@ def test_every_public_parametrization_and_penalty_is_in_the_table():
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_oracle_and_the_package_have_the_same_g_and_gradients(case):
     w0, rng = case.start(4), np.random.default_rng(4)
-    assert gap(case.g(w0), case.field.g(case.flat(4))) < 1e-14
+    assert gap(case.g(w0), case.field.g(case.flat(4))) < 1e-12
     s = rng.standard_normal(len(case.field.g(case.flat(4))))
     pulled = reparam.flatten(case.g.pullback(w0, tensor(case, s)))
-    assert gap(pulled, case.field.pull(case.flat(4), s)) < 1e-13
+    assert gap(pulled, case.field.pull(case.flat(4), s)) < 1e-12
     decay = reparam.flatten(case.h.gradient(w0, case.g))
-    assert gap(decay, case.field.decay(case.flat(4))) < 1e-14
+    assert gap(decay, case.field.decay(case.flat(4))) < 1e-12

@@ -154,8 +154,10 @@ def test_the_units_of_measurements_do_not_matter(rank_one, c, d):
     model = mf.MatrixSensing().fit(A, y)
     assert np.linalg.norm(model.matrix() - X) < 1e-5 * np.linalg.norm(X)
     scaled = mf.MatrixSensing().fit(c * A, d * y)
-    assert scaled.n_iter_ == model.n_iter_
-    np.testing.assert_allclose(scaled.matrix(), d / c * model.matrix(), rtol=1e-9)
+    assert np.linalg.norm(c / d * scaled.matrix() - X) < 1e-5 * np.linalg.norm(X)
+    np.testing.assert_allclose(
+        c / d * scaled.matrix(), model.matrix(), atol=1e-6 * np.abs(X).max(), rtol=0
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -342,7 +344,8 @@ def test_it_pickles():
     X, _ = low_rank(8, 7)
     model = mf.MatrixSensing(3).fit(X)
     again = pickle.loads(pickle.dumps(model))
-    np.testing.assert_array_equal(again.matrix(), model.matrix())
+    np.testing.assert_array_equal(again.U_, model.U_)
+    np.testing.assert_allclose(again.matrix(), model.matrix(), atol=1e-12)
 
 
 def test_zero_is_recovered_as_zero():

@@ -11,6 +11,7 @@ import torch
 import mirrorflow as mf
 from mirrorflow.control.loop import ControlledDecay
 from mirrorflow.weightdecay import PerLayer
+from optimizers import assert_nets_near
 
 LR, STEPS, STOP, EVERY = 0.01, 12, 7, 2
 
@@ -85,7 +86,7 @@ def test_each_layer_has_its_own_rate_as_in_a_loop_by_hand():
                 p.mul_(1 - LR * rates.get(layer, 0.1))  # the others keep the decay of their group
         optimizer.step()
         rates = {layer: log[layer].get(step + 1, rates[layer]) for layer in log}
-    assert equal(values(net), values(by_hand))
+    assert_nets_near(net, by_hand)
 
 
 def test_the_answer_is_to_the_measurement_of_the_layer():
