@@ -9,15 +9,21 @@ THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 MACHINES := on-old-instructions on-two-threads in-any-order beside-a-busy-process
 SEED ?= $(shell date +%s)
 
+# What the core alone can run; the other tests need frameworks.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture schedule conditions legendre \
+	legendre_edges laws flow limit limit_input descent estimator estimator_cv coder completion \
+	spectrum weightdecay weightdecay_resume ledger units feedback lint))
+
 # Two installs into one .venv at the same time would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser test-machines $(MACHINES) lint bench docs clean
+.PHONY: help demo test test-slow test-browser test-machines $(MACHINES) test-lowest lint bench docs \
+	wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-demo: .venv/.installed ## run the main experiment and make a page with the pictures
+demo: .venv/.installed-lab ## run the main experiment and make a page with the pictures
 	$(BIN)/mirrorflow demo --out demo
 
 test: .venv/.installed-test ## run the tests (minutes)
@@ -45,6 +51,13 @@ beside-a-busy-process: .venv/.installed-test
 	@$(BIN)/python -c "while True: pass" & busy=$$!; trap "kill $$busy" EXIT INT TERM; \
 		$(THREADS) $(BIN)/pytest -q -n 2
 
+test-lowest: ## run the tests of the core on the lowest versions that pyproject.toml admits
+	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest.py pyproject.toml > .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt torch
+	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test-core]'
+	$(THREADS) .venv-lowest/bin/pytest -q -n 2 $(CORE_TESTS)
+
 test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ echo "no Chromium: put chromium or google-chrome on PATH"; exit 1; }
@@ -58,11 +71,17 @@ lint: .venv/.installed-dev ## check format, style and types
 bench: .venv/.installed-bench ## measure the speeds that the README quotes, into results/
 	$(BIN)/python -m benchmarks
 
+wheel: .venv/.installed ## build the wheel, install it into an empty environment, and run it there
+	rm -rf dist .venv-wheel && $(BIN)/pip wheel -q --no-deps -w dist . && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch
+	.venv-wheel/bin/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) dist/*.whl
+	cd .venv-wheel && bin/python ../tests/wheel.py
+
 docs: .venv/.installed-docs ## build the documentation into docs/_build
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
 
 clean: ## remove what make has made
-	rm -rf .venv demo docs/_build
+	rm -rf .venv .venv-lowest .venv-wheel dist demo docs/_build
 
 # torch comes first and alone, so that the constraint decides which build pip takes.
 .venv/.torch: $(CONSTRAINTS)
