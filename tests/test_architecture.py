@@ -17,6 +17,7 @@ ALLOWED = {
     "schedule": (),
     "loss": (),
     "spectrum": (),
+    "balance": (),
     "report": (),
     "reparam": (),
     "regularizer": ("reparam",),
