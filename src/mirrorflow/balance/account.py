@@ -42,7 +42,7 @@ class BalanceSplit:
     unsplit : Tensor of shape (..., r, r)
         Both together, of the intervals of which only the ends were seen.
     outside : Tensor of shape (..., r, r)
-        Changes that were no training step.
+        Changes that were not training steps.
     shrink : (float, float)
         ``prod (1 - lr decay)`` for A and for B.
     steps, intervals : int
@@ -114,14 +114,15 @@ class BalanceAccount:
     steps. ``interval`` puts it into ``unsplit``. What decay has left of the start, and the sum of
     the other parts, are the same however often the account is fed.
 
-    **Several processes.** Factors that are DTensors are reduced over their mesh, with one
-    collective per shape: every rank has to make every call.
+    **Several processes.** Of factors that are DTensors each process accounts for its part, and
+    ``report`` adds up; only factors divided along r are exchanged at each step. Every rank has to
+    make every call.
 
     Parameters
     ----------
     pairs : sequence of (Tensor, Tensor)
         The factors A (..., n, r) and B (..., r, m) of each product, as for `product_step`. The
-        account keeps no reference to them, so that views and replaced parameters do.
+        account keeps no reference to them: pass views, or parameters that have been replaced.
     each_step : bool
         Keep the copy that ``step`` needs. Without it every call counts as an interval, and only
         r x r matrices are kept.
@@ -157,6 +158,8 @@ class BalanceAccount:
     def step(self, pairs: Pairs, shrink: Shrink = 1.0) -> None:
         """Account for one step, which has been taken since the last call.
 
+        A step that ``GradScaler`` skipped has shrunk nothing: leave the call out.
+
         Parameters
         ----------
         pairs : sequence of (Tensor, Tensor)
@@ -173,7 +176,7 @@ class BalanceAccount:
 
     @torch.no_grad()
     def moved(self, pairs: Pairs) -> None:
-        """Count what has happened since the last call as no training step.
+        """Count all change since the last call as ``outside``, not as training.
 
         For weights that were loaded, merged or projected (`gauge_projection`), and for steps whose
         decay is not known.
