@@ -41,13 +41,15 @@ def gauge_projection(A: Tensor, B: Tensor, D_wanted: Tensor) -> GaugeProjection:
     r"""Return factors of the same product A B with ``A^T A - B B^T = D_wanted``.
 
     ``A S`` and ``S^{-1} B`` have the product A B for every invertible S. Newton's method finds S:
-    with R what is still wanted, ``S <- S exp(t L)`` where, with ``M = A^T A + B B^T`` of the
-    present factors,
+    with R what is still wanted, ``S <- S exp(t Lambda)`` where, with ``M = A^T A + B B^T`` of
+    the present factors,
 
     .. math:: \Lambda M + M \Lambda = R,
 
     solved by the eigenvectors of M, and t halved until R shrinks. Where A and B have rank r each,
-    every symmetric D can be reached; at LoRA's start, where B = 0, each positive definite one can.
+    every symmetric D can be reached: ``|A^T A|`` is bounded by ``|D|`` and ``|A B|``, and
+    ``det(A^T A) det(B B^T)`` is fixed, so that M never becomes singular on the way. At LoRA's
+    start, where B = 0, each positive definite D can.
 
     This is a control for experiments (does the balance matter?), not a promise that it does: the
     model computes the same before and after, and optimizers go on from other factors.
@@ -131,7 +133,7 @@ def _solve(gram_a: Tensor, gram_b: Tensor, wanted: Tensor) -> tuple[Tensor, Tens
                 )
             break
         turned = vectors.mT @ rest @ vectors
-        turned = turned / (weights[..., :, None] + weights[..., None, :])  # L M + M L = R
+        turned = turned / (weights[..., :, None] + weights[..., None, :])  # Lambda M + M Lambda = R
         before = norm(rest)
         S, inverse = _damped(gram_a, gram_b, wanted, S, inverse, vectors @ turned @ vectors.mT)
         rest, size = _rest(gram_a, gram_b, wanted, S, inverse)
