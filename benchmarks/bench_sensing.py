@@ -69,7 +69,7 @@ def literal_linear(problem: Problem, scenarios: list[Scenario], steps: int) -> n
 
 
 def limits(problem: Problem, rows: int) -> dict[str, float]:
-    """Give the time of a step if only memory, or only arithmetic, took time on this machine.
+    """Return the time of a step if only memory, or only arithmetic, took time on this machine.
 
     A step has to read H once (what a fused pass would need; BLAS reads it twice), and to do 4 m p
     flops for each row of the batch, and 4 n^3 for the two products with U.
@@ -105,7 +105,7 @@ def linear_steps(problem: Problem, scenarios: list[Scenario]) -> tuple[int, int]
 
 
 def linear_limit(problem: Problem, scenarios: list[Scenario], floor: dict[str, float]) -> float:
-    """Give the time of the linear model's steps if only memory, or only arithmetic, took time.
+    """Return the time of the linear model's steps if only memory, or only arithmetic, took time.
 
     Each step reads H once; a penalty takes an eigendecomposition and a product: 11 n^3 flops.
     """

@@ -29,7 +29,7 @@ def chromium():
 
 
 def dom(page: Path, *flags: str) -> tuple[str, list[str]]:
-    """Give the page as it is once its scripts have run, and the lines of its console."""
+    """Return the page as it is once its scripts have run, and the lines of its console."""
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [chromium(), *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom", page.as_uri()],

@@ -26,7 +26,7 @@ def one_thread():
 
 
 def launched(tmp_path_factory, script):
-    """Give what each process of a script found, and the folder of its checkpoints."""
+    """Return what each process of a script found, and the folder of its checkpoints."""
     name = Path(script).stem
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tmp_path_factory.mktemp(name)
@@ -61,7 +61,7 @@ def _launch(folder, script):
 
 
 def _waited(folder):
-    """Give what another worker's processes find."""
+    """Return what another worker's processes find."""
     limit = time.monotonic() + LIMIT
     while not all((folder / f"rank{rank}.pt").exists() for rank in range(WORLD)):
         assert time.monotonic() < limit, "the processes of another worker have found nothing"

@@ -73,13 +73,13 @@ def train(net, optimizer, control, start, stop, rank=0, world=1):
 
 
 def full(net):
-    """Give the whole weights."""
+    """Return the whole weights."""
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
     return [p.detach().clone() for p in whole]
 
 
 def account(net, control, decays):
-    """Give what has to be alike everywhere."""
+    """Return what has to be alike everywhere."""
     ratios = [measured.mean_ratio for _, measured in control.measurements]
     return {
         "weights": full(net), "decays": decays, "a": control.scheduler.accumulated,

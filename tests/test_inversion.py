@@ -92,7 +92,7 @@ each_pair = pytest.mark.parametrize("name", PAIRS)
 
 
 def both(name, seed=0, own=False, n=3):
-    """Give the closed form, and the inversion of the same pair or of a user's own functions."""
+    """Return the closed form, and the inversion of the same pair or of a user's own functions."""
     g, h, x, y, start = PAIRS[name]
     w0 = tuple(f[:n] for f in start(seed))
     closed = mf.legendre(g, h, w0)

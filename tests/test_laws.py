@@ -43,7 +43,7 @@ def train(case, name="least-squares", schedule=SCHEDULES["constant"], seed=0, ti
 
 
 def gap(one, two, floor=1e-3):
-    """Give the largest difference relative to the size of the second."""
+    """Return the largest difference relative to the size of the second."""
     one, two = (np.asarray(v).ravel() for v in (one, two))
     return np.abs(one - two).max() / max(np.abs(two).max(), floor)
 
@@ -237,7 +237,7 @@ def test_the_end_point_solves_the_dual_problem(case):
     R = legendre(case)
 
     def residual(theta):
-        """Give Z primal(Z^T theta) - y, which increases; where it does not exist it is infinite."""
+        """Return Z primal(Z^T theta) - y, which increases; infinite where it does not exist."""
         mu = case.g.project(linear.transpose(torch.tensor([theta], dtype=torch.float64)))
         try:
             return float(linear.predict(R.primal(mu, -0.3)) - linear.y)

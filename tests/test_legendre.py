@@ -167,7 +167,7 @@ def test_hyperbolic_divergences_scale_where_squares_underflow_or_overflow():
 
 
 def excess(y, e):
-    """Give softplus(y + e) - softplus(y) - s(y) e in 120 digits, for floats."""
+    """Return softplus(y + e) - softplus(y) - s(y) e in 120 digits, for floats."""
     with localcontext() as context:
         context.prec = 120
         Y, E = Decimal(y), Decimal(e)

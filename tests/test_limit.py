@@ -31,7 +31,7 @@ def solved(objective, constraints, x):
 
 
 def entropies(s, centre):
-    """Give sum s log(s / centre) - s, an exponential cone."""
+    """Return sum s log(s / centre) - s, an exponential cone."""
     return cp.sum(cp.rel_entr(s, centre)) - cp.sum(s)
 
 

@@ -19,7 +19,7 @@ H, DECAY, TERMS, Status = mf.Hadamard(), mf.WeightDecay(), mf.Separable(), mf.St
 
 
 def spoiled(kind, Z, y):
-    """Give the same problem with awkward rows."""
+    """Return the same problem with awkward rows."""
     rng = np.random.default_rng(9)
     mix = rng.standard_normal((3, len(y)))
     scale = 10.0 ** np.linspace(-6, 6, len(y))

@@ -212,7 +212,7 @@ def test_intervals_are_those_of_student():
 
 
 def ended(kind, loss, seed=0, decay=0.1, start=4.0):
-    """Give the record of a run that has ended with a loss."""
+    """Return the record of a run that has ended with a loss."""
     curves = {"loss": np.array([start, loss])}
     return {
         "run": f"{kind}", "part": f"{kind}-seed{seed}", "kind": kind, "family": decay,

@@ -21,7 +21,7 @@ NAMES = tuple(framework.experiments())
 
 
 def section(**changes):
-    """Give a small section of a page."""
+    """Return a small section of a page."""
     figure = Figure()
     figure.subplots().plot([0, 1], [1, 0])
     chart = alt.Chart(alt.Data(values=[{"x": 0, "y": 1}, {"x": 1, "y": 0}]))

@@ -211,7 +211,7 @@ def test_a_disk_that_is_really_full_loses_nothing(tmp_path):
 
 
 def of_session(sid):
-    """Give the processes of a session: the driver and whatever it has started."""
+    """Return the processes of a session: the driver and whatever it has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

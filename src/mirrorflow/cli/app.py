@@ -265,7 +265,7 @@ def _difference(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def _command(module: Any, config: dict[str, Any]) -> str:
-    """Give the command that makes a run: a preset, its seeds, and a file for what else differs."""
+    """Return the command that makes a run: a preset, its seeds, and a file of other changes."""
     from ..lab import framework
 
     stored = module.Config(**config)
@@ -281,7 +281,7 @@ def _command(module: Any, config: dict[str, Any]) -> str:
 
 
 def _changes(base: Any, config: Any) -> dict[str, Any]:
-    """Give the settings in which two configurations differ."""
+    """Return the settings in which two configurations differ."""
     left, right = base.model_dump(), config.model_dump()
     return {key: right[key] for key in right if right[key] != left[key]}
 

@@ -172,7 +172,7 @@ class ControlledDecay:
         return found
 
     def logs(self, spectra: bool = True) -> dict[str, float]:
-        """Give the numbers for a log, without those that are NaN or infinite.
+        """Return the numbers for a log, without those that are NaN or infinite.
 
         Returns
         -------
@@ -190,11 +190,11 @@ class ControlledDecay:
         return finite(numbers)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows (step, layer, head, ...), for a table or CSV file."""
+        """Return the measurements as flat rows (step, layer, head, ...), for a table or CSV file."""
         return rows(self.measurements)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, in plain numbers and strings."""
+        """Return the state, in plain numbers and strings."""
         layers = self.schedule.state_dict() if isinstance(self.schedule, PerLayer) else None
         loops = [loop.state_dict() for loop in self._loops]
         return {"scheduler": self.scheduler.state_dict(), "layers": layers, "loops": loops}
@@ -243,11 +243,11 @@ class ControlledDecay:
 
     @property
     def _layers(self) -> dict[str, Feedback]:
-        """Give the loops of the layers, by name."""
+        """Return the loops of the layers, by name."""
         return self.schedule.loops if isinstance(self.schedule, PerLayer) else {}
 
     def _weights(self, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-        """Give the weights of each pair that is tracked."""
+        """Return the weights of each pair that is tracked."""
         assert self.tracker is not None
         wrapped = isinstance(
             model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -266,7 +266,7 @@ def _loops(schedules: list[Any]) -> list[Feedback]:
 
 
 def _agreed(value: Any) -> Any:
-    """Give what the first process has measured, so that all decide alike."""
+    """Return what the first process has measured, so that all decide alike."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
     shared = [value]

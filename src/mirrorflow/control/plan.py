@@ -92,7 +92,7 @@ def _fresh(schedule: Any, memo: dict[int, Any]) -> Any:
 
 
 def _length(total: float) -> int:
-    """Give the number of steps of a run, if it has one."""
+    """Return the number of steps of a run, if it has one."""
     if not (math.isfinite(total) and total > 0):
         raise ValueError(
             "schedule_for needs the number of steps, and this run has no end that is known: set "

@@ -142,7 +142,7 @@ class DecayControl(TrainerCallback):
         return [] if self._loop is None else self._loop.measurements
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,7 +197,7 @@ class DecayControl(TrainerCallback):
         draft.replace(path)
 
     def _folder(self, state: Any) -> Path:
-        """Give the folder of the checkpoint of this step; a trial of a search has its own."""
+        """Return the folder of the checkpoint of this step; a trial of a search has its own."""
         trial = self._trainer._trial if state.is_hyper_param_search else None
         folder = Path(self._trainer._get_output_dir(trial))
         return folder / f"checkpoint-{state.global_step}"

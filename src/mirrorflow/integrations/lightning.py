@@ -117,7 +117,7 @@ class DecayCallback(Callback):
         return [] if self._loop is None else self._loop.measurements
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +142,7 @@ class DecayCallback(Callback):
         self._steps = loop.scheduler.steps
 
     def _length(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Give the number of steps of a run, as far as it is known: else -1 or infinity."""
+        """Return the number of steps of a run, as far as it is known: else -1 or infinity."""
         if not pl_module.automatic_optimization and self._plan.schedule_for is None:
             return trainer.max_steps  # a batch may have several steps
         return trainer.estimated_stepping_batches
@@ -181,7 +181,7 @@ class DecayCallback(Callback):
             logger.log_metrics(named, step=self._loop.scheduler.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, in plain numbers and strings."""
+        """Return the state, in plain numbers and strings."""
         return {} if self._loop is None else self._loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

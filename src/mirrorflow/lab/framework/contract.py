@@ -86,7 +86,7 @@ class Config(BaseModel):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give a preset: smoke (under 5 s), cpu (a minute or a few), full (the paper's)."""
+        """Return a preset: smoke (under 5 s), cpu (a minute or a few), full (the paper's)."""
         raise NotImplementedError
 
 
@@ -125,12 +125,12 @@ class Experiment(Protocol):
         ...
 
     def table(self, records: list[Record]) -> list[Record]:
-        """Give the rows of the table of the page."""
+        """Return the rows of the table of the page."""
         ...
 
 
 def needs(module: Experiment) -> tuple[str, ...]:
-    """Give the modules of extras that an experiment imports.
+    """Return the modules of extras that an experiment imports.
 
     Raises
     ------

@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give what has happened, after at most ``timeout`` seconds."""
+        """Return what has happened, after at most ``timeout`` seconds."""
         ...
 
     def close(self) -> None:

@@ -122,7 +122,7 @@ def plan(study: Study, out: str | Path) -> Plan:
 
 
 def _timelines(module: Any, config: Any) -> dict[str, Timeline]:
-    """Give the timelines of an experiment that trains; others have none."""
+    """Return the timelines of an experiment that trains; others have none."""
     return module.timelines(config) if hasattr(module, "timelines") else {}
 
 

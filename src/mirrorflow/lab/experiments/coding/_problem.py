@@ -25,7 +25,7 @@ METRICS = {"nuclear": "nuclear norm of the codes", "mse": "reconstruction MSE"}
 
 
 def images(source: str) -> tuple[Array, str]:
-    """Give images (samples, pixels) in [0, 1], and which they are.
+    """Return images (samples, pixels) in [0, 1], and which they are.
 
     "auto" is the Olivetti faces, from scikit-learn's data folder or the network; where neither has
     them, scikit-learn's digits, with a warning.

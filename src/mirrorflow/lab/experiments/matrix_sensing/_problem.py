@@ -35,16 +35,16 @@ class Scenario:
     off: int | None = None
 
     def rate(self, step: int) -> float:
-        """Give the decay at a step."""
+        """Return the decay at a step."""
         return self.alpha if self.off is None or step < self.off else 0.0
 
     def until(self, step: int) -> Scenario:
-        """Give the scenario as far as it is visible at ``step``: equal ones share a row."""
+        """Return the scenario as far as it is visible at ``step``: equal ones share a row."""
         switched = self.off is not None and self.off <= step
         return self if switched else Scenario(self.alpha)
 
     def accumulated(self, eta: float, steps: int) -> float:
-        """Give a = -int alpha dt <= 0 on the clock t = eta * step."""
+        """Return a = -int alpha dt <= 0 on the clock t = eta * step."""
         return 0.0 - eta * self.alpha * (steps if self.off is None else min(self.off, steps))
 
 
@@ -108,15 +108,15 @@ class Problem:
         return cls(A, (V * (spectrum / spectrum.sum())) @ V.T)
 
     def vector(self, X: Array) -> Array:
-        """Give the half vectors of symmetric matrices (..., n, n)."""
+        """Return the half vectors of symmetric matrices (..., n, n)."""
         return X.reshape(*X.shape[:-2], -1).take(self.half, axis=-1)
 
     def matrix(self, x: Array) -> Array:
-        """Give the symmetric matrices of half vectors."""
+        """Return the symmetric matrices of half vectors."""
         return x.take(self.full, axis=-1)
 
     def sensing(self) -> Array:
-        """Give the A_i, of shape (m, n, n)."""
+        """Return the A_i, of shape (m, n, n)."""
         return self.matrix(self.H / self.weight)
 
     def residual(self, x: Array) -> Array:
@@ -126,18 +126,18 @@ class Problem:
         return x @ self.H.T - self.y
 
     def slope(self, residual: Array) -> Array:
-        """Give the half vectors of grad f(X) = 1/m sum_i residual_i A_i."""
+        """Return the half vectors of grad f(X) = 1/m sum_i residual_i A_i."""
         few = len(residual) <= SMALL_BATCH
         back = np.stack([row @ self.H for row in residual]) if few else residual @ self.H
         return back / (self.m * self.weight)
 
     def curvature(self) -> float:
-        """Give the largest curvature of f over symmetric matrices."""
+        """Return the largest curvature of f over symmetric matrices."""
         rows = self.H / np.sqrt(self.weight)  # an isometry: |rows_i| = |A_i|_F
         return float(eigvalsh(rows @ rows.T, subset_by_index=[self.m - 1] * 2)[0]) / self.m
 
     def measure(self, x: Array) -> dict[str, Array]:
-        """Give the metrics of half vectors (rows, p)."""
+        """Return the metrics of half vectors (rows, p)."""
         X = self.matrix(x)
         return {
             "train": (self.residual(x) ** 2).sum(-1) / (2 * self.m),
@@ -275,6 +275,6 @@ class _Film:
             self.watch(step, self.rows[-1])
 
     def curves(self, X: Array) -> Curves:
-        """Give all that was measured."""
+        """Return all that was measured."""
         metrics = {name: np.stack([row[name] for row in self.rows], 1) for name in METRICS}
         return Curves(np.array(self.steps), metrics, X)

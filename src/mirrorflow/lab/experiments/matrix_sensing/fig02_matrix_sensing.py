@@ -66,7 +66,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (n = 12, 400 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
+        """Return smoke (n = 12, 400 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
         if name == "smoke":
             return cls(
                 n=12, r=2, m=60, steps=400, switch=200, every=20, seeds=(0, 1), commuting_m=5,
@@ -90,7 +90,7 @@ class Config(contract.Config):
         }
 
     def interpolating(self) -> list[int]:
-        """Give the scenarios that end without decay: only these have an end point in R_a."""
+        """Return the scenarios that end without decay: only these have an end point in R_a."""
         return [i for i, s in enumerate(self.scenarios().values()) if s.rate(self.steps - 1) == 0]
 
 
@@ -143,7 +143,7 @@ def _seed(config: Config, seed: int, tick: Any) -> Part:
 
 
 def _ends(config: Config, seed: int, model: str, curves: Curves) -> list[Record]:
-    """Give where each scenario ended."""
+    """Return where each scenario ended."""
     return [
         {
             "panel": "end",
@@ -278,14 +278,14 @@ def _of(records: list[Record], model: str, scenario: str) -> list[Record]:
 
 
 def _median(records: list[Record], model: str, scenario: str) -> dict[str, float]:
-    """Give the medians over the seeds of the numbers that the records hold."""
+    """Return the medians over the seeds of the numbers that the records hold."""
     found = _of(records, model, scenario)
     keys = [k for k in (*METRICS, "predicted", "gap") if k in found[0]]
     return {key: statistics.median(r[key] for r in found) for key in keys}
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each model and scenario: medians over the seeds, and the range."""
+    """Return a row for each model and scenario: medians over the seeds, and the range."""
     rows = []
     for model, label in MODELS.items():
         for name in _scenarios(records):

@@ -109,13 +109,13 @@ class Plan:
         return f"{self.kind}-{self.rate:.6g}{off}-seed{self.seed}"
 
     def rates(self, steps: int) -> Array:
-        """Give the decay of each step; of a closed loop nothing is known before."""
+        """Return the decay of each step; of a closed loop nothing is known before."""
         if self.kind in ("hold", "level"):
             return np.zeros(steps)
         return np.where(np.arange(steps) < (steps if self.off is None else self.off), self.rate, 0)
 
     def schedule(self, target: float, window: int) -> Any:
-        """Give the schedule that the scheduler follows."""
+        """Return the schedule that the scheduler follows."""
         import mirrorflow as mf
         from mirrorflow.weightdecay import HoldRatio, OffWhenLevel
 
@@ -158,7 +158,7 @@ def plans(
 
 
 def absorbed(lrs: Array, momentum: float = 0.0) -> Array:
-    """Give what a decay of 1 in each step has added to -a_T at the end of the run.
+    """Return what a decay of 1 in each step has added to -a_T at the end of the run.
 
     That is lr; L2 that goes through a momentum buffer acts in all later steps, in the s-th after
     with momentum^s, as far as the run goes: lr (1 - momentum^(T - t)) / (1 - momentum) for a
@@ -169,7 +169,7 @@ def absorbed(lrs: Array, momentum: float = 0.0) -> Array:
 
 
 def timeline(plan: Plan, steps: int, shared: Mapping[str, Any]) -> Timeline:
-    """Give what names the states of a run; ``shared`` is all that decides it besides the plan."""
+    """Return what names the states of a run; ``shared`` is all that decides it besides the plan."""
     loop = {"loop": plan.kind, "rate": plan.rate} if plan.kind in ("hold", "level") else {}
     return Timeline({**shared, **loop, "seed": plan.seed}, plan.rates(steps))
 
@@ -205,7 +205,7 @@ def run_plans(
 
 
 def _part(plan: Plan, session: Session, data: str) -> Part:
-    """Give the record of a finished run, and its curves."""
+    """Return the record of a finished run, and its curves."""
     curves = {name: np.array(found) for name, found in session.curves.items()}
     ends = {n: float(c[-1]) for n, c in curves.items() if not n.endswith(".step") and n != "rate"}
     record = {
@@ -254,7 +254,7 @@ class Study:
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Give the mean over seeds and the half width of its 95% interval (Student's t); 0 for one."""
+    """Return the mean over seeds and half its 95% interval (Student's t); 0 for one seed."""
     from scipy.stats import t
 
     count = len(numbers)
@@ -265,7 +265,7 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def values(records: Sequence[Record], key: str, **where: Any) -> list[float]:
-    """Give a number of the records that fit, by seed."""
+    """Return a number of the records that fit, by seed."""
     fit = [r for r in records if all(r[name] == value for name, value in where.items())]
     return [r[key] for r in sorted(fit, key=lambda r: r["seed"])]
 

@@ -106,7 +106,7 @@ class Session:
         return step % self.every == 0 or step == self.steps
 
     def state(self) -> dict[str, Any]:
-        """Give all that the steps change."""
+        """Return all that the steps change."""
         feedback = _feedback(self.decay)
         return {
             "model": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
@@ -223,7 +223,7 @@ def controlled(optimizer: Optimizer, schedule: Any, **options: Any) -> WeightDec
 
 
 def _feedback(decay: WeightDecayScheduler) -> Any:
-    """Give the closed loop that decides the decay, if there is one."""
+    """Return the closed loop that decides the decay, if there is one."""
     from mirrorflow.weightdecay import Feedback
 
     return decay.schedule if isinstance(decay.schedule, Feedback) else None

@@ -62,7 +62,7 @@ class Config(SwitchConfig, ImageConfig):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
+        """Return smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
         if name == "smoke":
             return cls(
                 data="digits", size=8, patch=4, width=16, layers=2, heads=2, batch=64,
@@ -77,7 +77,7 @@ class Config(SwitchConfig, ImageConfig):
         )  # fmt: skip
 
     def lrs(self) -> Array:
-        """Give the learning rate of each step."""
+        """Return the learning rate of each step."""
         steps = np.arange(self.steps)
         if self.constant:
             return np.full(self.steps, self.lr)
@@ -93,7 +93,7 @@ class Config(SwitchConfig, ImageConfig):
 
 
 def timelines(config: Config) -> dict[str, Timeline]:
-    """Give what each run does."""
+    """Return what each run does."""
     without = {"seeds", "decays", "off", "times", "loops"}
     shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
     return {key: timeline(p, config.steps, shared) for key, p in config.plans().items()}

@@ -83,7 +83,7 @@ def _mirrorflow(off: bool) -> Method:
 
 
 def _arguments(problem: Problem) -> tuple[tuple[Array, ...], dict[str, Any]]:
-    """Give what MatrixSensing fits, and for entries as many steps as the others take."""
+    """Return what MatrixSensing fits, and for entries as many steps as the others take."""
     if isinstance(problem, Entries):
         return (problem.M,), {"tol": SETTLED, "max_iter": STEPS}
     return (problem.A, problem.y), {}

@@ -84,7 +84,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (tiny matrices and digits), cpu (three draws), or full (ten draws)."""
+        """Return smoke (tiny matrices and digits), cpu (three draws), or full (ten draws)."""
         if name == "smoke":
             return cls(
                 small=(12, 10), large=(24, 20), measured=(6, 5), ranks=(1,), large_rank=2,
@@ -117,7 +117,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
 
 
 def _cells(config: Config, kind: str) -> list[tuple[int, float, float]]:
-    """Give (rank, seen, noise) of each cell of a kind."""
+    """Return (rank, seen, noise) of each cell of a kind."""
     ranks = (config.large_rank,) if kind == "large" else config.ranks
     return list(product(ranks, config.seens, config.noises))
 
@@ -152,7 +152,7 @@ def _fit(method: str, problem: Problem, max_rank: int, seed: int) -> Found:
 
 
 def _outcome(method: str, found: Found) -> Record:
-    """Give what a record says of a fit, except its error."""
+    """Return what a record says of a fit, except its error."""
     s = np.linalg.svd(found.X, compute_uv=False)
     return {
         "method": method,
@@ -183,7 +183,7 @@ def _image(config: Config, methods: list[str], name: str, seen: float) -> Part:
 
 
 def _grey(X: Array) -> NDArray[np.uint8]:
-    """Give the grey levels 0 to 255 of numbers in [0, 1]."""
+    """Return the grey levels 0 to 255 of numbers in [0, 1]."""
     return np.clip(np.round(255 * X), 0, 255).astype(np.uint8)
 
 
@@ -247,7 +247,7 @@ def _left_out(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of data, noise and method: medians over the rest."""
+    """Return a row for each kind of data, noise and method: medians over the rest."""
     rows = []
     for (data, noise), methods in medians(records, ("data", "noise")).items():
         for name, m in methods.items():

@@ -73,7 +73,7 @@ class OnRay:
         self._running[self._task.remote(job, *self._settings)] = job.key
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give the tasks that have ended, after at most ``timeout`` seconds."""
+        """Return the tasks that have ended, after at most ``timeout`` seconds."""
         ended, _ = self._ray.wait(list(self._running), timeout=timeout)
         return [self._event(reference) for reference in ended]
 

@@ -68,7 +68,7 @@ class OnSlurm:
         self._running[job.key] = self._executor.submit(carry_out, job, *self._settings, _silent)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give the jobs that have ended, after at most ``timeout`` seconds."""
+        """Return the jobs that have ended, after at most ``timeout`` seconds."""
         end = time.monotonic() + timeout
         while not (ended := [key for key, job in self._running.items() if job.done()]):
             if time.monotonic() > end:
