@@ -190,7 +190,7 @@ class ControlledDecay:
         return finite(numbers)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the measurements as flat rows (step, layer, head, ...), for a table or CSV file."""
+        """Return the measurements as flat rows (step, layer, head, ...), for a table or CSV."""
         return rows(self.measurements)
 
     def state_dict(self) -> dict[str, Any]:

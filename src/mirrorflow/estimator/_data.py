@@ -74,7 +74,7 @@ class Data:
         return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)
 
     def intercept(self, coef: Array, repeat: bool = False) -> Array:
-        """Return the intercepts of coefficients (K, d); with ``repeat`` all belong to one target."""
+        """Return the intercepts of coefficients (K, d); with ``repeat`` all are of one target."""
         return (self.targets[0] if repeat else self.targets) - coef @ self.means
 
     def dual(self, nu: Array) -> Array:
