@@ -153,7 +153,7 @@ def test_beside_a_learning_rate_scheduler_as_one(tmp_path):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="HoldRatio needs track_every > 0"):
+    with pytest.raises(ValueError, match="track_every must be positive with HoldRatio"):
         DecayCallback(mf.HoldRatio(1.5, 0.3, gain=0.8))
     with pytest.raises(ValueError, match="nothing to schedule"):
         fit(Net(decay=0.0), [DecayCallback(mf.Constant(0.5))])

@@ -242,9 +242,9 @@ def test_mistakes_are_named():
         held.update(0, {"a": 2.0})
     with pytest.raises(ValueError, match=r"layers \['a'\], these are \['a', 'b'\]"):
         held.load_state_dict({"a": {}})
-    with pytest.raises(ValueError, match="PerLayer needs track_every > 0"):
+    with pytest.raises(ValueError, match="track_every must be positive with PerLayer"):
         ControlledDecay(Net(), torch.optim.SGD(Net().parameters()), held)
-    with pytest.raises(ValueError, match="nothing is tracked"):
+    with pytest.raises(ValueError, match="track_every must be positive"):
         net = Net()
         optimizer = torch.optim.AdamW(net.parameters())
         ControlledDecay(net, optimizer, mf.Constant(0.1)).measure(0)

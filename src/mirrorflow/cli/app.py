@@ -160,7 +160,7 @@ def _execute(
 
     if name not in framework.experiments():
         known = ", ".join(framework.experiments())
-        raise UserError(f"there is no experiment {name!r}; known are {known}")
+        raise UserError(f"experiment must be one of {known}, got {name!r}.")
     module = framework.load(name)
     try:
         chosen = framework.config_from(module, preset, config, overrides)
@@ -204,7 +204,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _summary(folder: Path) -> str:
-    """Say in words what a stored run shows."""
+    """Return in words what a stored run shows."""
     import json
     import textwrap
 
@@ -222,7 +222,9 @@ def _build(folder: Path, output: Path) -> Path:
 
     results = framework.find_results(folder)
     if not results:
-        raise UserError(f"there are no finished results in {folder}; make some with mirrorflow run")
+        raise UserError(
+            f"{folder} must hold finished results, got none. Make some with mirrorflow run."
+        )
     # The paper's figures first, then the studies of our own.
     results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
     sections = [_section(folder, result, results) for result in results]
@@ -230,7 +232,7 @@ def _build(folder: Path, output: Path) -> Path:
 
 
 def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """Let an experiment say what its stored records show."""
+    """Return the page's section of a stored run, as its experiment describes it."""
     from ..lab import framework
     from ..lab import report as page
 
@@ -301,7 +303,7 @@ def _load_pair(target: str) -> tuple[Any, Any, Any]:
     if not path or not name:
         raise UserError(f"expected path/to/file.py:name, got {target!r}")
     if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"{path} does not exist. Give path/to/file.py:name.")
     try:
         values = runpy.run_path(path)
     except Exception as error:  # whatever a user's file does wrong is the user's to read

@@ -1,4 +1,4 @@
-"""What an experiment is, how it is run, and what is stored: the folder that the page is made of.
+"""Contract of an experiment: its configuration, its run, and the folder that holds its result.
 
 A run lives in ``<out>/<experiment>/<hash>/``, named by the hash of its configuration:
 
@@ -278,7 +278,7 @@ def load(name: str) -> Experiment:
     """Import an experiment; ValueError with the names that there are, if there is none."""
     known = experiments()
     if name not in known:
-        raise ValueError(f"there is no experiment {name!r}; there are: {', '.join(known)}")
+        raise ValueError(f"experiment must be one of {', '.join(known)}, got {name!r}.")
     module: Any = importlib.import_module(known[name])
     return module
 
@@ -297,7 +297,7 @@ def config_from(
         For an unknown preset, an unknown key (with those that there are), or a bad value.
     """
     if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are: {', '.join(PRESETS)}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     values = module.Config.preset(preset).model_dump()
     values |= _known(module, _toml(Path(toml_path)), str(toml_path)) if toml_path else {}
     values |= _known(module, overrides or {}, "the overrides")

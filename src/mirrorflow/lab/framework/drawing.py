@@ -1,4 +1,4 @@
-"""What the figures and charts of all experiments share: styles, axes, and how a chart zooms."""
+"""Styles, axes and zoom that the figures and charts of all experiments share."""
 
 from __future__ import annotations
 

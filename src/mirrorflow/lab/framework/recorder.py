@@ -1,4 +1,4 @@
-"""What a run writes while it runs: numbers on the way, and each part as it is finished."""
+"""Recorder of a run: numbers on the way, and each part when it is finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a sweep is, and its records as one table: read from what is stored."""
+"""Progress of a sweep and its records as one table, read from stored files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the sparse coding experiments share: faces, a dictionary, the runs, and their pictures."""
+"""Faces, dictionary, runs and pictures of the sparse coding experiments."""
 
 from __future__ import annotations
 

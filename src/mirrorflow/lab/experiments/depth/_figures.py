@@ -107,7 +107,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
         "Level dotted lines, for m·w: the end point that limit computes without training, where "
         f"it is above {FLOOR:.0e}.",
         "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu"
-        f"{middle(records)}; grey: that of the truth.",
+        f"{middle(records)}; grey: the truth's.",
     }
     return [
         (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, trajectory, key)))
@@ -170,7 +170,7 @@ def _vertical(rows: list[Record], key: str) -> dict[str, Any]:
 
 
 def _rows(records: list[Record], trajectory: Trajectory, key: str) -> list[Record]:
-    """Return the points of the curves, rounded; where x = 0 there is no ratio."""
+    """Return the points of the curves, rounded; without those at x = 0, which have no ratio."""
     rows = []
     for name, depth in DEPTHS.items():
         steps, values = trajectory[f"depth{depth}/step"], trajectory[f"depth{depth}/{key}"]

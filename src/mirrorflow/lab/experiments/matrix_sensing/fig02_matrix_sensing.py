@@ -309,7 +309,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def _range(errors: list[float]) -> str:
-    """Write the least and the greatest; of one there is no range."""
+    """Write the least and the greatest, or the only one."""
     return f"{min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else "one seed"
 
 

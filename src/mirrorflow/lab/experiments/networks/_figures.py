@@ -1,4 +1,4 @@
-"""What the page shows of networks trained with decay kept, switched off and halved."""
+"""Figures of networks trained with decay kept, switched off and halved."""
 
 from __future__ import annotations
 

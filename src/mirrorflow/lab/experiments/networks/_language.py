@@ -40,7 +40,7 @@ SHAKESPEARE = (
 
 
 def text(source: str) -> str:
-    """Return a text: "tiny_shakespeare", "pydoc" (Python's own help topics), or that of a file."""
+    """Return a text: "tiny_shakespeare", "pydoc" (Python's own help topics), or a file's."""
     if source == "pydoc":
         from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""What the page shows of fine-tuning with a constant and with a restarted learning rate."""
+"""Figures of fine-tuning with a constant and with a restarted learning rate."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str, label: str) 
     ]  # fmt: skip
     names = _strengths(records)
     colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
-    shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
+    shapes = alt.Scale(domain=names)  # as the colours have it: one legend for both
     legend = alt.Legend(orient="bottom", columns=3, title=f"decay of {' / '.join(NAMES.values())}")
     return (
         alt.Chart(alt.Data(values=_points(records, trajectory, key)))

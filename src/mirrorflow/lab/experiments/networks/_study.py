@@ -1,4 +1,4 @@
-"""What the network experiments share: which runs there are, and how they are compared."""
+"""Runs of the network experiments, and how they are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the low-rank study recovers: random matrices and images, from entries or measurements."""
+"""Data of the low-rank study: random matrices and images, from entries or measurements."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
     images = [row for row in _flat(records) if row["noise"] is None]
     if images:
         made.append(
-            ("Error on the hidden pixels; 1 is that of the mean of the known ones.",
+            ("Error on the hidden pixels; 1: the error of the known pixels' mean.",
              _chart(images, records, "data"))
         )  # fmt: skip
     pictures = _pictures(trajectory)
@@ -136,7 +136,7 @@ def _chart(rows: list[Record], records: list[Record], x: str) -> Any:
     )
     legend = alt.Legend(orient="bottom", columns=2)
     colours = alt.Scale(domain=names, range=[str(s["color"]) for s in STYLES[: len(names)]])
-    shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
+    shapes = alt.Scale(domain=names)  # as the colours have it: one legend for both
     chart = alt.Chart(alt.Data(values=rows)).transform_filter(alt.datum.case == menu)
     mark = chart.mark_line(point=alt.OverlayMarkDef(size=50))
     if x == "data":

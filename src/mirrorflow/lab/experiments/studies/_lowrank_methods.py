@@ -92,7 +92,7 @@ def _arguments(problem: Problem) -> tuple[tuple[Array, ...], dict[str, Any]]:
 def _soft_impute(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutions:
     """Follow the thresholds of Mazumder, Hastie and Tibshirani (2010), each from the last."""
     top = np.linalg.norm(problem.adjoint(), 2)
-    above = [c for c in PATH if c > max(knobs)]  # a single threshold is reached by the path, too
+    above = [c for c in PATH if c > max(knobs)]  # the path also reaches a single threshold
 
     def shrink(s: Array, knob: float) -> Array:
         return np.maximum(s - knob * top, 0)
@@ -149,7 +149,7 @@ def _nuclear(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutio
         weight.value = knob * top
         chosen = soft if knob > 0 else hard
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an inaccurate end is in the status, too
+            warnings.simplefilter("ignore")  # the status says it as well
             chosen.solve(solver=cp.SCS, eps=1e-6, max_iters=20_000)
         found.append((np.asarray(M.value), chosen.status == cp.OPTIMAL))
     return found

@@ -53,7 +53,7 @@ def _flow(**options: Any) -> Any:
 
 
 def _elastic_net() -> Any:
-    """Make an elastic net that chooses its mixture, too."""
+    """Make an elastic net that also chooses its mixture."""
     options: Any = {"l1_ratio": [0.1, 0.5, 0.9], "cv": FOLDS}
     return ElasticNetCV(**options)
 

@@ -43,7 +43,7 @@ class Config(contract.Config):
         Of the truth.
     seens, noises : tuples of float
         The fraction of the entries that is known (of measurements: as many as that), and the
-        standard deviation of their noise relative to that of the entries.
+        standard deviation of their noise relative to the entries' own.
     images : tuple of str
         "china" and "flower" (photographs, grey), "digits" and "faces" (one image a row; the
         Olivetti faces, left out where they are not at hand).
