@@ -229,8 +229,9 @@ class ControlledDecay:
         theirs = len(state["loops"]), state["layers"] is not None
         if ours != theirs:
             raise ValueError(
-                f"state must come from {ours[0]} closed loops and {'a' if ours[1] else 'no'} PerLayer, "
-                f"got {theirs[0]} and {'a' if theirs[1] else 'none'}. Resume with the same schedules."
+                f"state must come from {ours[0]} closed loops and {'a' if ours[1] else 'no'} "
+                f"PerLayer, got {theirs[0]} and {'a' if theirs[1] else 'none'}. Resume with the "
+                "same schedules."
             )
 
     def close(self) -> None:
@@ -304,8 +305,8 @@ def check_settings(
         measured = isinstance(loop, (Feedback, PerLayer)) and not isinstance(loop, OffAtBudget)
         if measured and not track_every:
             raise ValueError(
-                f"track_every must be positive with {type(loop).__name__}, got 0: this loop answers "
-                "to measurements. Pass track_every=50, for example."
+                f"track_every must be positive with {type(loop).__name__}, got 0: the loop "
+                "answers to measurements. Pass track_every=50, for example."
             )
     return options
 
