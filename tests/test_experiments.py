@@ -15,8 +15,8 @@ from mirrorflow.lab.experiments.legendre_shapes import fig09_fig11_fig14_legendr
 from mirrorflow.lab.experiments.matrix_sensing import _problem as sensing
 from mirrorflow.lab.experiments.matrix_sensing import fig02_matrix_sensing as fig02
 from mirrorflow.lab.experiments.matrix_sensing._problem import (
-    Problem,
     Scenario,
+    SensingProblem,
     train_factor,
     train_linear,
 )
@@ -287,7 +287,7 @@ def literal_factor(problem, scenario, eta, steps, start, every):
 
 
 def test_all_scenarios_together_equal_one_literal_loop_each():
-    problem = Problem.random(3, n=7, r=2, m=20)
+    problem = SensingProblem.random(3, n=7, r=2, m=20)
     seen = []
     curves = train_factor(problem, SCENARIOS, *CLOCK, lambda step, m: seen.append((step, m)))
     assert curves.steps.tolist() == [0, 30, 60, 90] == [step for step, _ in seen]
@@ -302,7 +302,7 @@ def test_all_scenarios_together_equal_one_literal_loop_each():
 
 
 def test_small_and_large_batches_agree():
-    problem = Problem.random(0, n=6, r=1, m=9)
+    problem = SensingProblem.random(0, n=6, r=1, m=9)
     x = np.random.default_rng(0).standard_normal((9, 21))
     few = np.concatenate([problem.residual(x[:4]), problem.residual(x[4:8])])
     np.testing.assert_allclose(problem.residual(x)[:8], few, rtol=1e-12, atol=1e-13)
@@ -313,7 +313,7 @@ def test_small_and_large_batches_agree():
 
 @pytest.mark.parametrize("kind", ["random", "commuting"])
 def test_half_vectors_are_the_matrices(kind):
-    problem = getattr(Problem, kind)(1, 6, 2, 5)
+    problem = getattr(SensingProblem, kind)(1, 6, 2, 5)
     A, rng = problem.sensing(), np.random.default_rng(0)
     B = rng.standard_normal((3, 6, 6))
     X = B + B.transpose(0, 2, 1)
@@ -334,7 +334,7 @@ def test_half_vectors_are_the_matrices(kind):
 
 @pytest.mark.parametrize("penalty", ["nuclear", "l1"])
 def test_the_linear_model_ends_at_the_minimizer_of_its_penalized_loss(penalty):
-    problem, alpha = Problem.random(0, n=5, r=1, m=12), 0.05
+    problem, alpha = SensingProblem.random(0, n=5, r=1, m=12), 0.05
     curves = train_linear(problem, [Scenario(alpha)], 0.2, 4000, 0.1, 4000, penalty)
     X = cp.Variable((5, 5), symmetric=True)
     size = cp.normNuc(X) if penalty == "nuclear" else cp.sum(cp.abs(X))
@@ -345,7 +345,7 @@ def test_the_linear_model_ends_at_the_minimizer_of_its_penalized_loss(penalty):
 
 
 def test_the_linear_model_after_the_switch_goes_to_the_nearest_solution():
-    problem = Problem.random(0, n=5, r=1, m=9)
+    problem = SensingProblem.random(0, n=5, r=1, m=9)
     before, after = (
         train_linear(problem, [Scenario(0.05, 300)], 0.2, steps, 0.1, steps).X[0]
         for steps in (300, 3000)
@@ -356,7 +356,7 @@ def test_the_linear_model_after_the_switch_goes_to_the_nearest_solution():
 
 
 def test_an_x_that_has_arrived_is_where_the_literal_loop_is():
-    problem, eta, steps = Problem.random(1, n=5, r=1, m=14), 0.1, 3000
+    problem, eta, steps = SensingProblem.random(1, n=5, r=1, m=14), 0.1, 3000
     curves = train_linear(problem, [Scenario(0.04, 1500)], eta, steps, 0.2, 500)
     A, X, errors = problem.sensing(), 0.04 * np.eye(5), []
     assert eta * problem.curvature() < sensing.STABLE  # one step of eta each
@@ -371,7 +371,7 @@ def test_an_x_that_has_arrived_is_where_the_literal_loop_is():
 
 
 def test_a_step_that_is_too_long_for_x_is_cut_on_the_same_clock():
-    problem = Problem.random(0, n=8, r=1, m=6)
+    problem = SensingProblem.random(0, n=8, r=1, m=6)
     assert 0.4 * problem.curvature() > 2  # plain gradient descent diverges
     end = train_linear(problem, [Scenario(0.0)], 0.4, 600, 0.1, 600)
     assert end.metrics["train"][0, -1] < 1e-20
@@ -379,7 +379,7 @@ def test_a_step_that_is_too_long_for_x_is_cut_on_the_same_clock():
 
 def test_divergence_is_an_error():
     with pytest.raises(FloatingPointError, match="diverged by step 10: lower eta"):
-        train_factor(Problem.random(0, 6, 2, 30), [Scenario(0.0)], 50.0, 20, 1.0, 10)
+        train_factor(SensingProblem.random(0, 6, 2, 30), [Scenario(0.0)], 50.0, 20, 1.0, 10)
 
 
 def test_scenarios_know_their_accumulated_decay():
@@ -423,7 +423,7 @@ MEASURED = {
 def test_matrix_sensing_agrees_with_theory_md(m):
     config = fig02.Config(m=m)
     clock = (config.eta, config.steps, config.start, config.steps)
-    problem, scenarios = Problem.random(0, 50, 5, m), list(config.scenarios().values())
+    problem, scenarios = SensingProblem.random(0, 50, 5, m), list(config.scenarios().values())
     factor = train_factor(problem, scenarios, *clock).metrics["error"][:, -1]
     np.testing.assert_allclose(factor[:3], MEASURED[m][:3], rtol=0.1)
     np.testing.assert_allclose(np.log(factor[3]), np.log(MEASURED[m][3]), atol=np.log(2))

@@ -18,7 +18,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import mirrorflow as mf
 from mirrorflow.estimator._alternating import Observed, alternate, solve_rows
 from mirrorflow.estimator._measured import Measured, descend
-from mirrorflow.lab.experiments.matrix_sensing._problem import Problem
+from mirrorflow.lab.experiments.matrix_sensing._problem import SensingProblem
 
 
 class Rows(mf.MatrixSensing, auto_wrap_output_keys=None):
@@ -68,7 +68,7 @@ def low_rank(p=40, q=30, rank=2, seed=0):
 
 def test_switching_off_recovers_what_constant_decay_shrinks():
     """The demonstration of the paper: from the same measurements, psd."""
-    problem = Problem.random(0, 20, 2, 120)
+    problem = SensingProblem.random(0, 20, 2, 120)
     A, y, truth = problem.sensing(), problem.y, problem.truth
     options = {"max_rank": 20, "symmetric": True, "max_iter": 5000}
 

@@ -14,10 +14,10 @@ from ..weightdecay import Feedback, PerLayer
 from .loop import ControlledDecay, check_settings
 from .readings import Metric
 
-__all__ = ["Plan"]
+__all__ = ["RunSettings"]
 
 
-class Plan:
+class RunSettings:
     """The settings of `ControlledDecay`, checked at once, for as many runs as there will be.
 
     Closed loops are copied for each run, so that a second one does not begin where the first has

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ..control.loop import ControlledDecay
-from ..control.plan import Plan
+from ..control.plan import RunSettings
 from ..control.readings import Metric
 from ..spectrum import Measurement, SpectralTracker
 from ..spectrum.pairs import Named
@@ -88,7 +88,7 @@ def control_decay(
     tracked = {
         "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
     }  # fmt: skip
-    plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
+    plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
     control = DecayControl(trainer, plan)
     trainer.add_callback(control)
     return control
@@ -116,7 +116,7 @@ class DecayControl(TrainerCallback):
         What was measured.
     """
 
-    def __init__(self, trainer: Any, plan: Plan) -> None:
+    def __init__(self, trainer: Any, plan: RunSettings) -> None:
         self._trainer, self._plan = trainer, plan
         self._loop: ControlledDecay | None = None
         self._logged = -1  # the step of the last row

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ..control.loop import ControlledDecay
-from ..control.plan import Plan
+from ..control.plan import RunSettings
 from ..control.readings import Metric
 from ..schedule import Schedule
 from ..spectrum import Measurement
@@ -90,7 +90,7 @@ class DecayCallback(Callback):
         tracked = {
             "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
         }  # fmt: skip
-        self._plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
+        self._plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
         self.index = optimizer
         self._loop: ControlledDecay | None = None
         self._saved: Mapping[str, Any] | None = None

@@ -16,7 +16,7 @@ from ...framework.trunks import Timeline, branch_points
 from ._training import Session, device, train
 
 __all__ = [
-    "Plan",
+    "PlannedRun",
     "Study",
     "SwitchConfig",
     "absorbed",
@@ -69,7 +69,7 @@ class SwitchConfig(Config):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """The decay of one run, and what it is there to be compared with.
 
     Attributes
@@ -134,7 +134,7 @@ def plans(
     seeds: Sequence[int],
     times: Sequence[int] = (),
     loops: bool = False,
-) -> list[Plan]:
+) -> list[PlannedRun]:
     """List the runs: for each decay those of the paper, and the constant one of equal budget.
 
     ``weights`` is what a decay of 1 in each step adds to the budget (`absorbed`). The first decay
@@ -145,15 +145,17 @@ def plans(
     for seed in seeds:
         for rate in decays:
             found += [
-                Plan(rate, "constant", rate, None, seed),
-                Plan(rate, "off", rate, off, seed),
-                Plan(rate, "half", rate / 2, None, seed),
-                Plan(rate, "budget", rate * share, None, seed),
+                PlannedRun(rate, "constant", rate, None, seed),
+                PlannedRun(rate, "off", rate, off, seed),
+                PlannedRun(rate, "half", rate / 2, None, seed),
+                PlannedRun(rate, "budget", rate * share, None, seed),
             ]
-        found.append(Plan(decays[0], "none", 0.0, None, seed))
-        found += [Plan(decays[0], "time", decays[0], time, seed) for time in times]
+        found.append(PlannedRun(decays[0], "none", 0.0, None, seed))
+        found += [PlannedRun(decays[0], "time", decays[0], time, seed) for time in times]
         if loops:
-            found += [Plan(decays[0], kind, decays[0], None, seed) for kind in ("hold", "level")]
+            found += [
+                PlannedRun(decays[0], kind, decays[0], None, seed) for kind in ("hold", "level")
+            ]
     return found
 
 
@@ -168,7 +170,7 @@ def absorbed(lrs: Array, momentum: float = 0.0) -> Array:
     return lrs * later
 
 
-def timeline(plan: Plan, steps: int, shared: Mapping[str, Any]) -> Timeline:
+def timeline(plan: PlannedRun, steps: int, shared: Mapping[str, Any]) -> Timeline:
     """Return what names the states of a run; ``shared`` is all that decides it besides the plan."""
     loop = {"loop": plan.kind, "rate": plan.rate} if plan.kind in ("hold", "level") else {}
     return Timeline({**shared, **loop, "seed": plan.seed}, plan.rates(steps))
@@ -176,9 +178,9 @@ def timeline(plan: Plan, steps: int, shared: Mapping[str, Any]) -> Timeline:
 
 def run_plans(
     recorder: Recorder,
-    chosen: Mapping[str, Plan],
+    chosen: Mapping[str, PlannedRun],
     lines: Mapping[str, Timeline],
-    build: Callable[[Plan], Session],
+    build: Callable[[PlannedRun], Session],
     data: str,
 ) -> list[Record]:
     """Train every run into a part of its own; runs that begin alike share their beginning."""
@@ -192,7 +194,7 @@ def run_plans(
                 recorder.log(step=step, run=key, **found)
             recorder.progress(base + step, steps, key)
 
-        def compute(plan: Plan = plan, key: str = key, watch: Any = watch) -> Part:
+        def compute(plan: PlannedRun = plan, key: str = key, watch: Any = watch) -> Part:
             line = lines[key]
             session = train(
                 lambda: build(plan), line, recorder.checkpoints, keep=keep[key], watch=watch
@@ -204,7 +206,7 @@ def run_plans(
     return records
 
 
-def _part(plan: Plan, session: Session, data: str) -> Part:
+def _part(plan: PlannedRun, session: Session, data: str) -> Part:
     """Return the record of a finished run, and its curves."""
     curves = {name: np.array(found) for name, found in session.curves.items()}
     ends = {n: float(c[-1]) for n, c in curves.items() if not n.endswith(".step") and n != "rate"}

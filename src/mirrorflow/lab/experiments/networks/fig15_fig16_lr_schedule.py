@@ -91,11 +91,11 @@ class Config(ImageConfig):
         within = np.arange(self.steps) % self.restart / self.restart
         return peak * (1 + np.cos(np.pi * within)) / 2
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, RatePlan]:
         """Name the runs."""
         lists = {"adamw": self.decays, "sgd": self.sgd_decays}
         found = [
-            Plan(optimizer, rate, decay, seed)
+            RatePlan(optimizer, rate, decay, seed)
             for seed in self.seeds
             for optimizer in OPTIMIZERS
             for rate in RATES
@@ -105,7 +105,7 @@ class Config(ImageConfig):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatePlan:
     """One run: its optimizer, its learning rate (one of `RATES`), its decay."""
 
     optimizer: str
@@ -243,7 +243,7 @@ def _model(config: Config, seed: int) -> Any:
     )  # fmt: skip
 
 
-def _session(config: Config, plan: Plan, checkpoints: Checkpoints) -> Session:
+def _session(config: Config, plan: RatePlan, checkpoints: Checkpoints) -> Session:
     """Build a run of fine-tuning."""
     import torch
 

@@ -12,7 +12,7 @@ from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._charts import make_charts
 from ._figures import draw_figure, rows, sentences
-from ._study import Array, Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
+from ._study import Array, PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._vision import ImageConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Config(SwitchConfig, ImageConfig):
         fall = np.clip((steps - self.warmup) / max(1, self.steps - self.warmup), 0, 1)
         return self.lr * rise * (1 + np.cos(np.pi * fall)) / 2
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, PlannedRun]:
         """Name the runs."""
         weights = absorbed(self.lrs())
         found = plans(self.decays, self.off, weights, self.seeds, self.times, self.loops)
@@ -121,7 +121,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
     return run_plans(recorder, chosen, lines, lambda plan: _session(config, plan), data)
 
 
-def _session(config: Config, plan: Plan) -> Session:
+def _session(config: Config, plan: PlannedRun) -> Session:
     """Build a run."""
     import torch
 

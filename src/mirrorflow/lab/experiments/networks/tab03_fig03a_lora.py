@@ -13,7 +13,7 @@ from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._charts import make_charts
 from ._figures import draw_figure, rows, sentences
-from ._study import Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
+from ._study import PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 
 if TYPE_CHECKING:
     from ._training import Session, Watch
@@ -103,7 +103,7 @@ class Config(SwitchConfig):
             lr=0.02, decays=(0.01, 0.002), times=(100, 300, 400), loops=True, seeds=(0, 1, 2, 3, 4)
         )
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, PlannedRun]:
         """Name the runs."""
         weights = absorbed(np.full(self.steps, self.lr), self.momentum)
         found = plans(self.decays, self.off, weights, self.seeds, self.times, self.loops)

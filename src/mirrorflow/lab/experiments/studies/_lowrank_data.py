@@ -14,8 +14,8 @@ from ...framework.contract import Record
 __all__ = [
     "SYNTHETIC",
     "Entries",
+    "LowRankData",
     "Measurements",
-    "Problem",
     "drawn",
     "faces",
     "medians",
@@ -77,10 +77,12 @@ class Measurements:
         return float(((np.tensordot(self.A, X, 2) - self.y) ** 2).mean())
 
 
-Problem = Entries | Measurements
+LowRankData = Entries | Measurements
 
 
-def drawn(kind: str, truth: Array, seen: float, noise: float, rng: np.random.Generator) -> Problem:
+def drawn(
+    kind: str, truth: Array, seen: float, noise: float, rng: np.random.Generator
+) -> LowRankData:
     """Draw which entries are seen, or what is measured."""
     if kind == "measured":
         A = rng.standard_normal((max(5, round(seen * truth.size)), *truth.shape))

@@ -12,13 +12,13 @@ from pydantic import Field, field_validator
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
-from ._lowrank_data import SYNTHETIC, Entries, Problem, drawn, faces, medians, pixels
+from ._lowrank_data import SYNTHETIC, Entries, LowRankData, drawn, faces, medians, pixels
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
     from matplotlib.figure import Figure
 
-    from ._lowrank_methods import Found
+    from ._lowrank_methods import Fitted
 
 NAME = "bench_lowrank"
 TITLE = "Low-rank recovery: when to switch the decay off, and when to keep it"
@@ -144,14 +144,14 @@ def _cell(
     return Part(records, {}, checksum(last))
 
 
-def _fit(method: str, problem: Problem, max_rank: int, seed: int) -> Found:
+def _fit(method: str, problem: LowRankData, max_rank: int, seed: int) -> Fitted:
     """Fit a method, with a rank that the shape allows."""
     from ._lowrank_methods import fit
 
     return fit(method, problem, min(max_rank, *problem.shape), seed)
 
 
-def _outcome(method: str, found: Found) -> Record:
+def _outcome(method: str, found: Fitted) -> Record:
     """Return what a record says of a fit, except its error."""
     s = np.linalg.svd(found.X, compute_uv=False)
     return {
