@@ -103,7 +103,7 @@ def test_type_checkers_find_the_mistakes_of_a_script(tool, tmp_path):
     (tmp_path / "right.py").write_text(RIGHT)
     for name, line in WRONG.items():
         (tmp_path / f"wrong_{name}.py").write_text(RIGHT + line)
-    options = ["--follow-imports=silent"] if tool == "mypy" else []
+    options = ["--follow-imports=silent"] if tool == "mypy" else ["--pythonpath", sys.executable]
     files = sorted(path.name for path in tmp_path.glob("*.py"))
     command = [sys.executable, "-m", tool, *options, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
