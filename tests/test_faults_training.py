@@ -13,7 +13,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer, WeightDecayScheduler, preview
 from optimizers import FALL, MAKE, OFF, STEPS, assert_equal, pull, quiet, two_groups, weights
 

@@ -2,7 +2,7 @@
 
 .. code-block:: python
 
-    from mirrorflow.control.loop import ControlledDecay
+    from mirrorflow.control import ControlledDecay
     control = ControlledDecay(model, optimizer, mf.SwitchOff(0.1, at=200), track_every=50)
     ...
         optimizer.step()

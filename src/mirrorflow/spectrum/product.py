@@ -86,8 +86,8 @@ class ProductSpectrum:
     def imbalance(self) -> Tensor:
         """``A^T A - B B^T``, of shape (..., r, r).
 
-        Under gradient flow with decay it is e^{2a} times its value at the start, for any loss, so
-        that its size says how much decay has been absorbed.
+        Along the gradient flow with decay it is e^{2a} times its value at the start, for any loss.
+        With minibatches, momentum or Adam it is not: `mirrorflow.balance` has the exact account.
         """
         return self.gram_a - self.gram_b
 

@@ -329,7 +329,7 @@ class Unfed:
             "which has to follow each optimizer.step()"
             if self.every
             else "call its update(step, value) with what is measured, or let "
-            "mirrorflow.control.loop.ControlledDecay measure"
+            "mirrorflow.ControlledDecay measure"
         )
         warnings.warn(
             f"{self.name} has set the decay of steps {self.start} to {self.step} and was never "
