@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from ..schedule import Constant, Schedule
@@ -19,7 +18,6 @@ __all__ = [
     "check_decay",
     "check_exact_off",
     "check_free",
-    "check_not_captured",
     "check_schedules",
     "inner",
     "one_of",
@@ -44,13 +42,13 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def check_free(optimizer: Optimizer, kind: type) -> None:
-    """Raise if an object of this kind has its hooks in the optimizer already."""
+def check_free(optimizer: Optimizer, owner: type) -> None:
+    """Raise if a scheduler has its hooks, methods of ``owner``, in the optimizer already."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
-        if isinstance(getattr(inspect.unwrap(hook), "__self__", None), kind):
+        if isinstance(getattr(inspect.unwrap(hook), "__self__", None), owner):
             raise ValueError(
-                f"this {type(optimizer).__name__} has a {kind.__name__} already: close() it first, "
-                "or give one scheduler several schedules with groups="
+                f"this {type(optimizer).__name__} has a WeightDecayScheduler already: close() it "
+                "first, or give one scheduler several schedules with groups="
             )
 
 
@@ -94,15 +92,6 @@ def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
                 "not), and what it holds of the decay cannot be told from the gradients then. "
                 "decoupled=True keeps the decay out of them from the start"
             )
-
-
-def check_not_captured() -> None:
-    """Raise while a CUDA graph records, which would keep the decay of this moment."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
-            "of this moment for ever. Capture forward and backward, and step outside of the graph"
-        )
 
 
 def warn_if_coupled(

@@ -25,15 +25,16 @@ from ._targets import (
 )
 from .conventions import CONVENTIONS, lr_of
 from .coupling import KINDS, asks_again, coupling
+from .feedback import Feedback
 
-__all__ = ["Coverage", "Plan"]
+__all__ = ["Coverage", "CoveragePlan"]
 
 _ON_CHANGE = ("warn", "error", "program")
 _SGD = ("momentum", "dampening", "nesterov")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CoveragePlan:
     """What was asked for, as for `WeightDecayScheduler`."""
 
     schedule: Any
@@ -65,7 +66,7 @@ class Coverage:
 
     Parameters
     ----------
-    plan : Plan
+    plan : CoveragePlan
         What was asked for.
 
     Attributes
@@ -74,13 +75,19 @@ class Coverage:
         The sets of tensors, in the order of the account's entries.
     own : list of float
         The decay of each group before it was taken over.
+    sizes : list of int
+        The number of tensors in each group, by which a change is noticed.
+    schedules : dict of int to schedule
+        The schedules, each once, by their ids.
+    loops : dict of int to list of Feedback
+        The loops that act on each group, in the order of its sets of tensors.
     asks_again : bool
         Whether decay from outside has to come before the step, not after the closure's gradient.
 
     Examples
     --------
     >>> from mirrorflow import Constant
-    >>> plan = Plan(Constant(0.1), relative=False, rules=())
+    >>> plan = CoveragePlan(Constant(0.1), relative=False, rules=())
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], weight_decay=0.3)
     >>> coverage, account = Coverage(plan), Account()
     >>> coverage.update(optimizer, account)
@@ -88,12 +95,14 @@ class Coverage:
     ([0.3], Constant(0.1), 'decoupled')
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: CoveragePlan) -> None:
         self.plan = plan
         self.targets: list[Target] = []
         self.own: list[float] = []
         self.asks_again = False
-        self._sizes: list[int] = []
+        self.sizes: list[int] = []
+        self.loops: dict[int, list[Feedback]] = {}
+        self.schedules: dict[int, Any] = {}
 
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
@@ -124,8 +133,18 @@ class Coverage:
         for index, group in enumerate(groups):
             if index >= len(self.own):
                 self._open(index, optimizer, account)
-            elif len(group["params"]) != self._sizes[index]:
+            elif len(group["params"]) != self.sizes[index]:
                 self._grow(index, group)
+        self._index()
+
+    def _index(self) -> None:
+        """Collect the schedules, and the loops among them by group, once for all steps."""
+        scheduled = [target for target in self.targets if target.schedule is not None]
+        self.schedules = {id(target.schedule): target.schedule for target in scheduled}
+        self.loops = {}
+        for target in scheduled:
+            if isinstance(target.schedule, Feedback):
+                self.loops.setdefault(target.group, []).append(target.schedule)
 
     def names(self, optimizer: Optimizer) -> list[str]:
         """Name the sets of tensors."""
@@ -151,7 +170,7 @@ class Coverage:
         group[INITIAL] = own
         separated(optimizer.param_groups, optimizer.defaults)
         self.own.append(own)
-        self._sizes.append(len(group["params"]))
+        self.sizes.append(len(group["params"]))
         self.targets += found
         for entry in entries:
             account.open(entry, index)
@@ -163,13 +182,13 @@ class Coverage:
         before = [self.targets[i] for i in places]
         if [_rule(t) for t in now] != [_rule(t) for t in before]:
             raise RuntimeError(
-                f"the tensors of parameter group {index} were {self._sizes[index]} and are "
+                f"the tensors of parameter group {index} were {self.sizes[index]} and are "
                 f"{len(group['params'])}, which the rules of groups= divide in another way: add "
                 "them as a group of their own, with optimizer.add_param_group"
             )
         for i, old, new in zip(places, before, now, strict=True):
             self.targets[i] = Target(index, new.positions, old.schedule, old.asked)
-        self._sizes[index] = len(group["params"])
+        self.sizes[index] = len(group["params"])
 
     def _divided(self, index: int, group: dict[str, Any]) -> list[Target]:
         """Divide a group by the rules."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..schedule import Schedule
-from ._targets import Target, rate_at
+from ._targets import Target
+from .conventions import rate_at
 from .feedback import Feedback
 
 __all__ = ["Fingerprints", "changes", "fingerprint"]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ._group_state import INITIAL, shrink
+from ._group_state import INITIAL
 from ._ledger import Entry
-from ._targets import Target
+from .conventions import shrink
 from .coupling import CoupledDecayWarning
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
@@ -29,7 +29,7 @@ STORED = "stored_decay"  # the key in the state of a tensor, beside momentum_buf
 
 def keep_apart(
     optimizer: Optimizer,
-    ledgers: Iterable[tuple[Target, Entry]],
+    sets: Iterable[tuple[int, Entry, list[torch.Tensor]]],
     rates: Sequence[float | None],
 ) -> None:
     """Before a step: follow the decay where there is some, and take it out where it is off.
@@ -38,22 +38,23 @@ def keep_apart(
     ----------
     optimizer : torch.optim.Optimizer
         Its groups hold the decay of the step.
-    ledgers : iterable of (Target, Entry)
-        What is scheduled; only SGD's momentum is followed, and emptied in the ledger, too.
+    sets : iterable of (group, Entry, tensors)
+        The index of the group, the ledger and the tensors of each set; only SGD's momentum is
+        followed, and emptied in the ledger as well.
     rates : sequence of float or None
         Off is a rate of 0, not a decay that is 0 for a while because the learning rate is.
     """
-    for (target, entry), rate in zip(ledgers, rates, strict=True):
+    for (index, entry, params), rate in zip(sets, rates, strict=True):
         if entry.kind != "sgd":
             continue
-        group = optimizer.param_groups[target.group]
+        group = optimizer.param_groups[index]
         if rate != 0:
-            new = follow(optimizer, group, target.params(group), float(group["weight_decay"]))
+            new = follow(optimizer, group, params, float(group["weight_decay"]))
             held = entry.held or 0.0
             if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
                 _warn_of_unknown(new)
         elif entry.held:
-            remove(optimizer, target.params(group))
+            remove(optimizer, params)
             entry.held = 0.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import re
 import warnings
@@ -16,10 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
 from .controllers import PerLayer
+from .conventions import tensors
 
 __all__ = [
     "WHAT",
-    "NoValueError",
     "Rule",
     "Target",
     "check_schedule",
@@ -29,7 +28,6 @@ __all__ = [
     "names_of",
     "parameter_names",
     "places",
-    "rate_at",
     "rules",
     "settled",
     "targets",
@@ -37,10 +35,6 @@ __all__ = [
 ]
 
 Rule = tuple[Any, Any]
-
-
-class NoValueError(RuntimeError):
-    """A schedule has no value at a step, because it is shorter than the run."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,7 @@ class Target:
 
     def params(self, group: Mapping[str, Any]) -> list[torch.Tensor]:
         """Give the tensors, from the live group."""
-        params = group["params"]
-        return params if self.positions is None else [params[i] for i in self.positions]
+        return tensors(group, self.positions)
 
 
 def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -99,37 +92,6 @@ def check_schedule(schedule: Any, optional: bool = False) -> None:
     if (known and not isinstance(schedule, type)) or (optional and schedule is None):
         return
     raise TypeError(no_schedule(schedule))
-
-
-def rate_at(schedule: Any, step: int) -> float:
-    """Evaluate a schedule at an optimizer step, as a Python float that is >= 0 and finite.
-
-    Examples
-    --------
-    >>> from mirrorflow import SwitchOff
-    >>> rate_at(SwitchOff(0.1, at=10), 9), rate_at(lambda step: 1 / (step + 1), 3)
-    (0.1, 0.25)
-    """
-    try:
-        value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
-    except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
-        raise NoValueError(
-            f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
-            "the run, let it keep its last value"
-        ) from error
-    try:
-        rate = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a string, or of several elements
-        raise TypeError(
-            f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
-            "number"
-        ) from error
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(
-            f"the decay schedule {schedule!r} gives {rate} at step {step}: "
-            "a weight decay is a finite number >= 0"
-        )
-    return rate
 
 
 def targets(

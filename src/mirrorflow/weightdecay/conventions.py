@@ -21,28 +21,32 @@ and of Composer, which follows the shape of the learning rate and not its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..schedule import Schedule
 from .coupling import COUNTED
 
 __all__ = [
     "CONVENTIONS",
     "NEED_PEAK",
-    "Acting",
+    "EffectiveDecay",
+    "NoValueError",
     "UnknownPeakError",
-    "acting",
     "decay_of",
-    "has_gradient",
+    "effective_decay",
     "lr_of",
-    "noted",
     "number_for",
     "peak_lr",
+    "rate_at",
+    "read_effective",
+    "shrink",
     "strength",
+    "tensors",
 ]
 
 # The fraction that lr x number shall make, divided by lr: (rate, lr, peak) -> number.
@@ -54,6 +58,10 @@ _NUMBER: dict[str, Callable[[float, float, float], float]] = {
 }
 NEED_PEAK = ("adamc", "schedule-only")
 _ABOVE = 1 + 1e-6  # a learning rate may exceed its peak by rounding
+
+
+class NoValueError(RuntimeError):
+    """A schedule has no value at a step, because it is shorter than the run."""
 
 
 class UnknownPeakError(ValueError):
@@ -92,13 +100,13 @@ def number_for(
 CONVENTIONS = {name: partial(number_for, name) for name in _NUMBER}
 
 
-def acting(number: float, lr: float, kind: str) -> float:
+def effective_decay(number: float, lr: float, kind: str) -> float:
     """Give the fraction by which a ``weight_decay`` shrinks the weights in a step.
 
     Examples
     --------
-    >>> acting(0.5, lr=0.25, kind="decoupled"), acting(0.5, lr=0.25, kind="fixed")
-    (0.125, 0.5)
+    >>> [effective_decay(0.5, lr=0.25, kind=kind) for kind in ("decoupled", "fixed")]
+    [0.125, 0.5]
     """
     return number if kind == "fixed" else lr * number
 
@@ -141,6 +149,37 @@ def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
             "peak=max(learning_rates(lr_scheduler, steps))"
         )
     return float(found)
+
+
+def rate_at(schedule: Any, step: int) -> float:
+    """Evaluate a schedule at an optimizer step, as a Python float that is >= 0 and finite.
+
+    Examples
+    --------
+    >>> from mirrorflow import SwitchOff
+    >>> rate_at(SwitchOff(0.1, at=10), 9), rate_at(lambda step: 1 / (step + 1), 3)
+    (0.1, 0.25)
+    """
+    try:
+        value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
+    except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
+        raise NoValueError(
+            f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
+            "the run, let it keep its last value"
+        ) from error
+    try:
+        rate = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a string, or of several elements
+        raise TypeError(
+            f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
+            "number"
+        ) from error
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"the decay schedule {schedule!r} gives {rate} at step {step}: "
+            "a weight decay is a finite number >= 0"
+        )
+    return rate
 
 
 # What a rate comes to in a group: the number that is written to it, and what shrinks the weights.
@@ -221,42 +260,88 @@ def strength(decay: float, group: Mapping[str, Any], kind: str) -> float:
     >>> strength(0.1, {"lr": 0.5}, "decoupled"), strength(0.1, {"lr": 0.5}, "fixed")
     (0.05, 0.1)
     """
-    return acting(decay, lr_of(group), kind) if kind in COUNTED else math.nan
+    return effective_decay(decay, lr_of(group), kind) if kind in COUNTED else math.nan
 
 
 @dataclass(frozen=True)
-class Acting:
+class EffectiveDecay:
     """What acts on one set of tensors in a step, read before the optimizer takes it.
 
     Parameters
     ----------
     decay : float
-        The decay, by the optimizer or from outside.
+        The decay, the optimizer's own or from outside.
     settings : mapping
         lr, and for SGD momentum, dampening and nesterov.
+    params : list of Tensor
+        The tensors.
     moved : bool
-        Whether any of the tensors has a gradient; the others are left alone.
+        Whether any of the tensors has a gradient; the step leaves the others alone.
     """
 
     decay: float
     settings: Mapping[str, Any]
+    params: list[torch.Tensor]
     moved: bool
 
 
-def noted(decay: float | None, group: Mapping[str, Any], params: Iterable[torch.Tensor]) -> Acting:
-    """Note what acts now: the decay given, or that of the group.
+def read_effective(
+    decay: float | None, group: Mapping[str, Any], positions: Sequence[int] | None = None
+) -> EffectiveDecay:
+    """Return what acts now on tensors of a group: the decay given, or the group's own.
+
+    Parameters
+    ----------
+    decay : float or None
+        The decay from outside; None for the group's own.
+    group : mapping
+        The live group.
+    positions : sequence of int, optional
+        The places of the tensors in the group; all of them by default.
+
+    Examples
+    --------
+    >>> found = read_effective(None, {"params": [], "lr": 0.5, "weight_decay": torch.tensor(0.25)})
+    >>> found.decay, found.settings, found.moved
+    (0.25, {'lr': 0.5}, False)
+    """
+    settings = {"lr": lr_of(group)}
+    for key in _SETTINGS:
+        if key in group:
+            settings[key] = group[key]
+    acts = float(group["weight_decay"]) if decay is None else decay
+    params = tensors(group, positions)
+    return EffectiveDecay(acts, settings, params, any(p.grad is not None for p in params))
+
+
+def tensors(group: Mapping[str, Any], positions: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """Return the tensors of a live group at these places, or all of them."""
+    params = group["params"]
+    return params if positions is None else [params[i] for i in positions]
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def shrink(params: list[torch.Tensor], factor: float) -> None:
+    """Multiply parameters, in place: w <- factor w.
 
     Examples
     --------
     >>> w = torch.ones(2)
-    >>> noted(None, {"lr": 0.5, "weight_decay": torch.tensor(0.25)}, [w])
-    Acting(decay=0.25, settings={'lr': 0.5}, moved=False)
+    >>> shrink([w], 0.5)
+    >>> w
+    tensor([0.5000, 0.5000])
     """
-    settings = {"lr": lr_of(group)} | {k: group[k] for k in _SETTINGS if k in group}
-    acts = float(group["weight_decay"]) if decay is None else decay
-    return Acting(acts, settings, has_gradient(params))
-
-
-def has_gradient(params: Iterable[torch.Tensor]) -> bool:
-    """Tell whether a step moves any of the tensors."""
-    return any(p.grad is not None for p in params)
+    if factor == 1:
+        return
+    # On a CPU foreach rounds the factor to the precision of the weights: in bfloat16 0.99 is
+    # 0.98828, and decay is a sixth more than it should be. mul_ computes in float32.
+    half, rest = [], []
+    for p in params:
+        (half if p.dtype in _HALF and p.device.type == "cpu" else rest).append(p)
+    for p in half:
+        p.mul_(factor)
+    if rest:
+        torch._foreach_mul_(rest, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from ._ledger import Entry
-from ._targets import Target, rate_at
+from ._targets import Target
+from .conventions import rate_at
 from .feedback import Feedback, OffAtBudget, whole
 from .scheduler import WeightDecayScheduler
 from .units import ahead, shadow

@@ -16,13 +16,14 @@ from ._checks import (
     inner,
     warn_if_coupled,
 )
-from ._coverage import Plan
+from ._coverage import CoveragePlan
 from ._fingerprint import Fingerprints
 from ._group_state import cleared, undone_if_it_fails
 from ._ledger import Account
 from ._momentum import forget
-from ._step import Stepping, over
+from ._step import Stepping
 from ._targets import Rule, Target, rules
+from .feedback import Feedback
 
 __all__ = ["WeightDecayScheduler"]
 
@@ -125,9 +126,9 @@ class WeightDecayScheduler:
         on_change: str = "warn",
     ) -> None:
         self.optimizer = inner(optimizer)
-        check_free(self.optimizer, WeightDecayScheduler)
+        check_free(self.optimizer, Stepping)
         chosen = rules(groups)
-        self.plan = Plan(
+        self.plan = CoveragePlan(
             schedule,
             relative,
             chosen,
@@ -149,7 +150,7 @@ class WeightDecayScheduler:
         """Take the optimizer over."""
         coverage = self._stepping.coverage
         coverage.warn_if_unused(self.optimizer)
-        coverage.update(self.optimizer, self.account)
+        self._stepping.cover()
         kinds = [entry.kind for entry in self.account.entries]
         check_decay(self.optimizer, self.targets, self.decoupled, self.plan.relative)
         check_schedules(self.optimizer, self.targets, kinds)
@@ -265,7 +266,9 @@ class WeightDecayScheduler:
             handle.remove()
         cleared(self.optimizer.param_groups)
         forget(self.optimizer)
-        over(self.targets)
+        for loop in {id(t.schedule): t.schedule for t in self.targets}.values():
+            if isinstance(loop, Feedback):
+                loop.over()
 
     def __enter__(self) -> Self:
         """Close at the end of a with block."""
@@ -292,24 +295,13 @@ class WeightDecayScheduler:
     def _attach(self) -> None:
         """Register the hooks, outside what torch.compile traces."""
         opaque: Any = torch.compiler.disable
+        stepping = self._stepping
         self._handles = [
-            self.optimizer.register_step_pre_hook(opaque(self._before_step)),
-            self.optimizer.register_step_post_hook(opaque(self._after_step)),
-            self.optimizer.register_load_state_dict_pre_hook(self._before_load),
-            self.optimizer.register_load_state_dict_post_hook(self._after_load),
+            self.optimizer.register_step_pre_hook(opaque(stepping.before_step)),
+            self.optimizer.register_step_post_hook(opaque(stepping.after_step)),
+            self.optimizer.register_load_state_dict_pre_hook(stepping.before_load),
+            self.optimizer.register_load_state_dict_post_hook(stepping.after_load),
         ]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        return self._stepping.before_step(args, kwargs)
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepping.after_step()
-
-    def _before_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        self._stepping.before_load(state)
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._stepping.after_load()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks, as the optimizer leaves its own."""

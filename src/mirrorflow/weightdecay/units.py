@@ -23,8 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
 from ._checks import inner, one_of
-from ._targets import check_schedule, rate_at
-from .conventions import CONVENTIONS, NEED_PEAK, acting, number_for, peak_lr
+from ._targets import check_schedule
+from .conventions import (
+    CONVENTIONS,
+    NEED_PEAK,
+    effective_decay,
+    number_for,
+    peak_lr,
+    rate_at,
+)
 from .feedback import Feedback, whole
 
 __all__ = [
@@ -148,7 +155,7 @@ def budget(
     for step, lr in enumerate(rates):
         decay = number_for(convention, rate_at(schedule, step), lr, top, kind)
         held = momentum * held + decay
-        acts.append(acting(held, lr, kind))
+        acts.append(effective_decay(held, lr, kind))
     return math.fsum(acts)
 
 
