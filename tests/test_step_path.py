@@ -59,13 +59,13 @@ def steady_step(make, schedule, options):
     params = weights()
     optimizer = make([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.05}])
     scheduler = WeightDecayScheduler(optimizer, schedule, **options)
-    for step in range(3):
+    for step in range(6):
         pull(params)
         optimizer.step()
         if isinstance(schedule, (mf.HoldRatio, mf.OffBelow)):
             schedule.update(step, 1.6)
     files = entered(optimizer.step)
-    assert scheduler.steps == 4
+    assert scheduler.steps == 7
     return files
 
 
@@ -89,7 +89,7 @@ def test_a_step_with_a_closure_stays_within_six_files():
     params = weights()
     optimizer = AdamW(params, lr=0.1, weight_decay=0.1)
     WeightDecayScheduler(optimizer, RAMP, decoupled=True)
-    for _ in range(2):
+    for _ in range(6):
         optimizer.step(lambda: pull(params))
     files = set(entered(lambda: optimizer.step(lambda: pull(params))))
     assert len(files) <= MOST, sorted(files)

@@ -1,4 +1,4 @@
-"""What schedules with feedback remember, kept in the optimizer's groups and saved with them.
+"""The state of a scheduler in the optimizer's groups, which save and load it with their own.
 
 A process that resumes then continues the control whatever else it has kept: frameworks save the
 optimizer, and not every one saves what a callback knows.
@@ -35,7 +35,7 @@ def recall(
     groups: Sequence[Mapping[str, Any]],
     only_try: bool = False,
 ) -> None:
-    """Give the loops back what the loaded groups know of them.
+    """Restore the loops from what the loaded groups know of them.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ _KEYS = (INITIAL, LEFT, TOTALS, MEMORY, "weight_decay")
 
 
 def own_decay(group: dict[str, Any]) -> float:
-    """Give a group's own decay: that of a checkpoint, from before a closed scheduler, or its own.
+    """Return a group's own decay: that of a checkpoint, from before a closed scheduler, or its own.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def own_decay(group: dict[str, Any]) -> float:
 
 
 def separated(groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Give each group a tensor of its own as decay, where several share one.
+    """Make each group's decay a tensor of its own, where several share one.
 
     torch puts the same tensor into every group and into the defaults of groups to come: filled
     for one of them, it would change all. The first keeps it, since a graph may hold it.

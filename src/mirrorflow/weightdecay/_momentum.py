@@ -1,7 +1,7 @@
-r"""What L2 has put into the momentum buffers of SGD: followed tensor by tensor, and taken out.
+r"""The part of SGD's momentum buffers that L2 has put there, followed and taken out.
 
 SGD's buffer is linear in what enters it, gradient + decay x w, so that it is the sum of two
-buffers: that of the gradients and that of the decay. The second is kept beside the first, by the
+buffers, of the gradients and of the decay. The second is kept beside the first, by the
 same recursion ``s <- momentum s + (1 - dampening) decay w``, and subtracted when the decay ends.
 It lies in the state of the optimizer, because it has to be saved, loaded and sharded with the
 buffer that it is a part of.
@@ -31,6 +31,7 @@ def keep_apart(
     optimizer: Optimizer,
     sets: Iterable[tuple[int, Entry, list[torch.Tensor]]],
     rates: Sequence[float | None],
+    again: bool = False,
 ) -> None:
     """Before a step: follow the decay where there is some, and take it out where it is off.
 
@@ -43,9 +44,11 @@ def keep_apart(
         followed, and emptied in the ledger as well.
     rates : sequence of float or None
         Off is a rate of 0, not a decay that is 0 for a while because the learning rate is.
+    again : bool
+        Whether other tensors of the same step went before.
     """
     for (index, entry, params), rate in zip(sets, rates, strict=True):
-        if entry.kind != "sgd":
+        if entry.coupling != "sgd":
             continue
         group = optimizer.param_groups[index]
         if rate != 0:
@@ -53,7 +56,7 @@ def keep_apart(
             held = entry.held or 0.0
             if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
                 _warn_of_unknown(new)
-        elif entry.held:
+        elif entry.held or again:
             remove(optimizer, params)
             entry.held = 0.0
 
@@ -138,10 +141,10 @@ def remove(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> None:
 
 
 def _warn_of_unknown(count: int) -> None:
-    """Say that some buffers hold decay that was not followed."""
+    """Warn of buffers that hold decay which was not followed."""
     warnings.warn(
-        f"exact_off: the decay in {count} momentum buffers was put there without exact_off=True, "
-        "so that it cannot be told from the gradients, and stays",
+        f"exact_off: {count} momentum buffers were filled without exact_off=True, so their decay "
+        "cannot be separated from their gradients, and stays",
         CoupledDecayWarning,
         stacklevel=3,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,20 @@ from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
 from ._momentum import follow, forget, keep_apart
 from ._targets import Target
+from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
 from .conventions import (
     EffectiveDecay,
     NoValueError,
     UnknownPeakError,
     decay_of,
-    lr_of,
     rate_at,
     read_effective,
     shrink,
     strength,
 )
-from .feedback import Feedback, OffAtBudget
+from .feedback import feed
 
-__all__ = ["StepContext", "StepCounter", "Stepping", "stands_still"]
+__all__ = ["StepContext", "StepCounter", "Stepping"]
 
 
 class Stepping:
@@ -47,13 +47,16 @@ class Stepping:
     def __init__(self, optimizer: Optimizer, plan: CoveragePlan) -> None:
         self.optimizer, self.plan = optimizer, plan
         self.coverage, self.account = Coverage(plan), Account()
-        self.counter = StepCounter(optimizer)
+        self.counter, self.counts = StepCounter(), CountComparison(optimizer)
         self.ledgers: list[tuple[Target, Entry]] = []
         self.rates: list[float | None] = []
         self.last: list[float] = []
         self._context: StepContext | None = None  # of the step that has begun
         self._acted = False  # from outside, in a step that has not been taken yet
         self._rests = False  # a step that does not count has begun
+        self._again = False  # the call steps other tensors of the step that was counted last
+        self._recorded: set[int] = set()  # the places of the ledgers that have this step
+        self._watchdog: GradientWatchdog | None = GradientWatchdog()
         self._warned = False
 
     def cover(self) -> None:
@@ -92,8 +95,9 @@ class Stepping:
         self._write(self.account.steps, strict)
 
     def _feed(self) -> None:
-        """Give the loops the account of their decay, and the groups what the loops remember."""
-        feed(self.ledgers, self.account.steps)
+        """Feed the loops the account of their decay, and save what they remember in the groups."""
+        pairs = ((target.schedule, entry.absorbed) for target, entry in self.ledgers)
+        feed(pairs, self.account.steps)
         for index, loops in self.coverage.loops.items():
             memory = tuple(loop.memory() for loop in loops)
             self.optimizer.param_groups[index][MEMORY] = memory
@@ -135,9 +139,9 @@ class Stepping:
     ) -> list[float]:
         """Return the decays that the rates come to, with the settings of the groups."""
         pairs = zip(rates, self.ledgers, strict=True)
-        return [self._decay(rate, groups[t.group], entry.kind) for rate, (t, entry) in pairs]
+        return [self._decay(rate, groups[t.group], entry.coupling) for rate, (t, entry) in pairs]
 
-    def _decay(self, rate: float | None, group: Mapping[str, Any], kind: str) -> float:
+    def _decay(self, rate: float | None, group: Mapping[str, Any], coupling: str) -> float:
         """Return the decay that a rate comes to in a group; without a rate it keeps its own."""
         own = float(group.get(INITIAL, 0.0))
         if rate is None:
@@ -145,7 +149,7 @@ class Stepping:
         value = rate * own if self.plan.relative else rate
         if self.plan.convention is None:
             return value
-        return decay_of(value, group, kind, self.plan.convention, self.plan.peak)
+        return decay_of(value, group, coupling, self.plan.convention, self.plan.peak)
 
     # A step
 
@@ -157,14 +161,19 @@ class Stepping:
         self.account.agree(groups)
         # The step of a superclass, called within it, does not pass closure=None on.
         within = self._rests and stands_still(self.optimizer)
-        self._rests = within or _only_makes_state(self.optimizer, kwargs)
+        self._rests = within or ("closure" in kwargs and only_makes_state(self.optimizer, kwargs))
         if self._rests:
             return self._rest()
         self.account.warn_if_missing()
-        self.write(strict=True)
-        self.counter.begins(self.optimizer)
+        self._again = self.counter.continues(groups)
+        if self._again:
+            self._write(self.account.steps - 1, strict=True)
+        else:
+            self.write(strict=True)
+            if self.counts.due or self.account.alone:
+                self.counts.begins(self.optimizer)
         outside = self.last if self.plan.decoupled else None
-        self._context = StepContext(self.ledgers, groups, outside)
+        self._context = StepContext(self.ledgers, groups, outside, self.coverage.ungated)
         self._warned = self._warned or self._context.warn_if_too_much(self.account.steps)
         changed = _followed(self._gradients_are_there, args, kwargs)
         if changed is None or self.coverage.asks_again:
@@ -188,7 +197,7 @@ class Stepping:
         if self.plan.decoupled:
             self._context.shrink(everything=self.coverage.asks_again)
         else:
-            keep_apart(self.optimizer, self._context.pairs(), self.rates)
+            keep_apart(self.optimizer, self._context.pairs(), self.rates, self._again)
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Enter the step into the ledger, if it was taken.
@@ -202,12 +211,22 @@ class Stepping:
         if self._rests:
             self._rests = False
             context.rest()
-            self.counter.rested()
+            self.counts.rested()
             self.write()
             return
-        context.record(self.account.steps)
-        self.account.close_step(self.optimizer.param_groups)
-        self.counter.ends(self.optimizer, self.account)
+        groups = self.optimizer.param_groups
+        if self._again:
+            context.record(self.account.steps - 1, self._recorded)
+            self.account.share(groups)
+        else:
+            self._recorded = set()
+            context.record(self.account.steps, self._recorded)
+            self.account.close_step(groups)
+            if self.counts.due or self.account.alone:
+                self.counts.ends(self.optimizer, self.account)
+        self.counter.counted(groups)
+        if self._watchdog and self._watchdog.sees(self._recorded, context.idle, self._again):
+            self._watchdog = None
 
     def _rest(self) -> None:
         """Keep decay out of a step that only makes the optimizer's state, and does not count."""
@@ -216,7 +235,7 @@ class Stepping:
             group = groups[target.group]
             if target.schedule is not None:
                 _set_decay(group, 0.0)
-            if self.plan.exact_off and entry.kind == "sgd":  # its state has a part that is ours
+            if self.plan.exact_off and entry.coupling == "sgd":  # its state has a part that is ours
                 follow(self.optimizer, group, target.params(group), 0.0)
         self._context = StepContext(self.ledgers, groups, [0.0] * len(self.ledgers))
 
@@ -236,18 +255,18 @@ class Stepping:
         ]
         if notes and self.plan.on_change != "program":
             self.object_to(
-                f"the groups' own decay is not that of the checkpoint: {'; '.join(notes)}",
-                "That of the checkpoint counts",
+                f"the groups' own decay differs from the checkpoint's: {'; '.join(notes)}",
+                "The checkpoint's value counts",
             )
 
     def object_to(self, change: str, effect: str) -> None:
         """Warn that another program wrote the checkpoint, or raise, as ``on_change`` asks."""
         if self.plan.on_change == "error":
-            raise ValueError(f'{change}. It is refused because of on_change="error"')
+            raise ValueError(f'{change}. This load is refused because of on_change="error"')
         if self.plan.on_change == "warn":
             warnings.warn(
-                f'{change}. {effect}; on_change="error" refuses this, on_change="program" takes '
-                "what the program says, and says nothing",
+                f'{change}. {effect}; on_change="error" refuses such a load, on_change="program" '
+                "takes the program's values without a warning",
                 stacklevel=3,
             )
 
@@ -265,7 +284,7 @@ class Stepping:
             if self.plan.on_change == "program" or INITIAL not in group:
                 group[INITIAL] = own
         separated(groups, self.optimizer.defaults)
-        self.counter.loaded(self.optimizer)
+        self.counts.loaded(self.optimizer)
         self.account.alone = self.account.alone and not any(TOTALS in group for group in groups)
         self.account.agree(groups)
         recall(self.coverage.loops, groups)
@@ -289,6 +308,8 @@ class StepContext:
         The live groups.
     decays : sequence of float, optional
         The decay of each set, from outside; without it, it is the optimizer's own.
+    ungated : collection of int
+        The groups that decay without a gradient as well.
 
     Examples
     --------
@@ -298,7 +319,7 @@ class StepContext:
     >>> entry, groups = Entry("decoupled"), [{"params": [w], "lr": 0.5}]
     >>> context = StepContext([(Target(0, None, None, True), entry)], groups, [0.5])
     >>> context.shrink()
-    >>> context.record(0)
+    >>> context.record(0, set())
     >>> w.detach(), entry.accumulated
     (tensor([0.7500, 0.7500]), -0.25)
     """
@@ -308,8 +329,9 @@ class StepContext:
         ledgers: Sequence[tuple[Target, Entry]],
         groups: Sequence[Mapping[str, Any]],
         decays: Sequence[float] | None = None,
+        ungated: Collection[int] = (),
     ) -> None:
-        self._ledgers, self._groups = ledgers, groups
+        self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
         self.read()
 
@@ -332,13 +354,28 @@ class StepContext:
                 p for p in found.params if p.grad is not None or (everything and p.requires_grad)
             ]
             # w <- (1 - lr lambda) w, before the step, as AdamW does
-            shrink(moved, 1 - strength(found.decay, found.settings, entry.kind))
+            shrink(moved, 1 - strength(found.decay, found.settings, entry.coupling))
 
-    def record(self, step: int) -> None:
-        """Enter the step into the ledgers of what it has moved."""
-        for (_, entry), found in zip(self._ledgers, self._effective, strict=True):
-            if found.moved:
+    def record(self, step: int, done: set[int]) -> None:
+        """Enter the step into the ledgers of what it has moved, and their places into ``done``.
+
+        Those whose place is there already have the step.
+        """
+        pairs = zip(self._ledgers, self._effective, strict=True)
+        for place, ((target, entry), found) in enumerate(pairs):
+            moved = found.moved or (target.group in self._ungated and found.params)
+            if moved and place not in done:
                 entry.record(step, found.decay, found.settings)
+                done.add(place)
+
+    def idle(self, seen: Collection[int]) -> list[int]:
+        """Return the groups with a schedule and tensors of which no place was ever seen."""
+        pairs = zip(self._ledgers, self._effective, strict=True)
+        return [
+            target.group
+            for place, ((target, _), found) in enumerate(pairs)
+            if target.schedule is not None and found.params and place not in seen
+        ]
 
     def rest(self) -> None:
         """Take note of a step that moves nothing and does not count."""
@@ -348,87 +385,63 @@ class StepContext:
     def warn_if_too_much(self, step: int) -> bool:
         """Warn of a decay that takes weights through 0, and return whether there was one."""
         for (target, entry), found in zip(self._ledgers, self._effective, strict=True):
-            taken = strength(found.decay, found.settings, entry.kind)
+            taken = strength(found.decay, found.settings, entry.coupling)
             if taken >= 1 and found.params:
-                warnings.warn(_TOO_MUCH.format(target.group, step, taken, 1 - taken), stacklevel=4)
+                product = "weight_decay" if entry.coupling == "fixed" else "lr * weight_decay"
+                effect = "flips the sign of the weights" if taken > 1 else "sets the weights to 0"
+                text = _TOO_MUCH.format(product, taken, target.group, step, effect)
+                warnings.warn(text, stacklevel=4)
                 return True
         return False
 
 
 _TOO_MUCH = (
-    "the decay of group {} at step {} takes {:g} times the weights away, so that {:g} times them "
-    "are left: lr x decay >= 1. The optimizer multiplies a decay by the learning rate: give a "
-    "smaller rate, or say with convention= what it means"
+    "{} = {:g} >= 1 for group {} at step {}: this step {}. Use a smaller rate, or set convention= "
+    "to what the rate means"
 )
 
 
 class StepCounter:
-    """Compares the scheduler's count with the optimizer's own, where they can have come apart.
+    """Tells one step from the next, also where a step takes several calls.
 
-    Once; where the optimizer's groups say which step they are of, there is nothing to compare.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Many count the steps of each tensor in their state.
+    A call of ``optimizer.step`` may step a part of the tensors only, as ZeRO-3 does: it puts each
+    sub-group into the parameter groups in turn.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._uncounted = 0  # steps that the optimizer has counted and the scheduler has not
-        self._before: int | None = None
-        self._empty = False  # the optimizer's state, before a step
-        self.loaded(optimizer)
+    def __init__(self) -> None:
+        self._lists: list[list[torch.Tensor]] = []  # the groups' tensors in the last call
+        # All tensors of the step, where they were not those of one call; and with the call begun
+        self._stepped: dict[int, torch.Tensor] | None = None
+        self._begun: dict[int, torch.Tensor] | None = None
 
-    def loaded(self, optimizer: Optimizer) -> None:
-        """Take note of what the optimizer has loaded."""
-        self._uncounted = 0
-        self._compare = not any(TOTALS in group for group in optimizer.param_groups)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tensors, which a copy does not step."""
+        return {"_lists": [], "_stepped": None, "_begun": None}
 
-    def rested(self) -> None:
-        """Take note of a step that does not count."""
-        self._uncounted += 1
+    def continues(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a call goes on with the last step: with none of its tensors, but others.
 
-    def begins(self, optimizer: Optimizer) -> None:
-        """Look at the optimizer's count before a step."""
-        self._empty = not optimizer.state
-        self._before = _own_count(optimizer) if self._compare else None
+        Where one group begins with the tensor of the last call, it does not, and that is all that
+        an ordinary step costs.
+        """
+        lists = [group["params"] for group in groups]
+        pairs = zip(lists, self._lists, strict=False)
+        if any(now and before and now[0] is before[0] for now, before in pairs):
+            self._begun = None
+            return False
+        stepped = self._by_id(self._lists) if self._stepped is None else self._stepped
+        now = self._by_id(lists)
+        again = bool(now and stepped) and not now.keys() & stepped.keys()
+        self._begun = stepped | now if again else now
+        return again
 
-    def ends(self, optimizer: Optimizer, account: Account) -> None:
-        """Compare after a step, and warn if the counts are not the same."""
-        if self._compare:
-            self._compare = False
-            count = _own_count(optimizer)
-            counts = count is not None and count == (self._before or 0) + 1
-            if counts and count != account.steps + self._uncounted:
-                account.alone = False
-                warnings.warn(_APART.format(_name(optimizer), count, account.steps), stacklevel=4)
-        alone, account.alone = account.alone, False
-        if alone and self._empty and optimizer.state:  # its momentum began anew
-            warnings.warn(_ALONE.format(_name(optimizer), account.steps - 1), stacklevel=4)
+    def _by_id(self, lists: list[list[torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """Return the tensors by their ids, which they keep as long as they are kept."""
+        return {id(p): p for params in lists for p in params}
 
-
-_APART = (
-    "{} has taken {} steps by its own count, the decay schedule is at step {}: one of the two was "
-    "not loaded, or the scheduler is new. To begin a schedule here as if at another step, shift "
-    "it: lambda step: schedule.rate(step + ...)"
-)
-_ALONE = (
-    "the state of WeightDecayScheduler was loaded at step {1}, and that of {0} was not: what it "
-    "remembers of the gradients has begun anew. If it was saved, load it, too"
-)
-
-
-def _name(optimizer: Optimizer) -> str:
-    """Return the name of the class."""
-    return type(optimizer).__name__
-
-
-def _own_count(optimizer: Optimizer) -> int | None:
-    """Return the number of steps that the optimizer has counted, if it does."""
-    states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
-    counts = [state["step"] for state in states if "step" in state]
-    known = [int(count) for count in counts if isinstance(count, (int, float, torch.Tensor))]
-    return max(known, default=None)
+    def counted(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the tensors of a call that was counted."""
+        self._lists, self._stepped = [group["params"] for group in groups], self._begun
 
 
 # Whether a call of ``optimizer.step`` is a step
@@ -450,29 +463,6 @@ def _skipped(optimizer: Optimizer) -> bool:
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
-
-
-def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a step is the one by which torch.distributed.checkpoint makes the state.
-
-    It calls ``step(closure=None)`` with learning rates of 0 and gradients of 0, before it reads or
-    loads an optimizer that has no state yet. The weights stay what they are, so nothing counts.
-    """
-    if "closure" not in kwargs or kwargs["closure"] is not None or not stands_still(optimizer):
-        return False
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return not any(_moves(p.grad) for p in params if p.grad is not None)
-
-
-def stands_still(optimizer: Optimizer) -> bool:
-    """Return whether all learning rates that there are are 0."""
-    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
-
-
-def _moves(gradient: Any) -> bool:
-    """Return whether this process's part of a gradient is not 0; False without data."""
-    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return not local.is_meta and bool(local.any())
 
 
 def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
@@ -503,33 +493,8 @@ def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
 
 
 def _set_decay(group: dict[str, Any], decay: float) -> None:
-    """Set the decay of a group that has one; a tensor in place, since a graph may hold it.
-
-    Examples
-    --------
-    >>> group = {"weight_decay": torch.tensor(0.1)}
-    >>> _set_decay(group, 0.5)
-    >>> group
-    {'weight_decay': tensor(0.5000)}
-    """
+    """Set the decay of a group that has one; a tensor in place, since a graph may hold it."""
     if isinstance(group.get("weight_decay"), torch.Tensor):
         group["weight_decay"].fill_(decay)
     elif "weight_decay" in group:
         group["weight_decay"] = decay
-
-
-# Loops
-
-
-def feed(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
-    """Give the loops the account of their decay, before the step that comes next."""
-    absorbed: dict[int, tuple[Feedback, float]] = {}
-    for target, entry in ledgers:
-        if isinstance(loop := target.schedule, Feedback):
-            most = max(entry.absorbed, absorbed.get(id(loop), (loop, 0.0))[1])
-            absorbed[id(loop)] = loop, most
-    for loop, most in absorbed.values():
-        if not isinstance(loop, OffAtBudget):
-            loop.acts_at(step)
-        elif loop.current and loop.spent_by(most):
-            loop.update(step, most)
