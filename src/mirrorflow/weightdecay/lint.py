@@ -247,7 +247,7 @@ def _marked(
     groups: Groups, names: Mapping[int, str], model: torch.nn.Module | None
 ) -> Iterable[Finding]:
     """Look for tensors that decay though their model asks for none, as timm and Mamba do."""
-    asked = getattr(model, "no_weight_decay", None)
+    asked: Any = getattr(model, "no_weight_decay", None)
     listed = {cleaned(str(name)) for name in asked()} if callable(asked) else set()
     for i, group in enumerate(groups):
         if decay_of(group, i) == 0:
