@@ -15,7 +15,7 @@ from test_weightdecay_layers import EVERY, LR, STEPS, Net, assemble, backward, e
 
 
 def never(rate=0.3):
-    return mf.OffBelow(rate, -1.0)  # it only keeps what it is fed
+    return mf.OffBelow(rate, -1.0, lowest=-1.0)  # it only keeps what it is fed
 
 
 def dense(net, layer):

@@ -315,7 +315,7 @@ def test_the_checkpoint_of_other_groups_is_refused_as_such():
         (lambda step: 0.5, lambda step: 0.5 if step < 700 else 0.0, r"0.5 at step 7\d\d, .*, 0"),
     ],
 )
-def test_another_schedule_is_said_or_refused(was, now, said):
+def test_another_schedule_warns_or_is_refused(was, now, said):
     states = saved(*made(was, steps=2)[1:])
     params, optimizer, scheduler = made(now)
     optimizer.load_state_dict(states[0])
