@@ -302,7 +302,7 @@ LOOP = mf.OffBelow(0.1, 2.0)
     ("schedule", "settings", "kind", "message"),
     [
         (0.1, {}, TypeError, r"use Constant\(0.1\)"),
-        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "options must be track_every.*got 'trackevery'"),
+        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "must be track_every.*'trackevery'"),
         (mf.Constant(0.1), {"lr": 3}, TypeError, "relative, groups, decoupled.*got 'lr'"),
         (mf.Constant(0.1), {"level": "heads"}, ValueError, "level: .*'heads'"),
         (mf.Constant(0.1), {"match": "("}, ValueError, "match must be a regular expression"),
@@ -312,7 +312,7 @@ LOOP = mf.OffBelow(0.1, 2.0)
         (mf.Constant(0.1), {"convention": "adam"}, ValueError, "convention must be one of"),
         (mf.Constant(0.1), {"coupling": "loose"}, ValueError, "coupling must be one of"),
         (mf.Constant(0.1), {"groups": [(0, 0.1)]}, TypeError, r"use Constant\(0.1\)"),
-        (mf.Constant(0.1), {"groups": [(0, LOOP)]}, ValueError, "track_every must be positive with OffBelow"),
+        (mf.Constant(0.1), {"groups": [(0, LOOP)]}, ValueError, "positive with OffBelow"),
         (LOOP, {}, ValueError, "track_every must be positive with OffBelow"),
         (mf.Constant(0.1), {"groups": [(0, PerLayer(lambda layer: LOOP))]}, TypeError, "PerLayer"),
     ],
