@@ -348,3 +348,54 @@ def test_targets_that_are_none_are_named(tmp_path):
     save(tmp_path / "other.safetensors", kohya("a", 6, 3.0, 20, 16))
     with pytest.raises(ValueError, match="one adapter"):
         plan_truncation(tmp_path, rank=2)
+
+
+# The command
+
+
+@pytest.fixture
+def command(capsys):
+    """Call the command in this process: its exit code, what it prints, and its errors."""
+    typer = pytest.importorskip("typer")
+    from mirrorflow.cli.errors import UserError
+    from mirrorflow.cli.truncate import truncate_command
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(truncate_command)
+
+    def call(*args):
+        try:
+            app([str(arg) for arg in args], standalone_mode=False)
+            return 0, *capsys.readouterr()
+        except UserError as error:
+            return error.code, *capsys.readouterr()[:1], str(error)
+
+    return call
+
+
+def test_the_command_prints_the_errors_and_writes_only_where_it_is_told(command, tmp_path):
+    file = save(tmp_path / "x.safetensors", kohya("a", 6, 3.0, 20, 16))
+    code, printed, _ = command(file, "--rank", 2)
+    assert code == 0 and printed.split()[:4] == ["product", "rank", "kept", "error"]
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    code, printed, told = command(file, "--error", 0.5, "--out", tmp_path / "new", "--json")
+    assert code == 0 and json.loads(printed)["records"][0]["error"] <= 0.5
+    assert str(tmp_path / "new" / "x.safetensors") in told
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "exactly one"),
+        (("--rank", 2, "--energy", 0.9), "exactly one"),
+        (("--energy", 2), r"(0, 1]"),
+        (("--rank", 2, "--out", "x.safetensors"), "differ from the input"),
+        (("--rank", 2, "--match", "("), "regular expression"),
+    ],
+)
+def test_mistakes_of_the_user_end_with_two_and_one_line(command, args, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "x.safetensors", kohya("a", 6, 3.0, 20, 16))
+    code, _, told = command("x.safetensors", *args)
+    assert code == 2 and said in told
+    assert command("missing.safetensors", "--rank", 2)[0] == 2
