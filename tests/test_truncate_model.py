@@ -372,6 +372,22 @@ def test_merged_updates_dora_and_fresh_adapters_are_told():
     }
 
 
+def test_tied_adapters_are_truncated_once():
+    torch.manual_seed(0)
+    base = llama(tie_word_embeddings=True)
+    config = peft.LoraConfig(
+        r=6, init_lora_weights=False, target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+    )  # fmt: skip
+    model = peft.get_peft_model(base, config)
+    report = truncate(model, energy=0.7)
+    ((record,), ((_, reason),)) = report.records, report.skipped
+    assert "its factors are those of" in reason and record.energy >= 0.7
+    (embedding,) = (m for m in layers(model) if isinstance(m, peft.tuners.lora.Embedding))
+    kept = torch.linalg.matrix_rank(embedding.get_delta_weight("default").double(), rtol=1e-5)
+    assert kept == record.new_rank
+
+
 # What cannot be done
 
 
@@ -428,23 +444,26 @@ class Turned(nn.Module):
         return apply_rotary(self.q_proj(x), self.k_proj(x))  # noqa: F821
 
 
-class Extra(Turned):
+class Heir(Turned):
+    """One that inherits the code that turns."""
+
+
+class Extra(nn.MultiheadAttention):
     """One whose scores use another parameter."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(8, 2)
         self.temperature = nn.Parameter(torch.ones(2))
-
-    def forward(self, x):
-        return self.q_proj(x)
 
 
 def test_attention_of_ones_own_is_read_before_it_is_changed():
-    holder = nn.ModuleDict({"turned": Turned(), "extra": Extra()})
+    holder = nn.ModuleDict({"turned": Turned(), "heir": Heir(), "extra": Extra()})
     report = truncate(holder, rank=2)
-    assert {(r.name, r.kind) for r in report.records} == {("turned", "value-output")}
+    truncated = {(record.name, record.kind) for record in report.records}
+    assert truncated == {("turned", "value-output"), ("heir", "value-output")}
     reasons = dict(report.skipped)
-    assert "rotary" in reasons["turned"] and "extra.temperature may" in reasons["extra"]
+    assert "rotary" in reasons["turned"] and "rotary" in reasons["heir"]
+    assert "extra.temperature may" in reasons["extra"]
 
 
 def test_a_broken_head_and_a_zero_head_are_left_alone():
@@ -462,9 +481,9 @@ def test_a_broken_head_and_a_zero_head_are_left_alone():
 
 def test_wrapped_models_and_halves_keep_their_names_and_dtypes():
     model = made(gpt2).bfloat16()
-    report = truncate(
-        torch.compile(model, backend="eager"), rank=3, match=r"h\.0\..* V-O$|h\.0\.attn$"
-    )
+    compiled = nn.Module()
+    compiled._orig_mod = model  # as torch.compile names it
+    report = truncate(compiled, rank=3, match=r"h\.0\..* V-O$|h\.0\.attn$")
     assert {r.name for r in report.records} == {"transformer.h.0.attn"}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     spectra = SpectralTracker(model, level="head", match=r"h\.0\.attn$").measure()

@@ -301,3 +301,13 @@ def test_stacked_experts_keep_their_rank_beside_what_is_truncated(tmp_path):
         type(m).__name__: (m.r["default"], m.scaling["default"]) for m in layers(loaded).values()
     }
     assert found == {"Linear": (2, 1.5), "ParamWrapper": (4, 1.5)}
+
+
+def test_the_benchmark_truncates_the_same_products_in_all_ways():
+    from benchmarks import bench_truncate
+
+    row = bench_truncate.product("a few", 2, 40)
+    assert row["off the dense SVD, relative"] < 1e-6
+    assert row["kohya's resize off it"] < 1e-5 and row["peft.convert_to_lora off it"] < 1e-5
+    dense = row["dense SVDs in float64, seconds (one, times their number)"]
+    assert row["ratio"] == pytest.approx(dense / row["seconds"])

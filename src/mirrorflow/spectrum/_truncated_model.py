@@ -68,9 +68,14 @@ def truncate_model(
     weights = _Weights(inner)
     records: list[Truncation] = []
     skipped = list(tracker.skipped)
+    seen: dict[frozenset[int], str] = {}
     with torch.no_grad():
         for pair in tracker.pairs:
-            if reason := weights.obstacle(pair):
+            reason = weights.obstacle(pair)
+            if pair.kind == "lora" and not reason:
+                first = seen.setdefault(weights.memory(pair), pair.label)
+                reason = "" if first == pair.label else f"its factors are those of {first}"
+            if reason:
                 skipped.append((pair.label, reason))
                 continue
             truncated = _lora if pair.kind == "lora" else _heads
@@ -123,6 +128,10 @@ class _Weights:
             found = Factor(key, False, start, start + rows)
         return found if key in self._parameters else None
 
+    def memory(self, pair: Pair) -> frozenset[int]:
+        """Return where the factors lie: tied adapters have theirs in common."""
+        return frozenset(self._parameters[f.key].data_ptr() for f in (pair.left, pair.right))
+
     def obstacle(self, pair: Pair) -> str:
         """Say why a product cannot be truncated in place; empty if it can."""
         for factor in (pair.left, pair.right):
@@ -158,11 +167,8 @@ class _Weights:
 
     def _rotates(self, module: str) -> bool:
         """Whether the code of an attention module names rotary embeddings; else, any module."""
-        for found in self._modules.get(module, ()):
-            try:
-                return ROTARY.search(inspect.getsource(type(found))) is not None
-            except (OSError, TypeError):  # it was defined where there is no file
-                continue
+        if source := "".join(_source(type(found)) for found in self._modules.get(module, ())):
+            return ROTARY.search(source) is not None
         names = (f"{name} {type(ms[0]).__name__}" for name, ms in self._modules.items())
         return any(ROTARY.search(name) for name in names)
 
@@ -172,17 +178,27 @@ class _Weights:
         keys = {f.key for p in self._attention[pair.name] for f in (p.left, p.right)}
         own = {f"{prefix}in_proj_bias", *keys}
         inner = tuple(f"{key.rpartition('.')[0]}." for key in keys if "." in key[len(prefix) :])
-        harmless = QK_NORM if pair.kind == "value-output" else ADDED
+        passed = (ADDED, QK_NORM) if pair.kind == "value-output" else (ADDED,)
         for name in self._parameters:
-            inside = name.startswith(prefix) and name not in own
-            if (
-                inside
-                and not name.startswith(inner)
-                and not (ADDED.search(name) or harmless.search(name))
-            ):
+            if not name.startswith(prefix) or name in own or name.startswith(inner):
+                continue
+            if not any(harmless.search(name) for harmless in passed):
                 return name
         zeros = any(getattr(m, "add_zero_attn", False) for m in self._modules.get(module, ()))
         return "add_zero_attn" if zeros else ""
+
+
+def _source(kind: type[Module]) -> str:
+    """Return the code of a class and of those that it inherits from, where there are files."""
+    found = ""
+    for ancestor in kind.__mro__:
+        if ancestor in (Module, object):
+            break
+        try:
+            found += inspect.getsource(ancestor)
+        except (OSError, TypeError):  # it was defined where there is no file
+            continue
+    return found
 
 
 Truncated = tuple[list[Truncation], list[tuple[str, str]]]  # with what was skipped
