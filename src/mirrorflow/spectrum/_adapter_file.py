@@ -21,7 +21,7 @@ from .audit import Checkpoint, _pattern
 from .files import files_of, json_of, reader
 from .finding import lora
 from .pairs import Factor, Found, Pair, clean
-from .truncation import RankChoice, Truncation, distance, truncated_product
+from .truncation import RankChoice, TruncatedProduct, Truncation, distance, truncated_product
 
 __all__ = ["CONFIG", "AdapterFile", "reranked"]
 
@@ -99,30 +99,30 @@ class AdapterFile:
         self, pair: Pair, choice: RankChoice
     ) -> tuple[Truncation, dict[str, Tensor]] | str:
         """Return the record of a product and its new weights, or why it stays as it is."""
-        left, right = self._rows(pair.left), self._rows(pair.right)
-        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        old = self._rows(pair.left), self._rows(pair.right)
+        if not all(bool(torch.isfinite(rows).all()) for rows in old):
             return f"it holds NaN or infinite entries: {UNCHANGED}"
         kept = truncated_product(
-            left.mT, right, rank=choice.rank, energy=choice.energy, error=choice.error
+            old[0].mT, old[1], rank=choice.rank, energy=choice.energy, error=choice.error
         )
-        r = pair.shape[1]
         if kept.is_zero:
             return f"A B = 0, as at LoRA's start: {UNCHANGED}"
-        stored, changed = 0.0, {}
-        if kept.rank < r:
-            changed, factor = self._new_alpha(pair, kept.rank)
-            new_left = (kept.left.mT * sqrt(factor)).to(left.dtype)
-            new_right = (kept.right * sqrt(factor)).to(right.dtype)
-            if not (torch.isfinite(new_left).all() and torch.isfinite(new_right).all()):
-                return f"{left.dtype} cannot hold the new factors: {UNCHANGED}"
-            stored = distance(left.mT, right, new_left.double().mT / factor, new_right)
-            for key, rows in ((pair.left, new_left), (pair.right, new_right)):
-                changed[self._names[key.key]] = self._shaped(key, rows)
-        record = Truncation(
-            pair.name, pair.kind, pair.adapter, None, pair.shape, r, min(r, kept.rank),
-            kept.error, stored, kept.energy, pair.notes,
-        )  # fmt: skip
-        return record, changed
+        smaller = kept.rank < pair.shape[1]
+        changed, stored = self._smaller(pair, kept, old) if smaller else ({}, 0.0)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in changed.values()):
+            return f"{old[0].dtype} cannot hold the new factors: {UNCHANGED}"
+        return Truncation.of(pair, kept, stored), changed
+
+    def _smaller(
+        self, pair: Pair, kept: TruncatedProduct, old: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the weights of a truncated product, and their error as they are stored."""
+        changed, factor = self._new_alpha(pair, kept.rank)
+        left = (kept.left.mT * sqrt(factor)).to(old[0].dtype)
+        right = (kept.right * sqrt(factor)).to(old[1].dtype)
+        for side, rows in ((pair.left, left), (pair.right, right)):
+            changed[self._names[side.key]] = self._shaped(side, rows)
+        return changed, distance(old[0].mT, old[1], left.double().mT / factor, right)
 
     def _rows(self, factor: Factor) -> Tensor:
         """Read a factor as rows (r, long dimension)."""

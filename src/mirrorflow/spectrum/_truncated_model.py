@@ -216,7 +216,7 @@ def _lora(pair: Pair, weights: _Weights, choice: RankChoice) -> Truncated:
         weights.write(pair.left, _padded(kept.left.mT, left))
         weights.write(pair.right, _padded(kept.right, right))
         stored = distance(left.mT, right, weights.rows(pair.left).mT, weights.rows(pair.right))
-    return [_record(pair, None, kept, len(left), stored, pair.notes)], []
+    return [Truncation.of(pair, kept, stored)], []
 
 
 def _kept(left: Tensor, right: Tensor, choice: RankChoice) -> TruncatedProduct | str:
@@ -234,17 +234,6 @@ def _padded(rows: Tensor, like: Tensor) -> Tensor:
     padded = torch.zeros_like(like)
     padded[: len(rows)] = rows
     return padded
-
-
-def _record(
-    pair: Pair, head: int | None, kept: TruncatedProduct, r: int, stored: float, notes: Notes
-) -> Truncation:
-    """Return the record of a product of the inner dimension r."""
-    n, _, m = pair.shape
-    return Truncation(
-        pair.name, pair.kind, pair.adapter, head, (n, r, m), r, min(r, kept.rank),
-        kept.error, stored, kept.energy, notes,
-    )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -312,15 +301,16 @@ def _heads(pair: Pair, weights: _Weights, choice: RankChoice) -> Truncated:
     found: dict[int, tuple[TruncatedProduct, Notes]] = {}
     skipped: list[tuple[str, str]] = []
     for i in range(len(old.left)):
-        kept, notes = _kept(*old.of(i), choice), pair.notes
+        kept = _kept(*old.of(i), choice)
         if isinstance(kept, str):
             skipped.append((f"{pair.label} head {i}", kept))
             continue
+        notes: Notes = ()
         if kept.rank < old.left.shape[1] and shared:
             new.project(i, kept)
-            notes = (*notes, SHARED)
+            notes = (SHARED,)
         elif kept.rank < old.left.shape[1] and new.rebase(i, kept, values):
-            notes = (*notes, BIAS)
+            notes = (BIAS,)
         found[i] = kept, notes
     new.write(pair, weights)
     return _head_records(pair, old, _Heads.read(pair, weights), found), skipped
@@ -335,5 +325,5 @@ def _head_records(
         (left, right), (new_left, new_right) = old.of(i), new.of(i)
         same = kept.rank >= len(left)
         stored = 0.0 if same else distance(left.mT, right, new_left.mT, new_right)
-        records.append(_record(pair, i, kept, len(left), stored, notes))
+        records.append(Truncation.of(pair, kept, stored, i, notes))
     return records

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .gram import double
-from .pairs import label
+from .pairs import Pair, label
 from .product import lost_of, smallest_rank
 from .singular_values import ROUNDING
 
@@ -243,6 +243,23 @@ class Truncation:
     stored_error: float
     energy: float
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        kept: TruncatedProduct,
+        stored_error: float,
+        head: int | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> Truncation:
+        """Return the record of a pair, or of one of its heads, with notes beside its own."""
+        n, r, m = pair.shape
+        inner = r if head is None else r // (pair.heads or 1)
+        return cls(
+            pair.name, pair.kind, pair.adapter, head, (n, inner, m), inner, min(inner, kept.rank),
+            kept.error, stored_error, kept.energy, (*pair.notes, *notes),
+        )  # fmt: skip
 
     @property
     def label(self) -> str:
