@@ -253,6 +253,14 @@ def test_diffusers_header_has_the_new_rank_and_alpha(tmp_path):
     assert (found["transformer.r"], found["transformer.lora_alpha"]) == (2, 1)
 
 
+def test_a_scale_that_depends_on_the_rank_in_an_unknown_way_is_not_changed(tmp_path):
+    weights = kohya("a", 6, None, 20, 16) | kohya("b", 6, 3.0, 20, 16)
+    file = save(tmp_path / "x.safetensors", weights, network_alpha="3")
+    report = plan_truncation(file, rank=2).report
+    assert [record.name for record in report.records] == ["b"]
+    assert [(name, "network_alpha" in reason) for name, reason in report.skipped] == [("a", True)]
+
+
 def test_what_is_no_product_or_has_none_is_copied_and_listed(tmp_path):
     weights = (
         kohya("good", 4, 2.0, 20, 16)

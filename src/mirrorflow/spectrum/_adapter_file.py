@@ -91,8 +91,12 @@ class AdapterFile:
         parts = {k[len(start) :].split(".")[0] for k in self._shapes if k.startswith(start)}
         if more := sorted(parts - KNOWN):
             return f"lora_{more[0]} stands beside the two factors: {UNCHANGED}"
-        if pair.right.key.startswith(PREFIX) and not self._config:
+        if self._config or HEADER in self._metadata or f"{pair.name}.alpha" in self._shapes:
+            return ""
+        if pair.right.key.startswith(PREFIX):
             return f"{CONFIG} is missing, by which its scale depends on the rank: {UNCHANGED}"
+        if "network_alpha" in self._metadata:
+            return f"its scale depends on the rank, by network_alpha in the header: {UNCHANGED}"
         return ""
 
     def truncated(
