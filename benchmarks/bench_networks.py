@@ -13,12 +13,18 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from benchmarks._measure import measure
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
-from mirrorflow.experiments import tab03_fig03a_lora as tab03
-from mirrorflow.experiments._language import Tokens, characters, loss_of, own_model, with_lora
-from mirrorflow.experiments._training import Session, controlled
-from mirrorflow.experiments._vision import Images, parameter_groups, vit
-from mirrorflow.experiments._vision import loss_of as image_loss
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from mirrorflow.lab.experiments.networks import tab03_fig03a_lora as tab03
+from mirrorflow.lab.experiments.networks._language import (
+    Tokens,
+    characters,
+    loss_of,
+    own_model,
+    with_lora,
+)
+from mirrorflow.lab.experiments.networks._training import Session, controlled
+from mirrorflow.lab.experiments.networks._vision import Images, parameter_groups, vit
+from mirrorflow.lab.experiments.networks._vision import loss_of as image_loss
 from mirrorflow.schedule import SwitchOff
 from mirrorflow.spectrum import SpectralTracker
 

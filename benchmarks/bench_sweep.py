@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks._measure import measure
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
-from mirrorflow.experiments._networks import Plan
-from mirrorflow.experiments._training import train
-from mirrorflow.experiments._trunks import Checkpoints, branch_points, steps_saved
-from mirrorflow.sweep import Study, sweep
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from mirrorflow.lab.experiments.networks._study import PlannedRun
+from mirrorflow.lab.experiments.networks._training import train
+from mirrorflow.lab.framework.trunks import Checkpoints, branch_points, steps_saved
+from mirrorflow.lab.sweep import Study, sweep
 
 FEW, RUNS, WORKERS = 8, 32, 2
 STEPS = 2000  # of a run of about a second
@@ -62,7 +62,7 @@ def sharing() -> dict[str, Any]:
     }
 
 
-def session(config: tab02.Config, plan: Plan) -> Any:
+def session(config: tab02.Config, plan: PlannedRun) -> Any:
     return tab02._session(config, plan)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mirrorflow import experiments
+from mirrorflow.lab import framework
 
 ROOT = Path(__file__).parents[1]
 DASHES = ((0, (7, 2)), (0, (5, 2, 1, 2)), (0, (1.5, 1.5)), "solid")
@@ -29,9 +29,9 @@ def panel(axis, records, curves, model, title):
 
 def main():
     """Find the stored run of matrix sensing and draw its two models side by side."""
-    found = experiments.find_results(ROOT / "results")
+    found = framework.find_results(ROOT / "results")
     (result,) = [r for r in found if r["experiment"] == "fig02_matrix_sensing"]
-    curves = experiments.trajectory(result["folder"])
+    curves = framework.trajectory(result["folder"])
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     panel(axes[0], result["records"], curves, "factor", "X = U Uᵀ, weight decay on U")

@@ -9,31 +9,45 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mirrorflow"
 
-# Each module with what it may import; folders count as one module.
-THEORY = ("solution", "schedule", "reparam", "regularizer", "conditions", "legendre", "loss")
-TOP = (*THEORY, "flow", "descent", "limit", "estimator", "weightdecay", "spectrum", "the package")
+# Each room with the rooms that it may import; a folder counts as one, the lab's folders as theirs.
+THEORY = ("_solution", "_loss", "schedule", "reparam", "regularizer", "conditions", "legendre")
 ALLOWED = {
-    "solution": (),
+    "_solution": (),
+    "_loss": (),
     "schedule": (),
-    "loss": (),
     "spectrum": (),
-    "report": (),
+    "balance": (),
     "reparam": (),
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),
     "legendre": ("reparam", "regularizer", "conditions"),
     "flow": THEORY,
-    "descent": THEORY,
     "limit": THEORY,
+    "descent": THEORY,
     "estimator": (*THEORY, "flow", "limit"),
     "weightdecay": ("schedule",),
-    "integrations": ("schedule", "weightdecay", "spectrum"),
-    "experiments": TOP,
-    "sweep": ("experiments",),
+    "control": ("schedule", "weightdecay", "spectrum"),
+    "integrations": ("schedule", "weightdecay", "spectrum", "control"),
+    "lab.framework": (),
+    "lab.experiments": (
+        *THEORY,
+        "flow",
+        "limit",
+        "descent",
+        "estimator",
+        "weightdecay",
+        "spectrum",
+        "control",
+        "integrations",
+        "lab.framework",
+        "the package",
+    ),
+    "lab.sweep": ("lab.framework",),
+    "lab.report": (),
     "cli": (
-        "experiments",
-        "report",
-        "sweep",
+        "lab.framework",
+        "lab.report",
+        "lab.sweep",
         "conditions",
         "reparam",
         "regularizer",
@@ -41,12 +55,13 @@ ALLOWED = {
         "weightdecay",
     ),
 }
-FORBIDDEN = {"utils", "core", "common", "base", "helpers", "misc"}
+NAMESPACES = {"lab"}  # folders whose folders are rooms
+FORBIDDEN = {"utils", "core", "common", "helpers", "misc"}
 HEAVY = {"torch", "matplotlib", "altair", "sklearn", "scipy", "numpy", "pydantic"}
 
 
 def imports(path: Path, root: Path) -> set[str]:
-    """Name the mirrorflow modules that a file imports, function-local imports included."""
+    """Return the dotted names that a file imports from mirrorflow, wherever in it they stand."""
     package = ("mirrorflow", *path.relative_to(root).with_suffix("").parts[:-1])
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -56,37 +71,118 @@ def imports(path: Path, root: Path) -> set[str]:
             stem = package[: len(package) - node.level + 1] if node.level else ()
             home = ".".join((*stem, *(node.module.split(".") if node.module else ())))
             found |= {f"{home}.{alias.name}" for alias in node.names}
-    return {reached(name) for name in found if name.split(".")[0] == "mirrorflow"} - {None}
+    return {name for name in found if name.split(".")[0] == "mirrorflow"}
 
 
-def reached(name: str) -> str | None:
-    """Name the module behind `mirrorflow.flow.x`; a name of the package itself reaches them all."""
-    module = name.split(".")[1] if "." in name else ""
-    if module == "__version__":
+def room(name: str) -> str | None:
+    """Return the room of a dotted name; a public name of the package itself reaches them all."""
+    parts = name.split(".")[1:]
+    if parts == ["__version__"]:
         return None
-    return module if module in ALLOWED or name.count(".") > 1 else "the package"
+    if parts and parts[0] in NAMESPACES:
+        return ".".join(parts[:2])
+    return parts[0] if parts and (parts[0] in ALLOWED or len(parts) > 1) else "the package"
 
 
-def module_of(path: Path, root: Path) -> str:
-    return path.relative_to(root).with_suffix("").parts[0]
+def rooms_imported(path: Path, root: Path) -> set[str]:
+    return {room(name) for name in imports(path, root)} - {None}
+
+
+def room_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:2]) if parts[0] in NAMESPACES and len(parts) > 2 else parts[0]
 
 
 def violations(root: Path) -> list[str]:
     found = []
     for path in sorted(root.rglob("*.py")):
-        module = module_of(path, root)
-        if module in ("__init__", "__main__"):
+        here = room_of(path, root)
+        if here in ("__init__", "__main__", *NAMESPACES):
             continue
-        if module not in ALLOWED:
-            found.append(f"{module} has no place in tests/test_architecture.py: give it one")
+        if here not in ALLOWED:
+            found.append(f"{here} has no place in tests/test_architecture.py: give it one")
             continue
-        wrong = imports(path, root) - set(ALLOWED[module]) - {module}
+        wrong = rooms_imported(path, root) - set(ALLOWED[here]) - {here}
         found += [f"{path.relative_to(root)} may not import {name}" for name in sorted(wrong)]
+    return found
+
+
+def file_graph(root: Path) -> dict[Path, set[Path]]:
+    """Return which file imports which, imports in functions and under TYPE_CHECKING included."""
+    return {
+        path: {file for name in imports(path, root) if (file := file_of(name, root)) != path}
+        - {None}
+        for path in sorted(root.rglob("*.py"))
+    }
+
+
+def file_of(name: str, root: Path) -> Path | None:
+    """Return the file behind a dotted name: that of its longest prefix which is a module."""
+    parts = name.split(".")[1:]
+    for count in range(len(parts), 0, -1):
+        stem = root.joinpath(*parts[:count])
+        for file in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def cycles(graph: dict[Path, set[Path]]) -> list[list[str]]:
+    """Return the cycles that a depth-first walk meets."""
+    found, done, way = [], set(), []
+
+    def visit(file):
+        if file in way:
+            found.append([str(f) for f in (*way[way.index(file) :], file)])
+        elif file not in done:
+            way.append(file)
+            for other in sorted(graph.get(file, ())):
+                visit(other)
+            done.add(way.pop())
+
+    for file in graph:
+        visit(file)
     return found
 
 
 def test_imports_go_in_one_direction():
     assert violations(SOURCE) == []
+
+
+def test_no_file_reaches_itself_by_its_imports():
+    assert cycles(file_graph(SOURCE)) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a/x.py": "from .y import f", "a/y.py": "def g():\n    from .x import h"},
+        {"a/x.py": "from . import y", "a/y.py": "if TYPE_CHECKING:\n    from .x import h"},
+        {
+            "a/__init__.py": "from .x import f",
+            "a/x.py": "from ..b import g",
+            "b.py": "from .a import f",
+        },
+    ],
+)
+def test_a_cycle_of_files_is_found(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cycles(file_graph(tmp_path))
+
+
+def test_packages_only_export_again():
+    """An __init__ holds a docstring, imports and __all__; that of the package its version, too."""
+    for path in sorted(SOURCE.rglob("__init__.py")):
+        _, *rest = ast.parse(path.read_text()).body
+        for node in rest:
+            exports = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in (
+                "__all__",
+                "__version__",
+                "(__getattr__, __dir__, __all__)",
+            )
+            assert exports or isinstance(node, (ast.Import, ast.ImportFrom)), path
 
 
 def test_the_table_itself_has_no_cycle():
@@ -120,12 +216,14 @@ def test_the_command_line_starts_without_heavy_imports():
         ("flow.py", "from mirrorflow import limit", "flow.py may not import limit"),
         ("flow.py", "import mirrorflow as mf", "may not import the package"),
         ("legendre/power.py", "from mirrorflow import Hadamard", "may not import the package"),
-        ("reparam.py", "from . import experiments", "may not import experiments"),
+        ("reparam.py", "from .lab import sweep", "may not import lab.sweep"),
+        ("lab/sweep/x.py", "from ..report import build", "may not import lab.report"),
+        ("lab/drawer/x.py", "", "lab.drawer has no place"),
         ("drawer.py", "", "drawer has no place"),
     ],
 )
 def test_a_violation_is_caught(tmp_path, file, code, message):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(code)
     assert any(message in found for found in violations(tmp_path))
 
@@ -133,15 +231,19 @@ def test_a_violation_is_caught(tmp_path, file, code, message):
 @pytest.mark.parametrize(
     ("file", "code"),
     [
-        ("flow.py", "import torch\nfrom .legendre import legendre\nfrom .loss import LeastSquares"),
-        ("legendre/power.py", "from .function import checked\nfrom ..reparam import factors"),
         (
-            "experiments/fig02_matrix_sensing.py",
-            "from .. import __version__\nimport mirrorflow as mf\nfrom . import _contract",
+            "flow.py",
+            "import torch\nfrom .legendre import legendre\nfrom ._loss import LeastSquares",
+        ),
+        ("legendre/power.py", "from .base import checked\nfrom ..reparam import factors"),
+        (
+            "lab/experiments/x/fig02_x.py",
+            "from .... import __version__\nimport mirrorflow as mf\n"
+            "from ...framework import contract",
         ),
     ],
 )
 def test_what_is_allowed_is_not_reported(tmp_path, file, code):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(code)
     assert violations(tmp_path) == []

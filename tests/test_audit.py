@@ -435,7 +435,7 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
     }  # fmt: skip
     safetensors.save_file(weights, tmp_path / "model.safetensors")
     page = tmp_path / "deep" / "page.html"
-    command = [sys.executable, "-m", "mirrorflow.cli", "audit", str(tmp_path), "--page", str(page)]
+    command = [sys.executable, "-m", "mirrorflow", "audit", str(tmp_path), "--page", str(page)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and str(page) in done.stderr
     text = page.read_text()
@@ -450,7 +450,7 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
 
 
 def test_the_page_tells_the_two_products_of_attention_apart(tmp_path):
-    from mirrorflow.report.checkpoint import audit_page
+    from mirrorflow.lab.report.checkpoint import audit_page
 
     gpt2().save_pretrained(tmp_path)
     content = audit(tmp_path, values=True).to_dict()

@@ -141,7 +141,7 @@ def test_an_interrupted_fit_leaves_the_estimator_as_it_was(name, monkeypatch):
         raise KeyboardInterrupt
 
     # Data and settings have been read by then, and in part been set.
-    monkeypatch.setattr("mirrorflow.estimator.linear.kkt", interrupted)
+    monkeypatch.setattr("mirrorflow.estimator._base.kkt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.fit(X[:, :4], X[:, 0])
     for key, value in before.items():

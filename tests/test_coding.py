@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from mirrorflow.experiments import _coding, _contract, fig10_coding_power, fig12_coding_log
+from mirrorflow.lab.experiments.coding import _problem as _coding
+from mirrorflow.lab.experiments.coding import fig10_coding_power, fig12_coding_log
+from mirrorflow.lab.framework import contract
 
 
 def test_digits_stand_in_for_faces_with_a_warning(monkeypatch):
@@ -26,9 +28,9 @@ def test_atoms_have_norm_1():
 
 
 def results(module, config, tmp_path):
-    folder = _contract.execute(module, config, tmp_path)
-    (result,) = _contract.find_results(tmp_path)
-    return result["records"], _contract.trajectory(folder)
+    folder = contract.execute(module, config, tmp_path)
+    (result,) = contract.find_results(tmp_path)
+    return result["records"], contract.trajectory(folder)
 
 
 def test_the_curves_of_all_k_meet_on_the_clock_of_their_speed(tmp_path):

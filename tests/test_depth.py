@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirrorflow import experiments
-from mirrorflow.experiments import fig07_fig08_depth as fig07
-from mirrorflow.experiments._depth import DEPTHS, Problems, speeds, train
+from mirrorflow.lab import framework
+from mirrorflow.lab.experiments.depth import fig07_fig08_depth as fig07
+from mirrorflow.lab.experiments.depth._problem import DEPTHS, Problems, speeds, train
 
 PROBLEMS = Problems.draw((0, 5), 12, 20, 2)
 ALPHAS, ETA, SCALE, ON, OFF = (0.05, 0.7), 0.01, 2.0, 60, 40
@@ -62,8 +62,8 @@ def test_divergence_names_the_step():
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     config = fig07.Config(n=20, d=30, nonzero=2, eta=0.01, on=10_000, off=10_000, seeds=(0, 1, 2))
-    folder = experiments.execute(fig07, config, tmp_path_factory.mktemp("depth"))
-    return experiments.find_results(folder.parents[1])[0]["records"]
+    folder = framework.execute(fig07, config, tmp_path_factory.mktemp("depth"))
+    return framework.find_results(folder.parents[1])[0]["records"]
 
 
 def test_trained_m_w_comes_to_the_end_point_that_limit_computes(records):

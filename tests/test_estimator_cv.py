@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold, KFold
 
 import mirrorflow as mf
-from mirrorflow.estimator.data import growth
+from mirrorflow.estimator._data import growth
 from test_estimator import problem
 
 
@@ -131,7 +131,7 @@ def test_jobs_change_nothing():
 def test_what_is_not_kept_is_integrated_again(d, monkeypatch):
     X, y, _ = problem(n=40, d=d, noise=1.0)
     kept = mf.MirrorFlowRegressorCV(ts=6, tol=1e-5).fit(X, y)
-    monkeypatch.setattr("mirrorflow.estimator.folds.KEPT", 0)
+    monkeypatch.setattr("mirrorflow.estimator._folds.KEPT", 0)
     again = mf.MirrorFlowRegressorCV(ts=6, tol=1e-5).fit(X, y)
     np.testing.assert_allclose(again.zero_mse_path_, kept.zero_mse_path_, rtol=1e-3)
     np.testing.assert_allclose(again.coef_, kept.coef_, atol=1e-4)

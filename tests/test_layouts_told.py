@@ -6,7 +6,7 @@ from torch import nn
 
 from attention import forward, prepared
 from mirrorflow.spectrum import SpectralTracker, audit
-from mirrorflow.spectrum.configuration import heads
+from mirrorflow.spectrum.audit import heads
 from test_layouts import EXPERTS, GEMMA4, GROUPED, HALF, PARTLY, SHORT, SMALL, D, Timm
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -27,7 +27,7 @@ from mirrorflow.weightdecay import (
     scale_to_budget,
     table,
 )
-from mirrorflow.weightdecay.ledger import Entry
+from mirrorflow.weightdecay._ledger import Entry
 
 FALL = Linear(0.5, 0.0, duration=6)
 quiet = pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mirrorflow.experiments import _lowrank_methods as methods
-from mirrorflow.experiments._lowrank_data import Entries
+from mirrorflow.lab.experiments.studies import _lowrank_methods as methods
+from mirrorflow.lab.experiments.studies._lowrank_data import Entries
 
 
 @pytest.fixture(scope="module")

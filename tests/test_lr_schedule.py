@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirrorflow.experiments import fig15_fig16_lr_schedule as fig15
-from mirrorflow.experiments._training import train
-from mirrorflow.experiments._trunks import Checkpoints, steps_saved
+from mirrorflow.lab.experiments.networks import fig15_fig16_lr_schedule as fig15
+from mirrorflow.lab.experiments.networks._training import train
+from mirrorflow.lab.framework.trunks import Checkpoints, steps_saved
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-import mirrorflow.experiments as ex
-from mirrorflow.experiments import (
-    _download,
-    _language,
-    _network_charts,
-    _network_figures,
-    _networks,
-    _vision,
-)  # fmt: skip
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
-from mirrorflow.experiments import tab03_fig03a_lora as tab03
-from mirrorflow.experiments._networks import Study, absorbed, compared, interval
-from mirrorflow.experiments._training import train
-from mirrorflow.experiments._trunks import Checkpoints, branch_points, steps_saved
+import mirrorflow.lab.framework as ex
+from mirrorflow.lab.experiments.networks import _charts as _network_charts
+from mirrorflow.lab.experiments.networks import _figures as _network_figures
+from mirrorflow.lab.experiments.networks import _language, _vision  # fmt: skip
+from mirrorflow.lab.experiments.networks import _study as _networks
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from mirrorflow.lab.experiments.networks import tab03_fig03a_lora as tab03
+from mirrorflow.lab.experiments.networks._study import Study, absorbed, compared, interval
+from mirrorflow.lab.experiments.networks._training import train
+from mirrorflow.lab.framework import download as _download
+from mirrorflow.lab.framework.trunks import Checkpoints, branch_points, steps_saved
 
 MODULES = {m.NAME: m for m in (tab02, tab03)}
 BUILD = {
@@ -86,7 +83,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(module, kind, tmp_path)
 
 
 def test_a_long_run_stores_its_state_now_and_then_and_only_the_last(module, tmp_path, monkeypatch):
-    monkeypatch.setattr("mirrorflow.experiments._training.STORED", -1.0)
+    monkeypatch.setattr("mirrorflow.lab.experiments.networks._training.STORED", -1.0)
     config = module.Config.preset("smoke")
     key = next(iter(config.plans()))
     store, seen = Checkpoints(tmp_path), []
@@ -100,7 +97,7 @@ def test_a_long_run_stores_its_state_now_and_then_and_only_the_last(module, tmp_
         whole(module, config, key, store, watch=watch)
     assert store.latest(module.timelines(config)[key])[0] == 16
     assert max(seen) <= 2  # with the pretraining's
-    monkeypatch.setattr("mirrorflow.experiments._training.STORED", 60.0)
+    monkeypatch.setattr("mirrorflow.lab.experiments.networks._training.STORED", 60.0)
     resumed = whole(module, config, key, store)
     once = whole(module, config, key, Checkpoints(tmp_path / "once"))
     assert same(state_of(resumed), state_of(once))
@@ -128,7 +125,7 @@ def test_absorbed_is_what_a_buffer_with_momentum_adds_up():
             buffer = momentum * buffer + (s == t)
             total += lrs[s] * buffer
         assert found[t] == pytest.approx(total)
-    np.testing.assert_array_equal(absorbed(np.array([0.1, 0.3])), [0.1, 0.3])
+    np.testing.assert_allclose(absorbed(np.array([0.1, 0.3])), [0.1, 0.3], rtol=1e-14)
 
 
 def test_sharing_saves_the_steps_before_the_switches():
@@ -215,7 +212,7 @@ def test_intervals_are_those_of_student():
 
 
 def ended(kind, loss, seed=0, decay=0.1, start=4.0):
-    """Give the record of a run that has ended with a loss."""
+    """Return the record of a run that has ended with a loss."""
     curves = {"loss": np.array([start, loss])}
     return {
         "run": f"{kind}", "part": f"{kind}-seed{seed}", "kind": kind, "family": decay,

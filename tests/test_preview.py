@@ -6,7 +6,7 @@ import torch
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
-from mirrorflow.integrations.loop import ControlledDecay
+from mirrorflow.control.loop import ControlledDecay
 from mirrorflow.schedule import Constant, SwitchOff
 from mirrorflow.weightdecay import HoldRatio, OffAtBudget, WeightDecayScheduler, preview, table
 from optimizers import FALL

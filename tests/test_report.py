@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 
 import browser
 import mirrorflow as mf
-from mirrorflow import cli, experiments, report
+from mirrorflow.cli import app as cli
+from mirrorflow.lab import framework, report
+from mirrorflow.lab.report import page as pages
 
-NAMES = tuple(experiments.experiments())
+NAMES = tuple(framework.experiments())
 
 
 def section(**changes):
-    """Give a small section of a page."""
+    """Return a small section of a page."""
     figure = Figure()
     figure.subplots().plot([0, 1], [1, 0])
     chart = alt.Chart(alt.Data(values=[{"x": 0, "y": 1}, {"x": 1, "y": 0}]))
@@ -46,8 +48,8 @@ def page(tmp_path_factory):
     """Run both experiments small, and make their page by the command line's own function."""
     folder = tmp_path_factory.mktemp("results")
     for name in NAMES:
-        module = experiments.load(name)
-        experiments.execute(module, experiments.config_from(module, "smoke"), folder)
+        module = framework.load(name)
+        framework.execute(module, framework.config_from(module, "smoke"), folder)
     return cli._build(folder, folder / "index.html")
 
 
@@ -76,7 +78,7 @@ def test_charts_and_figures_have_names_for_those_who_do_not_see_them(tmp_path):
 def test_long_tables_are_closed_and_a_setting_takes_one_line(tmp_path):
     config = {"seeds": list(range(20)), "text": "a"}
     result = {**section().result, "config": config}
-    for count, closed in ((report.LONG, 0), (report.LONG + 1, 1)):
+    for count, closed in ((pages.LONG, 0), (pages.LONG + 1, 1)):
         whole = section(table=[{"row": i} for i in range(count)], result=result)
         html = report.build([whole], tmp_path / "page.html", "1").read_text()
         assert html.count(f"<summary>The table: {count} rows</summary>") == closed
@@ -241,7 +243,7 @@ def start_of(name, p, q):
 
 
 def test_the_grid_covers_every_case_of_the_explorer():
-    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    source = resources.files("mirrorflow.lab.report").joinpath("explorer.js").read_text()
     table = source[source.index("const CASES") : source.index("// What the page shows")]
     assert set(re.findall(r"^  (\w+): \{", table, re.M)) == set(CASES)
 
@@ -276,7 +278,7 @@ def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
 
 def in_browser(folder: Path, grid):
     """Evaluate the explorer's formulas in a browser."""
-    source = resources.files("mirrorflow.report").joinpath("explorer.js").read_text()
+    source = resources.files("mirrorflow.lab.report").joinpath("explorer.js").read_text()
     body = """
     const results = GRID.map(([name, p, q, a, xs]) => {
       const R = CASES[name].make(p, q, a), centre = R.primal(0), mirror = xs.map(R.mirror);

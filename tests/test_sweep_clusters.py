@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-import mirrorflow.experiments as ex
-from mirrorflow import sweep as sw
-from mirrorflow.experiments import tab02_fig03b_fig13_vit as tab02
+import mirrorflow.lab.framework as ex
+from mirrorflow.lab import sweep as sw
+from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from processes import one_thread
 
 HERE = Path(__file__).parent
 QUICK = sw.Study(
@@ -21,11 +21,13 @@ QUICK = sw.Study(
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: slow on a busy machine
-    torch.set_num_threads(1)
+    with one_thread():
+        yield
 
 
 def records(out):
@@ -35,15 +37,16 @@ def records(out):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    for _, config in QUICK.configurations():
-        ex.execute(QUICK.module, config, out)
+    with one_thread():
+        for _, config in QUICK.configurations():
+            ex.execute(QUICK.module, config, out)
     return records(out)
 
 
 @pytest.mark.slow
 def test_jobs_of_submitit_have_the_same_results(tmp_path, alone):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     engine = OnSlurm(tmp_path, 2, (1.0, 0.0), "", (), cluster="local")
     assert sw.sweep(QUICK, tmp_path, engine=engine).complete
@@ -53,7 +56,7 @@ def test_jobs_of_submitit_have_the_same_results(tmp_path, alone):
 @pytest.mark.slow
 def test_a_job_that_dies_under_submitit_is_given_up_with_its_reason(tmp_path):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     hooks = ("sweep_hooks:kills_itself_always",)
     engine = OnSlurm(tmp_path, 2, (1.0, 0.0), "", hooks, cluster="local")
@@ -63,7 +66,7 @@ def test_a_job_that_dies_under_submitit_is_given_up_with_its_reason(tmp_path):
 
 def test_a_fraction_of_a_gpu_is_refused_under_slurm(tmp_path):
     pytest.importorskip("submitit")
-    from mirrorflow.sweep.on_slurm import OnSlurm
+    from mirrorflow.lab.sweep.engines.slurm import OnSlurm
 
     with pytest.raises(ValueError, match=r"whole GPUs, not 0\.25"):
         OnSlurm(tmp_path, 0, (1.0, 0.25), "", (), cluster="local")
@@ -89,7 +92,7 @@ def cluster():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own, about its processes and sockets
 def test_a_node_that_is_killed_from_outside_costs_no_run(tmp_path, cluster):
-    from mirrorflow.sweep.on_ray import OnRay
+    from mirrorflow.lab.sweep.engines.ray import OnRay
 
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     study = sw.Study(
@@ -111,7 +114,7 @@ def test_a_node_that_is_killed_from_outside_costs_no_run(tmp_path, cluster):
     thread.start()
     engine = OnRay(tmp_path, cluster.address, 0, (1.0, 0.0), "", ())
     outcome = sw.sweep(study, tmp_path, engine=engine)
-    thread.join(10)
+    thread.join()
     assert killed and outcome.complete
     for _, config in study.configurations():
         ex.execute(tab02, config, tmp_path / "alone")

@@ -218,7 +218,7 @@ def test_a_level_that_does_not_exist_is_refused():
 
 
 def test_large_layers_are_not_held_together(monkeypatch):
-    from mirrorflow.spectrum import measurement
+    from mirrorflow.spectrum import _measurement as measurement
 
     sizes = []
     original = measurement._measure_alike

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirrorflow.experiments._trunks import Checkpoints, Timeline, branch_points, steps_saved
+from mirrorflow.lab.framework.trunks import Checkpoints, Timeline, branch_points, steps_saved
 
 
 def switched(rate, off, steps=10, seed=0):

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .loss import LeastSquares, slope
+from ._loss import LeastSquares, slope
+from ._solution import Path, Solution, Status
 from .regularizer import Regularizer, require_pair
 from .reparam import Parameters, Reparam, factors
 from .schedule import Schedule
-from .solution import Path, Solution, Status
 
 __all__ = ["DescentStats", "descend"]
 

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from .errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
-    from ..sweep.driver import Outcome, Progress
+    from ..lab.sweep.driver import Outcome, Progress
 
 __all__ = ["sweeps"]
 
@@ -59,9 +59,12 @@ def run(
 
     Exit code 1 if runs have failed; each is listed with its reason.
     """
-    from .. import sweep as package
+    from ..lab import sweep as package
 
-    hooks = (*(hook or ()), *(("mirrorflow.sweep.observers:tensorboard",) if tensorboard else ()))
+    hooks = (
+        *(hook or ()),
+        *(("mirrorflow.lab.sweep.observers:tensorboard",) if tensorboard else ()),
+    )
     try:
         chosen = package.Study.read(study)
         if dry_run:
@@ -83,7 +86,7 @@ def run(
 @sweeps.command()
 def status(folder: Folder) -> None:
     """Say how far a sweep is, run by run."""
-    from .. import sweep as package
+    from ..lab import sweep as package
 
     try:
         runs = package.status(folder)
@@ -102,7 +105,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="A .parquet or .csv file.")],
 ) -> None:
     """Write the records of all finished runs into one table."""
-    from .. import sweep as package
+    from ..lab import sweep as package
 
     try:
         rows = package.export(folder, output)
@@ -119,11 +122,11 @@ def _engine(
     if name == "local":
         return None
     if name == "ray":
-        from ..sweep.on_ray import OnRay
+        from ..lab.sweep.engines.ray import OnRay
 
         return OnRay(out, address, workers, resources, store, hooks)
     if name == "slurm":
-        from ..sweep.on_slurm import OnSlurm
+        from ..lab.sweep.engines.slurm import OnSlurm
 
         return OnSlurm(out, workers, resources, store, hooks)
     raise UserError(f"--engine is local, ray or slurm, not {name}")

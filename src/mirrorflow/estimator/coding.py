@@ -1,228 +1,288 @@
-r"""Descent on u and v, z = g(u, v): with a step of one length, or steps that fit u and v."""
+r"""Sparse coding by gradient descent on u and v, z = u^{2k} - v^{2k} or log u - log v."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import warnings
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array as sklearn_check_array
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import validate_data
 
-__all__ = ["codes", "lipschitz", "settled_codes", "sizes"]
+from ._base import without_small
+from ._codes import codes, lipschitz, settled_codes, sizes
+from ._transaction import all_or_nothing
+
+__all__ = ["MirrorFlowCoder", "codes", "lipschitz"]
+
+check_array: Any = sklearn_check_array  # its defaults mislead type checkers
 
 Array = NDArray[Any]
 
 
-def lipschitz(dictionary: Array) -> float:
-    """Give the largest eigenvalue of D D^T: the curvature of |x - z D|^2 / 2 in z."""
-    return float(np.linalg.norm(dictionary, 2)) ** 2
+class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    r"""Code signals in a given dictionary by training u and v, z = g(u, v).
 
+    .. math:: \min_{u, v} \tfrac12 |x - g(u, v) D|^2 + \alpha h(u, v)
 
-def sizes(X: Array, dictionary: Array) -> Array:
-    """Give for each signal the largest code of one atom alone: the size of its codes.
+    by gradient descent. It is used like `sklearn.decomposition.SparseCoder`.
 
-    It is 1 where x is orthogonal to all atoms, whose codes are 0.
+    Parameters
+    ----------
+    dictionary : array of shape (n_components, n_features)
+        The atoms, one in each row; none may be 0. They need not have norm 1.
+    form : {"power", "log"}, default="power"
+        g = u^{2k} - v^{2k} with h = sum u^{2k} + v^{2k}, which makes codes sparse, or g = log u -
+        log v with h = sum log u + log v, whose decay spreads them.
+    k : int, default=1
+        Half the power.
+    alpha : float, default=0.1
+        The strength of h, >= 0. For the power it acts like the penalty alpha \|z\| of the lasso,
+        and from alpha = max \|x D^T\| on all codes are 0.
+    beta : float, default=0.01
+        The scale of the start; for the power in units of the size of a signal's codes, the largest
+        that one atom alone would have. Where alpha is 0 small values make sparser codes.
+    start : float or array that broadcasts to (n_samples, n_components), default=0.0
+        The codes at the start.
+    learning_rate : "adaptive" or float, default="adaptive"
+        The length of the steps. "adaptive" chooses it for each signal from its own u and v, so
+        that no size of signals diverges, and stops once codes have settled. A number is the length
+        in units of 1 / Lip(D), Lip(D) the largest eigenvalue of D D^T, as in the paper: n_steps
+        steps are taken, whether they settle or not; it must be smaller for larger signals.
+    n_steps : int, default=20000
+        The largest number of steps, and with a number as ``learning_rate`` their number.
+    tol : float, default=1e-3
+        When codes have settled ("adaptive" only): when the lasso's duality gap proves them to be
+        within ``tol`` of the least value, relative to it. Where alpha is 0, when the largest force
+        on a code is at most ``tol`` times that on codes 0.
+    switch_off : int or None, default=None
+        The step from which on alpha is 0; with "adaptive" already once codes have settled.
+    zero_tol : float, default=1e-3
+        Codes smaller than ``zero_tol`` times the largest of their signal are set to exactly 0:
+        training makes them small, never 0. With 0 they are left as they are.
+
+    Attributes
+    ----------
+    n_components_ : int
+        The number of atoms.
+    n_features_in_, feature_names_in_
+        As everywhere in scikit-learn.
+
+    Warns
+    -----
+    ConvergenceWarning
+        From `transform`, if codes have not settled after ``n_steps`` steps ("adaptive" only). There
+        is no ``n_iter_``: coding leaves nothing behind in the coder.
+
+    Notes
+    -----
+    For the power, c times the signals with c times alpha (and start) gives c times the codes; c
+    times the dictionary with c times alpha and 1 / c times the start gives 1 / c times the codes.
+    With a number as ``learning_rate`` this does not hold: the curvature in u and v grows with the
+    codes. Nor does it for the log form, whose codes are logarithms, without a unit.
+
+    The log form with alpha > 0 has no least value, u and v shrink to 0, and "adaptive" refuses it:
+    give a number as ``learning_rate``, and stop.
+
+    The parameters of `SparseCoder` and ours: ``transform_alpha`` is ``alpha``,
+    ``transform_max_iter`` is ``n_steps``, ``transform_algorithm`` has its nearest in "lasso_cd".
+    There is no ``split_sign``, ``positive_code``, ``transform_n_nonzero_coefs`` or ``n_jobs``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import MirrorFlowCoder
+    >>> D = np.eye(3)[[0, 1, 2, 0]] + np.eye(3)[[0, 1, 2, 1]]
+    >>> MirrorFlowCoder(D, alpha=0.01).transform([[2.0, 0.0, 0.0]]).round(2) + 0.0
+    array([[1., 0., 0., 0.]])
     """
-    alone = np.abs(_rows_times(X, dictionary.T)) / (dictionary**2).sum(axis=1)
-    size = alone.max(axis=1)
-    return np.where(size > 0, size, 1.0)
 
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "dictionary": ["array-like"],
+        "form": [StrOptions({"power", "log"})],
+        "k": [Interval(Integral, 1, None, closed="left")],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "beta": [Interval(Real, 0, None, closed="neither")],
+        "start": [Real, "array-like"],
+        "learning_rate": [StrOptions({"adaptive"}), Interval(Real, 0, None, closed="neither")],
+        "n_steps": [Interval(Integral, 0, None, closed="left")],
+        "tol": [Interval(Real, 0, 1, closed="neither")],
+        "switch_off": [Interval(Integral, 0, None, closed="left"), None],
+        "zero_tol": [Interval(Real, 0, 1, closed="left")],
+    }
 
-def codes(
-    X: Array,
-    dictionary: Array,
-    form: str,
-    k: int,
-    alpha: float,
-    beta: float | Array,
-    start: Array,
-    step: float,
-    off: float = np.inf,
-) -> Iterator[Array]:
-    r"""Give the codes z (n_samples, n_components) before the first step, after it, and so on.
+    def __init__(
+        self,
+        dictionary: Any,
+        *,
+        form: str = "power",
+        k: int = 1,
+        alpha: float = 0.1,
+        beta: float = 0.01,
+        start: Any = 0.0,
+        learning_rate: float | str = "adaptive",
+        n_steps: int = 20_000,
+        tol: float = 1e-3,
+        switch_off: int | None = None,
+        zero_tol: float = 1e-3,
+    ) -> None:
+        self.dictionary = dictionary
+        self.form = form
+        self.k = k
+        self.alpha = alpha
+        self.beta = beta
+        self.start = start
+        self.learning_rate = learning_rate
+        self.n_steps = n_steps
+        self.tol = tol
+        self.switch_off = switch_off
+        self.zero_tol = zero_tol
 
-    The steps descend :math:`\tfrac12 |x - z D|^2 + \alpha h(u, v)`, with the h that commutes with
-    g (Corollary 3.7): u^{2k} + v^{2k}, or log u + log v. From step ``off`` on alpha is 0.
-    """
-    w = np.stack(_start(form, k, beta, np.broadcast_to(start, (len(X), len(dictionary)))))
-    w = w.astype(X.dtype)
-    gram, pull = dictionary @ dictionary.T, X @ dictionary.T
-    signs = np.array([1.0, -1.0], dtype=X.dtype)[:, None, None]
-    count = 0
-    while True:
-        z = w[0] ** (2 * k) - w[1] ** (2 * k) if form == "power" else np.log(w[0]) - np.log(w[1])
-        yield z
-        slope = 2 * k * w ** (2 * k - 1) if form == "power" else 1 / w
-        decay = alpha if count < off else 0.0
-        w = w - step * slope * (signs * (z @ gram - pull) + decay)
-        count += 1
+    def fit(self, X: Any, y: Any = None) -> MirrorFlowCoder:
+        """Check the parameters: there is nothing to learn.
 
+        Parameters
+        ----------
+        X : array of shape (n_samples, n_features)
+            Signals.
+        y : ignored
 
-def _start(form: str, k: int, beta: float | Array, x: Array) -> tuple[Array, Array]:
-    """Give u and v with g(u, v) = x (Appendix E; for the power its erratum 14)."""
-    if form == "power":
-        root = np.sqrt(x**2 + beta**2)
-        # The smaller of root + x and root - x without cancellation: their product is beta^2.
-        large, small = (root + np.abs(x)) / 2, beta**2 / (2 * (root + np.abs(x)))
-        u, v = np.where(x > 0, large, small), np.where(x > 0, small, large)
-        return u ** (1 / (2 * k)), v ** (1 / (2 * k))
-    return 1 / (beta * (1 + np.exp(-x))), 1 / (beta * (1 + np.exp(x)))
-
-
-# --- Steps that fit u and v -----------------------------------------------------------------------
-
-LONGEST = 0.5  # the most by which a step changes u^k or v^k, relative to them: none crosses 0
-DECREASE = 1e-4  # of what the slope promises: the least that a step must bring
-MEMORY = 0.85  # of the value that steps must stay below: it may rise for a while
-SMALLEST = 1e-100  # u and v: from 0 they would not come back
-
-
-def settled_codes(
-    X: Array,
-    dictionary: Array,
-    form: str,
-    k: int,
-    alpha: float,
-    beta: float,
-    start: Array,
-    tol: float,
-    n_steps: int,
-    off: int | None,
-) -> tuple[Array, Array]:
-    """Give codes at rest, and for each signal how far from it they still are, to compare with tol.
-
-    For the log form alpha must be 0. At step ``off`` at the latest alpha becomes 0; before, once
-    codes have settled. Everything is in units in which Lip(D) and the sizes of codes are 1, and no
-    signal knows of another.
-    """
-    curvature = lipschitz(dictionary)
-    size = sizes(X, dictionary) if form == "power" else np.ones(len(X))  # log u - log v has no unit
-    problem = Problem(
-        X / (size * np.sqrt(curvature))[:, None],
-        dictionary / np.sqrt(curvature),
-        form, k, alpha / (size * curvature),
-    )  # fmt: skip
-    w = np.stack(_start(form, k, beta, start / size[:, None]), axis=1)
-    w, distance = settle(problem, w, tol, n_steps if off is None else off)
-    if off is not None:
-        problem = replace(problem, alpha=np.zeros_like(problem.alpha))
-        w, distance = settle(problem, w, tol, n_steps - off)
-    return size[:, None] * problem.codes(w), distance
-
-
-@dataclass(frozen=True)
-class Point:
-    """u and v of each signal, w of shape (n_samples, 2, n_components), and what is known there."""
-
-    w: Array
-    value: Array
-    gradient: Array
-    distance: Array
-
-    def rows(self, rows: Array) -> Point:
-        """Keep some signals."""
-        return Point(*(part[rows] for part in vars(self).values()))
-
-    def moved(self, moves: Array, to: Point) -> Point:
-        """Go to another point, where ``moves``."""
-        pairs = zip(vars(self).values(), vars(to).values(), strict=True)
-        return Point(*(np.where(moves[(..., *[None] * (a.ndim - 1))], b, a) for a, b in pairs))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """|x - g(u, v) D|^2 / 2 + alpha h(u, v) for each row x of X; one alpha for each."""
-
-    X: Array
-    D: Array
-    form: str
-    k: int
-    alpha: Array
-
-    def rows(self, rows: Array) -> Problem:
-        """Keep some signals."""
-        return replace(self, X=self.X[rows], alpha=self.alpha[rows])
-
-    def codes(self, w: Array) -> Array:
-        """Give z = g(u, v)."""
-        parts = w ** (2 * self.k) if self.form == "power" else np.log(w)
-        return parts[:, 0] - parts[:, 1]
-
-    def at(self, w: Array) -> Point:
-        """Give value, gradient and distance from rest."""
-        power, k, alpha = self.form == "power", self.k, self.alpha
-        h = w ** (2 * k) if power else np.log(w)
-        slope = 2 * k * w ** (2 * k - 1) if power else 1 / w
-        z = h[:, 0] - h[:, 1]
-        residual = self.X - _rows_times(z, self.D)
-        g = -_rows_times(residual, self.D.T)
-        value = 0.5 * (residual**2).sum(axis=1) + alpha * _sums(h)
-        gradient = slope * (np.stack([g, -g], axis=1) + alpha[:, None, None])
-        distance = self._gap(z, residual, g) if alpha.any() else self._force(g)
-        return Point(w, value, gradient, distance)
-
-    def longest(self, point: Point) -> Array:
-        """Give the longest step that leaves every u^k and v^k about LONGEST of what it was."""
-        relative = self.k * np.abs(point.gradient / point.w).max(axis=(1, 2))
-        return LONGEST / np.maximum(relative, SMALLEST)
-
-    def next_step(self, old: Point, new: Point) -> Array:
-        """Give <s, y> / <y, y> for the change s of w and y of the gradient; not too long a step."""
-        s, y = new.w - old.w, new.gradient - old.gradient
-        along, squares = _sums(s * y), _sums(y**2)
-        curved = (along > 0) & (squares > 0)
-        length = np.where(curved, along / np.where(curved, squares, 1.0), np.inf)
-        return np.minimum(length, self.longest(new))
-
-    def _gap(self, z: Array, residual: Array, g: Array) -> Array:
-        """Give the duality gap of the lasso relative to its value: alpha |z| is the least alpha h.
-
-        It is absolute for a signal that is 0.
+        Returns
+        -------
+        self
         """
-        largest = np.maximum(np.abs(g).max(axis=1), np.finfo(float).tiny)
-        s = np.minimum(1.0, self.alpha / largest)
-        energy, fit = (residual**2).sum(axis=1), (residual * self.X).sum(axis=1)
-        value = 0.5 * energy + self.alpha * np.abs(z).sum(axis=1)
-        gap = value - (s * fit - 0.5 * s**2 * energy)
-        return gap / np.where(self.X.any(axis=1), value, 1.0)
+        self._check_parameters()
+        with all_or_nothing(self):
+            X = validate_data(self, X, dtype=[np.float64, np.float32])
+            self.n_components_ = len(self._atoms(X))
+        return self
 
-    def _force(self, g: Array) -> Array:
-        """Give the largest force on z, relative to the first where that is not 0."""
-        first = np.abs(_rows_times(self.X, self.D.T)).max(axis=1)  # with all codes 0
-        return np.abs(g).max(axis=1) / np.where(first > 0, first, 1.0)
+    def _check_parameters(self) -> None:
+        """Refuse what is wrong whatever the signals."""
+        self._validate_params()
+        if self.switch_off is not None and self.switch_off > self.n_steps:
+            raise ValueError(
+                f"switch_off={self.switch_off} comes after n_steps={self.n_steps}: the decay would "
+                "never be switched off; None says so"
+            )
+        if self.form == "log" and self.alpha > 0 and self.learning_rate == "adaptive":
+            raise ValueError(
+                "with form='log' and alpha > 0 there is no least value to settle at: give "
+                "learning_rate a number (0.1, for example) and n_steps, or set alpha=0"
+            )
 
+    def transform(self, X: Any) -> Array:
+        """Code signals.
 
-def settle(problem: Problem, w: Array, tol: float, n_steps: int) -> tuple[Array, Array]:
-    """Descend until each signal is within ``tol`` of rest; give u and v, and the distances.
+        Parameters
+        ----------
+        X : array of shape (n_samples, n_features)
+            Signals.
 
-    The steps are of Barzilai and Borwein's length, which follows the curvature; one that does not
-    bring the value down is taken back and made shorter.
-    """
-    w, now, rows = w.copy(), problem.at(w), np.arange(len(w))
-    distance, step, bound = now.distance.copy(), problem.longest(now), now.value
-    for _ in range(n_steps):
-        moving = now.distance > tol
-        if not moving.all():
-            w[rows], distance[rows] = now.w, now.distance
-            rows, problem, now = rows[moving], problem.rows(moving), now.rows(moving)
-            step, bound = step[moving], bound[moving]
-        if not len(rows):
-            break
-        trial = problem.at(np.maximum(now.w - step[:, None, None] * now.gradient, SMALLEST))
-        better = trial.value <= bound - DECREASE * step * _sums(now.gradient**2)
-        step = np.where(better, problem.next_step(now, trial), step / 4)
-        bound = np.where(better, MEMORY * bound + (1 - MEMORY) * trial.value, bound)
-        now = now.moved(better, trial)
-    w[rows], distance[rows] = now.w, now.distance
-    return w, distance
+        Returns
+        -------
+        array of shape (n_samples, n_components)
+        """
+        self._check_parameters()
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        D = self._atoms(X)
+        find = self._settle if self.learning_rate == "adaptive" else self._descend
+        return without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
 
+    def _settle(self, X: Array, D: Array, start: Array) -> Array:
+        """Train until codes have settled, and warn of those that have not."""
+        with np.errstate(all="ignore"):
+            z, distance = settled_codes(
+                X.astype(np.float64), D.astype(np.float64), self.form, self.k, self.alpha,
+                self.beta, start, self.tol, self.n_steps, self.switch_off,
+            )  # fmt: skip
+        if not np.isfinite(distance).all():
+            raise ValueError(
+                "u and v cannot be represented: choose beta and start nearer to the size of codes"
+            )
+        late = distance > self.tol
+        if late.any():
+            warnings.warn(
+                f"the codes of {late.sum()} of {len(X)} signals have not settled in n_steps="
+                f"{self.n_steps} steps: the furthest is at {distance.max():.1e}, tol={self.tol:g}; "
+                "increase n_steps, tol or alpha",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return z.astype(X.dtype)
 
-def _sums(parts: Array) -> Array:
-    """Sum for each signal."""
-    return parts.reshape(len(parts), -1).sum(axis=1)
+    def _descend(self, X: Array, D: Array, start: Array) -> Array:
+        """Take n_steps steps of one length."""
+        beta = self.beta * sizes(X, D)[:, None] if self.form == "power" else self.beta
+        rate: Any = self.learning_rate
+        off = np.inf if self.switch_off is None else self.switch_off
+        path = codes(X, D, self.form, self.k, self.alpha, beta, start, rate / lipschitz(D), off)
+        with np.errstate(all="ignore"):
+            for z in islice(path, self.n_steps + 1):
+                if not np.isfinite(z).all():
+                    raise ValueError(self._diverged())
+        return z
 
+    def _starts(self, shape: tuple[int, int]) -> Array:
+        """Return the codes at the start, checked."""
+        start = np.asarray(self.start, dtype=np.float64)
+        if not np.isfinite(start).all():
+            raise ValueError("start holds NaN or infinite numbers")
+        try:
+            return np.broadcast_to(start, shape)
+        except ValueError:
+            raise ValueError(
+                f"start must broadcast to (n_samples, n_components) = {shape}, has {start.shape}"
+            ) from None
 
-def _rows_times(rows: Array, matrix: Array) -> Array:
-    """Multiply row by row: one product of all rounds differently with other signals beside it."""
-    return np.matmul(rows[:, None, :], matrix)[:, 0]
+    def _diverged(self) -> str:
+        """Say why codes are not finite, and what to do."""
+        if self.form == "log":
+            return "u or v has reached 0, where log ends: lower learning_rate, alpha, or n_steps"
+        return "gradient descent diverged: lower learning_rate, or take learning_rate='adaptive'"
+
+    def _atoms(self, X: Array) -> Array:
+        """Return the dictionary, checked."""
+        D = check_array(self.dictionary, dtype=X.dtype, input_name="dictionary")
+        if D.shape[1] != X.shape[1]:
+            raise ValueError(
+                f"the atoms of dictionary have {D.shape[1]} features, X has {X.shape[1]} features"
+            )
+        if not (np.abs(D).max(axis=1) > 0).all():
+            raise ValueError("dictionary has an atom that is 0 everywhere")
+        return D
+
+    def inverse_transform(self, X: Any) -> Array:
+        """Return the signals z D of codes.
+
+        Parameters
+        ----------
+        X : array of shape (n_samples, n_components)
+            Codes.
+
+        Returns
+        -------
+        array of shape (n_samples, n_features)
+        """
+        z = check_array(X, dtype=[np.float64, np.float32], input_name="X")
+        D = check_array(self.dictionary, dtype=z.dtype, input_name="dictionary")
+        if z.shape[1] != len(D):
+            raise ValueError(f"X has {z.shape[1]} codes in each row, dictionary has {len(D)} atoms")
+        return z @ D
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.n_components_
+
+    def __sklearn_tags__(self) -> Any:
+        """Need no fit, and keep float32."""
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags

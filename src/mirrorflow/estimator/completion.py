@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .centred import CentredObserved, Offsets, solve_centred
-from .factors import Observed, Trained, solve_rows
-from .lowrank import LowRank, filled
-from .transaction import all_or_nothing
+from ._alternating import CentredObserved, Observed, Offsets, Trained, solve_centred, solve_rows
+from ._lowrank import LowRank, filled
+from ._transaction import all_or_nothing
 
 __all__ = ["MatrixCompletion"]
 

@@ -11,12 +11,11 @@ from sklearn.utils import check_X_y as sklearn_check_X_y
 from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
-from .candidates import scales, times
-from .columns import Columns, integrate
-from .cross_validation import MirrorFlowRegressorCV
-from .data import prepare
-from .ends import ends, warn_unfinished
-from .linear import LOG_A, TurnOff, check_decay, weights_of
+from ._base import LOG_A, TurnOff, check_decay, weights_of
+from ._chebyshev import Columns, integrate
+from ._data import prepare
+from ._endpoints import ends, warn_unfinished
+from .regression import MirrorFlowRegressorCV, scales, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +51,7 @@ def flow_path(
     tol: float = 1e-3,
     max_iter: int = 10_000,
 ) -> tuple[Array, Array, Array]:
-    """Give the coefficients of `MirrorFlowRegressor` at many times, for the cost of the last.
+    """Return the coefficients of `MirrorFlowRegressor` at many times, for the cost of the last.
 
     Parameters
     ----------
@@ -118,7 +117,7 @@ def entropy_path(
     fit_intercept: bool = True,
     max_iter: int = 2000,
 ) -> tuple[Array, Array, Array, Array]:
-    """Give the end points of the flow for many scales, from ridge-like to L1, as one path.
+    """Return the end points of the flow for many scales, from ridge-like to L1, as one path.
 
     Parameters
     ----------
@@ -229,7 +228,12 @@ class MirrorFlowCVDisplay:
         -------
         self
         """
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+            ) from error
 
         axis = plt.subplots()[1] if ax is None else ax
         reached = np.where(np.isinf(self.mse_path), np.nan, self.mse_path)  # leaves gaps

@@ -17,11 +17,10 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .factors import Observed, Trained
-from .lowrank import LowRank, filled
-from .measured import Measured, flat, matrices, sense
-from .symmetric import SymmetricObserved
-from .transaction import all_or_nothing
+from ._alternating import Observed, SymmetricObserved, Trained
+from ._lowrank import LowRank, filled
+from ._measured import Measured, flat, matrices, sense
+from ._transaction import all_or_nothing
 
 __all__ = ["MatrixSensing"]
 
@@ -197,7 +196,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         return found, A.dtype
 
     def _shape(self, X: Any) -> tuple[int, ...]:
-        """Give (p, q) as the measurements or ``shape`` have it."""
+        """Return (p, q) as the measurements or ``shape`` have it."""
         given = () if self.shape is None else tuple(self.shape)
         if self.shape is not None and not (
             len(given) == 2 and all(isinstance(n, Integral) and n >= 1 for n in given)
@@ -227,7 +226,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             raise ValueError(f"symmetric=True needs p = q, got {shape}")
 
     def predict(self, X: Any) -> Array:
-        """Give the values <A_i, X> of measurements.
+        """Return the values <A_i, X> of measurements.
 
         Parameters
         ----------

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import LogRatio, Parameters, Reparam, factors
-from .function import (
+from .base import (
     LegendreFunction,
     RangeError,
     Scalar,

@@ -12,8 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import Parameters, PowerDifference, Reparam, factors
-from .entropy import arcsinh_ratio
-from .function import (
+from .base import (
     LegendreFunction,
     RangeError,
     Scalar,
@@ -23,6 +22,7 @@ from .function import (
     outside,
     softplus,
 )
+from .hyperbolic import arcsinh_ratio
 
 __all__ = ["PowerEntropy"]
 

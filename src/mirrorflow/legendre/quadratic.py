@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import CommutingQuadratic, Parameters, Reparam, factors
-from .function import LegendreFunction, RangeError, Scalar, checked, near_bregman
+from .base import LegendreFunction, RangeError, Scalar, checked, near_bregman
 
 __all__ = ["QuadraticEntropy", "in_double"]
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .audit import Checkpoint, _pattern
-from .files import files_of, json_of, reader
-from .finding import lora
+from ._discovery import lora
+from .audit import Checkpoint, _pattern, files_of, json_of, reader
 from .pairs import Factor, Found, Pair, clean
 from .truncation import RankChoice, TruncatedProduct, Truncation, distance, truncated_product
 

@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .gram import double
+from ._shards import is_sharded
 from .pairs import Factor, Pair, clean
-from .product import unreadable
-from .shards import is_sharded
+from .product import double, unreadable
 from .tracker import SpectralTracker
 from .truncation import (
     RankChoice,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from math import sqrt
@@ -10,15 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from .configuration import heads, part_of
-from .files import adapter_config, adapters_below, files_of, json_of, reader
-from .finding import find
-from .measurement import measure
+from ._discovery import find
+from ._measurement import measure
+from ._shards import Rows
 from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
 from .records import Measurement
-from .shards import Rows
 
-__all__ = ["audit"]
+__all__ = [
+    "adapter_config",
+    "adapters_below",
+    "audit",
+    "files_of",
+    "heads",
+    "json_of",
+    "part_of",
+    "reader",
+]
 
 READABLE = ("F64", "F32", "F16", "BF16")
 
@@ -188,7 +196,7 @@ class Checkpoint:
 
 
 def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Give the value of the first pattern that ends a module's name, as PEFT does."""
+    """Return the value of the first pattern that ends a module's name, as PEFT does."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -198,3 +206,224 @@ def _pattern(patterns: Mapping[str, float], module: str, default: float) -> floa
 def _natural(name: str) -> list[Any]:
     """Sort layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+# What a checkpoint's config.json says about one of its modules.
+
+COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+WIDTHS = ("head_dim", "d_kv", "dim_head", "d_head", "attention_head_dim")
+MODEL_WIDTHS = ("embed_dim", "n_embd", "d_model", "dim", "emb_dim", "hidden_size")
+OTHER_NAMES = {  # of the parts of config.json, in modules
+    "vision": "vision|visual", "text": "text|language_model",
+    "backbone": "backbone|pixel_level_module",
+}  # fmt: skip
+# Grounding DINO's layers of the text, GroupViT's assignment: another number than is stated.
+UNSTATED = re.compile(r"(?:^|\.)(?:text_enhancer_layer\.|assign$)")
+NO_PARTS = ("attn_config", "ffn_config")  # MPT, DBRX: options in a dictionary of their own
+
+
+def heads(config: Mapping[str, Any], module: str) -> tuple[int | None, int | None]:
+    """Read the number of heads and their width.
+
+    Where no width is stated the heads divide the width of the model. That is given, too: where
+    it contradicts the shapes, the number is that of another part. Neither is known where the
+    file does not state it.
+    """
+    if UNSTATED.search(module):
+        return None, None
+    own = _stage(_layer(part_of(config, module), module), module)
+    side = "decoder" if "decoder" in module else "encoder"
+    keys = ("attention_heads", "num_attention_heads")
+    sides = (*(f"{side}_{key}" for key in keys), f"num_{side}_attention_heads")
+    count, width = _integer(own, (*sides, *COUNTS)), _integer(own, WIDTHS)
+    if count and (ratio := _integer(own, ("head_ratio",))):  # ConvBERT
+        return max(count // ratio, 1), None
+    whole = _integer(own, MODEL_WIDTHS)
+    if count and whole and not width and whole % count == 0:
+        width = whole // count
+    return count, width
+
+
+def part_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Return the part that a module's name begins with or, of several in it, names first."""
+    places = []
+    for key, part in config.items():
+        if isinstance(part, dict) and key not in NO_PARTS:
+            stem = key.removesuffix("_config")
+            names = OTHER_NAMES.get(stem, re.escape(stem))
+            if found := re.search(rf"(?:^|[._])(?:{names})(?:[._]|$)", module):
+                places.append((found.start(), key))
+    if places:
+        return part_of(config[min(places)[1]], module)
+    if any(key in config for key in COUNTS):
+        return config
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _layer(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Return a configuration as one layer has it: Gemma 4 has wider heads in some."""
+    found = re.search(r"layers\.(\d+)\.", f"{module}.")
+    if found is None:
+        return config
+    kinds, wide = config.get("layer_types") or [], config.get("global_head_dim")
+    full = kinds[int(found[1]) :][:1] == ["full_attention"]
+    layers = config.get("per_layer_config")
+    own = layers.get(found[1]) if isinstance(layers, dict) else None
+    return {**config, **({"head_dim": wide} if wide and full else {}), **(own or {})}
+
+
+def _stage(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Return a configuration as one stage of a pyramid has it: Swin's num_heads is a list."""
+    found = re.search(r"\.(\d+)\.(?:blocks\.|layers\.)?\d+\.", module)
+    lists = [key for key in COUNTS if isinstance(config.get(key), list)]
+    if found is None or not lists:
+        return config
+    own = {key: (config[key][int(found[1]) :] or [None])[0] for key in lists}
+    return {**config, **dict.fromkeys(MODEL_WIDTHS), **own}  # the width grows with the stages
+
+
+def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """Return the first entry that is a positive integer."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# The files of a checkpoint on disk: which there are, and how they are opened, or what is wrong.
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SAVE = "save it with save_pretrained(..., safe_serialization=True) or safetensors.torch"
+GGUF = (
+    "a GGUF file, whose weights are quantized in blocks: load it, as in transformers with "
+    "from_pretrained(..., gguf_file=...), and measure it by SpectralTracker(model, frozen=True)"
+)
+
+
+def reader() -> Any:
+    """Return a function that opens a safetensors file, with errors that help."""
+    from safetensors import SafetensorError, safe_open
+
+    def open_file(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged, or no safetensors file ({error}): save or download it again"
+            ) from error
+        except FileNotFoundError:
+            raise  # with its name
+        except OSError as error:
+            reason = "it is a folder" if file.is_dir() else str(error)
+            raise OSError(f"{file} cannot be read: {reason}") from error
+
+    return open_file
+
+
+def files_of(path: Path) -> dict[Path, set[str] | None]:
+    """Find the safetensors files of a checkpoint, each with the names an index expects in it."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _indexed(path)
+    if path.is_file():
+        if path.suffix in PICKLED:
+            raise ValueError(f"{path} is a pickle, which can run code: {SAVE}")
+        if path.suffix == ".gguf":
+            raise ValueError(f"{path} is {GGUF}")
+        return {path: None}
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        return _indexed(indices[0])
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no safetensors file{_instead(path)}")
+    return dict.fromkeys(files)
+
+
+def _instead(folder: Path) -> str:
+    """Say what a folder without safetensors files has, and what to do."""
+    held = sorted(folder.iterdir())
+    if pickles := [file.name for file in held if file.suffix in PICKLED]:
+        return f", only {pickles[0]}: {SAVE}"
+    if quantized := [file.name for file in held if file.suffix == ".gguf"]:
+        return f", only {quantized[0]}, {GGUF}"
+    if below := [file.name for file in held if file.is_dir() and any(file.glob("*.safetensors"))]:
+        more = ", ..." if len(below) > 3 else ""
+        return f", but there are some in {', '.join(below[:3])}{more}: name one of these folders"
+    return ""
+
+
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    """Read which shard holds which weight."""
+    shards: dict[Path, set[str] | None] = {}
+    weights = json_of(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{index} has no weight_map: it is no index of a sharded checkpoint")
+    for name, shard in weights.items():
+        names = shards.setdefault(index.parent / str(shard), set())
+        assert names is not None
+        names.add(name)
+    for shard in shards:
+        if not shard.exists():
+            raise FileNotFoundError(f"{shard} is missing: {index.name} names it")
+    return shards
+
+
+def adapters_below(path: Path) -> tuple[tuple[str, str], ...]:
+    """List the folders of further adapters, as PEFT saves them below that of the first."""
+    if not (path.is_dir() and (path / "adapter_config.json").exists()):
+        return ()
+    below = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
+    return tuple(
+        (name, "another adapter, in a folder of its own: audit that")
+        for name in below
+        if not re.fullmatch(r"checkpoint-\d+", name)  # the Trainer's, of the same adapter
+    )
+
+
+def adapter_config(file: Path) -> dict[str, Any]:
+    """Read what PEFT knows of an adapter.
+
+    Raises
+    ------
+    ValueError
+        If it is no LoRA, or its scale cannot be computed from it.
+    """
+    config = json_of(file)
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(
+            f"{file.parent} holds a {kind} adapter: only LoRA's update is a product A B"
+        )
+    alpha, patterns = config.get("lora_alpha", 1), config.get("alpha_pattern") or {}
+    if not _number(alpha):
+        raise ValueError(f"{file} is damaged: lora_alpha is {alpha!r}, and no number")
+    if not isinstance(patterns, Mapping) or not all(map(_number, patterns.values())):
+        raise ValueError(f"{file} is damaged: alpha_pattern is {patterns!r}, and no map to numbers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{file} is damaged: {pattern!r} in alpha_pattern is no regular expression: {error}"
+            ) from error
+    return config
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing file is an empty one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: an object is needed")
+    return content

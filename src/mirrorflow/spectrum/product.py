@@ -8,24 +8,31 @@ smallest dimension, so that the product is no larger than its factors, is it for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gram import double, gram, trace
-from .shards import is_sharded
-from .singular_values import EPS, ROUNDING, Entry, of_grams, of_matrix
+from ._shards import Rows, is_sharded
 
 __all__ = [
+    "CHUNK",
+    "ROUNDING",
+    "Entry",
     "ProductSpectrum",
+    "double",
+    "gram",
     "lost_of",
+    "of_grams",
+    "of_matrix",
     "product_spectrum",
     "smallest_rank",
     "spectrum_of_grams",
     "spectrum_of_products",
+    "trace",
     "unreadable",
 ]
 
@@ -220,7 +227,7 @@ def smallest_rank(values: Tensor, lost: float, rounding: Tensor) -> Tensor:
 
 
 def _detached(factor: Tensor) -> Tensor:
-    """Give a factor without its graph; most have none, and a view takes time."""
+    """Return a factor without its graph; most have none, and a view takes time."""
     return factor.detach() if factor.requires_grad else factor
 
 
@@ -278,7 +285,7 @@ def spectrum_of_grams(
 
 
 def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
-    """Give which entries of a batch are finite; refuse the others if strict."""
+    """Return which entries of a batch are finite; refuse the others if strict."""
     finite_a, finite_b = (torch.isfinite(trace(found)) for found in (gram_a, gram_b))
     finite = finite_a & finite_b
     if strict and not finite.all():
@@ -288,7 +295,7 @@ def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
 
 
 def _norm(grams: Tensor) -> float:
-    """Give the Frobenius norm of a whole batch: no less than the norm of any of it."""
+    """Return the Frobenius norm of a whole batch: no less than the norm of any of it."""
     return torch.linalg.vector_norm(grams).item()
 
 
@@ -306,9 +313,169 @@ def spectrum_of_products(
 
 
 def _sizes(n: int, m: int, group: Any) -> tuple[int, int]:
-    """Give the long dimensions, summed over the group's shards."""
+    """Return the long dimensions, summed over the group's shards."""
     if group is None:
         return n, m
     sizes: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(sizes, (n, m), group=group)
     return sum(s[0] for s in sizes), sum(s[1] for s in sizes)
+
+
+# Gram matrices rows rows^T in float64, also of rows that are sharded over processes.
+
+CHUNK = 1 << 18  # elements that are float64 at a time: 2 MB, which stays in a core's cache
+
+# glibc gives back at once what is larger than any block it has seen freed, and new pages cost more
+# than a product: a block larger than ours, once, lets it keep ours.
+torch.empty(2 * CHUNK, dtype=torch.float64, device="cpu")
+
+
+def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
+    """Return rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n), detached.
+
+    A ``DTensor``, or `Rows` of one, gives its whole Gram matrix as a plain tensor on every rank.
+    Only Gram matrices travel where the columns are sharded, and where each process holds whole
+    heads. Other rows that are sharded meet in an all-to-all first; see `shards`.
+    """
+    if isinstance(rows, Rows):
+        return rows.gram(_local_gram)
+    if is_sharded(rows):
+        return Rows(rows).gram(_local_gram)
+    total = _local_gram(rows)
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def double(rows: Tensor) -> Tensor:
+    """Return rows in float64, on the CPU where the device has no float64 (mps)."""
+    return (rows.cpu() if rows.is_mps else rows).to(torch.float64)
+
+
+def trace(gram: Tensor) -> Tensor:
+    """Return the traces of a batch."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _local_gram(rows: Tensor) -> Tensor:
+    """Return rows rows^T in float64 without a float64 copy of all rows."""
+    if rows.is_mps:  # it has no float64
+        rows = rows.cpu()
+    if rows.dtype == torch.float64:
+        return rows @ rows.mT
+    if rows.numel() <= CHUNK:
+        wide = rows.to(torch.float64)
+        # Of small matrices, matmul takes as long to look at the shapes as to multiply.
+        return torch.bmm(wide, wide.mT) if wide.ndim == 3 else wide @ wide.mT
+    return _in_chunks(rows)
+
+
+def _in_chunks(rows: Tensor) -> Tensor:
+    """Convert chunk after chunk into the same memory: new one would cost as much as the product."""
+    *batch, r, n = rows.shape
+    flat = rows.reshape(prod(batch), r, n)
+    total = torch.zeros(len(flat), r, r, dtype=torch.float64, device=rows.device)
+    scratch = total.new_empty(max(CHUNK, r))
+    entries, width = max(1, CHUNK // (r * n)), max(1, min(n, CHUNK // r))
+    tall = rows.stride(-2) < rows.stride(-1)  # as lora_B, whose r columns are the rows here
+    for grams, part in zip(total.split(entries), flat.split(entries), strict=True):
+        for piece in part.split(width, -1):
+            stored = piece.mT if tall else piece
+            wide = scratch[: piece.numel()].view(stored.shape).copy_(stored)
+            wide = wide.mT if tall else wide
+            grams.baddbmm_(wide, wide.mT)
+    return total.view(*batch, r, r)
+
+
+# The singular values of a product: from Gram matrices where they are exact enough.
+#
+# Squaring costs half of the digits. The error is bounded each time, and what has lost too much is
+# computed again, more slowly, with the error of a dense SVD.
+
+EPS = torch.finfo(torch.float64).eps
+TRUSTED = 1e-10  # the relative error of the nuclear norm that the fast ways may have
+ROUNDING = 256 * EPS  # A B below r times this much of |A| |B| is rounding
+UNKNOWN = 64 * EPS**0.5  # A B below this much of |A| |B| cannot be known from Gram matrices alone
+
+# Gives (A^T, B) of one product of a batch, as rows (r, n) and (r, m).
+Entry = Callable[[tuple[int, ...]], tuple[Tensor, Tensor]]
+
+
+def of_matrix(product: Tensor, scale: Tensor) -> Tensor:
+    """Return the singular values of formed products (..., n, m), of factors with scale = r |A| |B|.
+
+    Half the work of the SVD is saved where the eigenvalues of P P^T are exact enough.
+    """
+    wide = product.mT if product.shape[-2] > product.shape[-1] else product
+    values = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp_(min=0).sqrt_()
+    error = EPS * (values[..., :1] ** 2 / values).sum(-1)
+    exact = error < TRUSTED * values.sum(-1)
+    if not exact.all():
+        values[~exact] = torch.linalg.svdvals(wide[~exact])
+    return torch.where((values[..., 0] > ROUNDING * scale)[..., None], values, 0.0)
+
+
+def of_grams(gram_a: Tensor, gram_b: Tensor, size: float, entry: Entry | None) -> Tensor:
+    """Return the singular values of A B: the fast way, and where it was too inexact again.
+
+    The eigenvalues of the squared core have the error EPS size, size >= |A^T A| |B B^T|, so that
+    s_i has EPS size / s_i: none is looked at singly where the smallest of all is large enough.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram_a)
+    times = torch.bmm if gram_a.ndim == 3 and gram_a.shape == gram_b.shape else torch.matmul
+    squares = torch.linalg.eigvalsh(times(lower.mT, times(gram_b, lower)))
+    exact = squares.numel() and squares.min().item() > EPS / TRUSTED * size
+    if exact and failed.count_nonzero().item() == 0:
+        return squares.flip(-1).sqrt_()
+    values = squares.flip(-1).clamp_(min=0).sqrt_()
+    return _repaired(values, gram_a, gram_b, failed, entry)
+
+
+def _repaired(
+    values: Tensor,
+    gram_a: Tensor,
+    gram_b: Tensor,
+    failed: Tensor,
+    entry: Entry | None,
+) -> Tensor:
+    """Compute those singular values again that have lost too much."""
+    size = (trace(gram_a) * trace(gram_b)).sqrt()
+    norms = torch.linalg.matrix_norm(gram_a) * torch.linalg.matrix_norm(gram_b)
+    error = EPS * (norms[..., None] / values).sum(-1)
+    exact = (error < TRUSTED * values.sum(-1)) & (failed == 0)
+    again = ~exact & (size > 0)
+    rounding = ROUNDING * gram_a.shape[-1] * size
+    if entry is None:
+        values[again] = _from_roots(gram_a, gram_b, again)
+        rounding = UNKNOWN * size
+    else:
+        for index in again.nonzero().tolist():
+            found = _from_factors(*entry(tuple(index)))
+            values[tuple(index)] = 0.0
+            values[tuple(index)][: len(found)] = found
+    return torch.where((values[..., 0] > rounding)[..., None], values, 0.0)
+
+
+def _from_factors(left: Tensor, right: Tensor) -> Tensor:
+    """Return the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
+    return torch.linalg.svdvals(_triangle(left) @ _triangle(right).mT)
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """Return R of rows^T = Q R, or rows^T itself where it is at least as wide as tall."""
+    tall = double(rows).mT
+    return torch.linalg.qr(tall, mode="r").R if len(tall) > tall.shape[1] else tall
+
+
+def _from_roots(gram_a: Tensor, gram_b: Tensor, which: Tensor) -> Tensor:
+    """Return the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
+    shape = (*which.shape, *gram_a.shape[-2:])
+    root_a, root_b = (_root(g.expand(shape)[which]) for g in (gram_a, gram_b))
+    return torch.linalg.svdvals(root_a.mT @ root_b)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
+    values, vectors = torch.linalg.eigh(gram)
+    zero = values <= EPS * gram.shape[-1] * values[..., -1:]
+    return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]

@@ -20,7 +20,7 @@ from torch.nn import Module
 
 from ._adapter_file import CONFIG, AdapterFile
 from ._truncated_model import truncate_model
-from .files import adapters_below, reader
+from .audit import adapters_below, reader
 from .pairs import choose
 from .truncation import RankChoice, Truncation, TruncationReport
 

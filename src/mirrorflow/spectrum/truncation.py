@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import double
 from .pairs import Pair, label
-from .product import lost_of, smallest_rank
-from .singular_values import ROUNDING
+from .product import ROUNDING, double, lost_of, smallest_rank
 
 __all__ = [
     "RankChoice",

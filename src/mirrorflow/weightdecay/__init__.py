@@ -13,16 +13,13 @@
 """
 
 from .adapters import WeightDecayLR, WeightDecaySchedulers
+from .controllers import HoldRatio, PerLayer
 from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
-from .hold import HoldRatio
-from .layers import PerLayer
-from .learning_rate import learning_rates
-from .lint import Finding, lint
+from .lint import Finding, lint, lint_file
 from .preview import Preview, preview, table
-from .saved import lint_file
 from .scheduler import WeightDecayScheduler
-from .units import Scaled, ScaledFunction, budget, convert, scale_to_budget
+from .units import Scaled, ScaledFunction, budget, convert, learning_rates, scale_to_budget
 
 __all__ = [
     "CoupledDecayWarning",

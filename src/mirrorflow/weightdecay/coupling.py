@@ -6,15 +6,27 @@ through whatever the optimizer does with gradients.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import types
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim import LBFGS, Optimizer
 
-from .trial import LR_AND_DECAY, in_two_runs, moves_back, without_gradient
-
-__all__ = ["COUNTED", "KINDS", "CoupledDecayWarning", "coupling"]
+__all__ = [
+    "COUNTED",
+    "KINDS",
+    "LR_AND_DECAY",
+    "CoupledDecayWarning",
+    "asks_again",
+    "coupling",
+    "in_two_runs",
+    "moves_back",
+    "without_gradient",
+]
 
 KINDS = {
     "decoupled": "the weights shrink by lr x decay",
@@ -98,3 +110,157 @@ def _kind(taken: torch.Tensor, later: torch.Tensor) -> str:
 def _same(factors: torch.Tensor, value: float) -> bool:
     """Tell whether all factors have the value, up to rounding."""
     return torch.allclose(factors, torch.full_like(factors, value), rtol=0, atol=1e-6)
+
+
+# An optimizer tried out on one small weight, to see what it does with a decay.
+#
+# A twin of the same class and settings steps instead of it; neither the optimizer nor its
+# parameters
+# are touched.
+
+LR_AND_DECAY = (0.25, 0.5)
+_WEIGHTS = ((1.0, 2.0), (3.0, 5.0))
+_GRADIENT = ((0.3, -0.2), (0.1, 0.4))
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
+_LONG = 12  # steps, more than what averages weights now and then waits for
+
+
+def without_gradient(optimizer: Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
+    """Give the factors on the weights of steps at gradient 0, of which the second has decay.
+
+    The second, because what averages weights has nothing to average with in the first.
+
+    Returns
+    -------
+    Tensor of shape (4, 4)
+        How each of the four steps has scaled each of four weights.
+    """
+    weight = _weight(torch.float32)
+    twin = _twin(optimizer, group, weight)
+    factors = []
+    for decay in (0.0, LR_AND_DECAY[1], 0.0, 0.0):
+        before = weight.detach().clone()
+        _step(twin, weight, torch.zeros_like(weight), decay)
+        factors.append((weight.detach() / before).ravel())
+    return torch.stack(factors)
+
+
+def in_two_runs(optimizer: Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
+    """Give what a step with decay, and one without after it, take from the weights.
+
+    For optimizers that do nothing where there is no gradient: the difference of two runs, of which
+    one never has decay.
+
+    Returns
+    -------
+    Tensor of shape (2, 4)
+        The difference so far, relative to the weights before.
+    """
+    runs = []
+    for first in (LR_AND_DECAY[1], 0.0):
+        weight = _weight(torch.float64)
+        twin = _twin(optimizer, group, weight)
+        path = []
+        for decay in (first, 0.0):
+            _step(twin, weight, torch.tensor(_GRADIENT, dtype=torch.float64), decay)
+            path.append(weight.detach().clone().ravel())
+        runs.append(torch.stack(path))
+    return (runs[1] - runs[0]) / torch.tensor(_WEIGHTS, dtype=torch.float64).ravel()
+
+
+def moves_back(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Tell whether weights that are shrunk from outside move back, as to an average of their own.
+
+    False also where it could not be tried.
+    """
+    try:
+        weight = _weight(torch.float32)
+        twin = _twin(optimizer, group, weight)
+        _step(twin, weight, torch.zeros_like(weight), 0.0)
+        with torch.no_grad():
+            weight.mul_(0.5)
+        shrunk = weight.detach().clone()
+        for _ in range(_LONG):
+            _step(twin, weight, torch.zeros_like(weight), 0.0)
+    except Exception:  # as in `coupling`: any class may be tried, and may fail in any way
+        return False
+    return bool((weight.detach() > shrunk * 1.001).any())  # a few shrink them further
+
+
+def asks_again(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Tell whether a step calls its closure more than once, as a line search does."""
+    if isinstance(optimizer, LBFGS):  # a twin of it would hold the optimizer's own parameters
+        return True
+    calls = []
+    try:
+        weight = _weight(torch.float32)
+        twin = _twin(optimizer, group, weight)
+
+        def closure() -> Any:
+            calls.append(1)
+            twin.zero_grad()
+            loss = weight.square().sum()
+            loss.backward()
+            return loss
+
+        twin.step(closure)
+    except Exception:  # as above
+        return False
+    return len(calls) > 1
+
+
+def _weight(dtype: torch.dtype) -> torch.nn.Parameter:
+    """Make the small weight."""
+    return torch.nn.Parameter(torch.tensor(_WEIGHTS, dtype=dtype))
+
+
+def _step(
+    twin: Optimizer, weight: torch.nn.Parameter, gradient: torch.Tensor, decay: float
+) -> None:
+    """Let the twin take a step."""
+    twin.param_groups[0]["weight_decay"] = decay
+
+    def closure() -> Any:
+        weight.grad = gradient.clone()
+        return weight.new_zeros(())
+
+    closure()
+    given = inspect.signature(twin.step).parameters.get("closure")
+    twin.step(*([closure] if given and given.default is given.empty else []))  # few require one
+
+
+def _twin(optimizer: Optimizer, group: Mapping[str, Any], weight: torch.nn.Parameter) -> Optimizer:
+    """Make an optimizer of the same class and settings, without hooks, for one small weight."""
+    settings = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
+    settings |= {k: False for k in ("capturable", "fused", "foreach") if k in settings}
+    settings |= {
+        k: True for k in ("train_mode",) if k in settings
+    }  # schedule-free ones refuse else
+    settings |= {"params": [weight], "lr": LR_AND_DECAY[0], "weight_decay": LR_AND_DECAY[1]}
+    cls = type(optimizer)
+    twin = cls.__new__(cls)
+    # What covers a method is left out: an LR scheduler puts a `step` there that steps the original.
+    own = {k: v for k, v in vars(optimizer).items() if not callable(getattr(cls, k, None))}
+    twin.__dict__.update({k: copy.deepcopy(v) for k, v in own.items() if _is_plain(v)})
+    defaults = dict(optimizer.defaults)
+    twin.__setstate__(
+        {"defaults": defaults, "state": defaultdict(dict), "param_groups": [settings]}
+    )
+    return twin
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value can belong to two optimizers: it holds nothing of the first.
+
+    A function that closes over something may hold it, and an object of an unknown class, too.
+    """
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        holder = getattr(value, "__self__", None)
+        return not getattr(value, "__closure__", None) and isinstance(
+            holder, (types.ModuleType, type(None))
+        )
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return isinstance(value, _PLAIN)

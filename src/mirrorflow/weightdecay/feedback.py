@@ -8,14 +8,23 @@ when the optimizer has loaded its checkpoint; ``state_dict()`` has the log of de
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-from .arguments import as_float, number, whole
-from .unfed import Unfed
-
-__all__ = ["Feedback", "OffAtBudget", "OffBelow", "OffWhenLevel"]
+__all__ = [
+    "Feedback",
+    "OffAtBudget",
+    "OffBelow",
+    "OffWhenLevel",
+    "Unfed",
+    "as_float",
+    "number",
+    "whole",
+]
 
 
 class Feedback(ABC):
@@ -248,3 +257,118 @@ class OffAtBudget(Feedback):
         if self.spent_by(value):
             return 0.0, "budget absorbed: switched off"
         return self.current, "within the budget"
+
+
+# What a closed loop that nobody feeds says: while it acts, once it is late, and in the end.
+
+_LONG = 1000  # steps that a loop may wait, where nobody has said how long it will have to
+_INTERVALS = 3  # of those that were announced
+_SHORT = 20  # steps: a run that ends before is a trial
+
+
+class Unfed:
+    """The steps for which a loop has set the decay, and nobody has fed it.
+
+    Parameters
+    ----------
+    loop : Feedback
+        Not kept, so that it ends when nobody else keeps it; in the end that is looked at, too.
+    step : int
+        The optimizer step that comes next.
+    resumed : bool
+        Whether it goes on from a checkpoint: it may have been fed before.
+
+    Examples
+    --------
+    >>> from mirrorflow.weightdecay import OffBelow
+    >>> unfed = Unfed(OffBelow(0.1, target=2.0), step=0, resumed=False)
+    >>> unfed.acts_at(500, every=0)
+    >>> unfed.fed()
+    """
+
+    def __init__(self, loop: Any, step: int, resumed: bool) -> None:
+        self.name, self.rate = type(loop).__name__, loop.current
+        self.start, self.step, self.every = step, step, 0
+        self.resumed, self.said = resumed, False
+        self._end = weakref.finalize(loop, self.over)
+
+    def acts_at(self, step: int, every: int) -> None:
+        """Warn, once, if the loop should have been fed by now.
+
+        Parameters
+        ----------
+        step : int
+            The optimizer step that comes next.
+        every : int
+            After how many steps somebody feeds it, as far as that was announced; else 0.
+        """
+        if step not in (self.step, self.step + 1):  # a run that is taken up at a later step
+            self.start = step
+        self.step, self.every = step, every
+        longest = max(_SHORT, _INTERVALS * every) if every else _LONG
+        if self.step - self.start >= longest:
+            self._say(stacklevel=6)
+
+    def over(self) -> None:
+        """Warn if the run is over, and the loop was not fed in it."""
+        if not self.resumed and self.step - self.start >= _SHORT:
+            self._say(stacklevel=2)
+
+    def fed(self) -> None:
+        """Take note that it is fed: nothing remains to be said."""
+        self.said = True
+        self._end.detach()
+
+    def _say(self, stacklevel: int) -> None:
+        """Warn, unless that was done."""
+        if self.said:
+            return
+        self.fed()
+        how = (
+            f"ControlledDecay feeds it every {self.every} steps (track_every), by its own step(), "
+            "which has to follow each optimizer.step()"
+            if self.every
+            else "call its update(step, value) with what is measured, or let "
+            "mirrorflow.control.loop.ControlledDecay measure"
+        )
+        warnings.warn(
+            f"{self.name} has set the decay of steps {self.start} to {self.step} and was never "
+            f"fed, so that it stays at {self.rate}: {how}",
+            stacklevel=stacklevel,
+        )
+
+
+# Numbers among the arguments: as Python has them, and refused where they cannot be meant.
+
+
+def whole(name: str, value: Any, low: int = 1) -> int:
+    """Give a whole number that is not too small.
+
+    Examples
+    --------
+    >>> whole("steps", 1e3)
+    1000
+    """
+    number: Any = value
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if known and number >= low and float(number).is_integer():
+        return int(number)
+    raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def number(name: str, value: Any, low: float, strict: bool = False) -> float:
+    """Give a finite number that is not too small."""
+    number = as_float(name, value)
+    if not math.isfinite(number) or number < low or (strict and number == low):
+        raise ValueError(
+            f"{name} must be a number {'>' if strict else '>='} {low:g}, got {value!r}"
+        )
+    return number
+
+
+def as_float(name: str, value: Any) -> float:
+    """Give a Python float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements
+        raise TypeError(f"{name} must be a number, got {value!r}") from error

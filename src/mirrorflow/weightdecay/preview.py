@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from .arguments import whole
-from .feedback import Feedback, OffAtBudget
-from .learning_rate import ahead, shadow
-from .ledger import Entry
+from ._ledger import Entry
+from ._targets import Target, rate_at
+from .feedback import Feedback, OffAtBudget, whole
 from .scheduler import WeightDecayScheduler
-from .selection import Target, rate_at
+from .units import ahead, shadow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +49,12 @@ class Preview:
 
     def plot(self) -> Figure:
         """Draw decay, lr x decay, and the accumulated sum."""
-        from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+            ) from error
 
         abreast = max(1, min(3, 100 // (10 + max(map(len, self.curves), default=0))))
         lines = -(-len(self.curves) // abreast)  # of the legend, below the curves

@@ -8,15 +8,21 @@ from typing import Any, Self
 import torch
 from torch.optim import Optimizer
 
-from .account import Account
-from .checks import check_decay, check_exact_off, check_free, inner, warn_if_coupled
-from .coverage import Plan
-from .fingerprint import Fingerprints
-from .imprint import cleared, undone_if_it_fails
-from .momentum import forget
-from .schedules import check_schedules, over
-from .selection import Rule, Target, rules
-from .stepping import Stepping
+from ._checks import (
+    check_decay,
+    check_exact_off,
+    check_free,
+    check_schedules,
+    inner,
+    warn_if_coupled,
+)
+from ._coverage import Plan
+from ._fingerprint import Fingerprints
+from ._group_state import cleared, undone_if_it_fails
+from ._ledger import Account
+from ._momentum import forget
+from ._step import Stepping, over
+from ._targets import Rule, Target, rules
 
 __all__ = ["WeightDecayScheduler"]
 

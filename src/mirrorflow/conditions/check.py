@@ -1,0 +1,342 @@
+r"""Whether the theory holds for a pair (g, h): regular, commuting, well posed, contracting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay, require_pair
+from ..reparam import (
+    CustomReparam,
+    LogRatio,
+    Parameters,
+    PowerDifference,
+    Product,
+    Reparam,
+    SymmetricFactor,
+    factors,
+    flatten,
+    unflatten,
+)
+from ._probe import Probe, lengths, norm
+from .report import Condition, Report, advice
+
+__all__ = ["Condition", "Report", "check"]
+
+BRACKET_TOLERANCE = 1e-8  # relative, in float64: rounding leaves about 1e-15
+PATH_TOLERANCE = 1e-6  # relative difference of two flows integrated to 1e-10
+RANK_TOLERANCE = 1e-10
+SAMPLED_COORDINATES = 256
+
+
+def check(
+    g: Reparam, h: Regularizer, w0: Parameters, sensing: Tensor | None = None, seed: int = 0
+) -> Report:
+    r"""Decide whether (g, h) started at w0 follows a mirror flow (Theorem 3.2).
+
+    The Lie brackets ``[grad g_i, grad g_j]`` and ``[grad g_i, grad h]`` are bilinear, so that all
+    of them vanish if and only if those of random combinations ``p . g``, ``q . g`` do (with
+    probability one). They are computed by automatic differentiation at w0 and at points along the
+    flow; penalties with kinks are caught by following the flow of g and of h in both orders.
+
+    Parameters
+    ----------
+    g : Reparam
+        The parametrization.
+    h : Regularizer
+        The penalty.
+    w0 : Tensor or tuple of Tensor
+        The start.
+    sensing : Tensor of shape (m, n, n), optional
+        For matrices: only gradients in the span of these matter, as for measurements <A_i, X>.
+    seed : int
+        Of the random combinations and directions.
+
+    Returns
+    -------
+    Report
+        With ``.regular``, ``.commuting``, ``.well_posed``, ``.contracting``, ``.applies`` and
+        ``.explain()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If g, h or w0 is not of the expected kind, or they do not fit together.
+
+    Examples
+    --------
+    >>> w0 = (torch.ones(3, dtype=torch.float64), 2 * torch.ones(3, dtype=torch.float64))
+    >>> check(PowerDifference(2), Separable(), w0).applies
+    True
+    >>> print(check(PowerDifference(2), WeightDecay(), w0).advice)
+    Corollary 3.7: h must be a combination of the terms of g; use Separable(), h = u^4 + v^4.
+    """
+    require_pair("check", g, h, w0)
+    whole = _double(w0)
+    _require_finite(g, h, whole)
+    _validate_sensing(sensing, g(whole).shape)
+    probe = Probe(g, h, _sampled(g, h, whole), sensing, seed)
+    regular, promise = _regular(g, whole, probe), _promise(probe)
+    commuting = [*promise, *_brackets(probe), _paths(probe)]
+    conditions = [regular, *commuting, _well_posed(probe)]
+    failed = not all(c.ok for c in (regular, *commuting))
+    conditions.append(_contracting(probe, failed))
+    remedy = advice(g, h, conditions) if failed else ""
+    return Report(f"{g} with {h}", tuple(conditions), remedy)
+
+
+def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:
+    """Raise ValueError where g or h has no value at w0."""
+    for name, value in (("g(w0)", g(w0)), ("grad h(w0)", flatten(h.gradient(w0, g)))):
+        if not value.numel():
+            raise ValueError(f"{g} with {h}: {name} is empty")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{g} with {h}: {name} holds NaN or infinite entries")
+
+
+def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
+    """Raise an error that says what is wrong with the measurements."""
+    if sensing is None:
+        return
+    if not isinstance(sensing, Tensor):
+        raise TypeError(f"sensing must be a torch tensor, got {type(sensing).__name__}")
+    if sensing.ndim == 0 or sensing.shape[1:] != shape or not len(sensing):
+        dims = "".join(f", {n}" for n in shape)
+        raise ValueError(f"sensing must have shape (m{dims}), m > 0, got {tuple(sensing.shape)}")
+    if not torch.isfinite(sensing).all():
+        raise ValueError("sensing holds NaN or infinite entries")
+
+
+def _regular(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
+    """Find the smallest relative singular value of J_g, at w0 (all of it) and along the flow."""
+    if g.elementwise:
+        return _regular_rows(g, w0, probe)
+    sizes = [_rank_size(g, w) for w in (w0, *probe.points[1:])]
+    smallest = min(sizes)
+    ok = bool(smallest > RANK_TOLERANCE)
+    where = "w0" if sizes[0] == smallest else "a point of the flow"
+    detail = "J_g has full rank" if ok else f"J_g loses rank at {where}"
+    return Condition("regular", ok, smallest, f"{detail}; smallest over largest singular value")
+
+
+def _regular_rows(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
+    """Find rows that vanish: those of an elementwise g share no parameter, whatever their sizes."""
+    rows = torch.stack([_row_sizes(g, w) for w in probe.points])
+    lost = bool((_row_sizes(g, w0) == 0).any())
+    smallest = 0.0 if lost else float((rows / rows.max(dim=0).values).min())
+    ok = smallest > RANK_TOLERANCE
+    detail = "no row of J_g vanishes" if ok else "a row of J_g vanishes at w0 or along the flow"
+    return Condition("regular", ok, smallest, f"{detail}; smallest relative to its largest size")
+
+
+def _row_sizes(g: Reparam, w: Parameters) -> Tensor:
+    """Give the norms of the rows of J_g for an elementwise g."""
+    slopes = factors(g.pullback(w, torch.ones_like(g(w))))
+    return lengths(torch.stack(torch.broadcast_tensors(*slopes)))
+
+
+def _rank_size(g: Reparam, w: Parameters) -> float:
+    """Give the smallest over the largest singular value of J_g."""
+    if isinstance(g, SymmetricFactor):  # dX = dU U^T + U dU^T is onto iff U has full row rank
+        return _rank_of(factors(w)[0])
+    if isinstance(g, Product):  # dX = dA B + A dB is onto iff A has full row rank or B column rank
+        A, B = factors(w)
+        return max(_rank_of(A), _rank_of(B.mT))
+    flat = flatten(w)
+    J = torch.func.jacrev(lambda v: g(unflatten(v, w)).reshape(-1))(flat)
+    return _rank_of(J)
+
+
+def _rank_of(matrix: Tensor) -> float:
+    """Give the relative size of the singular value that decides about full row rank."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return 0.0
+    s = torch.linalg.svdvals(matrix)
+    return float(s[-1] / s[0]) if s[0] > 0 else 0.0
+
+
+def _promise(probe: Probe) -> list[Condition]:
+    """Test what elementwise=True promises of functions that a user wrote."""
+    g, h, found = probe.g, probe.h, []
+    for f in range(len(factors(probe.w0))):
+        if isinstance(g, CustomReparam) and g.elementwise:
+            found.append(_crosstalk(probe, lambda w: g(w), f"J_g of {g}", f))
+        if isinstance(h, CustomRegularizer) and h.elementwise:
+            found.append(
+                _crosstalk(
+                    probe, lambda w: torch.stack(factors(h.gradient(w, g))), f"grad of {h}", f
+                )
+            )
+    return [c for c in found if not c.ok]
+
+
+def _crosstalk(
+    probe: Probe, function: Callable[[Parameters], Tensor], name: str, factor: int
+) -> Condition:
+    """Perturb half of the coordinates of a factor, and see whether the others respond."""
+    parts = factors(probe.w0)
+    size = 0.0
+    for _ in range(8):  # random halves: a pair of coordinates is missed once in 256 times
+        mask = (probe.normal(parts[factor].shape) > 0).to(torch.float64)
+        change = [torch.zeros_like(p) for p in parts]
+        change[factor] = mask * probe.normal(mask.shape)
+        tangent = change[0] if isinstance(probe.w0, Tensor) else tuple(change)
+        moved = torch.func.jvp(function, (probe.w0,), (tangent,))[1]
+        size = max(size, float(((1 - mask) * moved).abs().max() / (moved.abs().max() + 1e-300)))
+    detail = f"{name} mixes coordinates although elementwise=True was promised"
+    return Condition("commuting", size < BRACKET_TOLERANCE, size, detail)
+
+
+def _brackets(probe: Probe) -> list[Condition]:
+    """Measure [grad g_i, grad g_j] and [grad g_i, grad h] at every point."""
+    found = []
+    if not probe.g.elementwise:  # distinct coordinates of an elementwise g share no parameter
+        pairs = [(probe.direction(), probe.direction()) for _ in range(2)]
+        size = max(
+            _bracket(probe, w, probe.field(p), probe.field(q))
+            for w in probe.points
+            for p, q in pairs
+        )
+        found.append(_condition("[grad g_i, grad g_j]", size, _worst_pair(probe, size)))
+    size = max(
+        _bracket(probe, w, probe.field(probe.direction()), probe.penalty()) for w in probe.points
+    )
+    found.append(_condition("[grad g_i, grad h]", size, ""))
+    return found
+
+
+def _condition(name: str, size: float, worst: str) -> Condition:
+    """Make the condition that a bracket vanishes."""
+    ok = size < BRACKET_TOLERANCE
+    detail = f"{name} {'vanishes' if ok else 'does not vanish'}, relative to its two terms{worst}"
+    return Condition("commuting", ok, size, detail)
+
+
+def _bracket(
+    probe: Probe,
+    w: Parameters,
+    X: Callable[[Parameters], Parameters],
+    Y: Callable[[Parameters], Parameters],
+) -> float:
+    """Give the size of [X, Y] = DY X - DX Y relative to its two terms."""
+    one = _stacked(probe, torch.func.jvp(Y, (w,), (X(w),))[1])
+    two = _stacked(probe, torch.func.jvp(X, (w,), (Y(w),))[1])
+    # Per coordinate if elementwise, so that many good coordinates do not hide a bad one.
+    bracket, terms = lengths(one - two), lengths(one) + lengths(two)
+    scale = terms.max() * 1e-6 + torch.finfo(terms.dtype).tiny
+    return float((bracket / (terms + scale)).max())
+
+
+def _stacked(probe: Probe, w: Parameters) -> Tensor:
+    """Give a tangent vector with the dimension that is to be summed first."""
+    return torch.stack(factors(w)) if probe.elementwise else flatten(w)
+
+
+def _worst_pair(probe: Probe, size: float) -> str:
+    """Name the pair (i, j) whose bracket is largest, if one does not vanish and d is small."""
+    d = probe.shape.numel()
+    if size < BRACKET_TOLERANCE or d > 30 or probe.sensing is not None:
+        return ""
+    units = [probe.g.project(e.reshape(probe.shape)) for e in torch.eye(d, dtype=torch.float64)]
+    fields = [probe.field(e) for e in units]
+    sizes = {
+        (i, j): _bracket(probe, probe.w0, fields[i], fields[j]) for i in range(d) for j in range(i)
+    }
+    i, j = max(sizes, key=lambda pair: sizes[pair])
+    return f"; largest at w0 for i = {j}, j = {i} ({sizes[i, j]:.2g})"
+
+
+def _paths(probe: Probe) -> Condition:
+    """Follow g and h in both orders: the flows of commuting fields end in the same point."""
+    gaps = []
+    for scale in (0.01, 0.3, 2.0):
+        step, a = probe.steps(scale)
+        for mu in (step, -step):
+            gaps.append(_gap_of_orders(probe, mu, a * min(1.0, 0.1 / scale)))
+    sizes = [gap for gap in gaps if gap is not None]
+    size = max(sizes, default=np.nan)
+    ok = size < PATH_TOLERANCE  # if there is none to compare, nothing is known: not ok
+    verdict = "agree" if ok else "differ" if sizes else "end before they can be compared"
+    detail = f"the flows of g and h {verdict} in both orders ({len(sizes)} of {len(gaps)} exist)"
+    return Condition("commuting", ok, size, detail)
+
+
+def _gap_of_orders(probe: Probe, mu: Tensor, a: float) -> float | None:
+    """Give the relative distance of the two ends; None where one of the flows ends before."""
+    zero, ends = torch.zeros_like(mu), []
+    for first, second in (((mu, 0.0), (zero, a)), ((zero, a), (mu, 0.0))):
+        middle = probe.move(probe.w0, *first)
+        end = None if middle is None else probe.move(middle, *second)
+        if end is None:
+            return None
+        ends.append(end)
+    one, two = ends
+    gap = norm(unflatten(flatten(one) - flatten(two), probe.w0))
+    return gap / (norm(one) + norm(two) + norm(probe.w0) + 1e-300)
+
+
+def _well_posed(probe: Probe) -> Condition:
+    """Decide whether h is bounded below: by its form where that is known, else by sampling."""
+    g, h = probe.g, probe.h
+    if isinstance(h, WeightDecay):
+        return Condition("well posed", True, np.nan, "h = |w|^2/2 is bounded below")
+    if isinstance(h, Separable) and isinstance(g, PowerDifference):
+        signs = [torch.as_tensor(c) * s for c, s in zip(h.coefficients(g), g.signs, strict=True)]
+        ok = all(bool((s >= 0).all()) for s in signs)
+        detail = "every term of h is >= 0" if ok else "a term of h has a negative coefficient"
+        return Condition("well posed", ok, np.nan, detail)
+    if isinstance(h, Separable) and isinstance(g, LogRatio):
+        detail = (
+            "h has logarithms, which fall without bound: keep u, v >= 1 by switching off in time"
+        )
+        return Condition("well posed", False, np.nan, detail)
+    lows = [_lowest(probe, size) for size in (1.0, 1e3, 1e6)]
+    # A bounded h has lows that differ by chance only.
+    ok = not (lows[2] == -np.inf or lows[2] < 1.5 * min(0.0, *lows[:2]))
+    detail = "h stays bounded below" if ok else "h falls without bound"
+    return Condition("well posed", ok, lows[2], f"{detail} on random w of size up to 1e6; lowest h")
+
+
+def _lowest(probe: Probe, size: float) -> float:
+    """Give the lowest h over random parameters of the given size."""
+    values = []
+    for _ in range(64):
+        flat = probe.normal(flatten(probe.w0).shape)
+        w = unflatten(size * flat, probe.w0)
+        values.append(float(probe.h.value(w, probe.g)))
+    finite = [v for v in values if not np.isnan(v)]
+    return min(finite, default=np.inf)
+
+
+def _contracting(probe: Probe, failed: bool) -> Condition:
+    """Decide whether d R_a / d a = -h(w) <= 0 at the points of the flow."""
+    if failed:
+        return Condition(
+            "contracting", False, np.nan, "there is no R_a, because the pair fails above"
+        )
+    lowest = min(float(probe.h.value(w, probe.g)) for w in probe.points)
+    ok = lowest >= -1e-12
+    relation = ">= 0" if ok else "negative"
+    detail = f"d R_a/da = -h(w), and h is {relation} along the flow; lowest h"
+    return Condition("contracting", ok, lowest, detail)
+
+
+def _sampled(g: Reparam, h: Regularizer, w0: Parameters) -> Parameters:
+    """Keep a few coordinates of a large elementwise start, where all are alike."""
+    d = factors(w0)[0].numel()
+    own = isinstance(g, CustomReparam) or not isinstance(h, WeightDecay | Separable)
+    fixed = isinstance(h, Separable) and any(isinstance(c, Tensor) and c.ndim for c in h.c or ())
+    if d <= SAMPLED_COORDINATES or own or fixed or not (g.elementwise and h.elementwise):
+        return w0
+    keep = torch.randperm(d, generator=torch.Generator().manual_seed(0))[:SAMPLED_COORDINATES]
+    parts = tuple(f.reshape(-1)[keep] for f in factors(w0))
+    return parts[0] if isinstance(w0, Tensor) else parts
+
+
+def _double(w: Parameters) -> Parameters:
+    """Give w in float64, detached."""
+    parts = tuple(f.detach().to(torch.float64) for f in factors(w))
+    return parts[0] if isinstance(w, Tensor) else parts

@@ -1,0 +1,268 @@
+"""What the regressors share: the run of one flow to its time or to its end, and prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from ._chebyshev import Columns, integrate
+from ._data import Data
+from ._endpoints import ends, gap, kkt, warn_unfinished
+
+__all__ = [
+    "LOG_A",
+    "FlowRegressor",
+    "Run",
+    "TurnOff",
+    "check_decay",
+    "finish",
+    "largest_better",
+    "least_squares",
+    "validated",
+    "weights_of",
+    "without_small",
+]
+
+Array = NDArray[np.float64]
+LOG_A = (-10_000, 20)  # of log A; larger ones would be differences of large numbers
+
+
+@dataclass(frozen=True)
+class TurnOff:
+    """Weight decay ``alpha`` from the start until time ``t``, then none.
+
+    Parameters
+    ----------
+    alpha : float
+        The decay rate, >= 0.
+    t : float
+        When it is switched off, in the units of the estimator's ``t``; > 0, infinity to keep it.
+    """
+
+    alpha: float
+    t: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a rate and a time."""
+        for name, value in (("alpha", self.alpha), ("t", self.t)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= self.alpha < np.inf:
+            raise ValueError(f"alpha must be a number >= 0, got {self.alpha!r}")
+        if not self.t > 0:
+            raise ValueError(f"t must be a number > 0, got {self.t!r}")
+
+
+def check_decay(decay: TurnOff | None, last: float) -> None:
+    """Refuse a decay that would be switched off after the training, whose last time is ``last``."""
+    if decay and np.isinf(decay.t) and np.isinf(last):
+        raise ValueError(f"{decay}: with interpolate=True the decay has to be switched off")
+    if decay and last < decay.t < np.inf:
+        raise ValueError(
+            f"{decay} would be switched off after the training, which ends at t={last:g}; "
+            "TurnOff(alpha, numpy.inf) keeps it on"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The flow that is to be fitted: from where, to when (perhaps infinity), how exactly."""
+
+    log_A: float  # noqa: N815
+    t: float
+    decay: TurnOff | None
+    tol: float
+    zero_tol: float  # what is smaller, relative to the largest, is 0
+
+
+class FlowRegressor(RegressorMixin, BaseEstimator):
+    """What the regressors share: the run of the flow, and prediction."""
+
+    coef_: Array
+    intercept_: Any
+    n_iter_: int
+    positive: bool
+    refit: bool
+    max_iter: int
+
+    def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
+        """Run the flow to its time, perhaps infinity, and keep its end."""
+        end, data = np.isinf(run.t), data.compressed()
+        coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
+        relative = run.log_A + drop
+        log_A = data.log_A(0.0) + relative
+        x, predictions = coef.T, data.X @ coef.T
+        mu = data.X.T @ nu
+        outputs = range(len(coef))
+        kkts = [kkt(x[:, k], log_A[k], mu[:, k], self.positive) for k in outputs]
+        gains = [predictions[:, k] @ nu[:, k] for k in outputs]
+        gaps = [gap(x[:, k], gains[k], mu[:, k], self.positive) for k in outputs]
+        coef = finish(coef, data, run.zero_tol, self.refit)
+        unit = data.unit(run.log_A, self.positive)
+        values = {
+            "coef_": coef.astype(dtype),
+            "intercept_": data.intercept(coef).astype(dtype),
+            "dual_coef_": data.dual(nu),
+            "A_": np.exp(log_A),
+            "log_A_": np.broadcast_to(relative, log_A.shape),
+            "t_": np.full(len(log_A), np.inf) if end else run.t * unit,
+            "support_": coef != 0,
+            "kkt_residual_": np.array(kkts),
+            "gap_": np.array(gaps),
+        }
+        for name, value in values.items():
+            setattr(self, name, value[0] if single else value)
+
+    def _stopped(self, data: Data, run: Run) -> tuple[Array, Array, float]:
+        """Integrate the flow to its time; also give how far log A has fallen."""
+        decay, K = run.decay or TurnOff(0.0, 1.0), data.y.shape[1]
+        coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
+        active = np.flatnonzero(data.pull > 0)
+        self.n_iter_ = 1
+        for k in active:  # each output has its own unit of time, in which decay is given
+            coef[k], nus[:, k] = self._one(data, int(k), run, decay)
+        return coef, nus, -2 * decay.alpha * min(run.t, decay.t)
+
+    def _one(self, data: Data, k: int, run: Run, decay: TurnOff) -> tuple[Array, Array]:
+        """Integrate one output."""
+        found: dict[str, Array] = {}
+        unit = data.unit(run.log_A, self.positive)[k]
+
+        def save(_: Any, __: Any, nu: Array, x: Array, ___: Any) -> None:
+            found.update(nu=nu[:, 0], x=x[:, 0])
+
+        columns = Columns(
+            data.X,
+            data.y[:, [k]],
+            data.weights[:, None],
+            data.log_A(run.log_A)[[k]],
+            np.array([decay.alpha / unit]),
+            np.array([decay.t * unit]),
+            data.center,
+            self.positive,
+        )
+        times = np.array([[run.t * unit]])
+        reached, steps = integrate(columns, times, save, run.tol, int(self.max_iter))
+        self.n_iter_ = max(self.n_iter_, steps)
+        if not reached[0]:
+            warn_unfinished(self.max_iter)
+        return found["x"], found["nu"]
+
+    def _interpolated(self, data: Data, run: Run) -> tuple[Array, Array, float]:
+        """Solve for the end of the flow of each output."""
+        drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
+        scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
+        Z, y = root * data.X, root * data.y
+        found = [
+            ends(Z, y[:, k], scales[[k]], self.positive, int(self.max_iter))
+            for k in range(y.shape[1])
+        ]
+        self.n_iter_ = max(1, *(f.steps for f in found))
+        nu = root * np.stack([f.theta[0] for f in found], axis=1)
+        if data.center:  # the same X^T nu without the mean of X
+            nu -= data.weights[:, None] * nu.sum(axis=0)
+        return np.stack([f.x[0] for f in found]), nu, drop
+
+    def predict(self, X: Any) -> Array:
+        """Predict the targets.
+
+        Parameters
+        ----------
+        X : array, sparse matrix or frame of shape (n_samples, n_features)
+            The features.
+
+        Returns
+        -------
+        array of shape (n_samples,) or (n_samples, n_targets)
+        """
+        check_is_fitted(self, "coef_")
+        X = validate_data(
+            self, X, accept_sparse=("csr", "csc"), dtype=[np.float64, np.float32], reset=False
+        )
+        return np.asarray(X @ self.coef_.T) + self.intercept_
+
+    def __sklearn_tags__(self) -> Any:
+        """Take sparse X and several targets."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def validated(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+    """Check X, y and the weights as scikit-learn does."""
+    X, y = validate_data(
+        estimator,
+        X,
+        y,
+        accept_sparse=("csr", "csc"),
+        dtype=[np.float64, np.float32],
+        y_numeric=True,
+        multi_output=True,
+    )
+    return X, y, weights_of(X, sample_weight)
+
+
+def weights_of(X: Any, sample_weight: Any) -> Any:
+    """Check the weights of samples."""
+    if sample_weight is not None:
+        sample_weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, ensure_non_negative=True
+        )
+        if not sample_weight.sum() > 0:  # older scikit-learn lets them pass
+            raise ValueError("sample weights must not be zero everywhere")
+    return sample_weight
+
+
+# Which coefficients are 0: the flow itself makes them small, never 0.
+
+# Standard errors by which zeros have to gain: with none, dense truths lose to chance what sparse
+# ones gain; with a whole one, supports of few samples stay too large (results/bench_sparse).
+MARGIN = 0.5
+
+
+def without_small(coef: Array, zero_tol: float | Array) -> Array:
+    """Set to 0 what is smaller than ``zero_tol`` times the largest of its row (K, d)."""
+    size = np.abs(coef)
+    return np.where(size >= zero_tol * size.max(axis=-1, keepdims=True, initial=0.0), coef, 0.0)
+
+
+def finish(coef: Array, data: Data, zero_tol: float, refit: bool) -> Array:
+    """Set small coefficients (K, d) to 0, and fit the others again where that is asked for."""
+    coef = without_small(coef, zero_tol)
+    if not refit:
+        return coef
+    return np.stack([least_squares(data, k, row != 0, data.weights) for k, row in enumerate(coef)])
+
+
+def least_squares(data: Data, k: int, support: NDArray[np.bool_], weights: Array) -> Array:
+    """Fit target k by the coefficients of the support (the shortest solution)."""
+    X = data.X[:, np.flatnonzero(support)]
+    X = X.toarray() if issparse(X) else X
+    y, root = data.y[:, k], np.sqrt(weights)
+    if data.center:
+        X, y = X - weights @ X, y - weights @ y
+    fitted = np.zeros(len(support))
+    fitted[support] = np.linalg.lstsq(root[:, None] * X, root * y, rcond=None)[0]
+    return fitted
+
+
+def largest_better(zero_tols: Array, errors: Array, without: Array, refit: bool) -> float:
+    """Choose the largest threshold that predicts better than the flow without zeros.
+
+    Better by half a standard error of the difference: ``errors`` (n_tols, n_folds) and ``without``
+    (n_folds,) are of the same folds. Where none is, the smallest; of refits, which can be worse
+    throughout, that of least error.
+    """
+    gained = without - errors
+    doubt = gained.std(axis=1) / np.sqrt(len(without))
+    better = np.flatnonzero(gained.mean(axis=1) >= MARGIN * doubt)
+    otherwise = int(errors.mean(axis=1).argmin()) if refit else 0
+    return float(zero_tols[better[-1] if len(better) else otherwise])

@@ -1,0 +1,231 @@
+"""What the estimators need to know of X and y: weights, and the natural units of A and t."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from scipy.sparse.linalg import LinearOperator, lsqr
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.sparsefuncs import mean_variance_axis
+
+__all__ = ["Data", "centered", "growth", "prepare", "triangle"]
+
+Array = NDArray[np.float64]
+DAMPING = 1e-5  # of the shortest solution, relative to the largest singular value
+FEW = 2000  # rows or columns of a sparse X up to which its Gram matrix is formed
+ROUNDING = 1e-13  # eigenvalues, relative to the largest, that are 0 up to rounding
+CONSTANT = 1e-13  # spread, relative to the size, below which numbers count as constant
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows with positive weight, and the units of the problem.
+
+    Attributes
+    ----------
+    X : array or sparse matrix of shape (n, d)
+        float64; where there is an intercept, a dense one has been centred.
+    y : array of shape (n, K)
+        One column for each output, centred where there is an intercept.
+    weights : array of shape (n,)
+        Sum to 1.
+    rows : array of shape (n,)
+        Their indices among the samples that were given.
+    scale : array of shape (K,)
+        The largest entry of the minimum-norm least-squares solution: the unit of A.
+    pull : array of shape (K,)
+        The largest entry of X^T w y, centred: the gradient at x = 0. It is 0 for constant y.
+    center : bool
+        Whether flows have to subtract means.
+    samples : int
+        How many samples were given.
+    means, targets : arrays of shape (d,) and (K,)
+        The weighted means of X and y as they were given; 0 without an intercept.
+    back : array of shape (n, m), optional
+        Gives the dual variables of n rows from those of the m that they were compressed to.
+    """
+
+    X: Any
+    y: Array
+    weights: Array
+    rows: NDArray[np.intp]
+    scale: Array
+    pull: Array
+    center: bool
+    samples: int
+    means: Array
+    targets: Array
+    back: Array | None = None
+
+    def log_A(self, relative: float) -> Array:
+        """Return log A for each output, from log(A / scale)."""
+        return relative + np.log(np.where(self.scale > 0, self.scale, 1.0))
+
+    def unit(self, relative: float, positive: bool) -> Array:
+        r"""Return the unit of time: when the strongest coordinate alone has grown to the scale.
+
+        A sinh(2 t pull) = scale for t = arcsinh(scale / A) / (2 pull).
+        """
+        return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)
+
+    def intercept(self, coef: Array, repeat: bool = False) -> Array:
+        """Return the intercepts of coefficients (K, d); with ``repeat`` all are of one target."""
+        return (self.targets[0] if repeat else self.targets) - coef @ self.means
+
+    def dual(self, nu: Array) -> Array:
+        """Return the dual variables (K, samples) of all samples, 0 for those without weight."""
+        found = np.zeros((nu.shape[1], self.samples))
+        found[:, self.rows] = (nu if self.back is None else self.back @ nu).T
+        return found
+
+    def compressed(self) -> Data:
+        """Return the same problem with d + K rows, where there are many more: the flow is the same.
+
+        It depends on X^T w X and X^T w y alone, which are those of the triangular factor.
+        """
+        (n, d), K = self.X.shape, self.y.shape[1]
+        if issparse(self.X) or n <= 2 * (d + K):
+            return self
+        root = np.sqrt(self.weights)[:, None]
+        Q, R = np.linalg.qr(root * np.hstack([self.X, self.y]))
+        size = np.sqrt(len(R))
+        return replace(
+            self, X=size * R[:, :d], y=size * R[:, d:], weights=np.full(len(R), size**-2),
+            center=False, back=size * root * Q,
+        )  # fmt: skip
+
+
+def growth(relative: float, positive: bool) -> float:
+    """Return mu at which a coordinate has grown to the scale: the unit of time times the pull."""
+    # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
+    z = -relative
+    return 0.5 * (float(np.logaddexp(0.0, z)) if positive else _arcsinh_exp(z))
+
+
+def _arcsinh_exp(z: float) -> float:
+    """Return arcsinh(e^z) for any z."""
+    return float(np.arcsinh(np.exp(z))) if z < 300 else z + float(np.log(2.0))
+
+
+def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: bool) -> Data:
+    """Drop rows without weight, center, and measure scale and pull."""
+    given = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
+    rows, samples = np.flatnonzero(given > 0), len(y)
+    v = given / given.sum()
+    if len(rows) < len(y):
+        X, y, v = X[rows], y[rows], v[rows]
+    X = X.astype(np.float64, copy=False)
+    y = y.reshape(len(rows), -1).astype(np.float64)
+    means, targets, spread = np.zeros(X.shape[1]), np.zeros(y.shape[1]), None
+    if center:
+        y, targets = centered(y, v)
+        if issparse(X):
+            found: Any = mean_variance_axis(X, axis=0, weights=v)
+            means, spread = found
+        else:
+            X, means = centered(X, v)
+    pull = _pull(X, y, v, spread, positive)
+    sizes = np.abs(_shortest(X, y, v, means, pull)).max(axis=0, initial=0.0)
+    scale = np.where(pull > 0, sizes, 0.0)
+    return Data(X, y, v, rows, scale, pull, center, samples, means, targets)
+
+
+def centered(values: Array, weights: Array) -> tuple[Array, Array]:
+    """Subtract the weighted means; what is constant up to rounding becomes 0.
+
+    Twice: the mean of large numbers is rounded, and what is left of it would be a direction.
+    """
+    means = weights @ values
+    centred = values - means
+    centred -= weights @ centred
+    spread, size = np.sqrt(weights @ centred**2), np.sqrt(weights @ values**2)
+    centred[:, spread <= CONSTANT * size] = 0.0
+    return centred, means
+
+
+def _pull(X: Any, y: Array, weights: Array, spread: Array | None, positive: bool) -> Array:
+    """Return the largest gradient at 0 of each target, 0 where it is rounding alone."""
+    gradient = X.T @ (weights[:, None] * y)
+    squares: Any = spread
+    if spread is None:
+        squares = X.multiply(X).T @ weights if issparse(X) else weights @ X**2
+    largest = float(squares.max(initial=0.0))
+    noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
+    pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)
+    return np.where(pull > noise, pull, 0.0)
+
+
+def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Array:
+    """Return the least-squares solutions (d, K) of minimal norm, damped by DAMPING.
+
+    They give the unit of A, for which directions that hardly matter to the fit are not to count.
+    """
+    root = np.sqrt(weights)
+    if issparse(X) and min(X.shape) > FEW:
+        return _by_lsqr(X, y, root, means, pull)
+    Z = X.multiply(root[:, None]).tocsr() if issparse(X) else root[:, None] * X
+    shift, right = means if issparse(X) else 0 * means, root[:, None] * y
+    wide = Z.shape[0] < Z.shape[1]
+    values, vectors = np.linalg.eigh(_gram(Z, root, shift, wide))
+    largest = values.max(initial=1e-300)
+    damped = np.where(values > ROUNDING * largest, values + DAMPING**2 * largest, np.inf)
+    side = right if wide else Z.T @ right
+    solved = vectors @ ((vectors.T @ side) / damped[:, None])
+    return Z.T @ solved - np.outer(shift, root @ solved) if wide else solved
+
+
+def _gram(Z: Any, root: Array, means: Array, wide: bool) -> Array:
+    """Return the smaller Gram matrix of Z - root means^T, which is not formed where Z is sparse."""
+    product = Z @ Z.T if wide else Z.T @ Z
+    if not issparse(Z):
+        return product
+    if not wide:  # root^T Z = means, and |root| = 1
+        return product.toarray() - np.outer(means, means)
+    along = Z @ means
+    mixed = np.outer(root, along)
+    return product.toarray() - mixed - mixed.T + means @ means * np.outer(root, root)
+
+
+def _by_lsqr(X: Any, y: Array, root: Array, means: Array, pull: Array) -> Array:
+    """Solve by LSQR from 0, without forming X minus its means."""
+    n, d = X.shape
+    make: Any = LinearOperator  # its constructor is chosen at run time
+    operator = make(
+        (n, d),
+        matvec=lambda v: root * (X @ v - means @ v),
+        rmatvec=lambda u: X.T @ (root * u) - means * (root @ u),
+        dtype=np.float64,
+    )
+    damp, most = DAMPING * _largest(operator), 20 * min(n, d) + 1000
+    found = np.zeros((d, y.shape[1]))
+    for k in np.flatnonzero(pull > 0):
+        found[:, k], stop, *_ = lsqr(operator, root * y[:, k], damp, 1e-12, 1e-12, iter_lim=most)
+        if stop == 7:
+            warnings.warn(
+                f"LSQR has not found the scale of the coefficients in {most} iterations: bring the "
+                "columns of X to a common scale (MaxAbsScaler keeps X sparse)",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+    return found
+
+
+def _largest(operator: Any) -> float:
+    """Return the largest singular value, by power iterations: it sets a tolerance only."""
+    v = np.random.default_rng(0).standard_normal(operator.shape[1])
+    size = 0.0
+    for _ in range(30):
+        v = operator.rmatvec(operator.matvec(v / max(float(np.linalg.norm(v)), 1e-300)))
+        size = float(np.sqrt(np.linalg.norm(v)))
+    return size
+
+
+def triangle(X: Array, y: Array, weights: Array) -> tuple[Array, Array]:
+    """Return R_X and R_y of few rows: |R_X x - R_y|^2 = sum_i w_i (X x - y)_i^2 for every x."""
+    R: Any = np.linalg.qr(np.sqrt(weights)[:, None] * np.hstack([X, y]), mode="r")
+    return R[:, : X.shape[1]], R[:, X.shape[1] :]

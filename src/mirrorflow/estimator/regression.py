@@ -1,0 +1,493 @@
+"""Least squares along the Hadamard flow, from ridge-like to lasso-like."""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+from joblib import effective_n_jobs
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from sklearn import get_config
+from sklearn.model_selection import check_cv
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+from sklearn.utils.parallel import Parallel, delayed
+
+from ._base import LOG_A, FlowRegressor, Run, TurnOff, check_decay, largest_better, validated
+from ._data import growth, prepare
+from ._folds import Folds
+from ._transaction import all_or_nothing
+
+__all__ = [
+    "MirrorFlowRegressor",
+    "MirrorFlowRegressorCV",
+    "scales",
+    "thresholds",
+    "times",
+    "warn_at_the_last_time",
+]
+
+
+class MirrorFlowRegressor(FlowRegressor):
+    r"""Linear regression by the flow of x = m * w, stopped early or at its end.
+
+    .. math:: x_t = A \sinh(2 X^T \nu_t), \quad \nu_t' = \tfrac{1}{n} (y - X x_t), \quad \nu_0 = 0
+
+    This is what gradient descent on m and w does from m = 0, w = sqrt(2 A) (Theorem 3.2). A is all
+    that weight decay changes: it divides A by e^{2 alpha} in each unit of time. Large A acts like
+    ridge regression, small A like the lasso.
+
+    Parameters
+    ----------
+    log_A : float, default=-10
+        log(A / S), S the largest coefficient of the minimum-norm least-squares solution (damped by
+        1e-5 of the largest singular value): about 2 or more is ridge-like, -10 sparse, and below
+        -20 the inverse scale space of the lasso. From -10,000 to 20, where it is ridge to 1e-8.
+    t : float, default=2
+        When to stop, > 0, in units of the time that the strongest coefficient, unopposed, takes to
+        grow to S. Below 1 next to nothing has grown; for t to infinity the data are fitted exactly,
+        noise included.
+    interpolate : bool, default=False
+        Go to the end of the flow (t is not used): of all solutions the one of least R_a; with
+        ``positive`` and none that is >= 0, of all least-squares solutions that are. Under noise
+        this is the worst choice. Needs a dense X.
+    decay : TurnOff or None, default=None
+        Weight decay on the way, from ``log_A`` at the start; it has to end before the training, or
+        never.
+    positive : bool, default=False
+        Force the coefficients to be >= 0: m = w = sqrt(A) at the start, x = A exp(2 X^T nu).
+    fit_intercept : bool, default=True
+        Whether to fit an intercept; it is not penalized.
+    zero_tol : float, default=1e-3
+        Coefficients smaller than ``zero_tol`` times the largest are set to exactly 0: the flow
+        itself makes them small, never 0. With 0 they are left as they are.
+    refit : bool, default=False
+        Fit the coefficients that are not 0 again, by least squares.
+    tol : float, default=1e-3
+        The error of the coefficients in one step of the integration, relative to the largest.
+    max_iter : int, default=10000
+        The largest number of steps.
+
+    Attributes
+    ----------
+    coef_ : array of shape (n_features,) or (n_targets, n_features)
+        The coefficients.
+    intercept_ : float or array of shape (n_targets,)
+        The intercept.
+    dual_coef_ : array of shape (n_samples,) or (n_targets, n_samples)
+        nu, with x = A sinh(2 X^T nu) before small coefficients are set to 0.
+    A_ : float or array of shape (n_targets,)
+        The scale at the end, decay included, in the units of the coefficients.
+    log_A_ : float or array
+        Its logarithm, relative to S.
+    t_ : float or array
+        The time at which the flow was stopped, in its own units (learning rate times steps of
+        gradient descent on the mean squared error / 2); infinity for ``interpolate``.
+    support_ : array of bool, of the shape of ``coef_``
+        Which coefficients are not 0.
+    kkt_residual_ : float or array
+        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu.
+    gap_ : float or array
+        How far from L1 the fit is: its L1 norm exceeds the smallest one of any coefficients with
+        the same predictions by at most this fraction of itself.
+    n_iter_ : int
+        Steps of the integration, or of Newton's method.
+    n_features_in_, feature_names_in_
+        As everywhere in scikit-learn.
+
+    See Also
+    --------
+    MirrorFlowRegressorCV : chooses ``log_A`` and ``t`` by cross-validation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import MirrorFlowRegressor
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.standard_normal((50, 100))
+    >>> y = 3 * X[:, 0] - 2 * X[:, 7]
+    >>> model = MirrorFlowRegressor(log_A=-15, t=4).fit(X, y)
+    >>> np.flatnonzero(model.support_)
+    array([0, 7])
+    >>> model.coef_[[0, 7]].round(2)
+    array([ 3., -2.])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "log_A": [Interval(Real, *LOG_A, closed="both")],
+        "t": [Interval(Real, 0, None, closed="neither")],
+        "interpolate": ["boolean"],
+        "decay": [TurnOff, None],
+        "positive": ["boolean"],
+        "fit_intercept": ["boolean"],
+        "zero_tol": [Interval(Real, 0, 1, closed="left")],
+        "refit": ["boolean"],
+        "tol": [Interval(Real, 0, 1, closed="neither")],
+        "max_iter": [Interval(Real, 1, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        log_A: float = -10.0,
+        t: float = 2.0,
+        *,
+        interpolate: bool = False,
+        decay: TurnOff | None = None,
+        positive: bool = False,
+        fit_intercept: bool = True,
+        zero_tol: float = 1e-3,
+        refit: bool = False,
+        tol: float = 1e-3,
+        max_iter: int = 10_000,
+    ) -> None:
+        self.log_A = log_A
+        self.t = t
+        self.interpolate = interpolate
+        self.decay = decay
+        self.positive = positive
+        self.fit_intercept = fit_intercept
+        self.zero_tol = zero_tol
+        self.refit = refit
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MirrorFlowRegressor:
+        """Fit the model.
+
+        Parameters
+        ----------
+        X : array, sparse matrix or frame of shape (n_samples, n_features)
+            The features. Sparse ones are not made dense.
+        y : array of shape (n_samples,) or (n_samples, n_targets)
+            The targets.
+        sample_weight : array of shape (n_samples,), default=None
+            Weights >= 0 of the samples.
+
+        Returns
+        -------
+        self
+        """
+        self._validate_params()
+        t = np.inf if self.interpolate else float(self.t)
+        check_decay(self.decay, t)
+        run = Run(float(self.log_A), t, self.decay, self.tol, self.zero_tol)
+        with all_or_nothing(self):
+            if self.interpolate and issparse(X):
+                raise ValueError("interpolate=True needs a dense X, got a sparse one")
+            X, y, sample_weight = validated(self, X, y, sample_weight)
+            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
+            self._fit(data, run, X.dtype, y.ndim == 1)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        """Take sparse X, except for end points."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = not self.interpolate
+        return tags
+
+
+# The regressor that chooses its scale and its stopping time by cross-validation.
+
+SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
+Array = NDArray[np.float64]
+
+
+class MirrorFlowRegressorCV(FlowRegressor):
+    r"""`MirrorFlowRegressor` whose scale A and stopping time are chosen by cross-validation.
+
+    The flows of all folds and scales are integrated together, once; each gives a whole path. One
+    flow more keeps its decay on to the end and shrinks like the lasso, as strong noise asks for.
+
+    Parameters
+    ----------
+    log_As : array of floats, default=(2, -2, -6, -12, -20)
+        Candidates for ``log_A``: from ridge-like to the inverse scale space of the lasso.
+    ts : int or array of floats > 0, default=20
+        Candidates for ``t``; a number stands for so many between 0.3 and 30, spaced
+        geometrically.
+    shrinkages : array of floats in (0, 1), default=None
+        A flow more for each, from the median of ``log_As``, whose decay stays on: it tends to the
+        lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
+        the others. None is (0.2,), and no flow where ``decay`` is given.
+    cv : int, splitter or iterable, default=None
+        As everywhere in scikit-learn; None is 5-fold.
+    decay : TurnOff or None, default=None
+        Weight decay on the way of all flows, as for `MirrorFlowRegressor`; not beyond the last of
+        ``ts``, or for ever.
+    zero_tols : array of floats in [0, 1), default=None
+        Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
+        0, relative to the largest. Taken is the largest with which the error on what was left out
+        is lower than without zeros, by half a standard error of the difference; where none is, the
+        smallest (with ``refit`` that of least error). None is 25 between 1e-3 and 0.7.
+    positive, fit_intercept, refit
+        As for `MirrorFlowRegressor`; with ``refit``, the errors that choose ``zero_tol`` are those
+        of refitted coefficients.
+    tol : float, default=1e-2
+        As for `MirrorFlowRegressor`; the last fit uses a tenth of it.
+    max_iter : int, default=10000
+        The largest number of steps.
+    n_jobs : int, default=None
+        Processes or threads of joblib; the flows are shared out among them.
+
+    Attributes
+    ----------
+    best_log_A_, best_t_ : float
+        The candidates of least error.
+    best_decay_ : TurnOff or None
+        The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
+    best_zero_tol_ : float
+        The threshold that was taken.
+    mse_path_ : array of shape (n_flows, n_ts, n_folds)
+        The mean squared error on the fold that was left out, without zeros; several targets are
+        each divided by their variance.
+    zero_mse_path_ : array of shape (n_zero_tols, n_folds)
+        That of the chosen flow, for each threshold.
+    log_As_, shrinkages_ : arrays of shape (n_flows,)
+        The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
+    ts_ : array of shape (n_ts,)
+        The times, increasing.
+    zero_tols_ : array of shape (n_zero_tols,)
+        The thresholds, increasing.
+    coef_, intercept_, dual_coef_, A_, log_A_, t_, support_, kkt_residual_, gap_, n_iter_
+        As for `MirrorFlowRegressor`, fitted to all samples.
+    n_features_in_, feature_names_in_
+        As everywhere in scikit-learn.
+
+    Notes
+    -----
+    Candidates are in units of S and of the time to grow to it, both measured on all samples, so
+    that a candidate is the same flow in every fold.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import MirrorFlowRegressorCV
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.standard_normal((60, 100))
+    >>> y = 3 * X[:, 0] - 2 * X[:, 7] + 0.1 * rng.standard_normal(60)
+    >>> model = MirrorFlowRegressorCV().fit(X, y)
+    >>> model.best_log_A_
+    -20.0
+    >>> bool(np.abs(model.coef_[[0, 7]] - [3, -2]).max() < 0.1)
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "log_As": ["array-like"],
+        "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "shrinkages": ["array-like", None],
+        "zero_tols": ["array-like", None],
+        "cv": ["cv_object"],
+        "decay": [TurnOff, None],
+        "positive": ["boolean"],
+        "fit_intercept": ["boolean"],
+        "refit": ["boolean"],
+        "tol": [Interval(Real, 0, 1, closed="neither")],
+        "max_iter": [Interval(Real, 1, None, closed="left")],
+        "n_jobs": [Integral, None],
+    }
+
+    def __init__(
+        self,
+        log_As: Any = (2.0, -2.0, -6.0, -12.0, -20.0),
+        ts: Any = 20,
+        *,
+        shrinkages: Any = None,
+        zero_tols: Any = None,
+        cv: Any = None,
+        decay: TurnOff | None = None,
+        positive: bool = False,
+        fit_intercept: bool = True,
+        refit: bool = False,
+        tol: float = 1e-2,
+        max_iter: int = 10_000,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.log_As = log_As
+        self.ts = ts
+        self.shrinkages = shrinkages
+        self.zero_tols = zero_tols
+        self.cv = cv
+        self.decay = decay
+        self.positive = positive
+        self.fit_intercept = fit_intercept
+        self.refit = refit
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_jobs = n_jobs
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Any:
+        """Choose among the candidates, then fit to all samples.
+
+        Parameters
+        ----------
+        X : array, sparse matrix or frame of shape (n_samples, n_features)
+            The features. Sparse ones are not made dense.
+        y : array of shape (n_samples,) or (n_samples, n_targets)
+            The targets; several share the choice.
+        sample_weight : array of shape (n_samples,), default=None
+            Weights >= 0 of the samples, in training and in the error.
+        **params : dict
+            For the splitter, where metadata routing is enabled (``groups``, say).
+
+        Returns
+        -------
+        self
+        """
+        self._validate_params()
+        with all_or_nothing(self):
+            self.log_As_, self.shrinkages_ = self._flows()
+            self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
+            check_decay(self.decay, self.ts_[-1])
+            X, y, sample_weight = validated(self, X, y, sample_weight)
+            split = self._split(X, y, sample_weight, params)
+            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
+            train, test = (part[data.rows] for part in split)
+            folds = Folds(
+                data, train, test, self.decay, self.positive, self.tol, int(self.max_iter)
+            )
+            self.mse_path_ = self._errors(folds)
+            self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
+        return self
+
+    def _flows(self) -> tuple[Array, Array]:
+        """Return log A and shrinkage of each flow."""
+        log_As = scales(self.log_As)
+        given = self.shrinkages
+        if given is None:
+            given = () if self.decay else SHRUNK
+        shrunk = np.asarray(given, dtype=np.float64)
+        if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
+            raise ValueError(f"shrinkages must be numbers between 0 and 1, got {given!r}")
+        if self.decay and shrunk.size:
+            raise ValueError("decay and shrinkages both set the decay: give one of them")
+        middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
+        return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
+
+    def _best(self, folds: Folds) -> Run:
+        """Return the flow of least error, and how much of it is set to 0."""
+        mean = self.mse_path_.mean(axis=2)
+        i, j = np.unravel_index(np.argmin(mean), mean.shape)
+        warn_at_the_last_time(mean[i], self.ts_, folds.spread)
+        log_A, t, shrinkage = (
+            float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
+        )
+        self.zero_mse_path_ = folds.zero_errors(log_A, shrinkage, t, self.zero_tols_, self.refit)
+        self.best_zero_tol_ = largest_better(
+            self.zero_tols_, self.zero_mse_path_, self.mse_path_[i, j], self.refit
+        )
+        self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
+        if shrinkage > 0:
+            self.best_decay_ = TurnOff(shrinkage * growth(log_A, self.positive), t)
+        return Run(log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_)
+
+    def _split(
+        self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]
+    ) -> tuple[Array, Array]:
+        """Return the weight of each row (n, n_folds) in the training and test part of a fold."""
+        splitter: Any = check_cv(self.cv)
+        routed: dict[str, Any] = {}
+        if get_config()["enable_metadata_routing"]:
+            found = process_routing(self, "fit", sample_weight=sample_weight, **params)
+            routed = found["splitter"]["split"]
+        elif params:
+            names = ", ".join(params)
+            raise ValueError(f"{names} can be given only with enable_metadata_routing=True")
+        weights = np.ones(len(y)) if sample_weight is None else sample_weight
+        folds = []
+        for parts in splitter.split(X, y, **routed):
+            train, test = (
+                np.bincount(np.arange(len(y))[part], minlength=len(y)) * weights for part in parts
+            )
+            if not (train.sum() > 0 and test.sum() > 0):
+                raise ValueError(
+                    "cv gives a fold without samples, or with none of weight > 0, on one side"
+                )
+            folds.append((train / train.sum(), test / test.sum()))
+        if not folds:
+            raise ValueError("cv gives no fold")
+        train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
+        return train, test
+
+    def _errors(self, folds: Folds) -> Array:
+        """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
+        jobs: Any = self.n_jobs  # None asks joblib's context
+        if effective_n_jobs(jobs) == 1:
+            return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
+        run, flows = delayed(folds.errors), zip(self.log_As_, self.shrinkages_, strict=True)
+        parts: Any = Parallel(n_jobs=self.n_jobs)(
+            run(np.array([z]), np.array([s]), self.ts_) for z, s in flows
+        )
+        return np.concatenate(list(parts))
+
+    def get_metadata_routing(self) -> MetadataRouter:
+        """Return the routing: ``fit`` hands metadata to the splitter.
+
+        Returns
+        -------
+        MetadataRouter
+        """
+        mapping = MethodMapping().add(caller="fit", callee="split")
+        router = MetadataRouter(owner=self).add_self_request(self)
+        return router.add(splitter=check_cv(self.cv), method_mapping=mapping)
+
+
+# The candidates of a cross-validation, and whether they were enough.
+
+FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
+FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
+ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
+
+
+def _numbers(name: str, values: Any) -> Array:
+    """Return a non-empty vector of finite numbers."""
+    found = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if found.ndim != 1 or found.size == 0 or not np.isfinite(found).all():
+        raise ValueError(f"{name} must be a non-empty 1-d sequence of numbers, got {values!r}")
+    return found
+
+
+def scales(values: Any) -> Array:
+    """Return the candidates for log_A."""
+    found = _numbers("log_As", values)
+    if not (found.min() >= LOG_A[0] and found.max() <= LOG_A[1]):
+        raise ValueError(f"log_As must be between {LOG_A[0]} and {LOG_A[1]}, got {values!r}")
+    return found
+
+
+def times(values: Any) -> Array:
+    """Return the candidates for t, increasing."""
+    if isinstance(values, Integral):
+        if values < 1:
+            raise ValueError(f"ts must be a number of times >= 1, or the times, got {values!r}")
+        return np.geomspace(0.3, 30, int(values))
+    found = np.sort(_numbers("ts", values))
+    if not found[0] > 0:
+        raise ValueError(f"ts must be > 0, got {values!r}")
+    return found
+
+
+def thresholds(values: Any) -> Array:
+    """Return the candidates for zero_tol, increasing."""
+    if values is None:
+        return ZERO_TOLS
+    found = np.sort(_numbers("zero_tols", values))
+    if not (found[0] >= 0 and found[-1] < 1):
+        raise ValueError(f"zero_tols must be >= 0 and < 1, got {values!r}")
+    return found
+
+
+def warn_at_the_last_time(errors: Array, ts: Array, spread: float) -> None:
+    """Warn where the error is still large at the last time, and falling."""
+    if len(ts) < 2 or errors.argmin() < len(ts) - 1 or errors[-1] < FITTED * spread:
+        return
+    if errors[-1] * ts[-1] ** FALLING < errors[-2] * ts[-2] ** FALLING:
+        warnings.warn(
+            f"the error is still falling at the largest t, {ts[-1]:g}: columns of X on a common "
+            "scale (StandardScaler) grow together; otherwise give larger ts",
+            UserWarning,
+            stacklevel=5,
+        )

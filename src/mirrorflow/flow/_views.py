@@ -1,0 +1,290 @@
+r"""The coordinates in which a flow can be integrated: w, mu (or theta), and x."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._loss import LeastSquares, slope
+from .._solution import Path
+from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
+from ..regularizer import Regularizer, WeightDecay
+from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
+from ..schedule import Schedule
+
+__all__ = [
+    "Array",
+    "Coordinates",
+    "HadamardView",
+    "HyperbolicView",
+    "Loss",
+    "MirrorView",
+    "ParameterView",
+    "PrimalView",
+    "make",
+]
+
+Array = NDArray[np.float64]
+Loss = Callable[[Tensor], Tensor]
+
+
+class Coordinates(ABC):
+    """One view of the flow: its start, its velocity, and how to read x, mu and w from it."""
+
+    def __init__(self, loss: Loss, g: Reparam, w0: Parameters) -> None:
+        self.loss, self.g, self.w0 = loss, g, w0
+        self.shape, self.dtype = g(w0).shape, factors(w0)[0].dtype
+        # Least squares: mu = Z^T theta, so that the n numbers theta replace mu.
+        self.linear = loss if isinstance(loss, LeastSquares) else None
+        self.duals = len(self.linear.y) if self.linear else self.shape.numel()
+
+    @abstractmethod
+    def start(self) -> Array:
+        """Give the state at t = 0."""
+
+    @abstractmethod
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give dy/dt."""
+
+    @abstractmethod
+    def scales(self, a: float) -> Array:
+        """Give the size of each entry of the state, at its smallest, for the absolute tolerance."""
+
+    @abstractmethod
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read the trajectory from the saved states."""
+
+    def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array] | None:
+        """Give d velocity / dy, where it is cheap."""
+        return None
+
+    def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
+        if self.linear:
+            residual = self.linear.dual_gradient(self.linear.predict(x))
+            return self.linear.transpose(residual), residual
+        if not torch.isfinite(x).all():
+            return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+        gradient = slope(self.loss, x)
+        return gradient, gradient
+
+    def dual_scales(self) -> Array:
+        """Give the change of each dual number that changes an entry of mu by about 1."""
+        Z = self.linear.Z.reshape(self.duals, -1) if self.linear else torch.ones(1, 1)
+        return np.full(self.duals, 1 / (float(Z.norm(dim=0).max()) or 1.0))
+
+    def mu(self, dual: Tensor) -> Tensor:
+        """Give mu from what was integrated; rows are times."""
+        if self.linear:
+            dual = dual @ self.linear.Z.reshape(self.duals, -1)
+        return self.g.project(dual.reshape(-1, *self.shape))
+
+    def tensor(self, y: Array) -> Tensor:
+        """Give a state in the dtype of w0, in which everything is evaluated."""
+        return torch.from_numpy(y).to(self.dtype)
+
+
+class ParameterView(Coordinates):
+    """State (w, mu): the flow as it is trained, with mu carried along."""
+
+    def __init__(self, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> None:
+        super().__init__(loss, g, w0)
+        self.h, self.size = h, flatten(w0).numel()
+
+    def start(self) -> Array:
+        """Give (w0, 0)."""
+        return np.concatenate([_numpy(flatten(self.w0)), np.zeros(self.duals)])
+
+    def scales(self, a: float) -> Array:
+        """Give the size of w where it has decayed most, and 1 in mu."""
+        size = np.exp(2 * a) * _smallest(flatten(self.w0))  # weights decay like e^a or e^{2a}
+        return np.concatenate([np.full(self.size, size), self.dual_scales()])
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -(J_g^T grad f + alpha grad h) and -grad f."""
+        rate = schedule.rate(t)
+        w = unflatten(self.tensor(y[: self.size]), self.w0)
+        slope, carried = self.slope(self.g(w))
+        dw = flatten(self.g.pullback(w, slope))
+        if rate:
+            dw = dw + rate * flatten(self.h.gradient(w, self.g))
+        return -_numpy(torch.cat([dw, carried.reshape(-1)]))
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read w and mu, and x = g(w)."""
+        state = self.tensor(y)
+        parts = torch.split(state[:, : self.size], [f.numel() for f in factors(self.w0)], dim=1)
+        w = tuple(p.reshape(-1, *f.shape) for p, f in zip(parts, factors(self.w0), strict=True))
+        rows = w[0] if isinstance(self.w0, Tensor) else w
+        x = torch.func.vmap(self.g)(rows)
+        return Path(torch.from_numpy(t), x, self.mu(state[:, self.size :]), _a(schedule, t), rows)
+
+
+class HadamardView(ParameterView):
+    """The parameter view of m * w with weight decay and least squares, in NumPy."""
+
+    def __init__(self, loss: LeastSquares, g: Reparam, h: Regularizer, w0: Parameters) -> None:
+        super().__init__(loss, g, h, w0)
+        Z = _numpy(loss.Z).reshape(self.duals, -1)
+        self.Z, self.y = Z / self.duals, _numpy(loss.y) / self.duals
+        self.ZT = np.ascontiguousarray(Z.T)
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give the velocity of (m, w, theta)."""
+        rate, (m, w, _) = schedule.rate(t), np.split(y, (self.size // 2, self.size))
+        residual = self.Z @ (m * w) - self.y
+        slope = self.ZT @ residual
+        return -np.concatenate([w * slope + rate * m, m * slope + rate * w, residual])
+
+
+class MirrorView(Coordinates):
+    """State mu (or theta with mu = Z^T theta): x = primal(mu, a_t)."""
+
+    def __init__(self, loss: Loss, g: Reparam, w0: Parameters, R: LegendreFunction) -> None:
+        super().__init__(loss, g, w0)
+        self.R = R
+
+    def start(self) -> Array:
+        """Give mu = 0."""
+        return np.zeros(self.duals)
+
+    def scales(self, a: float) -> Array:
+        """Give 1 in mu."""
+        return self.dual_scales()
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -grad f at x = primal(mu, a_t)."""
+        mu = self.mu(self.tensor(y))[0]
+        return -_numpy(self.slope(self.R.primal(mu, schedule.accumulated(t)))[1]).reshape(-1)
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read mu, and x = primal(mu, a_t)."""
+        a, mu = _a(schedule, t), self.mu(self.tensor(y))
+        if self.R.elementwise:
+            x = self.R.primal(mu, a.to(self.dtype).reshape(-1, *[1] * len(self.shape)))
+        else:
+            x = torch.stack([self.R.primal(m, float(ai)) for m, ai in zip(mu, a, strict=True)])
+        return Path(torch.from_numpy(t), x, mu, a)
+
+
+class HyperbolicView(MirrorView):
+    """The mirror view of m * w with least squares, in NumPy: what diagonal networks need."""
+
+    def __init__(
+        self, loss: LeastSquares, g: Reparam, w0: Parameters, R: HyperbolicEntropy
+    ) -> None:
+        super().__init__(loss, g, w0, R)
+        Z = _numpy(loss.Z).reshape(self.duals, -1)
+        self.Z, self.y = Z / self.duals, _numpy(loss.y) / self.duals
+        self.ZT = R.speed * np.ascontiguousarray(Z.T)
+        self.log_A0, self.rho0, self.decay, self.drift = (
+            np.broadcast_to(_numpy(torch.as_tensor(v)), self.shape).reshape(-1)
+            for v in (R.log_A0, R.rho0, R.decay, R.drift)
+        )
+
+    def halves(self, t: float, y: Array, schedule: Schedule) -> tuple[Array, Array]:
+        """Give A e^s and A e^{-s}, s = speed mu + rho, which overflow only where x does.
+
+        Their difference is off by eps A near x = 0, as if mu were off by eps.
+        """
+        a = schedule.accumulated(t)
+        log_A, s = self.log_A0 + a * self.decay, self.ZT @ y + self.rho0 + a * self.drift
+        return np.exp(log_A + s), np.exp(log_A - s)
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give -(Zx - y)/n at x = A sinh s."""
+        up, down = self.halves(t, y, schedule)
+        return self.y - self.Z @ ((up - down) / 2)
+
+    def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array]:
+        """Give -Z diag(d primal/dmu) Z^T / n."""
+
+        def jacobian(t: float, y: Array) -> Array:
+            up, down = self.halves(t, y, schedule)
+            return (self.Z * (up + down) / -2) @ self.ZT
+
+        return jacobian
+
+
+class PrimalView(Coordinates):
+    """State (x, mu): the Riemannian gradient flow of Eq. (7), with mu carried along."""
+
+    def __init__(self, loss: Loss, g: Reparam, w0: Parameters, R: LegendreFunction) -> None:
+        super().__init__(loss, g, w0)
+        self.R, self.size = R, self.shape.numel()
+
+    def start(self) -> Array:
+        """Give (g(w0), 0)."""
+        return np.concatenate([_numpy(self.g(self.w0)).reshape(-1), np.zeros(self.duals)])
+
+    def scales(self, a: float) -> Array:
+        """Give what 1 in mu changes in x where that is least, and 1 in mu."""
+        # That is J J^T, which decays like e^{2a}, or e^{4a}.
+        pulled = flatten(self.g.pullback(self.w0, torch.ones(self.shape, dtype=self.dtype)))
+        size = np.exp(4 * a) * _smallest(pulled) ** 2
+        return np.concatenate([np.full(self.size, size), self.dual_scales()])
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Give Eq. (7) with the time derivative of R_a's gradient, and -grad f."""
+        rate, a = schedule.rate(t), schedule.accumulated(t)
+        x = self.tensor(y[: self.size]).reshape(self.shape)
+        slope, carried = self.slope(x)
+        dx = self._pushed(self.R.mirror(x, a), a, self.g.project(slope), rate)
+        return -np.concatenate([_numpy(dx).reshape(-1), _numpy(carried).reshape(-1)])
+
+    def _pushed(self, mu: Tensor, a: float, dmu: Tensor, da: float) -> Tensor:
+        """Give d primal/dmu dmu + d primal/da da."""
+        if self.R.elementwise:  # both derivatives are diagonal: one backward pass gives them
+            with torch.enable_grad():
+                at = mu.requires_grad_(), torch.full_like(mu, a, requires_grad=True)
+                by_mu, by_a = torch.autograd.grad(self.R.primal(*at).sum(), at)
+            return by_mu * dmu + by_a * da
+        zero = torch.zeros((), dtype=mu.dtype)
+        _, moved = torch.autograd.functional.jvp(
+            lambda s: self.R.primal(mu + s * dmu, a + s * da), zero, torch.ones_like(zero)
+        )
+        return torch.as_tensor(moved)
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read x and mu."""
+        state = self.tensor(y)
+        x = state[:, : self.size].reshape(-1, *self.shape)
+        return Path(torch.from_numpy(t), x, self.mu(state[:, self.size :]), _a(schedule, t))
+
+
+def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> Coordinates:
+    """Choose the coordinates of a view."""
+    linear = None  # the views in NumPy are for float64
+    if isinstance(loss, LeastSquares) and loss.Z.dtype == torch.float64:
+        linear = loss
+    if view == "parameters":
+        if linear and isinstance(g, Hadamard) and isinstance(h, WeightDecay):
+            return HadamardView(linear, g, h, w0)
+        return ParameterView(loss, g, h, w0)
+    R = legendre(g, h, w0)
+    if view == "primal":
+        return PrimalView(loss, g, w0, R)
+    if linear and isinstance(R, HyperbolicEntropy):
+        return HyperbolicView(linear, g, w0, R)
+    return MirrorView(loss, g, w0, R)
+
+
+def _smallest(values: Tensor) -> float:
+    """Give the smallest size of an entry that is not 0; 1 if all are."""
+    sizes = values[values != 0].abs()
+    return float(sizes.min()) if len(sizes) else 1.0
+
+
+def _a(schedule: Schedule, t: Array) -> Tensor:
+    """Give a_t at the saved times."""
+    return torch.from_numpy(np.asarray(schedule.accumulated(t)))
+
+
+def _numpy(value: Tensor) -> Array:
+    """Give a float64 NumPy array."""
+    return value.detach().to(torch.float64).numpy()

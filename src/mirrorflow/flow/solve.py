@@ -1,0 +1,176 @@
+r"""The flow dw = -(J_g^T grad f + alpha grad h) dt, integrated in w, in mu, or in x."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .._loss import LeastSquares
+from .._solution import Solution
+from ..regularizer import Regularizer, require_pair
+from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from ..schedule import Schedule
+from ._integrator import SMALLEST_ATOL, Run
+from ._views import Array, Loss, make
+
+__all__ = ["FlowStats", "flow"]
+
+VIEWS = ("parameters", "mirror", "primal")
+STIFF_LIMIT = 100  # unknowns; above it LSODA's finite-difference Jacobians cost more than they save
+
+
+@dataclass(frozen=True)
+class FlowStats:
+    """What an integration took: steps, evaluations of the gradient, seconds, and how far it got."""
+
+    steps: int
+    evaluations: int
+    seconds: float
+    method: str
+    view: str
+    t: float
+
+
+def flow(
+    loss: Loss,
+    g: Reparam,
+    h: Regularizer,
+    w0: Parameters,
+    schedule: Schedule,
+    t_end: float,
+    view: Literal["parameters", "mirror", "primal"] = "parameters",
+    save_at: Any = None,
+    rtol: float = 1e-8,
+    atol: float | None = None,
+    method: Literal["LSODA", "DOP853"] | None = None,
+    max_steps: int = 100_000,
+) -> Solution:
+    r"""Integrate the regularized gradient flow, in one of three views that agree (Theorem 3.2).
+
+    - ``"parameters"``: ``dw = -(J_g^T grad f(x) + alpha_t grad h(w)) dt``, for any pair.
+    - ``"mirror"``: ``dmu = -grad f(x) dt`` with ``x = primal(mu, a_t)``; for `LeastSquares` in the
+      n dual numbers theta with ``mu = Z^T theta``.
+    - ``"primal"``: ``dx = (hess R_a)^{-1} dmu + d primal/da da``, the Riemannian flow of Eq. (7).
+
+    Parameters
+    ----------
+    loss : callable
+        f, from x to a scalar tensor; `LeastSquares` is faster than a function of your own.
+    g, h, w0
+        The pair and its start. The views "mirror" and "primal" need a commuting pair. Everything
+        is evaluated in the dtype of w0; the state is integrated in float64.
+    schedule : Schedule
+        alpha(t); the integration stops and restarts at its breakpoints.
+    t_end : float
+        The end of time, > 0.
+    view : str
+        The coordinates to integrate in.
+    save_at : sequence of float, optional
+        Ascending times in [0, t_end] at which to give the path (interpolated, at no extra steps);
+        by default the solver's own steps, with the breakpoints among them.
+    rtol : float
+        The relative tolerance, in [100 eps, 1) for the eps of the dtype of w0.
+    atol : float, optional
+        The absolute tolerance of all entries of the state. By default a hundredth of ``rtol`` times
+        the size that each entry has when it has decayed most (``e^{2a} |w0|``, say): weights of
+        e^{-100} still decide where x goes. At least 1e-140: the solvers square what is divided by
+        it.
+    method : str, optional
+        LSODA (switches to a stiff method by itself; the default up to 100 unknowns) or DOP853
+        (order 8, no linear algebra; the default above).
+    max_steps : int
+        The limit on the number of steps.
+
+    Returns
+    -------
+    Solution
+        ``value`` the final x. ``path``, of tensors: t and a (float64), x, mu, and in the view
+        "parameters" w. ``status`` completed, diverged, left_domain or max_steps, with a
+        RuntimeWarning unless completed: then the last row of the path, and ``value``, are the last
+        good state, at the time ``stats.t``. A RuntimeWarning too if decay, before it ends, takes w
+        or x below what ``atol`` can resolve.
+
+    Raises
+    ------
+    ValueError
+        For a bad argument; `IncompatiblePair` if the view needs an R_a that does not exist.
+
+    Examples
+    --------
+    >>> import mirrorflow as mf
+    >>> Z = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64)
+    >>> loss = mf.LeastSquares(Z, torch.tensor([1.0], dtype=torch.float64))
+    >>> w0 = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    >>> sol = flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.SwitchOff(0.1, 5.0), t_end=200.0)
+    >>> round((Z @ sol.value).item(), 6), sol.status.name
+    (1.0, 'completed')
+    """
+    _check_arguments(view, schedule, t_end, method, max_steps)
+    require_pair("flow", g, h, w0)
+    w0 = unflatten(flatten(w0).detach(), w0)
+    if isinstance(loss, LeastSquares):
+        loss.require(g(w0), "flow")
+    _check_tolerances(rtol, atol, w0)
+    times = None if save_at is None else _save_times(save_at, t_end)
+    begun = time.perf_counter()
+    coordinates = make(view, loss, g, h, w0)
+    method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
+    run = Run(coordinates, schedule, t_end, (rtol, atol), method, max_steps, times)
+    status = run.integrate()
+    if not status.ok:
+        warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
+    if run.faint:
+        warnings.warn(
+            f"flow: decay takes the state below {SMALLEST_ATOL:.0e}, which the view {view!r} does "
+            "not resolve: what comes back after the decay comes back too soon; view='mirror' "
+            "follows it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    path = coordinates.path(*run.rows(), schedule)
+    last = coordinates.path(np.array([run.now]), run.state[None], schedule)
+    seconds = time.perf_counter() - begun
+    stats = FlowStats(run.steps, run.evaluations, seconds, method, view, run.now)
+    return Solution(last.x[0], status, stats, path)
+
+
+def _check_arguments(
+    view: str, schedule: Schedule, t_end: float, method: str | None, max_steps: int
+) -> None:
+    """Name the first bad argument."""
+    if view not in VIEWS:
+        raise ValueError(f"flow: view must be one of {VIEWS}, got {view!r}")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"flow: schedule must be a Schedule, as Constant(0.1), got {schedule!r}")
+    if method not in ("LSODA", "DOP853", None):
+        raise ValueError(f"flow: method must be 'LSODA' or 'DOP853', got {method!r}")
+    if not (np.isfinite(t_end) and t_end > 0):
+        raise ValueError(f"flow: t_end must be positive and finite, got {t_end}")
+    if max_steps < 1:
+        raise ValueError(f"flow: max_steps must be >= 1, got {max_steps}")
+
+
+def _check_tolerances(rtol: float, atol: float | None, w0: Parameters) -> None:
+    """Require tolerances that the dtype resolves."""
+    dtype = factors(w0)[0].dtype
+    floor = 100 * torch.finfo(dtype).eps
+    if not floor <= rtol < 1:
+        raise ValueError(
+            f"flow: rtol must be in [{floor:.1e}, 1), which {dtype} resolves, got {rtol}"
+        )
+    if atol is not None and not SMALLEST_ATOL <= atol < np.inf:
+        raise ValueError(f"flow: atol must be finite and >= {SMALLEST_ATOL}, got {atol}")
+
+
+def _save_times(save_at: Any, t_end: float) -> Array:
+    """Check the times at which the path is wanted."""
+    times = np.atleast_1d(np.asarray(save_at, dtype=np.float64))
+    inside = ((times >= 0) & (times <= t_end)).all()
+    if times.ndim != 1 or not len(times) or not inside or (np.diff(times) < 0).any():
+        raise ValueError(f"flow: save_at must be ascending times in [0, {t_end}]")
+    return times

@@ -1,0 +1,1 @@
+"""The laboratory: experiments, sweeps over their configurations, and the page of their results."""

@@ -1,0 +1,1 @@
+"""Experiments: one folder a subject, in it one file for each figure, table or study."""

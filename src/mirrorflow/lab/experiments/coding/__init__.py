@@ -1,0 +1,1 @@
+"""Figures 10 and 12: sparse coding of images."""

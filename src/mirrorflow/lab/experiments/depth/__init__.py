@@ -1,0 +1,1 @@
+"""Figures 7 and 8: sparse regression at growing depth."""

@@ -1,0 +1,1 @@
+"""Figure 2: recovery of a low-rank matrix from linear measurements."""

@@ -1,0 +1,1 @@
+"""Studies of the estimators against other methods."""

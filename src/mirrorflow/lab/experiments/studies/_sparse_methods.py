@@ -1,0 +1,156 @@
+"""The methods of the sparse regression study: each is fitted with its knobs chosen by 5-fold CV."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import (
+    ElasticNetCV,
+    LassoCV,
+    LinearRegression,
+    OrthogonalMatchingPursuitCV,
+    lasso_path,
+)
+from sklearn.model_selection import KFold
+
+__all__ = ["METHODS", "OPTIONAL", "available", "fit"]
+
+Array = NDArray[np.float64]
+FOLDS = 5
+POINTS = 100  # of a path
+MCP_GAMMA = 3.0
+SCAD_GAMMA = 3.7
+ITERATIONS = 1000  # of iterreg, as its estimator takes
+
+
+def fit(name: str, X: Array, y: Array) -> tuple[Array, float]:
+    """Fit a method; give its coefficients and intercept."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of convergence, at ends of paths that are not chosen
+        return METHODS[name](X, y)
+
+
+def _estimator(make: Callable[[], Any]) -> Callable[[Array, Array], tuple[Array, float]]:
+    """Wrap a scikit-learn estimator that does its own cross-validation."""
+
+    def run(X: Array, y: Array) -> tuple[Array, float]:
+        model = make().fit(X, y)
+        return model.coef_, float(model.intercept_)
+
+    return run
+
+
+def _flow(**options: Any) -> Any:
+    from mirrorflow import MirrorFlowRegressorCV
+
+    return MirrorFlowRegressorCV(**options)
+
+
+def _elastic_net() -> Any:
+    """Make an elastic net that also chooses its mixture."""
+    options: Any = {"l1_ratio": [0.1, 0.5, 0.9], "cv": FOLDS}
+    return ElasticNetCV(**options)
+
+
+class Path(Protocol):
+    """A path of coefficients: knobs (m,) and coefs (d, m), at given knobs or at its own."""
+
+    def __call__(self, X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+        """Follow the path."""
+        ...
+
+
+def _by_path(path: Path) -> Callable[[Array, Array], tuple[Array, float]]:
+    """Choose on a path of coefficients by cross-validation."""
+
+    def run(X: Array, y: Array) -> tuple[Array, float]:
+        knobs, coefs = path(X - X.mean(0), y - y.mean())
+        errors = np.zeros(len(knobs))
+        for train, test in KFold(FOLDS).split(X):
+            mean, offset = X[train].mean(0), y[train].mean()
+            _, found = path(X[train] - mean, y[train] - offset, knobs)
+            predicted = (X[test] - mean) @ found + offset
+            errors += ((y[test][:, None] - predicted) ** 2).sum(0)
+        coef = coefs[:, errors.argmin()]
+        return coef, float(y.mean() - X.mean(0) @ coef)
+
+    return run
+
+
+def _relaxed(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Refit by least squares on the support of every point of the lasso's path."""
+    options: Any = {"alphas": POINTS if knobs is None else knobs}
+    followed: Any = lasso_path(X, y, **options)
+    alphas, coefs = followed[:2]
+    refitted = np.zeros_like(coefs)
+    for i, coef in enumerate(coefs.T):
+        support = np.flatnonzero(coef)
+        if 0 < len(support) < len(y):
+            model = LinearRegression(fit_intercept=False).fit(X[:, support], y)
+            refitted[support, i] = model.coef_
+        else:
+            refitted[:, i] = coef
+    return alphas, refitted
+
+
+def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Follow the path of the minimax concave penalty (skglm)."""
+    from skglm.estimators import MCPRegression
+
+    top = np.abs(X.T @ y).max() / len(y)
+    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    options: Any = {"gamma": MCP_GAMMA, "fit_intercept": False, "warm_start": True}
+    model, coefs = MCPRegression(**options), np.zeros((X.shape[1], len(alphas)))
+    for i, alpha in enumerate(alphas):
+        coefs[:, i] = model.set_params(alpha=alpha).fit(X, y).coef_
+    return alphas, coefs
+
+
+def _scad(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Follow the path of the smoothly clipped absolute deviation (skglm)."""
+    from skglm import GeneralizedLinearEstimator
+    from skglm.datafits import Quadratic
+    from skglm.penalties import SCAD
+    from skglm.solvers import AndersonCD
+
+    top = np.abs(X.T @ y).max() / len(y)
+    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    penalty, coefs = SCAD(top, SCAD_GAMMA), np.zeros((X.shape[1], len(alphas)))
+    solver = AndersonCD(fit_intercept=False, warm_start=True)
+    model = GeneralizedLinearEstimator(Quadratic(), penalty, solver)
+    for i, alpha in enumerate(alphas):
+        penalty.alpha = float(alpha)
+        coefs[:, i] = model.fit(X, y).coef_
+    return alphas, coefs
+
+
+def _early_stopped(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
+    """Return the iterates of Chambolle and Pock's method for basis pursuit (iterreg)."""
+    solvers: Any = import_module("iterreg.sparse")  # not on PyPI: type checkers do not find it
+    iterates = solvers.dual_primal(X, y, max_iter=ITERATIONS, f_store=1)[-1]
+    return np.arange(ITERATIONS, dtype=np.float64), iterates.T
+
+
+METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
+    "mirrorflow": _estimator(_flow),
+    "mirrorflow, refitted": _estimator(lambda: _flow(refit=True)),
+    "lasso": _estimator(lambda: LassoCV(cv=FOLDS)),
+    "elastic net": _estimator(_elastic_net),
+    "relaxed lasso": _by_path(_relaxed),
+    "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
+    "MCP": _by_path(_mcp),
+    "SCAD": _by_path(_scad),
+    "early-stopped basis pursuit": _by_path(_early_stopped),
+}
+OPTIONAL = {"MCP": "skglm", "SCAD": "skglm", "early-stopped basis pursuit": "iterreg"}
+
+
+def available(name: str) -> bool:
+    """Whether the package of a method is installed."""
+    return name not in OPTIONAL or find_spec(OPTIONAL[name]) is not None

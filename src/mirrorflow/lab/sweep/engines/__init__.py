@@ -1,0 +1,1 @@
+"""Engines of a sweep: processes on this machine, a Ray cluster, SLURM."""

@@ -1,0 +1,117 @@
+r"""Legendre functions R_a: `legendre` makes the one of a commuting pair (g, h) started at w0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..conditions import Report, check
+from ..regularizer import Regularizer, Separable, WeightDecay, require_pair
+from ..reparam import (
+    CommutingQuadratic,
+    Depth,
+    Hadamard,
+    LogRatio,
+    Parameters,
+    PowerDifference,
+    Reparam,
+    SymmetricFactor,
+    factors,
+)
+from .base import LegendreFunction, RangeError
+from .hyperbolic import HyperbolicEntropy, OneSidedEntropy
+from .logcosh import LogCoshEntropy
+from .matrix import MatrixEntropy
+from .numerical import Inversion
+from .power import PowerEntropy
+from .quadratic import QuadraticEntropy, in_double
+
+__all__ = [
+    "HyperbolicEntropy",
+    "IncompatiblePair",
+    "Inversion",
+    "LegendreFunction",
+    "LogCoshEntropy",
+    "MatrixEntropy",
+    "OneSidedEntropy",
+    "PowerEntropy",
+    "QuadraticEntropy",
+    "RangeError",
+    "legendre",
+]
+
+
+class IncompatiblePair(ValueError):
+    """A pair (g, h) for which Theorem 3.2 does not hold; ``report`` says which condition fails."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.explain())
+        self.report = report
+
+
+def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
+    r"""Give the Legendre function R_a of a commuting pair started at w0 (Theorem 3.2).
+
+    Parameters
+    ----------
+    g : Reparam
+        The parametrization x = g(w).
+    h : Regularizer
+        The penalty.
+    w0 : Tensor or tuple of Tensor
+        The start.
+
+    Returns
+    -------
+    LegendreFunction
+        In closed form where there is one, else `Inversion`.
+
+    Raises
+    ------
+    IncompatiblePair
+        If g and h do not commute or g is not regular, with the condition that failed and, where
+        there is one, the penalty that would work.
+    ValueError
+        If w0 does not fit g.
+
+    Examples
+    --------
+    >>> import torch, mirrorflow as mf
+    >>> w0 = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    >>> R = mf.legendre(mf.Hadamard(), mf.WeightDecay(), w0)
+    >>> R.log_A(-5.0)
+    tensor([-10.6931, -10.6931, -10.6931], dtype=torch.float64)
+    """
+    require_pair("legendre", g, h, w0)
+    closed = _closed_form(g, h, w0)
+    if closed is None or closed is QuadraticEntropy:  # the others always commute
+        report = check(in_double(g), h, w0)
+        if not report.applies:
+            raise IncompatiblePair(report)
+    return Inversion(g, h, w0) if closed is None else closed.start(g, h, w0)
+
+
+def _closed_form(g: Reparam, h: Regularizer, w0: Parameters) -> Any:
+    """Give the class of R_a where it has a closed form; the start is for the class to check."""
+    decay, separable = isinstance(h, WeightDecay), isinstance(h, Separable)
+    match g:
+        case Hadamard() | Depth(k=2) if decay:
+            return _entropy_of(factors(w0)[0].abs() == factors(w0)[1].abs())
+        case PowerDifference(k=1) if decay or separable:
+            return _entropy_of((factors(w0)[0] == 0) | (factors(w0)[1] == 0))
+        case PowerDifference() if separable:
+            return PowerEntropy
+        case LogRatio() if separable:
+            return LogCoshEntropy
+        case CommutingQuadratic() if decay:
+            return QuadraticEntropy
+        case SymmetricFactor() if decay:
+            return MatrixEntropy
+        case _:
+            return None
+
+
+def _entropy_of(one_sided: torch.Tensor) -> Any:
+    """Choose between the two entropies of quadratic models; their starts check the rest."""
+    return OneSidedEntropy if bool(one_sided.all()) else HyperbolicEntropy

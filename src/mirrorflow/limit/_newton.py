@@ -1,0 +1,184 @@
+"""One Newton system F W F^T z = r whose weights W span hundreds of orders of magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from scipy.linalg import get_lapack_funcs
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["NewtonSystem", "one_pool"]
+
+Array = NDArray[np.float64]
+Single = NDArray[np.float32]
+ILL = 1e-7  # smallest pivot of the scaled Cholesky factor: below it, a QR solves instead
+ROUGH = 3e-3  # smallest pivot in single precision: below it, double precision takes over
+SEEN = 1e-7  # pivots of sqrt(W) F^T below it, relative to the first, are below rounding in Fx
+MANY = 1000  # columns from which looking for the heavy ones pays
+LIGHT = 1e-22  # columns lighter than this next to the heaviest do not reach the Gram matrix
+potrf, potrs, trtrs, geqp3, ormqr = get_lapack_funcs(
+    ("potrf", "potrs", "trtrs", "geqp3", "ormqr"), dtype=np.float64
+)
+spotrf, spotrs = get_lapack_funcs(("potrf", "potrs"), dtype=np.float32)
+
+
+class NewtonSystem:
+    """F diag(w) F^T, factored by Cholesky, or by a pivoted QR where it is ill conditioned.
+
+    Parameters
+    ----------
+    FT : array of shape (d, r)
+        F transposed.
+    w : array of shape (d,)
+        The weights, >= 0.
+    rough : array of shape (d, r), optional
+        FT in single precision. Where the system is well conditioned, a factor of that precision,
+        for half the time, gives steps that are right to a few digits: enough for Newton's method,
+        whose residuals are exact.
+    """
+
+    def __init__(self, FT: Array, w: Array, rough: Single | None = None) -> None:
+        self.FT, self.w, self.root = FT, w, np.sqrt(w)
+        self.order: NDArray[np.intp] | None = None  # of the QR, once there is one
+        self.complete = self.ill = False
+        self.unit = 0.0  # of the factor in single precision, if that is the one in use
+        if rough is None or not self._single(rough):
+            self._double()
+
+    def _single(self, rough: Single) -> bool:
+        """Factor in single precision; False where too many digits would be lost."""
+        unit = float(self.root.max(initial=0.0))
+        if unit == 0.0:
+            return False
+        KT = rough * (self.root / unit).astype(np.float32)[:, None]
+        gram = KT.T @ KT
+        self.factor, failed = spotrf(gram, lower=1, clean=0)
+        if failed or not _sound(self.factor, gram, ROUGH):
+            return False
+        self.unit = unit * unit
+        return True
+
+    def _double(self) -> None:
+        """Factor in double precision."""
+        KT = self._heavy() if len(self.w) > MANY else self.FT * self.root[:, None]
+        gram = KT.T @ KT
+        self.factor, failed = potrf(gram, lower=1, clean=0)
+        self.ill = failed != 0 or not _sound(self.factor, gram, ILL)
+
+    def _heavy(self) -> Array:
+        """Give sqrt(W) F^T without the rows that do not reach the Gram matrix."""
+        heavy = np.flatnonzero(self.w > LIGHT * self.w.max(initial=0.0))
+        if 2 * len(heavy) > len(self.w):
+            return self.FT * self.root[:, None]
+        return np.asarray(self.FT[heavy] * self.root[heavy, None])
+
+    def _orthogonal(self, complete: bool) -> None:
+        """Factor sqrt(W) F^T with its heavy rows first, which keeps the light ones accurate.
+
+        (Cox and Higham 1998: Householder QR with sorted rows and column pivoting is backward
+        stable row by row.) Rows far below the 2r heaviest cannot reach the factor; unless it is
+        to be ``complete``, nor can those whose effect on F x is below rounding.
+        """
+        if self.order is not None and self.complete >= complete:
+            return
+        r, d = self.FT.shape[1], len(self.w)
+        order = np.argsort(-self.w, kind="stable")
+        last = 1e-16 * self.w[order[min(2 * r, d) - 1]]
+        lightest = last if complete else max(last, LIGHT * self.w[order[0]])
+        self.order = order[self.w[order] > lightest]
+        KT = np.asfortranarray(self.FT[self.order] * self.root[self.order, None])
+        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)
+        self.pivot, self.complete = pivot - 1, complete
+        size = np.abs(self.qr.diagonal())
+        first = size.max(initial=0.0)
+        self.seen = int((size > SEEN * first).sum())
+        self.rank = int((size > 1e-140 * first).sum())
+
+    def solve(self, r: Array) -> Array:
+        """Give z, zero in the directions whose effect on F x is below rounding."""
+        if not len(r):
+            return r
+        if self.unit:
+            z = spotrs(self.factor, r.astype(np.float32), lower=1)[0]
+            return z.astype(np.float64) / self.unit
+        if not self.ill:
+            return potrs(self.factor, r, lower=1)[0]
+        self._orthogonal(complete=False)
+        k, z = self.seen, np.zeros_like(r)
+        R = self.qr[:k, :k]
+        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]
+        z[self.pivot[:k]] = trtrs(R, half)[0]
+        return z
+
+    def fit(self, u: Array, seen: bool = False) -> Array:
+        """Give z that minimizes sum w_i (F_i^T z - u_i)^2; light rows keep their digits.
+
+        With ``seen``, z is zero in the directions whose effect on F x is below rounding.
+        """
+        if not self.ill:
+            z = self.solve(self.FT.T @ (self.w * u))
+            if self.unit:  # one refinement doubles the digits
+                z = z + self.solve(self.FT.T @ (self.w * (u - self.FT @ z)))
+            return z
+        self._orthogonal(complete=not seen)
+        k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
+        right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
+        reflectors = self.qr[:, : len(self.tau)]
+        right = ormqr("L", "T", reflectors, self.tau, right, max(1, 64 * len(right)))[0]
+        z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
+        return z
+
+
+def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
+    """Whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
+    pivots = factor.diagonal()
+    return bool((pivots * pivots > least * least * gram.diagonal()).all())
+
+
+# One pool of BLAS threads at a time.
+#
+# The wheels of NumPy and SciPy bring an OpenBLAS each. The threads of one keep their cores busy for
+# some 25 ms after a call, in case of another; where products (NumPy) and factorizations (SciPy)
+# take turns, each waits for the other's, and two threads are slower than one by a factor of two to
+# three. The factorizations are the smaller part: they get one thread.
+
+_lock, _inside = Lock(), 0
+_held: Any = None
+
+
+@cache
+def _own_blas() -> Any:
+    """Control the OpenBLAS that came with SciPy's wheel; nothing where NumPy shares one."""
+    package = Path(scipy.__file__).parent
+    homes = {str(package.with_name("scipy.libs")), str(package / ".dylibs")}
+    controller = ThreadpoolController()
+    paths = [lib["filepath"] for lib in controller.info()]
+    return controller.select(filepath=[p for p in paths if str(Path(p).parent) in homes])
+
+
+@contextmanager
+def one_pool() -> Iterator[None]:
+    """Let SciPy's own OpenBLAS compute with one thread meanwhile.
+
+    The setting is the process's: the first who comes in makes it, the last who leaves undoes it.
+    """
+    global _inside, _held
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _held = _own_blas().limit(limits=1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _held.restore_original_limits()

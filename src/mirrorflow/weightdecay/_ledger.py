@@ -1,0 +1,506 @@
+r"""The account of what decay has absorbed: ``a_T = -sum of lr x decay`` over the steps taken.
+
+Decay in the gradient of SGD reaches the weights through the momentum buffer. The step is linear
+in the gradient, so the buffer holds its decay as ``sum_s k_s lambda_s w_s``; the ledger follows
+the sum of these coefficients exactly, by the recursion of the buffer itself:
+``c <- momentum c + (1 - dampening) decay``, of which a step takes ``lr c`` (with Nesterov
+``lr (decay + momentum c)``).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .coupling import coupling
+
+__all__ = ["TOTALS", "Account", "Entry", "Piece", "begun"]
+
+_MOST_PIECES = 64
+_ROUNDING = 1e-7  # of sums in another order, relative to the sum
+_NONE = math.nan  # "no momentum buffer yet", where only floats can be kept
+
+
+@dataclass
+class Piece:
+    """The steps from start to before stop: their first and last values, and what they absorbed."""
+
+    start: int
+    stop: int
+    decay: float
+    decay_end: float
+    lr: float
+    lr_end: float
+    absorbed: float
+
+    def extend(self, other: Piece) -> None:
+        """Take in the piece that follows."""
+        self.stop, self.decay_end, self.lr_end = other.stop, other.decay_end, other.lr_end
+        self.absorbed += other.absorbed
+
+    def constant(self, decay: float) -> bool:
+        """Tell whether the decay has this value all along."""
+        return self.decay == self.decay_end == decay
+
+
+@dataclass
+class Entry:
+    """The account of one group, or of the tensors in it that share a schedule.
+
+    Parameters
+    ----------
+    kind : str
+        How the decay acts, one of ``coupling.KINDS``.
+    taken : int
+        The number of steps in which the optimizer updated the group.
+    absorbed : float
+        The sum of lr x decay so far, so that a_T = -absorbed; NaN where no such number exists.
+    held : float or None
+        For SGD with momentum: the coefficient of the decay in the buffer; None before it exists.
+    span : int
+        The length below which pieces are joined, so that there are never more than a few.
+    pieces : list of Piece
+        The record: runs of equal decay as one, changing decay more coarsely the longer it lasts;
+        steps without decay are not joined to steps with it, so that a switch keeps its step.
+
+    Examples
+    --------
+    >>> entry = Entry("decoupled")
+    >>> for step in range(4):
+    ...     entry.record(step, 0.5 if step < 3 else 0.0, {"lr": 0.25})
+    >>> entry.accumulated, [(p.start, p.stop, p.decay) for p in entry.pieces]
+    (-0.375, [(0, 3, 0.5), (3, 4, 0.0)])
+    """
+
+    kind: str
+    taken: int = 0
+    absorbed: float = 0.0
+    held: float | None = None
+    span: int = 1
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def accumulated(self) -> float:
+        """a_T <= 0; NaN where decay acts in a way that no such number describes."""
+        return 0.0 - self.absorbed
+
+    def record(self, step: int, decay: float, group: Mapping[str, Any]) -> None:
+        """Enter a step that the optimizer has taken with this decay and these settings."""
+        lr = math.nan if group.get("lr") is None else float(group["lr"])
+        share = self._share(decay, lr, group)
+        self.taken += 1
+        self.absorbed += share
+        self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
+
+    def rest(self, group: Mapping[str, Any]) -> None:
+        """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
+        if self.kind == "sgd" and float(group["momentum"]) != 0 and self.held is None:
+            self.held = 0.0
+
+    def pending(self, group: Mapping[str, Any], removed: bool = False) -> float:
+        """Give what the momentum would still absorb if the decay were 0 from now on.
+
+        Nothing, if it were removed then.
+        """
+        if self.kind in ("coupled", "averaged", "unknown"):
+            return math.nan if math.isnan(self.absorbed) else 0.0
+        if self.kind != "sgd":
+            return 0.0
+        momentum = float(group["momentum"])
+        if removed or not self.held or momentum == 0:
+            return 0.0
+        passed = momentum if group["nesterov"] else 1.0
+        left = momentum / (1 - momentum) if momentum < 1 else math.inf
+        return float(group["lr"]) * self.held * left * passed
+
+    def _share(self, decay: float, lr: float, group: Mapping[str, Any]) -> float:
+        """Give the part of the sum that acts on the weights in this step."""
+        if self.kind == "decoupled":
+            return lr * decay
+        if self.kind == "fixed":
+            return decay
+        if self.kind == "sgd":
+            return lr * self._through_momentum(decay, group)
+        return math.nan if decay != 0 or math.isnan(self.absorbed) else 0.0
+
+    def _through_momentum(self, decay: float, group: Mapping[str, Any]) -> float:
+        """Move the coefficient in SGD's buffer by a step, and give the one that acts."""
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        if momentum == 0:
+            return decay
+        fresh = self.held is None
+        self.held = decay if fresh else momentum * (self.held or 0.0) + (1 - dampening) * decay
+        return decay + momentum * self.held if group["nesterov"] else self.held
+
+    def _append(self, new: Piece) -> None:
+        """Put a step at the end of the record, in the last piece if it belongs there."""
+        last = self.pieces[-1] if self.pieces else None
+        if last and (last.constant(new.decay) or self._joins(last, new)):
+            last.extend(new)
+        else:
+            self.pieces.append(new)
+        if len(self.pieces) > _MOST_PIECES:
+            self._coarsen()
+
+    def _joins(self, last: Piece, new: Piece) -> bool:
+        """Tell whether a short piece takes in the next: not across a switch."""
+        return last.stop - last.start < self.span and (last.decay_end != 0) == (new.decay != 0)
+
+    def _coarsen(self) -> None:
+        """Double the length of the pieces; if it is all switches, forget some of them."""
+        self.span *= 2
+        self.pieces = _joined(self.pieces, self._joins)
+        if len(self.pieces) > _MOST_PIECES:
+            short = self.span
+            self.pieces = _joined(self.pieces, lambda last, new: last.stop - last.start < short)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Give the record as rows of a table, with the sum at the end of each."""
+        total, rows = 0.0, []
+        for piece in self.pieces:
+            total += piece.absorbed
+            rows.append({"group": name, "kind": self.kind} | vars(piece) | {"a": 0.0 - total})
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """Give everything, in plain numbers, strings and lists."""
+        values = asdict(self)
+        return values | {"pieces": [list(p.values()) for p in values["pieces"]]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.taken, self.absorbed = int(state["taken"]), float(state["absorbed"])
+        self.held, self.span = state["held"], int(state["span"])
+        self.pieces = [Piece(*piece) for piece in state["pieces"]]
+
+    def totals(self) -> tuple[str, int, float, float]:
+        """Give the kind and the numbers, without the record, as they travel in the groups."""
+        held = _NONE if self.held is None else self.held
+        return self.kind, self.taken, self.absorbed, held
+
+    def fits(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> bool:
+        """Tell whether the totals of step ``theirs`` can be those of this record's own run.
+
+        What a step takes is >= 0, so that a later sum is not smaller; an earlier one has to be
+        that of the record up to there, or lie within a piece of it.
+        """
+        _, taken, absorbed, _ = totals
+        if theirs > ours:
+            more = taken - self.taken
+            return 0 <= more <= theirs - ours and _between(self.absorbed, absorbed, math.inf)
+        if theirs == ours and taken != self.taken:
+            return False
+        low = sum(p.absorbed for p in self.pieces if p.stop <= theirs)
+        parts = [self._part(p, theirs) for p in self.pieces if p.start < theirs < p.stop]
+        least, most = (low + sum(ends) for ends in zip((0.0, 0.0), *parts, strict=True))
+        return taken <= self.taken and _between(least, absorbed, most)
+
+    def _part(self, piece: Piece, step: int) -> tuple[float, float]:
+        """Bound what a piece had absorbed at a step within it."""
+        even = piece.constant(piece.decay) and piece.lr == piece.lr_end
+        if not even or self.kind == "sgd":  # whose buffer fills by and by
+            return 0.0, piece.absorbed
+        part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
+        return part, part
+
+    def adopt(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> None:
+        """Move from step ``ours`` to step ``theirs``, whose totals the optimizer knows."""
+        before = self.absorbed
+        self._take(totals)
+        if theirs > ours:
+            self.pieces.append(_unknown(ours, theirs, self.absorbed - before))
+        else:
+            self._cut(theirs)
+
+    def replace(self, totals: tuple[str, int, float, float], steps: int) -> None:
+        """Take the totals of another run; of its steps nothing but the sum is known."""
+        self._take(totals)
+        self.pieces = [_unknown(0, steps, self.absorbed)] if self.taken else []
+
+    def _take(self, totals: tuple[str, int, float, float]) -> None:
+        """Take over the numbers."""
+        _, self.taken, self.absorbed, held = totals
+        self.held = None if math.isnan(held) else held
+
+    def _cut(self, step: int) -> None:
+        """Forget the record from a step on; the last piece takes up the difference."""
+        self.pieces = [piece for piece in self.pieces if piece.start < step]
+        if self.pieces and self.pieces[-1].stop > step:
+            last = self.pieces[-1]
+            last.stop = step
+            last.decay_end = last.decay if last.constant(last.decay) else math.nan
+            last.lr_end = last.lr if last.lr == last.lr_end else math.nan
+            last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
+
+
+def _between(low: float, value: float, high: float) -> bool:
+    """Tell whether a sum lies between two others, up to rounding; of NaN nothing is known."""
+    if math.isnan(low) or math.isnan(value) or math.isnan(high):
+        return True
+    slack = _ROUNDING * max(abs(low), abs(value))
+    return low - slack <= value <= high + slack
+
+
+def _unknown(start: int, stop: int, absorbed: float) -> Piece:
+    """Make a piece of which only the sum is known."""
+    nan = math.nan
+    return Piece(start, stop, nan, nan, nan, nan, absorbed)
+
+
+def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
+    """Join neighbours where ``joins`` says so."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result and joins(result[-1], piece):
+            result[-1].extend(piece)
+        else:
+            result.append(piece)
+    return result
+
+
+# The ledgers of an optimizer, which agree with the checkpoint that the optimizer loads.
+#
+# The numbers travel twice: with the record in the scheduler's state, and as plain numbers in the
+# optimizer's parameter groups, whose checkpoint therefore knows the step that it belongs to.
+
+TOTALS = (
+    "weight_decay_ledger"  # the key in a group: (steps, kind, taken, absorbed, held, kind, ...)
+)
+
+Groups = Sequence[Mapping[str, Any]]
+Totals = tuple[str, int, float, float]
+
+
+class Account:
+    """The number of steps that an optimizer has taken, and one entry for each set of tensors.
+
+    Attributes
+    ----------
+    steps : int
+        The optimizer's steps, skipped ones not counted.
+    fresh : bool
+        Whether a step has been taken since somebody set this to False, or since a state was loaded.
+    alone : bool
+        Whether a state was loaded whose step the optimizer has not heard of: it is new, or it will
+        load its own yet.
+    entries : list of Entry
+        The ledgers.
+
+    Examples
+    --------
+    >>> groups = [{"lr": 0.5}]
+    >>> account = Account()
+    >>> account.open(Entry("decoupled"), group=0)
+    >>> account.entries[0].record(0, 0.1, groups[0])
+    >>> account.close_step(groups)
+    >>> groups[0]["weight_decay_ledger"]
+    (1, 'decoupled', 1, 0.05, nan)
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.fresh, self.alone = 0, False, False
+        self.entries: list[Entry] = []
+        self._group_of: list[int] = []
+        self._loaded: Mapping[str, Any] | None = None  # since the last step
+        self._shared: list[tuple[Any, ...]] = []  # what the groups hold while nobody loads them
+        self._missing: tuple[int, int] | None = None
+
+    def open(self, entry: Entry, group: int) -> None:
+        """Add a ledger for tensors of a group."""
+        self.entries.append(entry)
+        self._group_of.append(group)
+
+    def close_step(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Count a step whose entries have been made."""
+        self.steps += 1
+        self.fresh, self._loaded = True, None
+        self.share(groups)
+
+    def share(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Write the totals to the optimizer's groups."""
+        self._shared = self._totals(len(groups))
+        for group, values in zip(groups, self._shared, strict=True):
+            group[TOTALS] = values
+
+    def _totals(self, count: int) -> list[tuple[Any, ...]]:
+        """Give what travels in each of the groups."""
+        totals: list[list[Any]] = [[self.steps] for _ in range(count)]
+        for entry, index in zip(self.entries, self._group_of, strict=True):
+            totals[index].extend(entry.totals())
+        return [tuple(values) for values in totals]
+
+    # What the optimizer knows counts: it is that of the weights
+
+    def agree(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Move to the step and the totals of the optimizer's groups, if they are others."""
+        known = [group.get(TOTALS) for group in groups]
+        if len(known) == len(self._shared) and all(map(operator.is_, known, self._shared)):
+            return
+        if not any(known):
+            self.share(groups)
+        elif not self._is_that_of(groups) and not self._is_that_loaded(groups):
+            self._adopt(groups)
+
+    def _is_that_of(self, groups: Groups) -> bool:
+        """Tell whether the groups know these totals; new groups know none yet."""
+        mine = self._totals(len(groups))
+        pairs = zip((group.get(TOTALS) for group in groups), mine, strict=True)
+        return all(theirs is None or _same(theirs, ours) for theirs, ours in pairs)
+
+    def _is_that_loaded(self, groups: Groups) -> bool:
+        """Go back to the state that was loaded last, and tell whether the groups know its totals.
+
+        A state loaded before the optimizer's own has moved to the step where the optimizer was.
+        """
+        if self._loaded is None:
+            return False
+        self._take(self._loaded)
+        return self._is_that_of(groups)
+
+    def check(self, groups: Groups) -> None:
+        """Raise if the totals in the groups are not those of such ledgers.
+
+        Raises
+        ------
+        ValueError
+            If they were written with other rules, or for a decay that acts in another way.
+        """
+        for index, group in enumerate(groups):
+            theirs = list(_divided(group.get(TOTALS, ())))
+            ours = [e for e, i in zip(self.entries, self._group_of, strict=True) if i == index]
+            if theirs and len(theirs) != len(ours):
+                raise ValueError(
+                    "the optimizer's checkpoint was written with other rules (groups=, decoupled=):"
+                    f" its group {index} holds {len(theirs)} ledgers, here it needs {len(ours)}. "
+                    "Make the scheduler with the same rules, or remove the key "
+                    f"{TOTALS!r} from the param_groups of the checkpoint to begin at step 0"
+                )
+            for entry, totals in zip(ours, theirs, strict=False):
+                _check_kind(entry.kind, totals[0], totals[1], f"group {index}")
+
+    def _adopt(self, groups: Groups) -> None:
+        """Take over the totals of the groups."""
+        self.check(groups)
+        known = [list(_divided(group.get(TOTALS, ()))) for group in groups]
+        steps = next(int(group[TOTALS][0]) for group in groups if TOTALS in group)
+        moves = [
+            (entry, known[index].pop(0))
+            for entry, index in zip(self.entries, self._group_of, strict=True)
+            if known[index]
+        ]
+        ours, self.steps, self.fresh = self.steps, steps, False
+        if all(entry.fits(totals, ours, steps) for entry, totals in moves):
+            for entry, totals in moves:
+                entry.adopt(totals, ours, steps)
+            self._missing = (ours, steps) if steps > ours else None
+            return
+        for entry, totals in moves:
+            entry.replace(totals, steps)
+        self._missing = (0, steps)
+
+    def warn_if_missing(self) -> None:
+        """Say, once, which steps the record lacks."""
+        if self._missing is None:
+            return
+        (start, stop), self._missing = self._missing, None
+        if stop == start:
+            return
+        warnings.warn(
+            f"the optimizer is at step {stop}, the state of WeightDecayScheduler at step {start}: "
+            "it was not loaded, not saved together with the optimizer's, or is of another run. "
+            f"Schedule and totals go on from step {stop}; only the record of steps {start} to "
+            f"{stop} is lost to audit()",
+            stacklevel=4,
+        )
+
+    # The scheduler's own state
+
+    def state(self) -> dict[str, Any]:
+        """Give everything in plain numbers, strings and lists."""
+        return {"steps": self.steps, "entries": [entry.state() for entry in self.entries]}
+
+    def load(self, state: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        """Continue from what `state` gave, at the step that the optimizer is at.
+
+        Raises
+        ------
+        ValueError
+            If it is not the state of such ledgers; nothing is changed then.
+        """
+        entries = _checked(state, len(self.entries))
+        for i, (entry, saved) in enumerate(zip(self.entries, entries, strict=True)):
+            _check_kind(entry.kind, saved.get("kind", entry.kind), saved["taken"], f"ledger {i}")
+        self._loaded = {"steps": state["steps"], "entries": entries}
+        self._take(self._loaded)
+        if any(group.get(TOTALS, (0,))[0] for group in groups):
+            self.agree(groups)
+        else:
+            self.alone = self.steps > 0
+            self.share(groups)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that has been checked."""
+        for entry, saved in zip(self.entries, state["entries"], strict=True):
+            entry.load(saved)
+        self._shared = []
+        self.steps, self.fresh, self._missing = int(state["steps"]), False, None
+
+
+def begun(optimizer: Optimizer, group: Mapping[str, Any], kind: str | None) -> Entry:
+    """Begin the ledger of a group, whose kind of decay is tried out if it is not given."""
+    buffers = any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"])
+    return Entry(kind or coupling(optimizer, group), held=0.0 if buffers else None)
+
+
+def _divided(values: Sequence[Any]) -> list[Totals]:
+    """Divide (steps, kind, taken, absorbed, held, ...) into its (kind, taken, absorbed, held)."""
+    if len(values) % 4 != bool(values):
+        raise ValueError(
+            f"the optimizer's checkpoint holds {TOTALS}={tuple(values)!r}, which this version did "
+            "not write: remove the key from its param_groups to begin at step 0"
+        )
+    parts = zip(values[1::4], values[2::4], values[3::4], values[4::4], strict=True)
+    return [(str(kind), int(n), float(a), float(held)) for kind, n, a, held in parts]
+
+
+def _same(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
+    """Compare totals, in which NaN stands for what is not known."""
+    if len(theirs) != len(ours):
+        return False
+    return all(a == b or (a != a and b != b) for a, b in zip(theirs, ours, strict=True))
+
+
+def _check_kind(ours: str, theirs: str, taken: int, where: str) -> None:
+    """Raise if what was taken so far acted in another way than the decay acts here."""
+    if ours == theirs or not taken:
+        return
+    raise ValueError(
+        f"the decay of {where} acts as {ours!r} here, and as {theirs!r} in the checkpoint: one sum "
+        "cannot go on as the other. Make the scheduler with the optimizer, decoupled= and "
+        "coupling= of the run that wrote it; or begin a new account: remove the key "
+        f"{TOTALS!r} from the param_groups of the optimizer's checkpoint, and do not load the "
+        "scheduler's state"
+    )
+
+
+def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
+    """Give the entries of a state, or say why they are not those of this scheduler."""
+    if not isinstance(state, Mapping) or not {"steps", "entries"} <= set(state):
+        known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"not a state of WeightDecayScheduler: expected the keys steps and entries, got {known}"
+        )
+    entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
+    if len(entries) != count:
+        raise ValueError(
+            f"the state has {len(entries)} ledgers, this optimizer needs {count}: one for each "
+            "parameter group, or for each set of tensors that groups= chooses. Add the groups that "
+            "were added in the run, then load"
+        )
+    return entries
