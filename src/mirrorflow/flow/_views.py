@@ -13,6 +13,7 @@ from torch import Tensor
 from .._loss import LeastSquares, slope
 from .._solution import Path
 from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
+from ..legendre._kernels import exp_sinh_cosh
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
@@ -187,26 +188,21 @@ class HyperbolicView(MirrorView):
             for v in (R.log_A0, R.rho0, R.decay, R.drift)
         )
 
-    def halves(self, t: float, y: Array, schedule: Schedule) -> tuple[Array, Array]:
-        """Give A e^s and A e^{-s}, s = speed mu + rho, which overflow only where x does.
-
-        Their difference is off by eps A near x = 0, as if mu were off by eps.
-        """
+    def sinh_cosh(self, t: float, y: Array, schedule: Schedule) -> tuple[Array, Array]:
+        """Return x = A sinh(s mu + rho), and A cosh."""
         a = schedule.accumulated(t)
-        log_A, s = self.log_A0 + a * self.decay, self.ZT @ y + self.rho0 + a * self.drift
-        return np.exp(log_A + s), np.exp(log_A - s)
+        exponent = self.ZT @ y + self.rho0 + a * self.drift
+        return exp_sinh_cosh(self.log_A0 + a * self.decay, exponent)
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
         """Give -(Zx - y)/n at x = A sinh s."""
-        up, down = self.halves(t, y, schedule)
-        return self.y - self.Z @ ((up - down) / 2)
+        return self.y - self.Z @ self.sinh_cosh(t, y, schedule)[0]
 
     def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array]:
         """Give -Z diag(d primal/dmu) Z^T / n."""
 
         def jacobian(t: float, y: Array) -> Array:
-            up, down = self.halves(t, y, schedule)
-            return (self.Z * (up + down) / -2) @ self.ZT
+            return (self.Z * -self.sinh_cosh(t, y, schedule)[1]) @ self.ZT
 
         return jacobian
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..regularizer import Regularizer, Separable, WeightDecay
 from ..reparam import Depth, Hadamard, Parameters, PowerDifference, Reparam, factors
+from ._kernels import arcsinh_ratio, exp_sinh
 from .base import LegendreFunction, RangeError, Scalar, checked
 
-__all__ = ["HyperbolicEntropy", "OneSidedEntropy", "arcsinh_ratio", "entropy_excess"]
+__all__ = ["HyperbolicEntropy", "OneSidedEntropy", "entropy_excess"]
 
 
 class HyperbolicEntropy(LegendreFunction):
@@ -83,7 +84,7 @@ class HyperbolicEntropy(LegendreFunction):
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give A sinh(s mu + rho), formed in logarithms so that only x itself can overflow."""
         checked(self, "mu", mu, a)
-        return _exp_sinh(self.log_A(a), self.speed * mu + self.rho(a))
+        return exp_sinh(self.log_A(a), self.speed * mu + self.rho(a))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Give (arcsinh(x/A) - rho) / s."""
@@ -258,33 +259,6 @@ def _exponents(
 def _condition(g: Reparam) -> str:
     """Name the start at which R_a is one-sided."""
     return "u0 = 0 or v0 = 0" if isinstance(g, PowerDifference) else "|m0| = |w0|"
-
-
-def _exp_sinh(log_A: Tensor, t: Tensor) -> Tensor:
-    """Give A sinh(t) without forming e^t alone, which may overflow where A e^t does not."""
-    log_A, t = torch.broadcast_tensors(log_A, t)
-    small, size = t.abs() < 1, t.abs()
-    near = torch.exp(log_A) * torch.sinh(torch.where(small, t, 0.0))
-    far = torch.sign(t) * torch.exp(log_A + size) * (-torch.expm1(-2 * size)) / 2
-    return torch.where(small, near, far)
-
-
-def arcsinh_ratio(x: Tensor, log_A: Tensor) -> Tensor:
-    """Give arcsinh(x/A): in logarithms where |x|/A > 1e8, where the derivative overflows too."""
-    x, log_A = torch.broadcast_tensors(x, log_A)
-    size = x.abs()
-    big = torch.log(torch.where(size > 0, size, 1.0)) - log_A > 18.4
-    big = big & (size > 0)
-    # Both branches are made finite before `where`, so that neither spoils the other's gradient.
-    small_x, safe_log = torch.where(big, 0.0, x), torch.where(big, 0.0, log_A)
-    near = torch.asinh(small_x * torch.exp(-safe_log.clamp(min=-_log_max(log_A.dtype))))
-    far = torch.sign(x) * (math.log(2) + torch.log(torch.where(big, size, 1.0)) - log_A)
-    return torch.where(big, far, near)
-
-
-def _log_max(dtype: torch.dtype) -> float:
-    """Give the largest number whose exponential is finite, less a margin."""
-    return math.log(torch.finfo(dtype).max) - 1
 
 
 def _arcsinh_difference(x: Tensor, y: Tensor, A: Tensor, direct: Tensor) -> Tensor:

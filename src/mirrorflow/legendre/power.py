@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import Parameters, PowerDifference, Reparam, factors
+from ._kernels import arcsinh_ratio
 from .base import (
     LegendreFunction,
     RangeError,
@@ -22,7 +23,6 @@ from .base import (
     outside,
     softplus,
 )
-from .hyperbolic import arcsinh_ratio
 
 __all__ = ["PowerEntropy"]
 

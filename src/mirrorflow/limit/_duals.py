@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from ..legendre._kernels import exp_sinh_cosh
+
 __all__ = [
     "ColumnDual",
     "ExponentialDual",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+LOG_2 = np.log(2.0)
 LARGE = 5_000_000  # r^2 d, from which Newton steps are computed in single precision
 APART = 1e-9  # distance from b to the x of the right signs at which there is no solution
 
@@ -131,18 +134,15 @@ class HyperbolicDual(ColumnDual):
 
     def __init__(self, Q: Array, log_A: Array, rho: Array, speed: float) -> None:
         super().__init__(Q, speed, rho)
-        self.log_half = log_A - np.log(2.0)
+        self.log_A = log_A
 
     def place(self, theta: Array, tau: float) -> None:
         """Compute x and its derivative; see `ExponentialDual`."""
         t = self.QT @ (self.speed * theta)
         t += self.shift
-        size = np.abs(t)
-        half = np.exp(self.log_half + (tau + size))  # never e^t alone
-        size *= -2
-        self.largest = -0.5 * float(size.min(initial=0.0))
-        self.weight = half + half * np.exp(size)  # A cosh t
-        self.x = self.mass = np.copysign(half * np.expm1(size), t)
+        self.largest = float(np.abs(t).max(initial=0.0))
+        self.x, self.weight = exp_sinh_cosh(self.log_A + tau, t)
+        self.mass = self.x
 
     def ceiling(self, theta: Array) -> float:
         """Give the largest |<theta, Qx>|, of either sign."""
@@ -150,11 +150,11 @@ class HyperbolicDual(ColumnDual):
 
     def easy(self) -> float:
         """Give the scale at which the largest x(0) is about 1."""
-        return -float((self.log_half + np.abs(self.shift)).max(initial=-np.inf))
+        return LOG_2 - float((self.log_A + np.abs(self.shift)).max(initial=-np.inf))
 
     def log_scale(self, tau: float) -> Array:
         """Give log(A/2)."""
-        return self.log_half + tau
+        return self.log_A - LOG_2 + tau
 
     def turn(self) -> float:
         """Give 1: x has either sign."""

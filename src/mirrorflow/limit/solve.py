@@ -22,6 +22,7 @@ from ..legendre import (
     QuadraticEntropy,
     RangeError,
 )
+from ..legendre._kernels import duality_gap, kkt_residual
 from ._constraints import Rows, length, orthonormal
 from ._continuation import Point
 from ._dense_newton import solve_general
@@ -266,10 +267,9 @@ def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
         held = torch.maximum(point.abs(), R.primal(dual, a).abs()) > FAINT
         point = torch.where(held, point, R.primal(torch.zeros_like(dual), 0.0))
     try:
-        error = (R.mirror(point, a) - dual)[held].abs()
+        return kkt_residual(R.mirror(point, a), dual, held)
     except RangeError:
         return np.inf
-    return float(error.max()) if error.numel() else 0.0
 
 
 def _gap(R: LegendreFunction, Z: Array, point: Point, rows: Rows) -> float:
@@ -279,13 +279,11 @@ def _gap(R: LegendreFunction, Z: Array, point: Point, rows: Rows) -> float:
     1/|log A|, and its slope in log A, where R_a has one, like a power of A.
     """
     size = float(np.abs(_entries(R, point.x)).sum())
-    if size == 0:
-        return 0.0
-    bounds = []
+    gaps = []
     for witness in (point.theta, -point.slope):
-        height = _ceiling(R, (rows.back @ witness) @ Z)
-        bounds.append(float(witness @ rows.b) / height if height > 0 else 0.0)
-    return min(1.0, max(0.0, 1 - max(bounds) / size))
+        ceiling = _ceiling(R, (rows.back @ witness) @ Z)
+        gaps.append(duality_gap(size, float(witness @ rows.b), ceiling))
+    return min(gaps)
 
 
 def _entries(R: LegendreFunction, v: Array) -> Array:
