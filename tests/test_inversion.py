@@ -285,7 +285,7 @@ def test_a_dense_pair_in_closed_form():
 
 def test_a_dense_pair_has_no_box_for_a_range_and_takes_one_x_at_a_time():
     R = dense(tensor(0.8, 1.1))
-    with pytest.raises(mf.RangeError, match="not a box"):
+    with pytest.raises(mf.RangeError, match="not marked elementwise"):
         R.range(0.0)
     two = torch.ones(3, 2, dtype=DOUBLE)
     for method in (R.primal, R.mirror, R.metric):
@@ -294,6 +294,39 @@ def test_a_dense_pair_has_no_box_for_a_range_and_takes_one_x_at_a_time():
     mu = 0.01 * two * tensor(1.0, -1.0)
     alone = torch.stack([R.conjugate(m, -0.1) for m in mu])
     assert gap(R.conjugate(mu, -0.1), alone) < 1e-14
+
+
+def thirds(w):
+    return (w[0] ** 4 + w[1] ** 4).sum() / 3
+
+
+@pytest.mark.parametrize(
+    ("g", "h", "w0", "message"),
+    [
+        (
+            mf.PowerDifference(2), mf.CustomRegularizer(thirds), (tensor(0.9), tensor(0.8)),
+            r"thirds.* is not marked elementwise. Pass elementwise=True to CustomRegularizer",
+        ),
+        (
+            mf.CustomReparam(fourth_powers), mf.CustomRegularizer(thirds, elementwise=True),
+            (tensor(0.9), tensor(0.8)), "Pass elementwise=True to CustomReparam",
+        ),
+    ],
+    ids=("h", "g"),
+)  # fmt: skip
+def test_a_missing_promise_of_elementwise_is_named(g, h, w0, message):
+    R = mf.legendre(g, h, w0)
+    with pytest.raises(mf.RangeError, match=message):
+        R.range(0.0)
+    with pytest.raises(ValueError, match=message):
+        R.mirror(torch.zeros(2, 1, dtype=DOUBLE), 0.0)
+
+
+def test_coordinates_that_share_parameters_are_not_called_unmarked():
+    A = torch.eye(2, dtype=DOUBLE).diag_embed()
+    R = Inversion(mf.CommutingQuadratic(A), DECAY, tensor(0.8, 1.1))
+    with pytest.raises(mf.RangeError, match=r"the coordinates of CommutingQuadratic.* share param"):
+        R.range(0.0)
 
 
 # Derivatives.

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["arcsinh_ratio", "duality_gap", "exp_sinh", "exp_sinh_cosh", "kkt_residual", "shared_sinh_cosh"]
+__all__ = [
+    "LOG_2",
+    "arcsinh_ratio",
+    "duality_gap",
+    "exp_sinh",
+    "exp_sinh_cosh",
+    "kkt_residual",
+    "shared_sinh_cosh",
+]
 
 LOG_2 = math.log(2.0)
 FAR = 18.4  # log(|x|/A) from which arcsinh(x/A) = log(2|x|/A) to rounding
@@ -45,18 +53,18 @@ def shared_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
 def _exponentials(log_A: Any, t: Any) -> tuple[Any, Any, Any]:
     """Return the sign of t, (A/2) e^|t|, and e^{-2|t|} - 1.
 
-    The sign is +-1 at t = 0, too, and constant: |t| = sign * t then has all derivatives of a smooth
+    The sign is +-1 also at t = 0, and constant: |t| = sign * t then has all derivatives of a smooth
     branch, and those of A sinh(t) are right at 0.
     """
     xp = _module(t)
     sign = xp.copysign(xp.ones_like(t), t)
     size = sign * t
-    half = xp.exp(log_A - LOG_2 + size)  # never e^|t| alone, which may overflow where A e^|t| does not
+    half = xp.exp(log_A - LOG_2 + size)  # never e^|t| alone: it may overflow
     return sign, half, xp.expm1(-2 * size)
 
 
 def arcsinh_ratio(x: Any, log_A: Any) -> Any:
-    """Return arcsinh(x/A): in logarithms where |x|/A > 1e8, where the derivative overflows as well."""
+    """Return arcsinh(x/A): in logarithms for |x|/A > 1e8, where the derivative may overflow."""
     xp = _module(x)
     log_A = log_A + xp.zeros_like(x)
     size = xp.abs(x)

@@ -1,4 +1,4 @@
-r"""Follow the solution of Q x(theta, tau) = b from an easy scale tau down to the wanted ones."""
+r"""Continuation of the solution of Q x(theta, tau) = b from a large scale tau to the wanted ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ._duals import ExponentialDual
+from ..legendre import ExponentialDual
 from ._newton import NewtonSystem
 
-__all__ = ["VERTEX", "Point", "follow"]
+__all__ = ["VERTEX", "DualPoint", "follow"]
 
 Array = NDArray[np.float64]
 EPS = 2.2e-16
@@ -30,7 +30,7 @@ SHORTEST = 1e-4  # stride at which the continuation gives up
 
 
 @dataclass(frozen=True)
-class Point:
+class DualPoint:
     """One end point: x, its dual variable, and how good they are.
 
     ``slope`` is d theta / d tau, whose direction certifies how far x is from the L1 minimizer.
@@ -48,14 +48,14 @@ class Point:
 
     @property
     def solved(self) -> bool:
-        """Whether Qx = b holds to the tolerance."""
+        """Return whether Qx = b holds to the tolerance."""
         return self.residual < self.tolerance
 
 
-def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[Point]:
+def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[DualPoint]:
     """Solve Q x = b at each tau (descending); ``b`` has norm 1, or is 0."""
     walker = _Walker(dual, b, max_steps)
-    easy = max(dual.easy(), taus[0])
+    easy = max(dual.starting_scale(), taus[0])
     if walker.correct(np.zeros(len(b)), easy, easy == taus[0], FIRST) is None:
         return [walker.failed(tau) for tau in taus]
     walker.start = easy
@@ -72,7 +72,7 @@ class _Walker:
         self.start, self.drift, self.trial = -math.inf, math.inf, np.zeros(len(b))
         self.crossing, self.distrust = CROSSING, False
 
-    def go(self, tau: float) -> Point:
+    def go(self, tau: float) -> DualPoint:
         """Walk to ``tau`` and solve there."""
         while self.tau > tau and not self.stuck:
             left = self.tau - tau
@@ -86,24 +86,24 @@ class _Walker:
         if self.stuck:
             return self.failed(tau)
         vertex = self.residual < GOOD and self.drift < VERTEX
-        return Point(
+        return DualPoint(
             self.x, self.theta, self.tangent, self.residual, self._spent(), vertex,
             exhausted=self.steps >= self.max_steps,
         )  # fmt: skip
 
     def _spent(self) -> int:
-        """Give the Newton steps since the last call."""
+        """Return the Newton steps since the last call."""
         spent, self.counted = self.steps - self.counted, self.steps
         return spent
 
-    def failed(self, tau: float) -> Point:
-        """Give the last iterate at ``tau``, and whether there is no solution."""
+    def failed(self, tau: float) -> DualPoint:
+        """Return the last iterate at ``tau``, and whether there is no solution."""
         theta = self.trial
-        self.dual.place(theta, tau)
+        self.dual.evaluate(theta, tau)
         residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))
-        infeasible = self.dual.excludes(self.b, theta)
+        infeasible = self.dual.certifies_infeasible(self.b, theta)
         exhausted = self.steps >= self.max_steps
-        return Point(
+        return DualPoint(
             self.dual.x, theta, -theta, residual, self._spent(), False, infeasible, exhausted
         )
 
@@ -128,7 +128,7 @@ class _Walker:
         self.growth = min(2 * self.growth, GROWTH)
 
     def _cross(self, tau: float) -> bool:
-        """Jump to ``tau`` on the support that shows already; False if that was too early.
+        """Jump to ``tau`` on the support that shows already; return False if that was too early.
 
         Continued along its average slope since the start, theta lets every coordinate off the
         support go on falling, as (its size)^(length). Whatever solves Qx = b at ``tau`` is right.
@@ -148,7 +148,7 @@ class _Walker:
         """
         dual, best, tight = self.dual, math.inf, last or self.drift < SETTLED
         for k in range(limit):
-            dual.place(theta, tau)
+            dual.evaluate(theta, tau)
             residual = self.b - dual.Q @ dual.x
             size = math.sqrt(residual @ residual)
             if (not size < WILD and limit != FIRST) or self.steps >= self.max_steps:
@@ -156,8 +156,8 @@ class _Walker:
             self.trial = theta
             if not dual.weight.max(initial=0.0) > 0:  # all of x underflows: no step from here
                 return None
-            rough = dual.rough if self.drift > PLAIN and not self.distrust else None
-            system = NewtonSystem(dual.frame(), dual.speed * dual.weight, rough)
+            rough = dual.single_precision if self.drift > PLAIN and not self.distrust else None
+            system = NewtonSystem(dual.basis(), dual.speed * dual.weight, rough)
             self.steps += 1
             # Rounding of the exponents moves x by eps |t|: nothing below that can be reached.
             floor = EPS * (10 + dual.largest) * (1 + math.sqrt(dual.x @ dual.x))
@@ -166,7 +166,7 @@ class _Walker:
                 return k
             best = min(best, size)
             step = system.solve(residual)
-            beta = dual.reach(step)
+            beta = dual.max_exponent_change(step)
             if not tight and beta < LOOSE:
                 self._arrive(theta + step, tau, size, system)
                 return k
@@ -193,7 +193,7 @@ class _Walker:
             self.tangent = -system.fit(u)
 
     def _aim(self, u: Array, system: NewtonSystem) -> None:
-        """Point the tangent at the vertex: theta is linear in log A from here on.
+        """DualPoint the tangent at the vertex: theta is linear in log A from here on.
 
         Directions that no longer show in x keep their average slope since the start, at which
         every coordinate off the support goes on falling.

@@ -41,7 +41,7 @@ class NewtonSystem:
         The weights, >= 0.
     rough : array of shape (d, r), optional
         FT in single precision. Where the system is well conditioned, a factor of that precision,
-        for half the time, gives steps that are right to a few digits: enough for Newton's method,
+        for half the time, gives steps with a few correct digits: enough for Newton's method,
         whose residuals are exact.
     """
 
@@ -54,7 +54,7 @@ class NewtonSystem:
             self._double()
 
     def _single(self, rough: Single) -> bool:
-        """Factor in single precision; False where too many digits would be lost."""
+        """Factor in single precision; return False where too many digits would be lost."""
         unit = float(self.root.max(initial=0.0))
         if unit == 0.0:
             return False
@@ -74,7 +74,7 @@ class NewtonSystem:
         self.ill = failed != 0 or not _sound(self.factor, gram, ILL)
 
     def _heavy(self) -> Array:
-        """Give sqrt(W) F^T without the rows that do not reach the Gram matrix."""
+        """Return sqrt(W) F^T without the rows that do not reach the Gram matrix."""
         heavy = np.flatnonzero(self.w > LIGHT * self.w.max(initial=0.0))
         if 2 * len(heavy) > len(self.w):
             return self.FT * self.root[:, None]
@@ -103,7 +103,7 @@ class NewtonSystem:
         self.rank = int((size > 1e-140 * first).sum())
 
     def solve(self, r: Array) -> Array:
-        """Give z, zero in the directions whose effect on F x is below rounding."""
+        """Return z, zero in the directions whose effect on F x is below rounding."""
         if not len(r):
             return r
         if self.unit:
@@ -119,7 +119,7 @@ class NewtonSystem:
         return z
 
     def fit(self, u: Array, seen: bool = False) -> Array:
-        """Give z that minimizes sum w_i (F_i^T z - u_i)^2; light rows keep their digits.
+        """Return z that minimizes sum w_i (F_i^T z - u_i)^2; light rows keep their digits.
 
         With ``seen``, z is zero in the directions whose effect on F x is below rounding.
         """
@@ -138,7 +138,7 @@ class NewtonSystem:
 
 
 def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
-    """Whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
+    """Return whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
     pivots = factor.diagonal()
     return bool((pivots * pivots > least * least * gram.diagonal()).all())
 

@@ -14,7 +14,7 @@ __all__ = ["schedule_from_dict", "schedule_to_dict"]
 
 
 def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
-    """Give a schedule as plain values, for JSON or YAML; `schedule_from_dict` makes it again.
+    """Return a schedule as plain values, for JSON or YAML; `schedule_from_dict` makes it again.
 
     Raises
     ------
