@@ -341,7 +341,7 @@ def test_the_step_limit_is_a_status(save_at):
         ({"rtol": 1e-15}, ValueError, "rtol must be in"),
         ({"atol": -1.0}, ValueError, "atol must be finite and >= 1e-140"),
         ({"atol": 1e-200}, ValueError, "atol must be finite and >= 1e-140"),
-        ({"g": torch.sin}, TypeError, "flow needs a Reparam and a Regularizer, got builtin_func"),
+        ({"g": torch.sin}, TypeError, "flow: g and h must be a Reparam and a Regularizer, got builtin_func"),
         ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
         ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
         ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
@@ -355,7 +355,7 @@ def test_the_step_limit_is_a_status(save_at):
         ({"w0": (torch.ones(3), torch.ones(2))}, ValueError, "one shape"),
         ({"w0": (torch.ones(4).double(),) * 2}, ValueError, r"Z must be \(n, 4\)"),
         ({"w0": (torch.ones(3),) * 2, "rtol": 1e-4}, TypeError, "one dtype"),
-        ({"h": mf.Separable()}, TypeError, "use WeightDecay"),
+        ({"h": mf.Separable()}, TypeError, "Use WeightDecay"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -249,7 +249,7 @@ def test_a_scale_that_overflows_is_refused(id, capfd):
     U = torch.eye(3, dtype=torch.float64)
     R = mf.legendre(mf.SymmetricFactor(), DECAY, U) if id == "matrix" else FAMILIES[id]()
     for y in (1.0, 0.0):
-        with pytest.raises(mf.RangeError, match=r"a = 400.0: x has the scale .* -int alpha dt"):
+        with pytest.raises(mf.RangeError, match=r"got a = 400.0: x has the scale .* -int alpha dt"):
             mf.limit(R, np.ones((1, *R.shape)), [y], [-1.0, 400.0])
     assert capfd.readouterr() == ("", "")  # LAPACK complains of NaN by printing
 
@@ -282,15 +282,15 @@ def good():
         ({"y": 1.0}, ValueError, r"y must have shape \(2,\)"),
         ({"a": []}, ValueError, "a must be a number or a non-empty 1-d sequence"),
         ({"a": [[1.0]]}, ValueError, r"a must be a number .*, got shape \(1, 1\)"),
-        ({"a": math.nan}, ValueError, "a holds NaN"),
-        ({"a": -math.inf}, ValueError, "a holds NaN or infinite"),
+        ({"a": math.nan}, ValueError, "a must be finite, got NaN"),
+        ({"a": -math.inf}, ValueError, "a must be finite, got NaN or inf"),
         ({"a": None}, TypeError, "a must hold real numbers"),
         ({"a": "-1"}, TypeError, "a must hold real numbers"),
-        ({"Z": np.full((2, 3), math.nan)}, ValueError, "Z holds NaN"),
-        ({"y": np.array([1.0, math.inf])}, ValueError, "y holds NaN or infinite"),
+        ({"Z": np.full((2, 3), math.nan)}, ValueError, "Z must be finite, got NaN"),
+        ({"y": np.array([1.0, math.inf])}, ValueError, "y must be finite, got NaN or inf"),
         ({"Z": np.ones((2, 3), complex)}, TypeError, "Z must hold real numbers, got complex128"),
         ({"y": np.array([None, 1])}, TypeError, "y must hold real numbers, got object"),
-        ({"Z": [[1.0, 2.0], [1.0]]}, ValueError, "Z is not an array of numbers"),
+        ({"Z": [[1.0, 2.0], [1.0]]}, ValueError, "Z must be an array of numbers"),
         ({"max_steps": 0}, ValueError, "max_steps must be"),
     ],
 )

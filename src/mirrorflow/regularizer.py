@@ -105,7 +105,7 @@ class Separable(Regularizer):
         self.takes_arrays = not any(isinstance(ci, Tensor) for ci in self.c or ())
         for ci in self.c or ():
             if not torch.isfinite(torch.as_tensor(ci)).all():
-                raise ValueError("Separable: c holds NaN or infinite entries")
+                raise ValueError("Separable: c must be finite, got NaN or infinite entries")
 
     def coefficients(self, g: Reparam) -> tuple[Any, ...]:
         """Return the c_ij for ``g``, one per factor."""
@@ -142,12 +142,12 @@ class Separable(Regularizer):
         """Require a separable g with as many factors as there are coefficients."""
         if not isinstance(g, SeparableReparam):
             raise TypeError(
-                f"Separable() needs a separable g (PowerDifference, LogRatio, Identity), got {g}; "
-                "for g = m * w use WeightDecay()"
+                f"Separable(): g must be separable (PowerDifference, LogRatio, Identity), got {g}. "
+                "Use WeightDecay() for m * w."
             )
         if self.c is not None and len(self.c) != len(g.names):
             raise ValueError(
-                f"Separable: c needs {len(g.names)} entries for {g}, got {len(self.c)}"
+                f"Separable: c must have {len(g.names)} entries for {g}, got {len(self.c)}"
             )
 
     def __repr__(self) -> str:
@@ -196,8 +196,8 @@ def require_pair(caller: str, g: Any, h: Any, w0: Parameters) -> None:
     """Raise an error unless g and h are of the kinds that ``caller`` takes, and fit w0."""
     if not isinstance(g, Reparam) or not isinstance(h, Regularizer):
         raise TypeError(
-            f"{caller} needs a Reparam and a Regularizer, got {_kind(g)} and {_kind(h)}; wrap "
-            "torch functions in CustomReparam and CustomRegularizer"
+            f"{caller}: g and h must be a Reparam and a Regularizer, got {_kind(g)} and "
+            f"{_kind(h)}. Wrap torch functions in CustomReparam and CustomRegularizer."
         )
     g.validate(w0)
     h.validate(g)

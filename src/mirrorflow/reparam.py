@@ -166,7 +166,7 @@ class Reparam(ABC):
             if not f.is_floating_point():
                 raise TypeError(f"{self}: {name} must have a floating dtype, got {f.dtype}")
             if not torch.isfinite(f).all():
-                raise ValueError(f"{self}: {name} holds NaN or infinite entries")
+                raise ValueError(f"{self}: {name} must be finite, got NaN or infinite entries")
         if self.elementwise and any(f.shape != parts[0].shape for f in parts):
             shapes = ", ".join(
                 f"{n} {tuple(f.shape)}" for n, f in zip(self.names, parts, strict=True)
@@ -323,7 +323,7 @@ class LogRatio(SeparableReparam):
         super().validate(w)
         for name, f in zip(self.names, factors(w), strict=True):
             if not (f > 0).all():
-                raise ValueError(f"LogRatio(): {name} must be positive, its minimum is {f.min()}")
+                raise ValueError(f"LogRatio(): {name} must be positive, got a minimum of {f.min()}")
 
 
 class _Products(Reparam):
@@ -408,7 +408,7 @@ class CommutingQuadratic(Reparam):
         if A.ndim != 3 or A.shape[1] != A.shape[2]:
             raise ValueError(f"CommutingQuadratic: A must be (d, D, D), got {tuple(A.shape)}")
         if not torch.isfinite(A).all():
-            raise ValueError("CommutingQuadratic: A holds NaN or infinite entries")
+            raise ValueError("CommutingQuadratic: A must be finite, got NaN or infinite entries")
         skew, size = (A - A.mT).abs().sum(), A.abs().sum()
         if skew > max(1e-10, 100 * torch.finfo(A.dtype).eps) * size:
             raise ValueError(
@@ -531,7 +531,7 @@ class Product(Reparam):
         A, B = w
         if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            raise ValueError(f"Product(): A (n, r) and B (r, m) are needed, got {shapes}")
+            raise ValueError(f"Product(): A and B must be (n, r) and (r, m), got {shapes}")
 
 
 class CustomReparam(Reparam):
@@ -568,7 +568,7 @@ class CustomReparam(Reparam):
         self.names = tuple(f"w{i + 1}" for i in range(len(factors(w))))
         super().validate(w)
         if self.elementwise and self.fn(w).shape != factors(w)[0].shape:
-            raise ValueError(f"{self}: elementwise=True needs fn(w) of the shape of its factors")
+            raise ValueError(f"{self}: fn(w) must have the shape of its factors for elementwise=True, got another")
 
     def __repr__(self) -> str:
         """Show the function's name."""

@@ -84,9 +84,9 @@ def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:
     """Raise ValueError where g or h has no value at w0."""
     for name, value in (("g(w0)", g(w0)), ("grad h(w0)", flatten(h.gradient(w0, g)))):
         if not value.numel():
-            raise ValueError(f"{g} with {h}: {name} is empty")
+            raise ValueError(f"{g} with {h}: {name} must hold numbers, got none: it is empty")
         if not torch.isfinite(value).all():
-            raise ValueError(f"{g} with {h}: {name} holds NaN or infinite entries")
+            raise ValueError(f"{g} with {h}: {name} must be finite, got NaN or infinite entries")
 
 
 def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
@@ -99,7 +99,7 @@ def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
         dims = "".join(f", {n}" for n in shape)
         raise ValueError(f"sensing must have shape (m{dims}), m > 0, got {tuple(sensing.shape)}")
     if not torch.isfinite(sensing).all():
-        raise ValueError("sensing holds NaN or infinite entries")
+        raise ValueError("sensing must be finite, got NaN or infinite entries")
 
 
 def _regular(g: Reparam, w0: Parameters, probe: Probe) -> Condition:

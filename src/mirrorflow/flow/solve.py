@@ -172,5 +172,5 @@ def _save_times(save_at: Any, t_end: float) -> Array:
     times = np.atleast_1d(np.asarray(save_at, dtype=np.float64))
     inside = ((times >= 0) & (times <= t_end)).all()
     if times.ndim != 1 or not len(times) or not inside or (np.diff(times) < 0).any():
-        raise ValueError(f"flow: save_at must be ascending times in [0, {t_end}]")
+        raise ValueError(f"flow: save_at must be ascending times in [0, {t_end}], got {save_at!r}")
     return times

@@ -134,5 +134,5 @@ class OneSidedDual(ColumnDual):
         return self.sign
 
     def certifies_infeasible(self, b: Array, theta: Array) -> bool:
-        """Return whether b, of norm 1 or 0, is outside the cone of the columns of Q with their signs."""
+        """Return whether b, of norm 1 or 0, is outside the cone of the signed columns of Q."""
         return float(nnls(self.Q * self.sign, b)[1]) > APART

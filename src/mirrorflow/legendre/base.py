@@ -230,7 +230,7 @@ def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None
     if argument.ndim < len(R.shape) or ends != tuple(R.shape):
         raise ValueError(f"{name} must have shape {tuple(R.shape)}, got {tuple(argument.shape)}")
     if torch.isnan(argument).any():
-        raise ValueError(f"{name} holds NaN")
+        raise ValueError(f"{name} must be a number, got NaN")
     if not torch.isfinite(torch.as_tensor(a)).all():
         raise ValueError(f"a must be finite, got {a}")
     if not R.elementwise and np.size(a) != 1:

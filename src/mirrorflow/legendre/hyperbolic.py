@@ -69,9 +69,9 @@ class HyperbolicEntropy(LegendreFunction):
         one_sided = torch.isinf(log_u2) | torch.isinf(log_v2)
         if one_sided.any():
             raise ValueError(
-                f"{int(one_sided.sum())} of {one_sided.numel()} coordinates of {g} start with "
-                f"{_condition(g)}, where R_a is the one-sided entropy; start all coordinates so, "
-                "or none"
+                f"{g}: all coordinates or none must start with {_condition(g)}, where R_a is the "
+                f"one-sided entropy, got {int(one_sided.sum())} of {one_sided.numel()} coordinates "
+                f"with {_condition(g)}. Change some of w0."
             )
         # x = e^p - e^q with p, q = log u^2, log v^2 + ...: A = 2 e^{(p+q)/2}, rho = (p-q)/2.
         log_A0 = math.log(2) + 0.5 * (log_u2 + log_v2)

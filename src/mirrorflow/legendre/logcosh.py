@@ -143,8 +143,8 @@ def _logistic_slope(y: Tensor) -> Tensor:
 
 
 def _softplus_excess(y: Tensor, e: Tensor) -> Tensor:
-    """Return softplus(y + e) - softplus(y) - s(y) e >= 0, with a small relative error everywhere."""
-    # It does not change if y and e change their signs; s(y) <= 1/2 keeps the terms below apart.
+    """Return softplus(y + e) - softplus(y) - s(y) e >= 0, accurate relative to itself."""
+    # It stays the same if y and e change signs; s(y) <= 1/2 keeps the terms below apart.
     y, e = torch.where(y > 0, -y, y), torch.where(y > 0, -e, e)
     small, over = e.abs() < 1, y + e > 0
     near = near_bregman(_logistic_slope, y, torch.where(small, e, 0.0))

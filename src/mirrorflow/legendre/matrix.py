@@ -53,8 +53,8 @@ class MatrixEntropy(LegendreFunction):
         off = (X0 - beta * torch.eye(len(X0), dtype=X0.dtype)).abs().max()
         if not beta > 0 or off > max(1e-10, 100 * torch.finfo(X0.dtype).eps) * beta:
             raise ValueError(
-                f"{g}: R_a is known for U0 U0^T = beta I with beta > 0 only (Corollary C.3); the "
-                f"start is off by {off:.1e}. Take U0 = sqrt(beta) times an orthogonal matrix"
+                f"{g}: U0 must satisfy U0 U0^T = beta I with beta > 0 (Corollary C.3), got a start "
+                f"that is off by {off:.1e}. Take U0 = sqrt(beta) times an orthogonal matrix."
             )
         return cls(len(X0), math.log(float(beta)), X0.dtype)
 

@@ -62,7 +62,7 @@ class PowerEntropy(LegendreFunction):
         assert isinstance(g, PowerDifference) and g.k >= 2 and isinstance(h, Separable)
         u, v = factors(w0)
         if (u == 0).any() or (v == 0).any():
-            raise ValueError(f"{g}: u0 and v0 must not be 0 (g is not regular there)")
+            raise ValueError(f"{g}: u0 and v0 must not be 0, where g is not regular, got 0. Change w0.")
         c, power, (up, down) = 2 * g.k * (2 * g.k - 2), 2 - 2 * g.k, h.coefficients(g)
         return cls(g.k, u.abs() ** power / c, v.abs() ** power / c, up, -down)
 
@@ -132,7 +132,7 @@ class PowerEntropy(LegendreFunction):
         """Return the range, which must not be empty."""
         lower, upper = self.range(a)
         if not (upper > lower).all():
-            raise RangeError(f"a = {a}: the range of mu is empty; a must be smaller")
+            raise RangeError(f"a must be smaller, got {a}: the range of mu is empty")
         return lower, upper
 
     def _logs(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:

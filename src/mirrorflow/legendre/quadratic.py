@@ -47,10 +47,10 @@ class QuadraticEntropy(LegendreFunction):
         w, A = factors(w0)[0], g.A
         V, eigenvalues, off = _diagonalized(A)
         if off > _rounding(A):
-            raise ValueError(f"{g}: the A_i do not commute (off-diagonal part {off:.1e})")
+            raise ValueError(f"{g}: the A_i must commute, got an off-diagonal part of {off:.1e}")
         c = (V.mT @ w.to(torch.float64)).abs()
         if torch.linalg.matrix_rank(eigenvalues * c) < len(A):  # of the vectors A_i w0
-            raise ValueError(f"{g} is not regular at w0: the vectors A_i w0 are dependent")
+            raise ValueError(f"{g}: the vectors A_i w0 must be independent, got dependent ones. Change w0.")
         return cls(eigenvalues.to(A.dtype), (2 * torch.log(c)).to(A.dtype))
 
     def _weights(self, mu: Tensor, a: Scalar) -> Tensor:

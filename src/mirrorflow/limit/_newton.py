@@ -69,7 +69,7 @@ class NewtonSystem:
     def _double(self) -> None:
         """Factor in double precision."""
         KT = self._heavy() if len(self.w) > MANY else self.FT * self.root[:, None]
-        gram = KT.T @ KT
+        gram = KT.T @ KT  # F W F^T = K K^T with K = F W^{1/2}
         self.factor, failed = potrf(gram, lower=1, clean=0)
         self.ill = failed != 0 or not _sound(self.factor, gram, ILL)
 
@@ -90,14 +90,14 @@ class NewtonSystem:
         if self.order is not None and self.complete >= complete:
             return
         r, d = self.FT.shape[1], len(self.w)
-        order = np.argsort(-self.w, kind="stable")
+        order = np.argsort(-self.w, kind="stable")  # heavy rows of W^{1/2} F^T first
         last = 1e-16 * self.w[order[min(2 * r, d) - 1]]
         lightest = last if complete else max(last, LIGHT * self.w[order[0]])
         self.order = order[self.w[order] > lightest]
         KT = np.asfortranarray(self.FT[self.order] * self.root[self.order, None])
-        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)
+        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)  # K^T P = H R, H orthogonal
         self.pivot, self.complete = pivot - 1, complete
-        size = np.abs(self.qr.diagonal())
+        size = np.abs(self.qr.diagonal())  # |R_kk| falls: the numerical rank is where it stops
         first = size.max(initial=0.0)
         self.seen = int((size > SEEN * first).sum())
         self.rank = int((size > 1e-140 * first).sum())
@@ -114,7 +114,7 @@ class NewtonSystem:
         self._orthogonal(complete=False)
         k, z = self.seen, np.zeros_like(r)
         R = self.qr[:k, :k]
-        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]
+        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]  # K K^T z = P R^T R P^T z = r
         z[self.pivot[:k]] = trtrs(R, half)[0]
         return z
 
@@ -124,7 +124,7 @@ class NewtonSystem:
         With ``seen``, z is zero in the directions whose effect on F x is below rounding.
         """
         if not self.ill:
-            z = self.solve(self.FT.T @ (self.w * u))
+            z = self.solve(self.FT.T @ (self.w * u))  # normal equations F W F^T z = F W u
             if self.unit:  # one refinement doubles the digits
                 z = z + self.solve(self.FT.T @ (self.w * (u - self.FT @ z)))
             return z
@@ -132,13 +132,14 @@ class NewtonSystem:
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
         right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
         reflectors = self.qr[:, : len(self.tau)]
+        # R z = H^T W^{1/2} u: unlike the normal equations it keeps the digits of light rows.
         right = ormqr("L", "T", reflectors, self.tau, right, max(1, 64 * len(right)))[0]
         z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
         return z
 
 
 def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
-    """Return whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
+    """Return whether no pivot has lost too much next to the diagonal it came from."""
     pivots = factor.diagonal()
     return bool((pivots * pivots > least * least * gram.diagonal()).all())
 

@@ -56,8 +56,8 @@ def _exponential(
     for ai in a:
         if problem.log_size(ai) > LARGEST:
             raise RangeError(
-                f"a = {ai}: x has the scale e^{problem.log_size(ai):.0f}, beyond float64; a is "
-                "-int alpha dt, negative for decay"
+                f"a must keep x within float64, got a = {ai}: x has the scale "
+                f"e^{problem.log_size(ai):.0f}. Note that a is -int alpha dt, negative for decay."
             )
     if problem.decay is None:
         return [_along(problem, constraints, ai, [0.0], max_steps)[0] for ai in a]

@@ -145,7 +145,7 @@ def limit(
     """
     started = time.perf_counter()
     if not isinstance(R, LegendreFunction):
-        raise TypeError(f"R must be a LegendreFunction (mf.legendre makes one), got {type(R)}")
+        raise TypeError(f"R must be a LegendreFunction, got {type(R)}. Make one by mf.legendre.")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
     Zs, ys = _measurements(R, Z, y)
@@ -212,12 +212,12 @@ def _array(name: str, value: Any) -> Array:
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{name} is not an array of numbers: {error}") from None
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     array = array.astype(np.float64, copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinite entries")
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     return array
 
 

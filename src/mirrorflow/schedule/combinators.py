@@ -79,9 +79,9 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
     """
     parts = _pairs(parts)
     if not parts:
-        raise ValueError("join: at least one (schedule, duration) is needed")
+        raise ValueError("join: parts must hold at least one (schedule, duration), got none")
     if any(duration is None for _, duration in parts[:-1]):
-        raise ValueError("join: duration may be None in the last pair only, which goes on for ever")
+        raise ValueError("join: duration must be a number in all pairs but the last, got None")
     durations = [positive("join: duration", d) for _, d in parts[:-1]]
     if parts[-1][1] not in (None, math.inf):
         positive("join: duration", parts[-1][1])
@@ -92,12 +92,12 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
 def _pairs(parts: Any) -> list[tuple[Schedule, Any]]:
     """Return the pairs as a list, or say what is none."""
     if not isinstance(parts, Iterable):
-        raise TypeError(f"join: expected a list of (Schedule, duration) pairs, got {parts!r}")
+        raise TypeError(f"join: parts must be a list of (Schedule, duration) pairs, got {parts!r}")
     found = list(parts)
     for pair in found:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], Schedule)):
             wrong = pair[0] if isinstance(pair, Sequence) and len(pair) == 2 else pair
-            raise TypeError(f"join: expected (Schedule, duration) pairs, got {wrong!r}")
+            raise TypeError(f"join: parts must be (Schedule, duration) pairs, got {wrong!r}")
     return found
 
 

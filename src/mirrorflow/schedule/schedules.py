@@ -158,7 +158,7 @@ class Piecewise(Schedule):
             jumps = jumps[1:]
         if len(values) != len(jumps) + 1:
             raise ValueError(
-                f"Piecewise: rates needs one entry more than there are jumps in times "
+                f"Piecewise: rates must have one entry more than there are jumps in times "
                 f"({len(jumps)}), got {len(values)}"
             )
         if any(b <= a for a, b in zip((0.0, *jumps), jumps, strict=False)):
