@@ -231,12 +231,13 @@ def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None
         raise ValueError(f"{name} must have shape {tuple(R.shape)}, got {tuple(argument.shape)}")
     if torch.isnan(argument).any():
         raise ValueError(f"{name} must be a number, got NaN")
-    if not torch.isfinite(torch.as_tensor(a)).all():
+    amount = torch.as_tensor(a)
+    if not torch.isfinite(amount).all():
         raise ValueError(f"a must be finite, got {a}")
-    if not R.elementwise and np.size(a) != 1:
+    if not R.elementwise and amount.numel() != 1:
         raise ValueError(
-            f"a must be one number for an R that is not a sum over coordinates, got {np.size(a)}. "
-            "Call once for each a."
+            "a must be one number for an R that is not a sum over coordinates, got "
+            f"{amount.numel()}. Call once for each a."
         )
 
 
