@@ -1,4 +1,4 @@
-"""What every solver returns: a value, why it stopped, and what it measured on the way."""
+"""Results of solvers: a value, the reason for stopping, and measurements on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Status(enum.Enum):
 
     @property
     def ok(self) -> bool:
-        """Whether the value is what was asked for."""
+        """Return whether the value is what was asked for."""
         return self in (Status.converged, Status.completed, Status.vertex)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..legendre._kernels import shared_sinh_cosh
+
 __all__ = ["MAX_STAGES", "Columns", "Saved", "Stages", "integrate", "stages", "stages_for"]
 
 MAX_STAGES = 25
@@ -166,16 +168,14 @@ class Columns:
     def primal(self, nu: Array, t: Array) -> tuple[Array, Array]:
         """Return x and d x / d mu at (nu, t)."""
         log_A = self.log_A - 2 * self.rate * np.minimum(t, self.off)
-        mu = self.XT @ nu
-        mu *= 2
+        exponent = self.XT @ nu
+        exponent *= 2
         if self.positive:
-            x = np.exp(mu + log_A)
+            x = np.exp(exponent + log_A)  # x = A e^{2 mu}
             return x, 2 * x
-        large = np.abs(mu)
-        large += log_A - np.log(2)  # never e^mu alone: A may be far below what a float holds
-        np.exp(large, out=large)
-        small = np.exp(2 * (log_A - np.log(2))) / np.maximum(large, 1e-300)
-        return np.copysign(large - small, mu), 2 * (large + small)
+        x, slope = shared_sinh_cosh(log_A, exponent)  # x = A sinh(2 mu)
+        slope *= 2
+        return x, slope
 
     def velocity(self, nu: Array, t: Array) -> Array:
         """Return d nu / dt."""

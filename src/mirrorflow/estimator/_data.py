@@ -13,6 +13,8 @@ from scipy.sparse.linalg import LinearOperator, lsqr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
+from ..legendre._kernels import arcsinh_ratio
+
 __all__ = ["Data", "centered", "growth", "prepare", "triangle"]
 
 Array = NDArray[np.float64]
@@ -102,14 +104,9 @@ class Data:
 
 def growth(relative: float, positive: bool) -> float:
     """Return mu at which a coordinate has grown to the scale: the unit of time times the pull."""
-    # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
-    z = -relative
-    return 0.5 * (float(np.logaddexp(0.0, z)) if positive else _arcsinh_exp(z))
-
-
-def _arcsinh_exp(z: float) -> float:
-    """Return arcsinh(e^z) for any z."""
-    return float(np.arcsinh(np.exp(z))) if z < 300 else z + float(np.log(2.0))
+    if positive:
+        return 0.5 * float(np.logaddexp(0.0, -relative))  # x = A e^{2 mu} = A + scale
+    return 0.5 * float(arcsinh_ratio(np.ones(()), relative))  # x = A sinh(2 mu) = scale
 
 
 def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: bool) -> Data:

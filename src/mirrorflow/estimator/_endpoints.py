@@ -12,6 +12,7 @@ from scipy.optimize import nnls
 from sklearn.exceptions import ConvergenceWarning
 
 from .._solution import Status
+from ..legendre._kernels import arcsinh_ratio, duality_gap, kkt_residual
 
 __all__ = ["Ends", "ends", "gap", "kkt", "warn_unfinished"]
 
@@ -64,7 +65,7 @@ def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of above
         R = legendre(Hadamard(), WeightDecay(), w0)
-        return limit(R, Z, y, np.asarray(log_As) / 2, max_steps)
+        return limit(R, Z, y, np.asarray(log_As) / 2, max_steps, per_coordinate=False)
 
 
 def _nonnegative(Z: Array, y: Array) -> tuple[NDArray[np.bool_], Array]:
@@ -91,25 +92,17 @@ def warn_unfinished(max_iter: float, why: str = "") -> None:
 
 
 def kkt(x: Array, log_A: float, mu: Array, positive: bool) -> float:
-    """Compare mirror(x) with X^T nu, where x has digits."""
+    """Return how far mirror(x) is from X^T nu, where x has digits, relative to the latter."""
     size = float(np.abs(mu).max(initial=0.0))
     held = np.abs(x) > 1e-300  # below, x has few digits or none
-    if size == 0 or not held.any():
+    if size == 0:
         return 0.0
-    z = np.log(np.abs(x[held])) - log_A
-    mirror = z if positive else np.sign(x[held]) * _arcsinh_exp(z)
-    return float(np.abs(mirror / 2 - mu[held]).max()) / size
-
-
-def _arcsinh_exp(z: Array) -> Array:
-    """Return arcsinh(e^z), also where e^z overflows."""
-    return np.where(z > 300, z + np.log(2.0), np.arcsinh(np.exp(np.minimum(z, 300))))
+    safe = np.where(held, x, 1.0)
+    mirror = np.log(np.abs(safe)) - log_A if positive else arcsinh_ratio(safe, np.asarray(log_A))
+    return kkt_residual(mirror / 2, mu, held) / size
 
 
 def gap(x: Array, gain: float, mu: Array, positive: bool) -> float:
     """Return the relative duality gap of the L1 norm, with nu as the witness."""
-    size = float(np.abs(x).sum())
-    height = float((mu if positive else np.abs(mu)).max(initial=0.0))
-    if size == 0 or height <= 0:
-        return 0.0
-    return min(1.0, max(0.0, 1 - gain / (height * size)))
+    ceiling = float((mu if positive else np.abs(mu)).max(initial=0.0))
+    return duality_gap(float(np.abs(x).sum()), gain, ceiling)
