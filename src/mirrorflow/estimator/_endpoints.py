@@ -31,7 +31,7 @@ class Ends:
 
 
 def ends(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> Ends:
-    """Give where the flow on |Zx - y|^2 ends for each scale, as one path.
+    """Return where the flow on |Zx - y|^2 ends for each scale, as one path.
 
     With ``positive`` and no x >= 0 that fits, it ends at least squares over x >= 0: of the
     coefficients that reach its predictions, those of least R_a.
@@ -69,7 +69,7 @@ def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> 
 
 
 def _nonnegative(Z: Array, y: Array) -> tuple[NDArray[np.bool_], Array]:
-    """Give the coordinates that can be > 0 in a solution of min |Zx - y|, x >= 0, and its Zx.
+    """Return the coordinates that can be > 0 in a solution of min |Zx - y|, x >= 0, and its Zx.
 
     By complementary slackness a coordinate whose slope is not 0 is 0 in every solution.
     """
