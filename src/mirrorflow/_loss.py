@@ -33,12 +33,12 @@ class LeastSquares:
                 raise TypeError(f"LeastSquares: {name} must be a tensor, got {type(value)}")
         if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
             got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
-            raise ValueError(
-                f"LeastSquares: Z and y must be (n, d) or (n, p, q), and (n,), got {got}"
-            )
+            raise ValueError(f"LeastSquares: Z must be (n, d) or (n, p, q) and y (n,), got {got}")
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not torch.isfinite(value).all():
-                raise ValueError(f"LeastSquares: {name} must be finite, got NaN or infinite entries")
+                raise ValueError(
+                    f"LeastSquares: {name} must be finite, got NaN or infinite entries"
+                )
 
     def require(self, x: Tensor, caller: str) -> None:
         """Raise an error if Z does not measure x = g(w0), by shape and dtype."""
