@@ -206,6 +206,8 @@ def test_a_coordinate_that_starts_at_zero_of_all_factors_is_found_among_many():
     report = mf.check(mf.Hadamard(), DECAY, (m, w))
     assert not report.regular and report.commuting
     assert report.advice.startswith("Definition A.3: start where no row of J_g vanishes")
+    w[:] = 0
+    assert mf.check(mf.Hadamard(), DECAY, (m, w)).advice == report.advice
 
 
 @pytest.mark.parametrize(
@@ -464,22 +466,14 @@ NAN = math.nan
         ({"w0": (vector(1, math.inf, 2), AT[0])}, ValueError, "m must be finite, got NaN or inf"),
         ({"w0": (AT[0], torch.ones(3, dtype=torch.int64))}, TypeError, "w must have a floating"),
         ({"w0": (AT[0].numpy(), AT[0].numpy())}, TypeError, "must be a torch tensor"),
-        (
-            {"w0": (vector(), vector())},
-            ValueError,
-            r"g\(w0\) must hold numbers, got none: it is empty",
-        ),
+        ({"w0": (vector(), vector())}, ValueError, r"g\(w0\) must hold numbers, got none"),
         ({"g": mf.LogRatio(), "w0": (AT[0], -AT[0])}, ValueError, "v must be positive"),
         ({"g": mf.SymmetricFactor(), "w0": AT[0]}, ValueError, "U must be a matrix"),
         ({"g": mf.Product(), "w0": (AT, AT)}, ValueError, "A and B must be"),
         ({"g": mf.CommutingQuadratic(torch.eye(2)[None])}, ValueError, r"w must hold \(w\)"),
         ({"g": mf.CommutingQuadratic(torch.eye(2)[None]), "w0": AT[0]}, ValueError, r"shape \(2,"),
-        ({"g": mf.PowerDifference(2), "h": mf.Separable((1.0,))}, ValueError, "c needs 2 entries"),
-        (
-            {"g": mf.CustomReparam(torch.log), "w0": -AT[0]},
-            ValueError,
-            r"g\(w0\) must be finite, got NaN",
-        ),
+        ({"g": mf.PowerDifference(2), "h": mf.Separable((1,))}, ValueError, "c must have 2 entr"),
+        ({"g": mf.CustomReparam(torch.log), "w0": -AT[0]}, ValueError, r"g\(w0\) must be finite"),
         (
             {"g": mf.Identity(), "h": custom(lambda x: x.sqrt().sum()), "w0": -AT[0]},
             ValueError,

@@ -447,14 +447,10 @@ def test_bad_numbers_are_named(make, message):
 
 
 def test_a_join_needs_schedules():
-    with pytest.raises(
-        TypeError, match=r"join: parts must be \(Schedule, duration\) pairs, got 0.1"
-    ):
+    with pytest.raises(TypeError, match=r"join: parts must be \(Schedule, .* pairs, got 0.1"):
         mf.join([(mf.Constant(1), 1.0), (0.1, None)])
     for wrong in (mf.Constant(1), [mf.Constant(1)], [(mf.Constant(1), 1.0, 2.0)], 3):
-        with pytest.raises(
-            TypeError, match=r"join: parts must be .*\(Schedule, duration\) pairs, got "
-        ):
+        with pytest.raises(TypeError, match=r"join: parts must be .*\(Schedule, .* pairs, got "):
             mf.join(wrong)
     with pytest.raises(ValueError, match="a number in all pairs but the last, got None"):
         mf.join([(mf.Constant(1), None), (mf.Constant(0), None)])

@@ -33,9 +33,7 @@ class LeastSquares:
                 raise TypeError(f"LeastSquares: {name} must be a tensor, got {type(value)}")
         if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
             got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
-            raise ValueError(
-                f"LeastSquares: Z and y must be (n, d) or (n, p, q), and (n,), got {got}"
-            )
+            raise ValueError(f"LeastSquares: Z must be (n, d) or (n, p, q) and y (n,), got {got}")
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not torch.isfinite(value).all():
                 raise ValueError(

@@ -568,8 +568,10 @@ class CustomReparam(Reparam):
         self.names = tuple(f"w{i + 1}" for i in range(len(factors(w))))
         super().validate(w)
         if self.elementwise and self.fn(w).shape != factors(w)[0].shape:
+            got = f"{tuple(self.fn(w).shape)} for {tuple(factors(w)[0].shape)}"
             raise ValueError(
-                f"{self}: fn(w) must have the shape of its factors for elementwise=True, got another"
+                f"{self}: fn(w) must have the shape of the factors, got {got}. Leave "
+                "elementwise=True out."
             )
 
     def __repr__(self) -> str:

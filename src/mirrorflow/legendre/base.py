@@ -42,7 +42,8 @@ class LegendreFunction(ABC):
         Of x and mu.
     elementwise : bool
         Whether R_a is a sum over coordinates. Then every map broadcasts over leading dimensions,
-        and over ``a`` of shape (k, 1, ...), and the metric is a diagonal, given as a vector.
+        and the metric is a diagonal, given as a vector. ``a`` broadcasts as well: a vector of the
+        length of x is one number for each coordinate, k numbers for a batch have shape (k, 1).
     """
 
     elementwise: bool = False

@@ -62,9 +62,7 @@ class PowerEntropy(LegendreFunction):
         assert isinstance(g, PowerDifference) and g.k >= 2 and isinstance(h, Separable)
         u, v = factors(w0)
         if (u == 0).any() or (v == 0).any():
-            raise ValueError(
-                f"{g}: u0 and v0 must not be 0, where g is not regular, got 0. Change w0."
-            )
+            raise ValueError(f"{g}: u0 and v0 must not be 0, where g is not regular, got 0")
         c, power, (up, down) = 2 * g.k * (2 * g.k - 2), 2 - 2 * g.k, h.coefficients(g)
         return cls(g.k, u.abs() ** power / c, v.abs() ** power / c, up, -down)
 

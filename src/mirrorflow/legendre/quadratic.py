@@ -50,9 +50,7 @@ class QuadraticEntropy(LegendreFunction):
             raise ValueError(f"{g}: the A_i must commute, got an off-diagonal part of {off:.1e}")
         c = (V.mT @ w.to(torch.float64)).abs()
         if torch.linalg.matrix_rank(eigenvalues * c) < len(A):  # of the vectors A_i w0
-            raise ValueError(
-                f"{g}: the vectors A_i w0 must be independent, got dependent ones. Change w0."
-            )
+            raise ValueError(f"{g}: the vectors A_i w0 must be independent, got w0 = {w0}")
         return cls(eigenvalues.to(A.dtype), (2 * torch.log(c)).to(A.dtype))
 
     def _weights(self, mu: Tensor, a: Scalar) -> Tensor:

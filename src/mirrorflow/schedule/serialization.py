@@ -44,9 +44,7 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
         case Cyclic(inner, period, cycles):
             again = schedule_to_dict(inner)
             return {"kind": kind, "schedule": again, "period": period, "cycles": cycles}
-    raise TypeError(
-        f"schedule must be of this package, got {schedule!r}, which only has such a name"
-    )
+    raise TypeError(f"schedule must be of this package, got {schedule!r} of the same name")
 
 
 def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
@@ -78,7 +76,8 @@ def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
     needed = list(inspect.signature(makers[kind]).parameters)
     if set(fields) != set(needed):
         raise ValueError(
-            f"{kind}: the fields must be {' and '.join(needed)}, got {' and '.join(map(str, fields)) or 'none'}"
+            f"{kind}: the fields must be {' and '.join(needed)}, got "
+            f"{' and '.join(map(str, fields)) or 'none'}"
         )
     return makers[kind](**fields)
 
