@@ -127,7 +127,7 @@ class Feedback(ABC):
         """
         kind, current, *rest = memory
         if kind != type(self).__name__:
-            raise ValueError(f"the state must be of a {type(self).__name__}, got one of a {kind}")
+            raise ValueError(f"this is the state of {kind}, not of {type(self).__name__}")
         self.current, self._resumed = float(current), True
         if self._watchdog:
             self._watchdog.fed()  # perhaps: the checkpoint does not say
