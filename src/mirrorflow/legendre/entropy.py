@@ -80,6 +80,11 @@ class HyperbolicEntropy(LegendreFunction):
         """Give rho = rho_0 + delta a per coordinate."""
         return self.rho0 + self.drift * a
 
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> HyperbolicEntropy:
+        """Return R_a(x) - <tilt, x>, whose constants are log A and rho + s tilt."""
+        rho = self.rho(a) + self.speed * tilt
+        return HyperbolicEntropy(self.log_A(a), rho, self.speed, self.decay, self.drift)
+
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give A sinh(s mu + rho), formed in logarithms so that only x itself can overflow."""
         checked(self, "mu", mu, a)
@@ -171,6 +176,11 @@ class OneSidedEntropy(LegendreFunction):
     def log_scale(self, a: Scalar) -> Tensor:
         """Give log(X_0 e^{kappa a}), the logarithm of the centre."""
         return self.log_x0 + self.decay * a
+
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> OneSidedEntropy:
+        """Return R_a(x) - <tilt, x>, whose constant is log X_0 + kappa a + s sigma tilt."""
+        scale = self.log_scale(a) + self.speed * self.sign * tilt
+        return OneSidedEntropy(scale, self.sign, self.speed, self.decay)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give sigma X_0 e^{kappa a + s sigma mu}."""

@@ -83,6 +83,22 @@ class LegendreFunction(ABC):
         """Give the minimizer of R_a, primal(0, a): the positional bias."""
         return self.primal(torch.zeros(self.shape, dtype=self.dtype), a)
 
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> LegendreFunction:
+        r"""Return R_a(x) - <tilt, x> as the Legendre function R_0 of another start.
+
+        Where R_a has the constants of a start in each coordinate, as those of m * w, ``a`` and
+        ``tilt`` may have one number for each: what discrete training stores.
+
+        Raises
+        ------
+        TypeError
+            If this R_a has no such constants.
+        """
+        raise TypeError(
+            f"folded: R must be the entropy of m * w or u^2 - v^2, got {type(self).__name__}. Use "
+            "one number a for all coordinates."
+        )
+
     @abstractmethod
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Give the Hessian of R_a: a vector (diagonal) if elementwise, else a square matrix."""
