@@ -181,6 +181,7 @@ class Ledger:
         """Return the account at the first ``count`` saves."""
         if self.gradients:
             self._fold()
+        assert self.total is not None  # a run has at least one step
         slope, decay = self.coordinates.slope, self.coordinates.decay
         logs = torch.stack([torch.zeros_like(self.total), *self.rows])[:count]
         up, down = logs[:, 0::2], logs[:, 1::2]
@@ -220,12 +221,12 @@ def _carry(c: Array, lr: float, momentum: float, last: Array | None) -> Array:
     u_{k+1} = u_k - lr b_k with b_k = m b_{k-1} + drive_k u_k gives, for c = b/u,
     c_k = drive_k + m c_{k-1} u_{k-1}/u_k, and u_k/u_{k-1} is 1 - lr c_{k-1}.
     """
-    last = np.zeros_like(c[0]) if last is None else last
+    held = np.zeros_like(c[0]) if last is None else last
     with np.errstate(all="ignore"):  # a factor of exactly 0 has no ratio
         for row in c:
-            row += momentum * last / (1 - lr * last)
-            last = row
-    return last.copy()
+            row += momentum * held / (1 - lr * held)
+            held = row
+    return held.copy()
 
 
 def _decay_alone(rates: Array, lr: float, momentum: float) -> Array:

@@ -76,9 +76,9 @@ def predicted_account(
     >>> loss = mf.LeastSquares(torch.tensor([[1.0, 2.0]]).double(), torch.tensor([1.0]).double())
     >>> w0 = (torch.zeros(2).double(), torch.ones(2).double())
     >>> pair = (loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.SwitchOff(0.1, 1.0))
-    >>> predicted = predicted_account(mf.flow(*pair, t_end=10.0), loss, lr=0.05)
-    >>> trained = mf.descend(*pair, lr=0.05, steps=200).path.account
-    >>> torch.allclose(predicted.a[-1], trained.a[-1], atol=1e-3)
+    >>> predicted = predicted_account(mf.flow(*pair, t_end=10.0), loss, lr=0.01)
+    >>> trained = mf.descend(*pair, lr=0.01, steps=1000).path.account
+    >>> torch.allclose(predicted.a[-1], trained.a[-1], atol=1e-4)
     True
     """
     _check_arguments(flow, loss, lr, batch, label_noise, momentum)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,7 +285,7 @@ def _opened(
 
 
 def drawn_amplitudes(
-    caller: str, loss: Loss, batch: int | None, label_noise: float | Schedule, times: Array
+    caller: str, loss: Loss, batch: int | None, label_noise: float | Schedule, times: NDArray[Any]
 ) -> Array | None:
     """Return the label noise at each time; None where every step takes the whole loss as it is."""
     noise = label_noise.rate(times) if isinstance(label_noise, Schedule) else label_noise

@@ -64,7 +64,7 @@ def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of above
         R = legendre(Hadamard(), WeightDecay(), w0)
-        return limit(R, Z, y, np.asarray(log_As) / 2, max_steps)
+        return limit(R, Z, y, np.asarray(log_As) / 2, max_steps, per_coordinate=False)
 
 
 def _nonnegative(Z: Array, y: Array) -> tuple[NDArray[np.bool_], Array]:

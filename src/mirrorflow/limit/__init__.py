@@ -75,7 +75,14 @@ class LimitStats:
     seconds: float
 
 
-def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) -> Solution:
+def limit(
+    R: LegendreFunction,
+    Z: Any,
+    y: Any,
+    a: Any,
+    max_steps: int = 2000,
+    per_coordinate: bool | None = None,
+) -> Solution:
     r"""Compute where training ends: the x of least R_a among those that fit the data.
 
     .. math:: \min_x R_a(x) \quad \text{subject to} \quad Z x = y
@@ -97,6 +104,9 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
         the cost of a few single solves where all coordinates decay at the same rate.
     max_steps : int
         The limit on Newton steps, for a whole path or for one point.
+    per_coordinate : bool, optional
+        True: ``a``, of shape R.shape, is one number for each coordinate, as the account of
+        `descend` has it. False: ``a`` is a path. Needed where a path is as long as x.
 
     Returns
     -------
@@ -137,7 +147,7 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     >>> Z, y = torch.tensor([[1.0, 2.0]]), torch.tensor([2.0])
     >>> mf.limit(R, Z, y, a=5.0).value  # no effect of sparsity: the shortest solution
     tensor([0.4000, 0.8000], dtype=torch.float64)
-    >>> mf.limit(R, Z, y, a=[0.0, -5.0]).value  # decay makes it sparse
+    >>> mf.limit(R, Z, y, a=[0.0, -5.0], per_coordinate=False).value  # decay makes it sparse
     tensor([[0.3421, 0.8290],
             [0.0034, 0.9983]], dtype=torch.float64)
     """
@@ -146,6 +156,14 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
         raise TypeError(f"R must be a LegendreFunction (mf.legendre makes one), got {type(R)}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
+    at = _array("a", a)
+    if per_coordinate:
+        R, a = _folded(R, at), 0.0
+    elif per_coordinate is None and at.ndim == 1 < at.size and at.shape == tuple(R.shape):
+        raise ValueError(
+            f"per_coordinate must say what {R.shape.numel()} values of a are for as many "
+            "coordinates. Pass True for one per coordinate, False for a path."
+        )
     rows_of, targets, scalar, steps = _checked(R, Z, y, a)
     # Trial points may overflow; what is kept is checked.
     with np.errstate(all="ignore"), one_pool():
@@ -160,6 +178,13 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
         return Solution(value[0], statuses[0], stats, aux={"theta": dual[0]})
     worst = max(statuses, key=SEVERITY.index)
     return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
+
+
+def _folded(R: LegendreFunction, a: Array) -> LegendreFunction:
+    """Return R_a, one number a per coordinate, as the R_0 of another start."""
+    if a.shape != tuple(R.shape):
+        raise ValueError(f"a must have shape {tuple(R.shape)} per coordinate, got {a.shape}")
+    return R.folded(torch.from_numpy(a).to(R.dtype))
 
 
 def _checked(R: LegendreFunction, Z: Any, y: Any, a: Any) -> tuple[Array, Array, bool, list[float]]:
