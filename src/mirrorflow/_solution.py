@@ -42,9 +42,12 @@ class Path:
     x, mu : array of shape (k, ...)
         The model g(w) and the dual variable mu = -int grad f.
     a : array of shape (k,)
-        The accumulated regularization, <= 0 for decay that is never negative.
+        The accumulated regularization of the schedule, <= 0 for decay that is never negative.
     w : array, tuple of arrays, or None
         The parameters, with the structure of ``w0``.
+    account : Account or None
+        For discrete training, what decay, step and noise stored, per coordinate; see
+        `mirrorflow.descent.Account`.
     """
 
     t: Any
@@ -52,6 +55,7 @@ class Path:
     mu: Any = None
     a: Any = None
     w: Any = None
+    account: Any = None
 
 
 @dataclass(frozen=True)
