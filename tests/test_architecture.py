@@ -16,6 +16,7 @@ ALLOWED = {
     "solution": (),
     "schedule": (),
     "loss": (),
+    "optim": (),
     "spectrum": (),
     "report": (),
     "reparam": (),
