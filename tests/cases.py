@@ -25,6 +25,7 @@ class Case:
     start: Callable
     field: oracles.Field
     commutes: bool = True
+    degree: float | None = None  # of a g that commutes with weight decay up to a change of clock
     slow: bool = False  # R_a by inversion: integrates at every call
     span: np.ndarray | None = None
 
@@ -192,16 +193,17 @@ EVERY = (
         oracles.squares(MIX),
         slow=True,
     ),
-    # What the theory does not cover.
-    Case("depth-3", mf.Depth(3), DECAY, gaussian(3, 3, 3), oracles.depth(3), commutes=False),
-    Case("identity", mf.Identity(), DECAY, gaussian(3), oracles.identity(False), commutes=False),
+    # What commutes up to a change of clock.
+    Case("depth-3", mf.Depth(3), DECAY, gaussian(3, 3, 3), oracles.depth(3), False, 3.0),
+    Case("identity", mf.Identity(), DECAY, gaussian(3), oracles.identity(False), False, 1.0),
     Case(
         "power-2-decay",
         mf.PowerDifference(2),
         DECAY,
         PLANE,
         oracles.power(2, plain=True),
-        commutes=False,
+        False,
+        4.0,
     ),
     Case(
         "log-ratio-decay",
@@ -209,8 +211,10 @@ EVERY = (
         DECAY,
         POSITIVE,
         oracles.log_ratio(plain=True),
-        commutes=False,
+        False,
+        0.0,
     ),
+    # What the theory does not cover.
     Case(
         "quadratic-general",
         mf.CommutingQuadratic(torch.from_numpy(GENERAL)),
@@ -238,7 +242,8 @@ EVERY = (
 )
 COMMUTE = [c for c in EVERY if c.commutes]
 FAST = [c for c in COMMUTE if not c.slow]
-FAIL = [c for c in EVERY if not c.commutes]
+CLOCKED = [c for c in EVERY if c.degree is not None]
+FAIL = [c for c in EVERY if not c.commutes and c.degree is None]
 
 SCHEDULES = {
     "constant": mf.Constant(0.2),

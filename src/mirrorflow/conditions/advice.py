@@ -37,7 +37,10 @@ def advice(g: Reparam, h: Regularizer, conditions: list[Condition]) -> str:
             "Corollary D.1: without overparametrization only a linear h commutes; none is positive."
         )
     if isinstance(g, Depth):
-        return "Theorem D.2: a product of more than two factors does not commute with weight decay."
+        return (
+            "A product of more than two factors commutes with multiples of itself and, up to a "
+            "change of clock, with WeightDecay()."
+        )
     if isinstance(g, SeparableReparam) and not isinstance(h, Separable):
         return (
             "Corollary 3.7: h must be a combination of the terms of g; use Separable(), "

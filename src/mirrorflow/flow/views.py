@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
+from ..legendre import HyperbolicEntropy, LegendreFunction, RescaledFunction, legendre
 from ..loss import LeastSquares, slope
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
@@ -19,6 +19,7 @@ from ..solution import Path
 
 __all__ = [
     "Array",
+    "ClockedView",
     "Coordinates",
     "HadamardView",
     "HyperbolicView",
@@ -172,6 +173,32 @@ class MirrorView(Coordinates):
         return Path(torch.from_numpy(t), x, mu, a)
 
 
+class ClockedView(MirrorView):
+    r"""State (nu, mu), for an R whose dual variable runs on a clock of its own.
+
+    x = primal(nu, a_t), dnu = clock(a_t) dmu and dmu = -grad f dt, or theta and theta' with
+    nu = Z^T theta, mu = Z^T theta'. mu is carried along, so that it is in the path of every view.
+    """
+
+    def start(self) -> Array:
+        """Return nu = mu = 0."""
+        return np.zeros(2 * self.duals)
+
+    def scales(self, a: float) -> Array:
+        """Return 1 in nu and in mu."""
+        return np.tile(self.dual_scales(), 2)
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Return -clock(a_t) grad f and -grad f at x = primal(nu, a_t)."""
+        slope = super().velocity(t, y[: self.duals], schedule)
+        return np.concatenate([self.R.clock(schedule.accumulated(t)) * slope, slope])
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read x = primal(nu, a_t) and mu."""
+        clocked = super().path(t, y[:, : self.duals], schedule)
+        return Path(clocked.t, clocked.x, self.mu(self.tensor(y[:, self.duals :])), clocked.a)
+
+
 class HyperbolicView(MirrorView):
     """The mirror view of m * w with least squares, in NumPy: what diagonal networks need."""
 
@@ -224,9 +251,10 @@ class PrimalView(Coordinates):
 
     def scales(self, a: float) -> Array:
         """Give what 1 in mu changes in x where that is least, and 1 in mu."""
-        # That is J J^T, which decays like e^{2a}, or e^{4a}.
+        # That is J J^T, which decays like e^{2a}, or e^{4a}, or e^{(2k-2) a} for degree k.
         pulled = flatten(self.g.pullback(self.w0, torch.ones(self.shape, dtype=self.dtype)))
-        size = np.exp(4 * a) * _smallest(pulled) ** 2
+        degree = self.R.degree if isinstance(self.R, RescaledFunction) else 0.0
+        size = np.exp(max(4, 2 * degree - 2) * a) * _smallest(pulled) ** 2
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
@@ -234,7 +262,8 @@ class PrimalView(Coordinates):
         rate, a = schedule.rate(t), schedule.accumulated(t)
         x = self.tensor(y[: self.size]).reshape(self.shape)
         slope, carried = self.slope(x)
-        dx = self._pushed(self.R.mirror(x, a), a, self.g.project(slope), rate)
+        dmu = self.g.project(slope) * self.R.clock(a)
+        dx = self._pushed(self.R.mirror(x, a), a, dmu, rate)
         return -np.concatenate([_numpy(dx).reshape(-1), _numpy(carried).reshape(-1)])
 
     def _pushed(self, mu: Tensor, a: float, dmu: Tensor, da: float) -> Tensor:
@@ -271,6 +300,8 @@ def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> C
         return PrimalView(loss, g, w0, R)
     if linear and isinstance(R, HyperbolicEntropy):
         return HyperbolicView(linear, g, w0, R)
+    if isinstance(R, RescaledFunction):
+        return ClockedView(loss, g, w0, R)
     return MirrorView(loss, g, w0, R)
 
 

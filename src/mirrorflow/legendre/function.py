@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,14 @@ class LegendreFunction(ABC):
         r"""Evaluate R_a(x) = <x, mu> - R_a^*(mu) at mu = mirror(x, a)."""
         mu = self.mirror(x, a)
         return self._sum(x * mu) - self.conjugate(mu, a)
+
+    def clock(self, a: Scalar) -> Any:
+        r"""Return d nu / d mu at ``a``, nu the dual variable: mirror(x_t, a_t) = nu_t.
+
+        It is 1, and nu is mu = -int grad f dt, for pairs that commute. `RescaledFunction`, for
+        pairs that commute up to a change of clock, has e^{(k-2) a}.
+        """
+        return 1.0
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         r"""Evaluate the divergence R_a(x) - R_a(y) - <mirror(y, a), x - y> >= 0."""

@@ -17,9 +17,11 @@ from ..legendre import (
     OneSidedEntropy,
     QuadraticEntropy,
     RangeError,
+    RescaledFunction,
 )
 from .continuation import Point, follow
 from .duals import ColumnDual, ExponentialDual, HyperbolicDual, OneSidedDual
+from .homogeneous import RescaledDual, rescaled_dual
 from .matrix import MatrixDual, smat, svec
 from .rows import Rows, length
 from .vertex import at_vertex
@@ -86,7 +88,7 @@ class Family:
         return [replace(p, x=self.expand(p.x * unit)) for p in points]
 
 
-def family(R: LegendreFunction, Z: Array) -> Family | None:
+def family(R: LegendreFunction, Z: Array) -> Family | RescaledDual | None:
     """Give the family of R for the measurements Z (n, d), or None where R has none."""
     match R:
         case HyperbolicEntropy():
@@ -97,6 +99,8 @@ def family(R: LegendreFunction, Z: Array) -> Family | None:
             return _quadratic(R, Z)
         case MatrixEntropy():
             return _matrix(R, Z)
+        case RescaledFunction():
+            return rescaled_dual(R, Z)
         case _:
             return None
 
