@@ -16,7 +16,7 @@ STRETCH = (0.5, 1.25, 3.0)  # factors that confirm g(c w) = c^k g(w)
 
 
 def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | None:
-    r"""Return the k with g(c w) = c^k g(w) for c > 0 near w0, or None if there is none.
+    r"""Return the k with g(c w) = c^k g(w) for c > 0, or None if there is none.
 
     Euler's relation <w, grad (p . g)> = k p . g gives k at random points and for random p; scaling
     the points confirms it.
@@ -26,7 +26,7 @@ def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | Non
     g : Reparam
         The parametrization.
     w0 : Tensor or tuple of Tensor
-        A point; others are drawn around it, entries with the signs that they have there.
+        A point. Others are drawn around it, scaled to size 1, with the signs that it has.
     seed : int
         Of the random points.
 
@@ -43,6 +43,7 @@ def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | Non
     (3.0, 0.0)
     """
     flat = flatten(w0).detach().to(torch.float64)
+    flat = flat / flat.abs().max().clamp(min=1e-300)  # powers of tiny weights would underflow
     random = torch.Generator().manual_seed(seed)
     left, right, size = [], [], []
     for _ in range(POINTS):
@@ -64,8 +65,8 @@ def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | Non
 def _near(flat: Tensor, random: torch.Generator) -> Tensor:
     """Return a point near w0 with its signs; entries that are 0 move as well."""
     noise = torch.randn(flat.shape, generator=random, dtype=torch.float64)
-    size = flat.abs().mean() + torch.finfo(torch.float64).tiny
-    return torch.where(flat == 0, SPREAD * size * noise, flat * torch.exp(SPREAD * noise))
+    moved = flat * torch.exp(SPREAD * noise)
+    return torch.where(flat == 0, SPREAD * flat.abs().mean() * noise, moved)
 
 
 def _rounded(k: float) -> float:

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..regularizer import Regularizer
-from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from ..regularizer import Regularizer, detached_gradient
+from ..reparam import (
+    Parameters,
+    Reparam,
+    detached_pullback,
+    factors,
+    flatten,
+    unflatten,
+)
 from .function import LegendreFunction, RangeError, Scalar, checked
 from .integration import integrate
 
@@ -94,6 +101,10 @@ class Inversion(LegendreFunction):
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Give g(w(mu, a))."""
         return self.g(self._unpack(self._flow(mu, a)))
+
+    def weights(self, mu: Tensor, a: Scalar) -> Parameters:
+        """Return w(mu, a), with the structure of w0."""
+        return self._unpack(self._flow(mu, a))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Invert `primal` along a straight line in x; `RangeError` outside the domain."""
@@ -215,7 +226,14 @@ class Inversion(LegendreFunction):
         """Integrate dw = J^T dmu + grad h da from a state; None if there is no solution."""
 
         def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
-            return self._pull(s, dmu) + da * self._decay(s), none
+            w, moved = self._unpack(s), torch.zeros_like(s)
+            if pulls:
+                moved = self._pack(detached_pullback(self.g, w, dmu))
+            if decays:
+                moved = moved + da * self._pack(detached_gradient(self.h, w, self.g))
+            return moved, none
+
+        pulls, decays = bool((dmu != 0).any()), bool((torch.as_tensor(da) != 0).any())
 
         moved = integrate(velocity, state, state.new_zeros(0))
         return None if moved is None else moved[0]

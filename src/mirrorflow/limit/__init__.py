@@ -23,6 +23,7 @@ from ..legendre import (
 )
 from ..solution import Solution, Status
 from .continuation import Point
+from .custom import by_weights, solve_custom
 from .families import family
 from .general import solve_general
 from .matrix import commutator
@@ -55,7 +56,8 @@ class LimitStats:
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
         without coordinates that underflow.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
-        of X, or squares of w, to rounding, |x - primal(Z^T theta, a)| / |x| instead.
+        of X, or squares of w, to rounding, and for `Inversion`, whose mirror map costs more than
+        the solution, |x - primal(Z^T theta, a)| / |x| instead.
     residual : float or array
         |Zx - y| / |y| (|Zx| for y = 0).
     gap : float or array
@@ -204,7 +206,7 @@ def _solve(
     points: dict[int, Point] = {}
     theta = None
     for i in np.argsort(-np.asarray(a), kind="stable"):  # each starts from its neighbour
-        points[i] = solve_general(R, rows, a[i], theta, max_steps)
+        points[i] = solve_custom(R, rows, a[i]) or solve_general(R, rows, a[i], theta, max_steps)
         theta = points[i].theta if points[i].solved else None
     return [points[i] for i in range(len(a))], rows
 
@@ -257,7 +259,7 @@ def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
     if not (np.isfinite(x).all() and np.isfinite(mu).all()):
         return np.inf
     point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
-    if isinstance(R, MatrixEntropy | QuadraticEntropy):
+    if isinstance(R, MatrixEntropy | QuadraticEntropy) or by_weights(R):
         image = R.primal((dual + dual.mT) / 2 if dual.ndim == 2 else dual, a)
         unit = image.abs().max().clamp(min=1e-300)
         return float(((point - image) / unit).norm() / (image / unit).norm().clamp(min=1e-300))
