@@ -131,7 +131,7 @@ class LegendreFunction(ABC):
         return True
 
     def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
-        """Return max |mirror(x, a) - mu|, infinite outside the domain."""
+        """Return max ``|mirror(x, a) - mu|``, infinite outside the domain."""
         try:
             mirror = self.mirror(x, a)
         except RangeError:
