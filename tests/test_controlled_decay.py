@@ -302,8 +302,8 @@ LOOP = mf.OffBelow(0.1, 2.0)
     ("schedule", "settings", "kind", "message"),
     [
         (0.1, {}, TypeError, r"use Constant\(0.1\)"),
-        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "option 'trackevery'.*track_every"),
-        (mf.Constant(0.1), {"lr": 3}, TypeError, "option 'lr'.*relative, groups, decoupled"),
+        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "must be track_every.*trackevery"),
+        (mf.Constant(0.1), {"lr": 3}, TypeError, "relative, groups, decoupled.*lr"),
         (mf.Constant(0.1), {"level": "heads"}, ValueError, "level: .*'heads'"),
         (mf.Constant(0.1), {"match": "("}, ValueError, "match must be a regular expression"),
         (mf.Constant(0.1), {"metric": "rank"}, ValueError, "metric must be one of ratio.*'rank'"),
@@ -312,8 +312,8 @@ LOOP = mf.OffBelow(0.1, 2.0)
         (mf.Constant(0.1), {"convention": "adam"}, ValueError, "convention must be one of"),
         (mf.Constant(0.1), {"coupling": "loose"}, ValueError, "coupling must be one of"),
         (mf.Constant(0.1), {"groups": [(0, 0.1)]}, TypeError, r"use Constant\(0.1\)"),
-        (mf.Constant(0.1), {"groups": [(0, LOOP)]}, ValueError, "OffBelow needs track_every > 0"),
-        (LOOP, {}, ValueError, "OffBelow needs track_every > 0"),
+        (mf.Constant(0.1), {"groups": [(0, LOOP)]}, ValueError, "positive with OffBelow"),
+        (LOOP, {}, ValueError, "positive with OffBelow"),
         (mf.Constant(0.1), {"groups": [(0, PerLayer(lambda layer: LOOP))]}, TypeError, "PerLayer"),
     ],
 )  # fmt: skip
