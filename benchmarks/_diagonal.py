@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def problem(seed: int = 0) -> tuple[Array, Array]:
-    """Give Z and y = Z x*, x* with 5 ones: |x*|_1 / |x*|_2 = 2.24, as in the paper."""
+    """Return Z and y = Z x*, x* with 5 ones: |x*|_1 / |x*|_2 = 2.24, as in the paper."""
     rng = np.random.default_rng(seed)
     Z, truth = rng.standard_normal((N, D)), np.zeros(D)
     truth[rng.choice(D, NONZERO, replace=False)] = 1.0
@@ -25,17 +25,17 @@ def problem(seed: int = 0) -> tuple[Array, Array]:
 
 
 def start() -> tuple[torch.Tensor, torch.Tensor]:
-    """Give m = 0, w = 1, so that A = e^{2a} / 2."""
+    """Return m = 0, w = 1, so that A = e^{2a} / 2."""
     return torch.zeros(D, dtype=torch.float64), torch.ones(D, dtype=torch.float64)
 
 
 def entropy() -> mf.LegendreFunction:
-    """Give R_a of the network."""
+    """Return R_a of the network."""
     return mf.legendre(mf.Hadamard(), mf.WeightDecay(), start())
 
 
 def accumulated(alpha: float) -> float:
-    """Give a at the end of training with decay alpha in its first half."""
+    """Return a at the end of training with decay alpha in its first half."""
     return -alpha * END / 2
 
 

@@ -21,12 +21,12 @@ PACKAGES = ("torchdiffeq", "numba", "skglm", "celer", "clarabel")
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
-    """Give the median seconds of each call; see `timings`."""
+    """Return the median seconds of each call; see `timings`."""
     return {name: median(times) for name, times in timings(calls, repeats).items()}
 
 
 def timings(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Give the seconds of each call in each turn.
+    """Return the seconds of each call in each turn.
 
     The calls take turns, so that what else the machine does hits all of them alike; a call that
     takes less than 20 ms is repeated within its turn. One turn before the first is not counted.
@@ -40,7 +40,7 @@ def timings(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 
 def _turn(call: Callable[[], Any], count: int) -> float:
-    """Give the mean seconds of ``count`` calls in a row.
+    """Return the mean seconds of ``count`` calls in a row.
 
     Where the others' turn let the second core fall asleep, waking it takes a virtual machine half
     a millisecond: a call before the first is not counted where many are made.
@@ -51,20 +51,20 @@ def _turn(call: Callable[[], Any], count: int) -> float:
 
 
 def _count(call: Callable[[], Any]) -> int:
-    """Give how many calls take 20 ms, judged by five after a first that may load things."""
+    """Return how many calls take 20 ms, judged by five after a first that may load things."""
     taken = _seconds(call)
     return max(1, int(0.02 / max(_seconds(call, 5) / 5, 1e-7))) if taken < 0.1 else 1
 
 
 def once(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Give the seconds of each call, made once: for what takes long beside the rest."""
+    """Return the seconds of each call, made once: for what takes long beside the rest."""
     return {name: _seconds(call) for name, call in calls.items()}
 
 
 def kept(
     calls: Mapping[str, Callable[[], Any]], found: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
-    """Give the calls, each of which leaves its last result in ``found``."""
+    """Return the calls, each of which leaves its last result in ``found``."""
     return {name: partial(_keep, name, call, found) for name, call in calls.items()}
 
 
@@ -73,7 +73,7 @@ def _keep(name: str, call: Callable[[], Any], found: dict[str, Any]) -> None:
 
 
 def _seconds(call: Callable[[], Any], count: int = 1) -> float:
-    """Give the wall time of ``count`` calls."""
+    """Return the wall time of ``count`` calls."""
     started = time.perf_counter()
     for _ in range(count):
         call()

@@ -71,7 +71,7 @@ def compare(alpha: float, flops: float) -> list[dict]:
 
 
 def _distance(x, reference) -> float:
-    """Give the relative distance of x from a reference."""
+    """Return the relative distance of x from a reference."""
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 

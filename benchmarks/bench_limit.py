@@ -54,7 +54,7 @@ def train_torch(Z, y, alpha, steps):
 
 
 def compiled():
-    """Give the steps of `train_numpy`, compiled by Numba."""
+    """Return the steps of `train_numpy`, compiled by Numba."""
     import numba
 
     @numba.njit(cache=False)
@@ -116,7 +116,7 @@ def single(alpha: float, train_numba, flops: float) -> dict:
 
 
 def least(steps: int, flops: float) -> float:
-    """Give the seconds of Newton steps if only arithmetic took time.
+    """Return the seconds of Newton steps if only arithmetic took time.
 
     A step: the symmetric half of Q W Q^T, its factorization, and three products with Q.
     """
@@ -124,7 +124,7 @@ def least(steps: int, flops: float) -> float:
 
 
 def _distance(x, reference) -> float:
-    """Give the relative distance of x from a reference."""
+    """Return the relative distance of x from a reference."""
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 

@@ -124,7 +124,7 @@ def _residual(Z, y, x) -> float:
 
 
 def _error(x, truth) -> float:
-    """Give the distance from the truth, relative to it."""
+    """Return the distance from the truth, relative to it."""
     return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
 
 

@@ -76,7 +76,7 @@ FIXED = {
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Give the slope of log(seconds) against log(size)."""
+    """Return the slope of log(seconds) against log(size)."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
@@ -126,7 +126,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
 
 
 def _room(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Give limits in whole powers of ten, with a free stripe above for the legend."""
+    """Return limits in whole powers of ten, with a free stripe above for the legend."""
     times = np.log10([t for row in rows for t in row["seconds of each size"]])
     return 10.0 ** np.floor(times.min()), 10.0 ** (np.ceil(times.max()) + 0.8)
 

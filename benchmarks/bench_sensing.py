@@ -15,8 +15,8 @@ import torch
 
 from benchmarks._measure import measure
 from mirrorflow.lab.experiments.matrix_sensing._problem import (
-    Problem,
     Scenario,
+    SensingProblem,
     train_factor,
     train_linear,
 )
@@ -26,7 +26,9 @@ N, R, ETA, START = 50, 5, 0.25, 0.1
 WHOLE = 5000
 
 
-def literal(problem: Problem, scenarios: list[Scenario], steps: int, form: str) -> np.ndarray:
+def literal(
+    problem: SensingProblem, scenarios: list[Scenario], steps: int, form: str
+) -> np.ndarray:
     """Train one scenario after the other with automatic differentiation."""
     A, y = torch.from_numpy(problem.sensing()), torch.from_numpy(problem.y)
     return np.stack([_literal(A, y, s, steps, form) for s in scenarios])
@@ -48,7 +50,7 @@ def _literal(
     return (U @ U.T).detach().numpy()
 
 
-def literal_linear(problem: Problem, scenarios: list[Scenario], steps: int) -> np.ndarray:
+def literal_linear(problem: SensingProblem, scenarios: list[Scenario], steps: int) -> np.ndarray:
     """Train the linear model, one scenario after the other, with automatic differentiation."""
     A, y = torch.from_numpy(problem.sensing()), torch.from_numpy(problem.y)
     ends = []
@@ -68,8 +70,8 @@ def literal_linear(problem: Problem, scenarios: list[Scenario], steps: int) -> n
     return np.stack(ends)
 
 
-def limits(problem: Problem, rows: int) -> dict[str, float]:
-    """Give the time of a step if only memory, or only arithmetic, took time on this machine.
+def limits(problem: SensingProblem, rows: int) -> dict[str, float]:
+    """Return the time of a step if only memory, or only arithmetic, took time on this machine.
 
     A step has to read H once (what a fused pass would need; BLAS reads it twice), and to do 4 m p
     flops for each row of the batch, and 4 n^3 for the two products with U.
@@ -93,19 +95,21 @@ def limits(problem: Problem, rows: int) -> dict[str, float]:
     }
 
 
-def linear_steps(problem: Problem, scenarios: list[Scenario]) -> tuple[int, int]:
+def linear_steps(problem: SensingProblem, scenarios: list[Scenario]) -> tuple[int, int]:
     """Count the steps that the linear model takes before it settles, and those with a penalty."""
-    slope, matrix = Problem.slope, Problem.matrix
+    slope, matrix = SensingProblem.slope, SensingProblem.matrix
     with (
-        patch.object(Problem, "slope", autospec=True, side_effect=slope) as slopes,
-        patch.object(Problem, "matrix", autospec=True, side_effect=matrix) as shrinks,
+        patch.object(SensingProblem, "slope", autospec=True, side_effect=slope) as slopes,
+        patch.object(SensingProblem, "matrix", autospec=True, side_effect=matrix) as shrinks,
     ):
         train_linear(problem, scenarios, ETA, WHOLE, START, WHOLE)
     return slopes.call_count, shrinks.call_count
 
 
-def linear_limit(problem: Problem, scenarios: list[Scenario], floor: dict[str, float]) -> float:
-    """Give the time of the linear model's steps if only memory, or only arithmetic, took time.
+def linear_limit(
+    problem: SensingProblem, scenarios: list[Scenario], floor: dict[str, float]
+) -> float:
+    """Return the time of the linear model's steps if only memory, or only arithmetic, took time.
 
     Each step reads H once; a penalty takes an eigendecomposition and a product: 11 n^3 flops.
     """
@@ -118,7 +122,7 @@ def linear_limit(problem: Problem, scenarios: list[Scenario], floor: dict[str, f
 
 def compare(m: int) -> list[dict]:
     """Time one m: first that all do the same, then how long they take."""
-    problem = Problem.random(0, N, R, m)
+    problem = SensingProblem.random(0, N, R, m)
     # The switch in the middle of the timed steps, as in the middle of the whole run.
     scenarios = [Scenario(0.0), Scenario(0.01), Scenario(0.02), Scenario(0.02, STEPS // 2)]
     whole = [Scenario(0.0), Scenario(0.01), Scenario(0.02), Scenario(0.02, WHOLE // 2)]

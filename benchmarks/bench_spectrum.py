@@ -73,7 +73,7 @@ def product(name: str, count: int, n: int, r: int, target: int | None, threads: 
 
 
 def in_processes(cases: Sequence[tuple], count: int = 15) -> list[dict]:
-    """Give for each case the row of that process whose ratio is the median, and the ratios' range.
+    """Return for each case the row of the process with the median ratio, and the ratios' range.
 
     Where a process has its code and data in memory decides which lines of the cache they share,
     and that makes a fifth of the time of small products; so does what else a shared host does,
@@ -90,7 +90,7 @@ def _in_process(case: tuple) -> dict:
 
 
 def _middle(rows: list[dict]) -> dict:
-    """Give the row whose ratio is the median."""
+    """Return the row whose ratio is the median."""
     rows.sort(key=lambda row: row[RATIO])
     spread = [rows[0][RATIO], rows[-1][RATIO]]
     return {**rows[len(rows) // 2], f"ratios of {len(rows)} processes": spread}

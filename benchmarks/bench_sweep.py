@@ -11,7 +11,7 @@ import torch
 
 from benchmarks._measure import measure
 from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
-from mirrorflow.lab.experiments.networks._study import Plan
+from mirrorflow.lab.experiments.networks._study import PlannedRun
 from mirrorflow.lab.experiments.networks._training import train
 from mirrorflow.lab.framework.trunks import Checkpoints, branch_points, steps_saved
 from mirrorflow.lab.sweep import Study, sweep
@@ -62,7 +62,7 @@ def sharing() -> dict[str, Any]:
     }
 
 
-def session(config: tab02.Config, plan: Plan) -> Any:
+def session(config: tab02.Config, plan: PlannedRun) -> Any:
     return tab02._session(config, plan)
 
 

@@ -29,10 +29,10 @@ def chromium():
 
 
 def dom(page: Path, *flags: str) -> tuple[str, list[str]]:
-    """Give the page as it is once its scripts have run, and the lines of its console."""
+    """Return the page as it is once its scripts have run, and the lines of its console."""
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [chromium(), *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom", page.as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=600, check=True,
         )  # fmt: skip
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)

@@ -32,7 +32,7 @@ class Case:
         return self.id
 
     def flat(self, seed):
-        """Give w0 as one NumPy vector."""
+        """Return w0 as one NumPy vector."""
         w0 = self.start(seed)
         parts = (w0,) if isinstance(w0, torch.Tensor) else w0
         return torch.cat([p.reshape(-1) for p in parts]).numpy()
@@ -56,7 +56,7 @@ def single(low, high, size):
 
 
 def unbalanced(seed):
-    """Give m0, w0 with |m0| != |w0|, in either order and with either sign."""
+    """Return m0, w0 with |m0| != |w0|, in either order and with either sign."""
     rng = np.random.default_rng(seed)
     big, small = rng.uniform(0.7, 1.2, 3), rng.uniform(-0.5, 0.5, 3)
     swap, sign = rng.integers(0, 2, 3).astype(bool), rng.choice([-1.0, 1.0], 3)
@@ -65,14 +65,14 @@ def unbalanced(seed):
 
 
 def balanced(seed):
-    """Give m0 = +-w0: x0 != 0 keeps its sign."""
+    """Return m0 = +-w0: x0 != 0 keeps its sign."""
     rng = np.random.default_rng(seed)
     m, sign = rng.uniform(0.6, 1.2, 3), rng.choice([-1.0, 1.0], 3)
     return torch.from_numpy(m), torch.from_numpy(m * sign)
 
 
 def one_vanishes(seed):
-    """Give u0, v0 of which one is 0."""
+    """Return u0, v0 of which one is 0."""
     rng = np.random.default_rng(seed)
     size, up = rng.uniform(0.6, 1.2, 3), rng.integers(0, 2, 3)
     return torch.from_numpy(size * up), torch.from_numpy(size * (1 - up))

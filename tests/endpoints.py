@@ -14,12 +14,12 @@ def tensors(*arrays):
 
 
 def zero_start(d):
-    """Give R_a of m0 = 0, w0 = 1: A = e^{2a} / 2."""
+    """Return R_a of m0 = 0, w0 = 1: A = e^{2a} / 2."""
     return mf.legendre(H, DECAY, tensors(np.zeros(d), np.ones(d)))
 
 
 def sparse(n, d, k, seed):
-    """Give Z, y and the x with k non-zeros that made y."""
+    """Return Z, y and the x with k non-zeros that made y."""
     rng = np.random.default_rng(seed)
     x = np.zeros(d)
     x[rng.choice(d, k, replace=False)] = rng.choice([-1.0, 1.0], k) * rng.uniform(0.5, 2, k)
@@ -33,7 +33,7 @@ def dense(n, d, seed):
 
 
 def smallest_l1(Z, y):
-    """Give the solution of least L1 norm, by HiGHS, which has to be given rows of size 1."""
+    """Return the solution of least L1 norm, by HiGHS, which has to be given rows of size 1."""
     rows = np.maximum(np.abs(Z).max(axis=1), 1e-300)
     Z, y, d = Z / rows[:, None], y / rows, Z.shape[1]
     size = np.abs(y).max()
@@ -43,7 +43,7 @@ def smallest_l1(Z, y):
 
 
 def distance(one, two):
-    """Give the largest difference relative to the size of the second."""
+    """Return the largest difference relative to the size of the second."""
     one, two = (np.asarray(v, dtype=float).ravel() for v in (one, two))
     return np.abs(one - two).max() / np.abs(two).max()
 

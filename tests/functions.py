@@ -59,13 +59,13 @@ def symmetric(m):
 
 
 def at(R, seed=0, size=0.05, a=A):
-    """Give a mu, symmetric for matrices, and its x."""
+    """Return a mu, symmetric for matrices, and its x."""
     mu = size * symmetric(torch.from_numpy(np.random.default_rng(seed).standard_normal(R.shape)))
     return mu, R.primal(mu, a)
 
 
 def one(k, u=0.9, v=0.8):
-    """Give R_a of one coordinate of u^2k - v^2k."""
+    """Return R_a of one coordinate of u^2k - v^2k."""
     return mf.legendre(mf.PowerDifference(k), mf.Separable(), (tensor(u), tensor(v)))
 
 

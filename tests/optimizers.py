@@ -84,8 +84,25 @@ def by_hand(make, schedule, steps=STEPS, lr_at=None):
 
 
 def assert_equal(ours, theirs):
+    """The same path run twice, to the bit: a resumed run, or weights that were left alone."""
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
+
+
+def assert_near(ours, theirs, make=None):
+    """Two paths to the same weights, which may round differently; Muon's steps are in bfloat16."""
+    tolerance = 5e-3 if getattr(make, "func", make) is Muon else 2e-6
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_nets_near(ours, theirs):
+    """The same for models with attention, trained by Adam."""
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        pair = p.detach(), q.detach()
+        if name.endswith("in_proj_bias"):  # keys' has a gradient of 0: Adam takes rounding for one
+            pair = (torch.cat(bias.chunk(3)[::2]) for bias in pair)
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
 
 
 def named(*parts):

@@ -23,7 +23,7 @@ class Field:
     decay: Callable
 
     def jacobian(self, w):
-        """Give J_g^T as a matrix, column by column."""
+        """Return J_g^T as a matrix, column by column."""
         return np.stack([self.pull(w, e) for e in np.eye(len(self.g(w)))], axis=1)
 
 

@@ -117,7 +117,7 @@ def mirror(R, x, a):
 
 
 def sections():
-    """Give the page's numbered sections, by number."""
+    """Return the page's numbered sections, by number."""
     parts = re.split(r"^### (\d+)\. ", PAGE.read_text(), flags=re.MULTILINE)
     return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import time
 
 
 def kills_itself_once(folder, job):
@@ -20,6 +21,13 @@ def kills_itself_once(folder, job):
 def kills_itself_always(folder, job):
     def observe(numbers):
         os.kill(os.getpid(), signal.SIGKILL)
+
+    return observe
+
+
+def waits_to_be_killed(folder, job):
+    def observe(numbers):
+        time.sleep(6000)
 
     return observe
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "_loss": (),
     "schedule": (),
     "spectrum": (),
+    "balance": (),
     "reparam": (),
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),

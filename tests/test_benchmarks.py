@@ -65,4 +65,4 @@ def test_spectra_are_measured_in_processes_of_their_own():
     dense = row["dense SVDs in float64, seconds"]
     assert row[bench_spectrum.RATIO] == pytest.approx(dense / row["seconds"])
     assert row["ratios of 1 processes"] == [row[bench_spectrum.RATIO]] * 2
-    assert row["relative error of the nuclear norm"] < 1e-13
+    assert row["relative error of the nuclear norm"] < 1e-11

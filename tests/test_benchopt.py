@@ -33,7 +33,7 @@ class Part:
 
 
 def grid(parameters):
-    """Give each choice, as benchopt does; "a, b" names several that go together."""
+    """Return each choice, as benchopt does; "a, b" names several that go together."""
     for values in product(*parameters.values()):
         chosen = {}
         for name, value in zip(parameters, values, strict=True):
@@ -58,7 +58,7 @@ def load(monkeypatch):
 
 
 def draw(load, name):
-    """Give a data set at the size that benchopt tests with."""
+    """Return a data set at the size that benchopt tests with."""
     Dataset = load(FOLDER / "datasets" / f"{name}.py", "Dataset")
     return Dataset(**next(grid(Dataset.test_parameters))).get_data()
 
@@ -82,7 +82,7 @@ def solver_class(load, name):
 
 
 def rounds(count, seen=lambda: None):
-    """Give a callback that lets a solver go on, ``count`` times."""
+    """Return a callback that lets a solver go on, ``count`` times."""
     left = iter(range(count))
 
     def callback():
@@ -93,7 +93,7 @@ def rounds(count, seen=lambda: None):
 
 
 def solutions(Solver, objective):
-    """Give x of each variant of a solver that takes the problem."""
+    """Return x of each variant of a solver that takes the problem."""
     for choice in grid(Solver.parameters):
         solver, given = Solver(**choice), objective.get_objective()
         if solver.skip(**given)[0]:

@@ -51,8 +51,8 @@ def test_it_is_what_matrix_sensing_finds():
     _, M = problem(noise=0.1)
     for options in ({"switch_off": True}, {"switch_off": False, "alpha": 0.3, "max_rank": 5}):
         one, other = mf.MatrixCompletion(**options).fit(M), mf.MatrixSensing(**options).fit(M)
-        np.testing.assert_array_equal(one.matrix(), other.matrix())
-        np.testing.assert_array_equal(one.singular_values_, other.singular_values_)
+        np.testing.assert_allclose(one.matrix(), other.matrix(), atol=1e-9)
+        np.testing.assert_allclose(one.singular_values_, other.singular_values_, atol=1e-9)
         assert one.rank_ == other.rank_
 
 
@@ -154,7 +154,7 @@ def test_frames_keep_their_names(frame):
     filled = model.transform(data)
     assert isinstance(filled, frame) and list(filled.columns) == names
     assert list(model.feature_names_in_) == list(model.get_feature_names_out()) == names
-    np.testing.assert_array_equal(filled.to_numpy(), mf.MatrixCompletion().fit_transform(M))
+    np.testing.assert_allclose(filled.to_numpy(), mf.MatrixCompletion().fit_transform(M), atol=1e-6)
     with pytest.raises(ValueError, match="feature names"):
         model.transform(data[names[::-1]])
 
@@ -174,7 +174,8 @@ def test_float32_clones_and_pickles():
     assert small.transform(M.astype(np.float32)).dtype == small.U_.dtype == np.float32
     np.testing.assert_allclose(small.matrix(), X, atol=1e-4)
     again = pickle.loads(pickle.dumps(small))
-    np.testing.assert_array_equal(again.transform(M), small.transform(M))
+    np.testing.assert_array_equal(again.V_, small.V_)
+    np.testing.assert_allclose(again.transform(M), small.transform(M), atol=1e-5)
 
 
 def test_a_fit_that_fails_leaves_the_estimator_as_it_was(monkeypatch):

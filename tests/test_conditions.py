@@ -23,7 +23,7 @@ def orthogonal(n, seed):
 
 
 def aligned(n, m, count=4):
-    """Give matrices (count, n, m) with shared singular vectors."""
+    """Return matrices (count, n, m) with shared singular vectors."""
     U, V = orthogonal(n, 1), orthogonal(m, 2)
     s = np.random.default_rng(3).standard_normal((count, min(n, m)))
     return torch.from_numpy(np.einsum("ik,ak,jk->aij", U[:, : s.shape[1]], s, V[:, : s.shape[1]]))
@@ -259,7 +259,7 @@ def test_ones_own_g_whose_coordinates_do_not_commute():
 
 
 def one_bad(w):
-    """Give weight decay, but w^4 in the last of many coordinates."""
+    """Return weight decay, but w^4 in the last of many coordinates."""
     return (w[0] ** 2 + w[1] ** 2)[:-1].sum() / 2 + 1e-3 * w[1][-1] ** 4
 
 

@@ -174,9 +174,9 @@ def test_loops_in_groups_continue_with_their_logs():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([], "not a state of ControlledDecay.*got list"),
-        ({"steps": 3, "entries": []}, r"not a state of ControlledDecay.*\['entries', 'steps'\]"),
-        ("another", "the state is of 1 closed loops and no PerLayer, here there are 0 and none"),
+        ([], "state must have the keys scheduler, layers and loops, got list"),
+        ({"steps": 3, "entries": []}, r"state must have the keys.*\['entries', 'steps'\]"),
+        ("another", "state must come from 0 closed loops and no PerLayer, got 1 and none"),
     ],
 )
 def test_the_state_of_something_else_is_refused(state, message):

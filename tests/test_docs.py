@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(path):
-    """Give the Python of a page, block by block."""
+    """Return the Python of a page, block by block."""
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
 
 
@@ -49,7 +49,7 @@ NAMES = {  # a column or a row of a page -> as it is stored
 
 
 def stored(name, key):
-    """Give a column of the table of a stored study: (data, method) -> number."""
+    """Return a column of the table of a stored study: (data, method) -> number."""
     (result,) = [
         r for r in framework.find_results(ROOT / "results") if r["experiment"] == name
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def case(row):
 
 
 def printed(path, head):
-    """Give the cells of the table of a page whose heading begins so: (row, column) -> text."""
+    """Return the cells of the table of a page whose heading begins so: (row, column) -> text."""
     page = path.read_text(encoding="utf-8")
     lines = page[page.index(head) :].split("\n\n")[0].splitlines()
     cells = [[c.strip(" *") for c in line.split("|")[1:-1]] for line in lines]

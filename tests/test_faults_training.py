@@ -50,7 +50,7 @@ KILLED = """
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_killed_between_the_optimizers_save_and_the_schedulers(tmp_path):
     code = KILLED.format(tests=str(__file__).rsplit("/", 1)[0], folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=600)
     assert done.returncode == -signal.SIGKILL
     load = partial(torch.load, weights_only=True)
     params = [torch.nn.Parameter(p.detach()) for p in load(tmp_path / "weights.pt")]
@@ -66,7 +66,7 @@ def test_killed_between_the_optimizers_save_and_the_schedulers(tmp_path):
     expected = WeightDecayScheduler(optimizer, FALL)
     run(whole, optimizer, STEPS)
     assert_equal(params, whole)
-    assert scheduler.accumulated == pytest.approx(expected.accumulated, rel=1e-15)
+    assert scheduler.accumulated == pytest.approx(expected.accumulated, rel=1e-12)
 
 
 @pytest.mark.parametrize("lost", ["the scheduler's", "the optimizer's"])

@@ -98,7 +98,7 @@ def test_a_run_that_was_begun_without_mirrorflow(tmp_path, optim):
     train(first)
     second = trainer(tmp_path, optim=optim)
     control = control_decay(second, mf.SwitchOff(0.5, at=STOP + 2), track_every=4)
-    with pytest.warns(UserWarning, match=f"goes on from step {STOP} without a state of mirrorflow"):
+    with pytest.warns(UserWarning, match=f"resumes at step {STOP} without a saved state"):
         second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     rows = [(r["start"], r["stop"], r["decay"]) for r in control.scheduler.audit()
             if r["group"] == "0"]  # fmt: skip
@@ -144,8 +144,8 @@ def resume(saved):
     [
         (lambda text: text[:40], "JSONDecodeError"),
         (lambda text: "", "JSONDecodeError"),
-        (lambda text: "[1, 2]", "not a state of ControlledDecay"),
-        (lambda text: '{"feedback": null}', "not a state of ControlledDecay"),
+        (lambda text: "[1, 2]", "state must have the keys scheduler, layers and loops"),
+        (lambda text: '{"feedback": null}', "state must have the keys scheduler, layers and loops"),
         (lambda text: text.replace('"taken"', '"token"'), "KeyError: 'taken'"),
         (lambda text: json.dumps(json.loads(text) | {"scheduler": None}), "NoneType"),
         (lambda text: json.dumps(json.loads(text) | {"loops": [{}]}), "closed loops"),
@@ -195,10 +195,18 @@ def test_a_trial_keeps_its_state_in_its_own_folder(tmp_path, monkeypatch):
         ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "option 'trackevery'"),
         ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
         ({"schedule": mf.Constant(0.1), "metric": "loss"}, ValueError, "metric must be one of"),
-        ({"groups": [(0, mf.OffBelow(0.1, 2.0))]}, ValueError, "OffBelow needs track_every"),
-        ({}, ValueError, "there is no schedule"),
-        ({"schedule_for": mf.Constant(0.1)}, TypeError, "schedule_for is a function"),
-        ({"schedule": mf.Constant(0.1), "schedule_for": mf.Constant}, ValueError, "not both"),
+        (
+            {"groups": [(0, mf.OffBelow(0.1, 2.0))]},
+            ValueError,
+            "track_every must be positive with OffBelow",
+        ),
+        ({}, ValueError, "a schedule is missing"),
+        ({"schedule_for": mf.Constant(0.1)}, TypeError, "schedule_for must be a function"),
+        (
+            {"schedule": mf.Constant(0.1), "schedule_for": mf.Constant},
+            ValueError,
+            "must not both be given",
+        ),
     ],
 )
 def test_impossible_settings_are_named_at_once(tmp_path, rules, kind, message):
@@ -224,7 +232,7 @@ def test_a_schedule_for_the_length_of_the_run(tmp_path, length, total):
 def test_what_schedule_for_makes_is_checked(tmp_path):
     for make, kind, message in [
         (lambda total: 0.5, TypeError, r"use Constant\(0.5\)"),
-        (lambda total: mf.OffBelow(0.5, 2.0), ValueError, "needs track_every > 0"),
+        (lambda total: mf.OffBelow(0.5, 2.0), ValueError, "track_every must be positive"),
     ]:
         made = trainer(tmp_path)
         control_decay(made, schedule_for=make)

@@ -92,7 +92,7 @@ each_pair = pytest.mark.parametrize("name", PAIRS)
 
 
 def both(name, seed=0, own=False, n=3):
-    """Give the closed form, and the inversion of the same pair or of a user's own functions."""
+    """Return the closed form, and the inversion of the same pair or of a user's own functions."""
     g, h, x, y, start = PAIRS[name]
     w0 = tuple(f[:n] for f in start(seed))
     closed = mf.legendre(g, h, w0)
@@ -293,7 +293,7 @@ def test_a_dense_pair_has_no_box_for_a_range_and_takes_one_x_at_a_time():
             method(two, 0.0)
     mu = 0.01 * two * tensor(1.0, -1.0)
     alone = torch.stack([R.conjugate(m, -0.1) for m in mu])
-    assert gap(R.conjugate(mu, -0.1), alone) < 1e-14
+    assert gap(R.conjugate(mu, -0.1), alone) < 1e-12
 
 
 # Derivatives.

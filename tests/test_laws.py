@@ -43,7 +43,7 @@ def train(case, name="least-squares", schedule=SCHEDULES["constant"], seed=0, ti
 
 
 def gap(one, two, floor=1e-3):
-    """Give the largest difference relative to the size of the second."""
+    """Return the largest difference relative to the size of the second."""
     one, two = (np.asarray(v).ravel() for v in (one, two))
     return np.abs(one - two).max() / max(np.abs(two).max(), floor)
 
@@ -226,7 +226,7 @@ def test_the_end_point_satisfies_the_optimality_conditions(case):
     linear, x = end_of_flow(case)
     mu = legendre(case).mirror(x, -0.3).reshape(-1).numpy()
     Z = linear.Z.reshape(len(linear.y), -1).numpy()
-    theta = np.linalg.lstsq(Z.T, mu, rcond=None)[0]
+    theta = np.linalg.lstsq(Z.T, mu, rcond=1e-10)[0]
     assert np.abs(theta).max() > 1e-2  # the test would say nothing at mu = 0
     assert gap(Z.T @ theta, mu) < 1e-6
 
@@ -237,7 +237,7 @@ def test_the_end_point_solves_the_dual_problem(case):
     R = legendre(case)
 
     def residual(theta):
-        """Give Z primal(Z^T theta) - y, which increases; where it does not exist it is infinite."""
+        """Return Z primal(Z^T theta) - y, which increases; infinite where it does not exist."""
         mu = case.g.project(linear.transpose(torch.tensor([theta], dtype=torch.float64)))
         try:
             return float(linear.predict(R.primal(mu, -0.3)) - linear.y)
@@ -392,9 +392,9 @@ def test_every_public_parametrization_and_penalty_is_in_the_table():
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_oracle_and_the_package_have_the_same_g_and_gradients(case):
     w0, rng = case.start(4), np.random.default_rng(4)
-    assert gap(case.g(w0), case.field.g(case.flat(4))) < 1e-14
+    assert gap(case.g(w0), case.field.g(case.flat(4))) < 1e-12
     s = rng.standard_normal(len(case.field.g(case.flat(4))))
     pulled = reparam.flatten(case.g.pullback(w0, tensor(case, s)))
-    assert gap(pulled, case.field.pull(case.flat(4), s)) < 1e-13
+    assert gap(pulled, case.field.pull(case.flat(4), s)) < 1e-12
     decay = reparam.flatten(case.h.gradient(w0, case.g))
-    assert gap(decay, case.field.decay(case.flat(4))) < 1e-14
+    assert gap(decay, case.field.decay(case.flat(4))) < 1e-12

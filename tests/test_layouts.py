@@ -132,7 +132,7 @@ def build(name, norms=False):
 
 
 def run(model):
-    """Give the output for one token for each dimension of the input."""
+    """Return the output for one token for each dimension of the input."""
     if "Vi" in type(model).__name__ or "Swin" in type(model).__name__:
         return model(torch.zeros(D, 3, 4, 4, dtype=torch.float64))[0]
     return model(torch.arange(10, 10 + D).unsqueeze(1))[0]

@@ -154,7 +154,7 @@ def test_the_divergence_of_close_points_keeps_its_digits(case, near, a):
     # Quadratic forms know mu(x) - mu(y), eigenvectors their angles, to an eps of their size only.
     rounding = 1e-15 / near if not R.elementwise else 1e-9
     assert abs(R.bregman(x, y, a) / ((step * moved).sum() / 2) - 1) < 4 * near + 30 * rounding
-    assert R.bregman(y, y, a).abs() < 1e-28 * y.abs().max()
+    assert R.bregman(y, y, a).abs() < 1e-26 * y.abs().max()  # the square of a rounding
 
 
 def test_hyperbolic_divergences_scale_where_squares_underflow_or_overflow():
@@ -167,7 +167,7 @@ def test_hyperbolic_divergences_scale_where_squares_underflow_or_overflow():
 
 
 def excess(y, e):
-    """Give softplus(y + e) - softplus(y) - s(y) e in 120 digits, for floats."""
+    """Return softplus(y + e) - softplus(y) - s(y) e in 120 digits, for floats."""
     with localcontext() as context:
         context.prec = 120
         Y, E = Decimal(y), Decimal(e)
@@ -195,7 +195,7 @@ def test_the_value_of_the_log_ratio_has_no_jump_where_torch_cuts_softplus(x):
         s = u + v
         constant = (s * s.ln() - s) - (u * u.ln() - u) - (v * v.ln() - v)
         wanted = (u * (1 + (-X).exp()).ln() + v * (1 + X.exp()).ln() - constant) / 4
-    assert abs(R.value(tensor(x), 0.0) - float(wanted)) < 1e-14 * abs(x)
+    assert abs(R.value(tensor(x), 0.0) - float(wanted)) < 1e-13 * abs(x)
 
 
 # The centre.

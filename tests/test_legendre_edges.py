@@ -72,7 +72,7 @@ def test_a_round_trip_of_the_power_difference(k, a):
         assert lower < mu < upper  # strictly: primal takes whatever mirror gives
         back, metric = R.primal(mu, a), R.metric(x, a)
         if abs(value) < 1e4:
-            resolution = 1e-15 * (lower.abs() + upper.abs() + mu.abs()) / metric
+            resolution = 4e-15 * (lower.abs() + upper.abs() + mu.abs()) / metric
             assert (back - x).abs() <= resolution + 1e-12 * x.abs()
         else:
             assert torch.isfinite(back) and back.sign() == x.sign()
@@ -98,7 +98,7 @@ def test_the_metric_of_the_power_difference_keeps_its_digits_at_the_ends(k, a, s
         conjugate = (P ** (1 - q) + N ** (1 - q)) / (c * (q - 1))
         value = float((P**-q - N**-q) * mu - conjugate)
     mirror = R.mirror(x, a)
-    assert abs(mirror - float(mu)) <= 4e-16 * (1 + abs(a))
+    assert abs(mirror - float(mu)) <= 2e-15 * (1 + abs(a))
     assert abs(R.metric(x, a) / metric - 1) < 1e-12
     assert abs(grad(mirror.sum(), x)[0] / metric - 1) < 1e-12
     assert abs(R.value(x, a) / value - 1) < 1e-12
@@ -126,7 +126,7 @@ def test_newton_says_when_it_has_not_converged():
 )
 def test_newton_solves_the_power_equation(tau, q):
     w = power._solve(tensor(tau), q)
-    assert abs(power._tau(w, q) - tau) <= 1e-14 * tau + 1e-307
+    assert abs(power._tau(w, q) - tau) <= 1e-13 * tau + 1e-307
 
 
 @pytest.mark.parametrize("a", [0.0, -0.5, -0.7])
@@ -135,7 +135,7 @@ def test_a_round_trip_of_the_log_ratio(a):
     full = torch.full_like(x, 1.8)
     R = mf.legendre(mf.LogRatio(), mf.Separable(), (full, full - 0.1))
     mu = R.mirror(x, a)
-    assert ((R.primal(mu, a) - x).abs() < 1e-15 / R.metric(x, a) + 1e-14).all()
+    assert ((R.primal(mu, a) - x).abs() < 4e-15 / R.metric(x, a) + 1e-13).all()
     for far in (30.0, 1e8):  # mu rounds to the end; what mirror gives is inside
         lower, upper = R.range(a)
         for end in (R.mirror(torch.full_like(x, far), a), R.mirror(torch.full_like(x, -far), a)):
@@ -151,7 +151,7 @@ def test_mu_at_the_very_end_of_its_range(R, a):
         mu = torch.nextafter(end, inward)
         x = R.primal(mu, a)
         assert torch.isfinite(x)
-        assert (R.mirror(x, a) - mu).abs() <= 4e-16 * (lower.abs() + upper.abs())
+        assert (R.mirror(x, a) - mu).abs() <= 2e-15 * (lower.abs() + upper.abs())
         with pytest.raises(mf.RangeError):
             R.primal(end, a)
 

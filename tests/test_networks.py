@@ -125,7 +125,7 @@ def test_absorbed_is_what_a_buffer_with_momentum_adds_up():
             buffer = momentum * buffer + (s == t)
             total += lrs[s] * buffer
         assert found[t] == pytest.approx(total)
-    np.testing.assert_array_equal(absorbed(np.array([0.1, 0.3])), [0.1, 0.3])
+    np.testing.assert_allclose(absorbed(np.array([0.1, 0.3])), [0.1, 0.3], rtol=1e-14)
 
 
 def test_sharing_saves_the_steps_before_the_switches():
@@ -212,7 +212,7 @@ def test_intervals_are_those_of_student():
 
 
 def ended(kind, loss, seed=0, decay=0.1, start=4.0):
-    """Give the record of a run that has ended with a loss."""
+    """Return the record of a run that has ended with a loss."""
     curves = {"loss": np.array([start, loss])}
     return {
         "run": f"{kind}", "part": f"{kind}-seed{seed}", "kind": kind, "family": decay,

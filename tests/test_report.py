@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 
 import browser
 import mirrorflow as mf
-from mirrorflow import cli
+from mirrorflow.cli import app as cli
 from mirrorflow.lab import framework, report
+from mirrorflow.lab.report import page as pages
 
 NAMES = tuple(framework.experiments())
 
 
 def section(**changes):
-    """Give a small section of a page."""
+    """Return a small section of a page."""
     figure = Figure()
     figure.subplots().plot([0, 1], [1, 0])
     chart = alt.Chart(alt.Data(values=[{"x": 0, "y": 1}, {"x": 1, "y": 0}]))
@@ -77,7 +78,7 @@ def test_charts_and_figures_have_names_for_those_who_do_not_see_them(tmp_path):
 def test_long_tables_are_closed_and_a_setting_takes_one_line(tmp_path):
     config = {"seeds": list(range(20)), "text": "a"}
     result = {**section().result, "config": config}
-    for count, closed in ((report.LONG, 0), (report.LONG + 1, 1)):
+    for count, closed in ((pages.LONG, 0), (pages.LONG + 1, 1)):
         whole = section(table=[{"row": i} for i in range(count)], result=result)
         html = report.build([whole], tmp_path / "page.html", "1").read_text()
         assert html.count(f"<summary>The table: {count} rows</summary>") == closed

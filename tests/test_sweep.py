@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import mirrorflow.lab.framework as ex
 from mirrorflow.lab import sweep as sw
 from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from processes import one_thread
 
 HERE = Path(__file__).parent
 SMALL = {"loops": False, "times": [], "decays": [2.0], "steps": 12, "every": 4, "validation": 20}
@@ -29,9 +29,11 @@ QUICK = sw.Study(
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Workers compute as this process does, to the bit, and import the observers of the tests."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    torch.set_num_threads(1)
+    with one_thread():
+        yield
 
 
 def records(out, name):
@@ -118,10 +120,10 @@ def test_experiments_that_do_not_train_have_runs_alone(tmp_path):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Run the configurations one by one, without sharing anything."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("alone")
-    for _, config in SHARING.configurations():
-        ex.execute(tab02, config, out)
+    with one_thread():
+        for _, config in SHARING.configurations():
+            ex.execute(tab02, config, out)
     return records(out, tab02.NAME)
 
 
@@ -209,7 +211,7 @@ def test_a_disk_that_is_really_full_loses_nothing(tmp_path):
 
 
 def of_session(sid):
-    """Give the processes of a session: the driver and whatever it has started."""
+    """Return the processes of a session: the driver and whatever it has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -221,7 +223,7 @@ def of_session(sid):
     return found
 
 
-def until(condition, seconds):
+def until(condition, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -242,14 +244,15 @@ def test_a_killed_driver_leaves_no_orphans_and_the_same_command_ends_as_if_nothi
     )
     command = [sys.executable, "-m", "mirrorflow", "sweep", str(study),
                "--out", str(tmp_path / "runs"), "--workers", "2"]  # fmt: skip
-    driver = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    held = [*command, "--hook", "sweep_hooks:waits_to_be_killed"]
+    driver = subprocess.Popen(held, start_new_session=True, stdout=subprocess.DEVNULL)
     trunks = tmp_path / "runs" / ".trunks" / tab02.NAME
-    assert until(lambda: any(trunks.glob("*.pt")), 60)
+    assert until(lambda: any(trunks.glob("*.pt")))
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert until(lambda: not of_session(driver.pid), 10), of_session(driver.pid)
-    assert len(records(tmp_path / "runs", tab02.NAME)) < 2
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert until(lambda: not of_session(driver.pid)), of_session(driver.pid)
+    assert not records(tmp_path / "runs", tab02.NAME)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs finished" in done.stdout
     assert records(tmp_path / "runs", tab02.NAME) == alone
@@ -261,7 +264,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path):
     code = (
         "import fcntl, sys, time\n"
         f"f = open({str(folder / '.sweep')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
-        "print('held', flush=True); time.sleep(60)"
+        "print('held', flush=True); time.sleep(6000)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
@@ -336,7 +339,7 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(tmp_path):
 
     def mirrorflow(*arguments):
         command = [sys.executable, "-m", "mirrorflow", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
     said = mirrorflow("sweep", str(study), *out, "--dry-run")
     assert said.stdout == "2 configurations, 0 of them finished\n" and said.returncode == 0

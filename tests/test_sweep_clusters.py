@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import mirrorflow.lab.framework as ex
 from mirrorflow.lab import sweep as sw
 from mirrorflow.lab.experiments.networks import tab02_fig03b_fig13_vit as tab02
+from processes import one_thread
 
 HERE = Path(__file__).parent
 QUICK = sw.Study(
@@ -21,11 +21,13 @@ QUICK = sw.Study(
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: slow on a busy machine
-    torch.set_num_threads(1)
+    with one_thread():
+        yield
 
 
 def records(out):
@@ -35,8 +37,9 @@ def records(out):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    for _, config in QUICK.configurations():
-        ex.execute(QUICK.module, config, out)
+    with one_thread():
+        for _, config in QUICK.configurations():
+            ex.execute(QUICK.module, config, out)
     return records(out)
 
 
@@ -111,7 +114,7 @@ def test_a_node_that_is_killed_from_outside_costs_no_run(tmp_path, cluster):
     thread.start()
     engine = OnRay(tmp_path, cluster.address, 0, (1.0, 0.0), "", ())
     outcome = sw.sweep(study, tmp_path, engine=engine)
-    thread.join(10)
+    thread.join()
     assert killed and outcome.complete
     for _, config in study.configurations():
         ex.execute(tab02, config, tmp_path / "alone")

@@ -57,7 +57,7 @@ def main():
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=10),
     )  # fmt: skip
     found = {
         (loop, lora): both(folder / f"{loop} {lora}", WORLD, loop, lora) for loop, lora in CASES

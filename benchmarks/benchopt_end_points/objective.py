@@ -26,7 +26,7 @@ class Objective(BaseObjective):
             self.log_size = self.log_A + np.log(np.abs(self.inverse @ y).max())
 
     def get_objective(self):
-        """Give a solver what it needs: log_size is log A, or None."""
+        """Return a solver what it needs: log_size is log A, or None."""
         return {"Z": self.Z, "y": self.y, "log_size": self._log_size()}
 
     def _log_size(self):
@@ -49,5 +49,5 @@ class Objective(BaseObjective):
         return float((x * np.arcsinh(x / A) - np.sqrt(x * x + A * A) + A).sum())
 
     def get_one_result(self):
-        """Give the shortest solution."""
+        """Return the shortest solution."""
         return {"x": self.inverse @ self.y}

@@ -14,7 +14,7 @@ class Dataset(BaseDataset):
     requirements = ["scikit-learn"]
 
     def get_data(self):
-        """Give Z and y in an orthonormal basis of the span of the images."""
+        """Return Z and y in an orthonormal basis of the span of the images."""
         pixels = load_digits().data / 16.0
         chosen = np.random.default_rng(self.get_seed(use_repetition=True)).permutation(len(pixels))
         Z, y = pixels[chosen[1 : self.images + 1]].T, pixels[chosen[0]]

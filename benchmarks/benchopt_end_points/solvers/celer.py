@@ -36,5 +36,5 @@ class Solver(BaseSolver):
             self.x = model.fit(self.Z, self.y).coef_
 
     def get_result(self):
-        """Give x."""
+        """Return x."""
         return {"x": self.x}

@@ -37,5 +37,5 @@ class Solver(BaseSolver):
         self.x = plus - minus
 
     def get_result(self):
-        """Give x."""
+        """Return x."""
         return {"x": self.x}

@@ -38,5 +38,5 @@ class Solver(BaseSolver):
                 self.x = m * w
 
     def get_result(self):
-        """Give x."""
+        """Return x."""
         return {"x": self.x}

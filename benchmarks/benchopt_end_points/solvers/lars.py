@@ -32,5 +32,5 @@ class Solver(BaseSolver):
         self.x = path[2]
 
     def get_result(self):
-        """Give x."""
+        """Return x."""
         return {"x": self.x}

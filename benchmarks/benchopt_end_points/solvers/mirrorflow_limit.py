@@ -33,5 +33,5 @@ class Solver(BaseSolver):
         self.x = mf.limit(self.R, self.Z, self.y, 0.0).value.numpy()
 
     def get_result(self):
-        """Give x."""
+        """Return x."""
         return {"x": self.x}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,17 +25,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback that can be pasted into an issue
 )
 app.add_typer(sweeps, name="sweep")
+# Which extra brings a package that only some commands need.
+EXTRAS = {
+    "altair": "lab",
+    "matplotlib": "lab",
+    "pydantic": "lab",
+    "vl_convert": "lab",
+    "transformers": "hf",
+    "peft": "hf",
+    "PIL": "networks",
+    "pyarrow": "networks",
+}
 PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
 
 
 def main() -> None:
-    """Run the command line; mistakes end with 2, Ctrl-C with 130."""
+    """Run the command line; a user's mistake ends with exit code 2, Ctrl-C with 130."""
     try:
         app()
     except UserError as error:
-        print(f"mirrorflow: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        _fail(str(error), error.code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        _fail(f"this command needs {package}, of the extra {extra}: pip install '.[{extra}]'", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print one line and end with an exit code."""
+    print(f"mirrorflow: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -138,7 +160,7 @@ def _execute(
 
     if name not in framework.experiments():
         known = ", ".join(framework.experiments())
-        raise UserError(f"there is no experiment {name!r}; known are {known}")
+        raise UserError(f"experiment must be one of {known}, got {name!r}.")
     module = framework.load(name)
     try:
         chosen = framework.config_from(module, preset, config, overrides)
@@ -182,7 +204,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _summary(folder: Path) -> str:
-    """Say in words what a stored run shows."""
+    """Return in words what a stored run shows."""
     import json
     import textwrap
 
@@ -200,7 +222,9 @@ def _build(folder: Path, output: Path) -> Path:
 
     results = framework.find_results(folder)
     if not results:
-        raise UserError(f"there are no finished results in {folder}; make some with mirrorflow run")
+        raise UserError(
+            f"{folder} must hold finished results, got none. Make some with mirrorflow run."
+        )
     # The paper's figures first, then the studies of our own.
     results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
     sections = [_section(folder, result, results) for result in results]
@@ -208,7 +232,7 @@ def _build(folder: Path, output: Path) -> Path:
 
 
 def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """Let an experiment say what its stored records show."""
+    """Return the page's section of a stored run, as its experiment describes it."""
     from ..lab import framework
     from ..lab import report as page
 
@@ -243,7 +267,7 @@ def _difference(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def _command(module: Any, config: dict[str, Any]) -> str:
-    """Give the command that makes a run: a preset, its seeds, and a file for what else differs."""
+    """Return the command that makes a run: a preset, its seeds, and a file of other changes."""
     from ..lab import framework
 
     stored = module.Config(**config)
@@ -259,7 +283,7 @@ def _command(module: Any, config: dict[str, Any]) -> str:
 
 
 def _changes(base: Any, config: Any) -> dict[str, Any]:
-    """Give the settings in which two configurations differ."""
+    """Return the settings in which two configurations differ."""
     left, right = base.model_dump(), config.model_dump()
     return {key: right[key] for key in right if right[key] != left[key]}
 
@@ -279,7 +303,7 @@ def _load_pair(target: str) -> tuple[Any, Any, Any]:
     if not path or not name:
         raise UserError(f"expected path/to/file.py:name, got {target!r}")
     if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"{path} does not exist. Give path/to/file.py:name.")
     try:
         values = runpy.run_path(path)
     except Exception as error:  # whatever a user's file does wrong is the user's to read

@@ -73,7 +73,7 @@ def _check_audit(match: str | None, page: Path | None) -> None:
     try:
         re.compile(match or "")
     except re.error as error:
-        raise UserError(f"--match {match!r} is no regular expression: {error}") from error
+        raise UserError(f"--match {match!r} must be a regular expression: {error}.") from error
     if page is not None and page.is_dir():
         raise UserError(f"--page {page} is a folder: name a file, as in {page / 'audit.html'}")
 
@@ -96,7 +96,7 @@ def lint(
 ) -> None:
     """Look for mistakes in the weight decay of saved optimizers.
 
-    Exit code 0 if there are none (notes are no mistakes), 1 if there are, 2 if it cannot be read.
+    Exit code 0 without mistakes (notes do not count), 1 with mistakes, 2 for an unreadable file.
     """
     from ..weightdecay import lint_file
 

@@ -34,7 +34,7 @@ __all__ = ["ControlledDecay", "check_settings"]
 
 
 class ControlledDecay:
-    """A scheduler of weight decay, and a tracker of spectra that tells it what to answer to.
+    """A scheduler of weight decay with a tracker of spectra whose measurements feed closed loops.
 
     Parameters
     ----------
@@ -142,22 +142,24 @@ class ControlledDecay:
         return due
 
     def start_at(self, step: int) -> None:
-        """Begin at a later step of a run that has trained without this, and say so."""
+        """Begin at a later step of a run that has trained without this object, with a warning."""
         account = self.scheduler.account
         account.steps = step
         account.share(self.scheduler.optimizer.param_groups)
         self.scheduler.step()
         warnings.warn(
-            f"the run goes on from step {step} without a state of mirrorflow: the decay schedule "
-            f"goes on from step {step}, too. What was absorbed before is not known: the account "
-            "begins at 0 here",
+            f"the run resumes at step {step} without a saved state of mirrorflow: the decay "
+            f"schedule also continues at step {step}. The decay absorbed before is unknown, so "
+            "the account begins at 0 here",
             stacklevel=3,
         )
 
     def measure(self, step: int) -> Measurement:
         """Measure now, and let the loops answer; every process has to."""
         if self.tracker is None:
-            raise ValueError("nothing is tracked: track_every is 0")
+            raise ValueError(
+                "track_every must be positive to measure, got 0. Pass track_every=50, for example."
+            )
         found = self.tracker.measure()
         self.measurements.append((step, found))
         if self._fed:
@@ -172,7 +174,7 @@ class ControlledDecay:
         return found
 
     def logs(self, spectra: bool = True) -> dict[str, float]:
-        """Give the numbers for a log, without those that are NaN or infinite.
+        """Return the numbers for a log, without those that are NaN or infinite.
 
         Returns
         -------
@@ -190,11 +192,11 @@ class ControlledDecay:
         return finite(numbers)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows (step, layer, head, ...), for a table or CSV file."""
+        """Return the measurements as flat rows (step, layer, head, ...), for a table or CSV."""
         return rows(self.measurements)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, in plain numbers and strings."""
+        """Return the state, in plain numbers and strings."""
         layers = self.schedule.state_dict() if isinstance(self.schedule, PerLayer) else None
         loops = [loop.state_dict() for loop in self._loops]
         return {"scheduler": self.scheduler.state_dict(), "layers": layers, "loops": loops}
@@ -205,7 +207,7 @@ class ControlledDecay:
         Raises
         ------
         ValueError
-            If it is not that of a run with the same loops.
+            If the state belongs to a run with other loops.
         """
         self._check(state)
         self._reached = None
@@ -216,24 +218,24 @@ class ControlledDecay:
         self.scheduler.load_state_dict(state["scheduler"])
 
     def _check(self, state: Any) -> None:
-        """Refuse what is no state, or that of other loops."""
+        """Refuse a state that is malformed or of other loops."""
         if not isinstance(state, Mapping) or not {"scheduler", "layers", "loops"} <= set(state):
             known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"not a state of ControlledDecay: expected the keys scheduler, layers and loops, "
-                f"got {known}"
+                f"state must have the keys scheduler, layers and loops, got {known}. Pass what "
+                "ControlledDecay.state_dict() returned."
             )
         ours = len(self._loops), isinstance(self.schedule, PerLayer)
         theirs = len(state["loops"]), state["layers"] is not None
         if ours != theirs:
             raise ValueError(
-                f"the state is of {theirs[0]} closed loops and {'a' if theirs[1] else 'no'} "
-                f"PerLayer, here there are {ours[0]} and {'a' if ours[1] else 'none'}: resume with "
-                "the same schedules"
+                f"state must come from {ours[0]} closed loops and {'a' if ours[1] else 'no'} "
+                f"PerLayer, got {theirs[0]} and {'a' if theirs[1] else 'none'}. Resume with the "
+                "same schedules."
             )
 
     def close(self) -> None:
-        """Let the optimizer go."""
+        """Release the optimizer."""
         self.scheduler.close()
 
     @property
@@ -243,11 +245,11 @@ class ControlledDecay:
 
     @property
     def _layers(self) -> dict[str, Feedback]:
-        """Give the loops of the layers, by name."""
+        """Return the loops of the layers, by name."""
         return self.schedule.loops if isinstance(self.schedule, PerLayer) else {}
 
     def _weights(self, model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-        """Give the weights of each pair that is tracked."""
+        """Return the weights of each pair that is tracked."""
         assert self.tracker is not None
         wrapped = isinstance(
             model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -266,7 +268,7 @@ def _loops(schedules: list[Any]) -> list[Feedback]:
 
 
 def _agreed(value: Any) -> Any:
-    """Give what the first process has measured, so that all decide alike."""
+    """Return what the first process has measured, so that all decide alike."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
     shared = [value]
@@ -274,13 +276,13 @@ def _agreed(value: Any) -> Any:
     return shared[0]
 
 
-# What the settings of a controlled run have to be, checked before anything begins.
+# Settings of a controlled run, checked before anything begins.
 
 
 def check_settings(
     schedule: Any, track_every: Any, metric: Any, level: str, match: str | None, options: Any
 ) -> dict[str, Any]:
-    """Raise unless the settings are possible; give the options, the rules of groups as a tuple.
+    """Return the options, the rules of groups as a tuple, or raise if a setting is impossible.
 
     Raises
     ------
@@ -302,7 +304,10 @@ def check_settings(
     for loop in (schedule, *(of_group for _, of_group in options["groups"])):
         measured = isinstance(loop, (Feedback, PerLayer)) and not isinstance(loop, OffAtBudget)
         if measured and not track_every:
-            raise ValueError(f"{type(loop).__name__} needs track_every > 0: it is fed by measuring")
+            raise ValueError(
+                f"track_every must be positive with {type(loop).__name__}, got 0: the loop "
+                "answers to measurements. Pass track_every=50, for example."
+            )
     return options
 
 
@@ -320,9 +325,8 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     known = [name for name in known if name not in ("optimizer", "schedule", "model")]
     if unknown := [name for name in options if name not in known]:
         raise TypeError(
-            f"unknown option {', '.join(map(repr, unknown))}: beside track_every, metric, "
-            "level, match, pairs, values and frozen there are those of WeightDecayScheduler: "
-            f"{', '.join(known)}"
+            f"options must be track_every, metric, level, match, pairs, values, frozen, or one of "
+            f"WeightDecayScheduler's ({', '.join(known)}), got {', '.join(map(repr, unknown))}."
         )
     if options.get("convention") is not None:
         one_of("convention", options["convention"], CONVENTIONS)

@@ -1,4 +1,4 @@
-"""What a user asks of a callback, from which every run begins afresh."""
+"""Settings of a callback, from which every run starts afresh."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..weightdecay import Feedback, PerLayer
 from .loop import ControlledDecay, check_settings
 from .readings import Metric
 
-__all__ = ["Plan"]
+__all__ = ["RunSettings"]
 
 
-class Plan:
+class RunSettings:
     """The settings of `ControlledDecay`, checked at once, for as many runs as there will be.
 
     Closed loops are copied for each run, so that a second one does not begin where the first has
@@ -39,7 +39,7 @@ class Plan:
     Raises
     ------
     TypeError, ValueError
-        If a setting is not possible, or there is no schedule, or there are two.
+        If a setting is impossible, or the schedule is missing or given twice.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Plan:
     ) -> None:
         if schedule_for is not None and not callable(schedule_for):
             raise TypeError(
-                f"schedule_for is a function of the number of steps, got {schedule_for!r}"
+                f"schedule_for must be a function of the number of steps, got {schedule_for!r}"
             )
         if schedule is not None and schedule_for is not None:
-            raise ValueError("give schedule or schedule_for, not both")
+            raise ValueError("schedule and schedule_for must not both be given. Leave one out.")
         if schedule is None and schedule_for is None and not options.get("groups"):
             raise ValueError(
-                "there is no schedule: give one, or schedule_for=lambda total: ..., or groups="
+                "a schedule is missing. Give one, or schedule_for=lambda total: ..., or groups="
             )
         options = check_settings(
             schedule, track_every, metric, tracked["level"], tracked["match"], options
@@ -78,8 +78,8 @@ class Plan:
         control = ControlledDecay(model, optimizer, _fresh(schedule, memo), **options)
         if control.answers and 0 < total < control.track_every:  # -1 or inf: without an end
             warnings.warn(
-                f"track_every={control.track_every}, and the run has {total:g} steps: what answers "
-                "to measurements will not get any in it, beside that of its start",
+                f"track_every={control.track_every} exceeds the run's {total:g} steps: closed-loop "
+                "schedules only see the initial measurement",
                 stacklevel=3,
             )
         return control
@@ -92,10 +92,10 @@ def _fresh(schedule: Any, memo: dict[int, Any]) -> Any:
 
 
 def _length(total: float) -> int:
-    """Give the number of steps of a run, if it has one."""
+    """Return the number of steps of a run, if it has one."""
     if not (math.isfinite(total) and total > 0):
         raise ValueError(
-            "schedule_for needs the number of steps, and this run has no end that is known: set "
-            "max_steps, or give a schedule"
+            "schedule_for needs the number of steps, and the end of this run is unknown. Set "
+            "max_steps, or give a schedule."
         )
     return int(total)

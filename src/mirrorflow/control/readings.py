@@ -19,7 +19,7 @@ Metric = str | Callable[[Measurement], float]
 
 
 def value_of(found: Measurement, metric: Metric) -> float:
-    """Give what a loop answers to: a mean over the products that have a ratio, or what is asked.
+    """Return what a loop answers to: a mean over the products that have a ratio, or what is asked.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def by_layer(found: Measurement) -> dict[str, Measurement]:
 
 
 def decay_numbers(scheduler: WeightDecayScheduler, layers: Mapping[int, str]) -> dict[str, float]:
-    """Give decay, lr x decay, their sum and the time scale: the largest, and of each set.
+    """Return decay, lr x decay, their sum and the time scale: the largest, and of each set.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def _suffixes(names: list[str]) -> list[str]:
 
 
 def _largest(found: Iterable[_Acting], suffix: str) -> dict[str, float]:
-    """Give the largest of decay, lr x decay and sum, and the shortest time scale."""
+    """Return the largest of decay, lr x decay and sum, and the shortest time scale."""
     decay, acting, absorbed = (
         math.nan if any(map(math.isnan, values)) else max(values)
         for values in zip(*found, strict=True)
@@ -101,7 +101,7 @@ def _largest(found: Iterable[_Acting], suffix: str) -> dict[str, float]:
 
 
 def spectrum_numbers(found: Measurement, metric: Metric, layers: Iterable[str]) -> dict[str, float]:
-    """Give the means of a measurement, and what the loops of layers have answered to."""
+    """Return the means of a measurement, and what the loops of layers have answered to."""
     means = {key.removeprefix("mean_"): value for key, value in found.summary().items()}
     numbers = {f"spectrum/{name}": value for name, value in means.items()}
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
@@ -117,7 +117,7 @@ def finite(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def rows(measurements: Iterable[tuple[int, Measurement]]) -> list[dict[str, Any]]:
-    """Give measurements as flat rows, one for each product or head and step.
+    """Return measurements as flat rows, one for each product or head and step.
 
     Returns
     -------
@@ -129,7 +129,7 @@ def rows(measurements: Iterable[tuple[int, Measurement]]) -> list[dict[str, Any]
 
 
 def _row(step: int, record: Record) -> dict[str, Any]:
-    """Give a record as a row."""
+    """Return a record as a row."""
     numbers = ("nuclear", "frobenius", "spectral", "ratio", "effective_rank", "stable_rank")
     numbers += ("gap", "imbalance", "scale")
     return {

@@ -54,7 +54,7 @@ class Trained:
     left_out: bool = False
 
     def times(self, unit: float) -> Trained:
-        """Give the factors of ``unit`` times the product."""
+        """Return the factors of ``unit`` times the product."""
         root = np.sqrt(unit)
         return replace(self, U=root * self.U, V=root * self.V)
 
@@ -87,11 +87,11 @@ class Observed:
         return cls(Y, csr_array((np.ones_like(Y.data), Y.indices, Y.indptr), shape=shape))
 
     def transposed(self) -> Observed:
-        """Give the problem of X^T."""
+        """Return the problem of X^T."""
         return Observed(csr_array(self.Y.T), csr_array(self.seen.T))
 
     def times(self, unit: float) -> Observed:
-        """Give the problem of ``unit`` times X."""
+        """Return the problem of ``unit`` times X."""
         return replace(self, Y=like(self.Y, unit * self.Y.data))
 
     def pull(self, U: Array, V: Array) -> Any:
@@ -99,7 +99,7 @@ class Observed:
         return like(self.Y, self.Y.data - product_at(self.Y, U, V))
 
     def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
-        """Give the k largest singular values of -grad f(U V^T), and (k, q) right vectors."""
+        """Return the k largest singular values of -grad f(U V^T), and (k, q) right vectors."""
         decomposed: Any = randomized_svd(self.pull(U, V), k, random_state=0)
         return decomposed[1], decomposed[2]
 
@@ -119,12 +119,12 @@ class Observed:
 
 
 def like(pattern: Any, values: Array) -> Any:
-    """Give a matrix with the pattern of another, zeros included."""
+    """Return a matrix with the pattern of another, zeros included."""
     return csr_array((values, pattern.indices, pattern.indptr), shape=pattern.shape)
 
 
 def product_at(pattern: Any, U: Array, V: Array) -> Array:
-    """Give the entries of U V^T where something is stored, in memory for one column at a time."""
+    """Return the entries of U V^T where something is stored, in memory for one column at a time."""
     rows = np.repeat(np.arange(len(U)), np.diff(pattern.indptr))
     found = np.zeros(len(rows))
     for u, v in zip(U.T, V.T, strict=True):
@@ -133,7 +133,7 @@ def product_at(pattern: Any, U: Array, V: Array) -> Array:
 
 
 def solve_rows(problem: Observed, V: Array, alpha: float | Array) -> Array:
-    """Give the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row.
+    """Return the U that minimizes f(U V^T) + alpha/2 |U|^2: a small system for each row.
 
     alpha may have a value for each column of U.
     """
@@ -218,7 +218,7 @@ def distance(before: Array, after: Array) -> float:
 
 
 def balanced(U: Array, V: Array) -> tuple[Array, Array]:
-    """Give factors of the same product with U^T U = V^T V diagonal, without dead directions."""
+    """Return factors of the same product with U^T U = V^T V diagonal, without dead directions."""
     QU, RU = np.linalg.qr(U)
     QV, RV = np.linalg.qr(V)
     left, s, right = np.linalg.svd(RU @ RV.T)
@@ -278,7 +278,7 @@ class CentredObserved(Observed):
         return problem
 
     def times(self, unit: float) -> CentredObserved:
-        """Give the problem of ``unit`` times X."""
+        """Return the problem of ``unit`` times X."""
         scaled = Offsets(unit * self.offsets.a, unit * self.offsets.b)
         return replace(self, Y=like(self.Y, unit * self.Y.data), offsets=scaled)
 
@@ -309,7 +309,7 @@ class CentredObserved(Observed):
 
 
 def without(problem: Observed, b: Array) -> Observed:
-    """Give the problem without offsets of its columns."""
+    """Return the problem without offsets of its columns."""
     return Observed(like(problem.Y, problem.Y.data - b[problem.Y.indices]), problem.seen)
 
 
@@ -319,7 +319,7 @@ def _beside(U: Array, column: Array | float) -> Array:
 
 
 def solve_centred(problem: Observed, V: Array, b: Array, alpha: float) -> tuple[Array, Array]:
-    """Give the U and a that minimize f(U V^T + a + b) + alpha/2 |U|^2."""
+    """Return the U and a that minimize f(U V^T + a + b) + alpha/2 |U|^2."""
     penalties = np.r_[np.full(V.shape[1], alpha), 0.0]
     found = solve_rows(without(problem, b), _beside(V, 1.0), penalties)
     return found[:, :-1], found[:, -1]
@@ -357,7 +357,7 @@ class SymmetricObserved(Observed):
         return csr_array((values, self.Y.indices, self.Y.indptr), shape=self.Y.shape)
 
     def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
-        """Give the k largest eigenvalues of -grad f(U V^T), and (k, q) eigenvectors."""
+        """Return the k largest eigenvalues of -grad f(U V^T), and (k, q) eigenvectors."""
         G, n = self.pull(U, V), self.Y.shape[0]
         if n <= max(DENSE, k + 1):
             s, L = np.linalg.eigh(G.toarray())

@@ -46,7 +46,7 @@ class Stages:
 
 @cache
 def stages(s: int) -> Stages:
-    """Give the coefficients for s >= 2 stages."""
+    """Return the coefficients for s >= 2 stages."""
     w0 = 1 + DAMPING / s**2
     T, D, D2 = _chebyshev(s, w0)
     w1 = D[s] / D2[s]
@@ -61,7 +61,7 @@ def stages(s: int) -> Stages:
 
 
 def stages_for(stretch: float) -> Stages:
-    """Give the fewest stages that are stable for h * lambda = ``stretch``, up to MAX_STAGES."""
+    """Return the fewest stages that are stable for h * lambda = ``stretch``, up to MAX_STAGES."""
     s = 2
     while s < MAX_STAGES and stages(s).reach < stretch:
         s += 1
@@ -69,7 +69,7 @@ def stages_for(stretch: float) -> Stages:
 
 
 def _chebyshev(s: int, w: float) -> tuple[list[float], list[float], list[float]]:
-    """Give the Chebyshev polynomials T_0 to T_s at w, and their first two derivatives."""
+    """Return the Chebyshev polynomials T_0 to T_s at w, and their first two derivatives."""
     T, D, D2 = [1.0, w], [0.0, 1.0], [0.0, 0.0]
     for _ in range(2, s + 1):
         D2.append(2 * w * D2[-1] - D2[-2] + 4 * D[-1])
@@ -138,7 +138,7 @@ class Columns:
         )
 
     def select(self, keep: NDArray[np.intp]) -> Columns:
-        """Give some of the columns."""
+        """Return some of the columns."""
         wide = {k: np.ascontiguousarray(getattr(self, k)[:, keep]) for k in ("y", "weights")}
         flat = {k: getattr(self, k)[keep] for k in ("log_A", "rate", "off")}
         new = replace(self, **wide, **flat)
@@ -146,15 +146,15 @@ class Columns:
         return new
 
     def residual(self, x: Array) -> Array:
-        """Give the weighted residual w (y - Xx), which sums to 0 where there is an intercept."""
+        """Return the weighted residual w (y - Xx), which sums to 0 where there is an intercept."""
         return self._centered(self.weights * (self.y - self.X @ x))
 
     def apply(self, v: Array, slope: Array) -> Array:
-        """Give w X diag(slope) X^T v, the Jacobian of the velocity up to its sign."""
+        """Return w X diag(slope) X^T v, the Jacobian of the velocity up to its sign."""
         return self._centered(self.weights * (self.X @ (slope * (self.XT @ v))))
 
     def norm(self, v: Array) -> Array:
-        """Give the norms in which `apply` is symmetric: a row of weight 2 counts as two rows."""
+        """Return the norms in which `apply` is symmetric: a row of weight 2 counts as two rows."""
         squares = np.divide(v * v, self.weights, out=np.zeros_like(v), where=self.weights > 0)
         return np.sqrt(squares.sum(axis=0))
 
@@ -164,7 +164,7 @@ class Columns:
         return r
 
     def primal(self, nu: Array, t: Array) -> tuple[Array, Array]:
-        """Give x and d x / d mu at (nu, t)."""
+        """Return x and d x / d mu at (nu, t)."""
         log_A = self.log_A - 2 * self.rate * np.minimum(t, self.off)
         mu = self.XT @ nu
         mu *= 2
@@ -178,7 +178,7 @@ class Columns:
         return np.copysign(large - small, mu), 2 * (large + small)
 
     def velocity(self, nu: Array, t: Array) -> Array:
-        """Give d nu / dt."""
+        """Return d nu / dt."""
         return self.residual(self.primal(nu, t)[0])
 
 
@@ -275,7 +275,7 @@ class _Run:
         return last
 
     def _error(self, new: Array, x: Array, slope: Array, f: Array) -> Array:
-        """Give the error estimate of x for each column, in units of the tolerance."""
+        """Return the error estimate of x for each column, in units of the tolerance."""
         error = self.c.XT @ (0.8 * (self.nu - new) + 0.4 * self.h * (self.f + f))
         size = np.abs(x).max(axis=0)
         # The slope at the start of the step, too: a step too far can end where all slopes are 0.

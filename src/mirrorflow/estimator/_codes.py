@@ -15,12 +15,12 @@ Array = NDArray[Any]
 
 
 def lipschitz(dictionary: Array) -> float:
-    """Give the largest eigenvalue of D D^T: the curvature of |x - z D|^2 / 2 in z."""
+    """Return the largest eigenvalue of D D^T: the curvature of |x - z D|^2 / 2 in z."""
     return float(np.linalg.norm(dictionary, 2)) ** 2
 
 
 def sizes(X: Array, dictionary: Array) -> Array:
-    """Give for each signal the largest code of one atom alone: the size of its codes.
+    """Return for each signal the largest code of one atom alone: the size of its codes.
 
     It is 1 where x is orthogonal to all atoms, whose codes are 0.
     """
@@ -40,7 +40,7 @@ def codes(
     step: float,
     off: float = np.inf,
 ) -> Iterator[Array]:
-    r"""Give the codes z (n_samples, n_components) before the first step, after it, and so on.
+    r"""Return the codes z (n_samples, n_components) before the first step, after it, and so on.
 
     The steps descend :math:`\tfrac12 |x - z D|^2 + \alpha h(u, v)`, with the h that commutes with
     g (Corollary 3.7): u^{2k} + v^{2k}, or log u + log v. From step ``off`` on alpha is 0.
@@ -60,7 +60,7 @@ def codes(
 
 
 def _start(form: str, k: int, beta: float | Array, x: Array) -> tuple[Array, Array]:
-    """Give u and v with g(u, v) = x (Appendix E; for the power its erratum 14)."""
+    """Return u and v with g(u, v) = x (Appendix E; for the power its erratum 14)."""
     if form == "power":
         root = np.sqrt(x**2 + beta**2)
         # The smaller of root + x and root - x without cancellation: their product is beta^2.
@@ -90,7 +90,7 @@ def settled_codes(
     n_steps: int,
     off: int | None,
 ) -> tuple[Array, Array]:
-    """Give codes at rest, and for each signal how far from it they still are, to compare with tol.
+    """Return codes at rest, and each signal's distance from rest, to compare with tol.
 
     For the log form alpha must be 0. At step ``off`` at the latest alpha becomes 0; before, once
     codes have settled. Everything is in units in which Lip(D) and the sizes of codes are 1, and no
@@ -145,12 +145,12 @@ class Problem:
         return replace(self, X=self.X[rows], alpha=self.alpha[rows])
 
     def codes(self, w: Array) -> Array:
-        """Give z = g(u, v)."""
+        """Return z = g(u, v)."""
         parts = w ** (2 * self.k) if self.form == "power" else np.log(w)
         return parts[:, 0] - parts[:, 1]
 
     def at(self, w: Array) -> Point:
-        """Give value, gradient and distance from rest."""
+        """Return value, gradient and distance from rest."""
         power, k, alpha = self.form == "power", self.k, self.alpha
         h = w ** (2 * k) if power else np.log(w)
         slope = 2 * k * w ** (2 * k - 1) if power else 1 / w
@@ -163,7 +163,7 @@ class Problem:
         return Point(w, value, gradient, distance)
 
     def longest(self, point: Point) -> Array:
-        """Give the longest step that leaves every u^k and v^k about LONGEST of what it was."""
+        """Return the longest step that leaves every u^k and v^k about LONGEST of what it was."""
         relative = self.k * np.abs(point.gradient / point.w).max(axis=(1, 2))
         return LONGEST / np.maximum(relative, SMALLEST)
 
@@ -176,7 +176,7 @@ class Problem:
         return np.minimum(length, self.longest(new))
 
     def _gap(self, z: Array, residual: Array, g: Array) -> Array:
-        """Give the duality gap of the lasso relative to its value: alpha |z| is the least alpha h.
+        """Return the duality gap of the lasso over its value: alpha |z| is the least alpha h.
 
         It is absolute for a signal that is 0.
         """
@@ -188,7 +188,7 @@ class Problem:
         return gap / np.where(self.X.any(axis=1), value, 1.0)
 
     def _force(self, g: Array) -> Array:
-        """Give the largest force on z, relative to the first where that is not 0."""
+        """Return the largest force on z, relative to the first where that is not 0."""
         first = np.abs(_rows_times(self.X, self.D.T)).max(axis=1)  # with all codes 0
         return np.abs(g).max(axis=1) / np.where(first > 0, first, 1.0)
 

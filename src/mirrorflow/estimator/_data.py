@@ -63,28 +63,28 @@ class Data:
     back: Array | None = None
 
     def log_A(self, relative: float) -> Array:
-        """Give log A for each output, from log(A / scale)."""
+        """Return log A for each output, from log(A / scale)."""
         return relative + np.log(np.where(self.scale > 0, self.scale, 1.0))
 
     def unit(self, relative: float, positive: bool) -> Array:
-        r"""Give the unit of time: when the strongest coordinate, unopposed, has grown to the scale.
+        r"""Return the unit of time: when the strongest coordinate alone has grown to the scale.
 
         A sinh(2 t pull) = scale for t = arcsinh(scale / A) / (2 pull).
         """
         return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)
 
     def intercept(self, coef: Array, repeat: bool = False) -> Array:
-        """Give the intercepts of coefficients (K, d); with ``repeat`` all are of the one target."""
+        """Return the intercepts of coefficients (K, d); with ``repeat`` all are of one target."""
         return (self.targets[0] if repeat else self.targets) - coef @ self.means
 
     def dual(self, nu: Array) -> Array:
-        """Give the dual variables (K, samples) of all samples, 0 for those without weight."""
+        """Return the dual variables (K, samples) of all samples, 0 for those without weight."""
         found = np.zeros((nu.shape[1], self.samples))
         found[:, self.rows] = (nu if self.back is None else self.back @ nu).T
         return found
 
     def compressed(self) -> Data:
-        """Give the same problem with d + K rows, where there are many more: the flow is the same.
+        """Return the same problem with d + K rows, where there are many more: the flow is the same.
 
         It depends on X^T w X and X^T w y alone, which are those of the triangular factor.
         """
@@ -101,14 +101,14 @@ class Data:
 
 
 def growth(relative: float, positive: bool) -> float:
-    """Give mu at which a coordinate has grown to the scale: the unit of time times the pull."""
+    """Return mu at which a coordinate has grown to the scale: the unit of time times the pull."""
     # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
     z = -relative
     return 0.5 * (float(np.logaddexp(0.0, z)) if positive else _arcsinh_exp(z))
 
 
 def _arcsinh_exp(z: float) -> float:
-    """Give arcsinh(e^z) for any z."""
+    """Return arcsinh(e^z) for any z."""
     return float(np.arcsinh(np.exp(z))) if z < 300 else z + float(np.log(2.0))
 
 
@@ -149,7 +149,7 @@ def centered(values: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _pull(X: Any, y: Array, weights: Array, spread: Array | None, positive: bool) -> Array:
-    """Give the largest gradient at 0 of each target, 0 where it is rounding alone."""
+    """Return the largest gradient at 0 of each target, 0 where it is rounding alone."""
     gradient = X.T @ (weights[:, None] * y)
     squares: Any = spread
     if spread is None:
@@ -161,7 +161,7 @@ def _pull(X: Any, y: Array, weights: Array, spread: Array | None, positive: bool
 
 
 def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Array:
-    """Give the least-squares solutions (d, K) of minimal norm, damped by DAMPING.
+    """Return the least-squares solutions (d, K) of minimal norm, damped by DAMPING.
 
     They give the unit of A, for which directions that hardly matter to the fit are not to count.
     """
@@ -180,7 +180,7 @@ def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Ar
 
 
 def _gram(Z: Any, root: Array, means: Array, wide: bool) -> Array:
-    """Give the smaller Gram matrix of Z - root means^T, which is not formed where Z is sparse."""
+    """Return the smaller Gram matrix of Z - root means^T, which is not formed where Z is sparse."""
     product = Z @ Z.T if wide else Z.T @ Z
     if not issparse(Z):
         return product
@@ -216,7 +216,7 @@ def _by_lsqr(X: Any, y: Array, root: Array, means: Array, pull: Array) -> Array:
 
 
 def _largest(operator: Any) -> float:
-    """Give the largest singular value, by power iterations: it sets a tolerance only."""
+    """Return the largest singular value, by power iterations: it sets a tolerance only."""
     v = np.random.default_rng(0).standard_normal(operator.shape[1])
     size = 0.0
     for _ in range(30):
@@ -226,6 +226,6 @@ def _largest(operator: Any) -> float:
 
 
 def triangle(X: Array, y: Array, weights: Array) -> tuple[Array, Array]:
-    """Give R_X and R_y, of few rows, with |R_X x - R_y|^2 = sum_i w_i (X x - y)_i^2 for every x."""
+    """Return R_X and R_y of few rows: |R_X x - R_y|^2 = sum_i w_i (X x - y)_i^2 for every x."""
     R: Any = np.linalg.qr(np.sqrt(weights)[:, None] * np.hstack([X, y]), mode="r")
     return R[:, : X.shape[1]], R[:, X.shape[1] :]

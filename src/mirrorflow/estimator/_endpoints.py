@@ -30,7 +30,7 @@ class Ends:
 
 
 def ends(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> Ends:
-    """Give where the flow on |Zx - y|^2 ends for each scale, as one path.
+    """Return where the flow on |Zx - y|^2 ends for each scale, as one path.
 
     With ``positive`` and no x >= 0 that fits, it ends at least squares over x >= 0: of the
     coefficients that reach its predictions, those of least R_a.
@@ -68,7 +68,7 @@ def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> 
 
 
 def _nonnegative(Z: Array, y: Array) -> tuple[NDArray[np.bool_], Array]:
-    """Give the coordinates that can be > 0 in a solution of min |Zx - y|, x >= 0, and its Zx.
+    """Return the coordinates that can be > 0 in a solution of min |Zx - y|, x >= 0, and its Zx.
 
     By complementary slackness a coordinate whose slope is not 0 is 0 in every solution.
     """
@@ -102,12 +102,12 @@ def kkt(x: Array, log_A: float, mu: Array, positive: bool) -> float:
 
 
 def _arcsinh_exp(z: Array) -> Array:
-    """Give arcsinh(e^z), also where e^z overflows."""
+    """Return arcsinh(e^z), also where e^z overflows."""
     return np.where(z > 300, z + np.log(2.0), np.arcsinh(np.exp(np.minimum(z, 300))))
 
 
 def gap(x: Array, gain: float, mu: Array, positive: bool) -> float:
-    """Give the relative duality gap of the L1 norm, with nu as the witness."""
+    """Return the relative duality gap of the L1 norm, with nu as the witness."""
     size = float(np.abs(x).sum())
     height = float((mu if positive else np.abs(mu)).max(initial=0.0))
     if size == 0 or height <= 0:

@@ -72,7 +72,7 @@ class Folds:
     duals: dict[Any, Any] = field(default_factory=dict)
 
     def errors(self, log_As: Array, shrinkages: Array, ts: Array) -> Array:
-        """Give the errors (n_flows, n_ts, n_folds), the mean over the targets."""
+        """Return the errors (n_flows, n_ts, n_folds), the mean over the targets."""
         targets = range(self.data.y.shape[1])
         found = [
             [self._errors(part, k, log_As, shrinkages, ts) for part in self.parts] for k in targets
@@ -84,7 +84,7 @@ class Folds:
     def zero_errors(
         self, log_A: float, shrinkage: float, t: float, zero_tols: Array, refit: bool
     ) -> Array:
-        """Give the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0."""
+        """Return the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0."""
         found = []
         for k in range(self.data.y.shape[1]):
             parts = [self._coefs(part, k, log_A, shrinkage, t) for part in self.parts]
@@ -102,14 +102,14 @@ class Folds:
         return [self._compressed(f) for f in range(self.train.shape[1])]
 
     def _missed(self, x: Array, k: int, fold: Index) -> Array:
-        """Give the squared errors, with the intercept of the training part."""
+        """Return the squared errors, with the intercept of the training part."""
         missed = self.data.y[:, [k]] - self.data.X @ x
         if self.data.center:
             missed -= (self.train[:, fold] * missed).sum(axis=0)
         return (self.test[:, fold] * missed**2).sum(axis=0)
 
     def _compressed(self, f: int) -> _Part:
-        """Give a fold as few rows: its flow and its errors depend on triangular factors alone."""
+        """Return a fold as few rows: its flow and its errors depend on triangular factors alone."""
         X, y, train = self.data.X, self.data.y, self.train[:, f]
         if self.data.center:
             (X, means), (y, offsets) = centered(X, train), centered(y, train)
@@ -125,7 +125,7 @@ class Folds:
         return _Part(size * few, size * targets, np.full((len(few), 1), size**-2), False, error)
 
     def _errors(self, part: _Part, k: int, log_As: Array, shrinkages: Array, ts: Array) -> Array:
-        """Give the errors (n_flows, n_ts, folds of the part) of one target."""
+        """Return the errors (n_flows, n_ts, folds of the part) of one target."""
         count, folds = len(log_As), part.train.shape[1]
         found = np.full((count * folds, len(ts)), np.inf)
         few = found.size * len(part.y) <= KEPT
@@ -145,7 +145,7 @@ class Folds:
         return found.reshape(count, folds, len(ts)).transpose(0, 2, 1)
 
     def _coefs(self, part: _Part, k: int, log_A: float, shrinkage: float, t: float) -> Array:
-        """Give the coefficients (d, folds of the part) of one flow at one time."""
+        """Return the coefficients (d, folds of the part) of one flow at one time."""
         coefs = np.zeros((part.X.shape[1], part.train.shape[1]))
         one, known = (np.array([log_A]), np.array([shrinkage])), (id(part), k, (log_A, shrinkage))
         if self.data.pull[k] > 0 and known in self.duals:
@@ -175,7 +175,7 @@ class Folds:
     def _columns(
         self, part: _Part, k: int, log_As: Array, shrinkages: Array, folds: int
     ) -> tuple[Columns, Array]:
-        """Give the flows, and their units of time (., 1)."""
+        """Return the flows, and their units of time (., 1)."""
         units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
         decay = self.decay or TurnOff(0.0, 1.0)
         stays = shrinkages > 0
@@ -194,7 +194,7 @@ class Folds:
         return columns, np.repeat(units, folds)[:, None]
 
     def _thresholded(self, coef: Array, k: int, f: int, zero_tols: Array, refit: bool) -> Array:
-        """Give the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
+        """Return the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
         rows = without_small(np.tile(coef, (len(zero_tols), 1)), zero_tols[:, None])
         if refit:
             rows = self._refitted(k, rows != 0, self.train[:, f])

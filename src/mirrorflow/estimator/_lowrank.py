@@ -42,7 +42,7 @@ class LowRank(BaseEstimator):
     }
 
     def _columns(self, shape: tuple[int, int]) -> int:
-        """Give the columns of the factors; refuse more than X has."""
+        """Return the columns of the factors; refuse more than X has."""
         if self.max_rank is None:
             return min(10, *shape)
         if self.max_rank > min(shape):
@@ -120,7 +120,7 @@ def _check_seen(seen: Any) -> None:
 
 
 def filled(M: Any, X: Array) -> Array:
-    """Give the known entries of M (of a sparse M those that are stored), and X's elsewhere."""
+    """Return the known entries of M (of a sparse M those that are stored), and X's elsewhere."""
     X = X.astype(M.dtype, copy=False)
     if not hasattr(M, "tocsr"):
         return np.where(np.isnan(M), X, M)

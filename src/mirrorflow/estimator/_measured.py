@@ -24,12 +24,12 @@ NOTHING = 1e-13  # a first gradient below it, in its natural units, is rounding
 
 
 def flat(X: Any) -> Any:
-    """Give measurements that are matrices as rows."""
+    """Return measurements that are matrices as rows."""
     return np.reshape(np.asarray(X), (len(X), -1)) if matrices(X) else X
 
 
 def matrices(X: Any) -> tuple[int, ...]:
-    """Give the shape of measurements that are matrices, and nothing for rows."""
+    """Return the shape of measurements that are matrices, and nothing for rows."""
     shape = np.shape(X) if isinstance(X, list | tuple) else getattr(X, "shape", ())
     return tuple(shape[1:]) if len(shape) == 3 else ()
 
@@ -64,11 +64,11 @@ class Measured:
         return self.A @ (U @ V.T).ravel() / self.a - self.y
 
     def value(self, U: Array, V: Array) -> float:
-        """Give f(U V^T)."""
+        """Return f(U V^T)."""
         return 0.5 * float(self.weights @ self.residual(U, V) ** 2)
 
     def gradient(self, U: Array, V: Array) -> Array:
-        """Give grad f(U V^T)."""
+        """Return grad f(U V^T)."""
         return (self.A.T @ (self.weights * self.residual(U, V)) / self.a).reshape(self.shape)
 
 
@@ -174,10 +174,10 @@ def _step(
 
 
 def _size(U: Array, V: Array) -> float:
-    """Give the Frobenius norm of both factors together."""
+    """Return the Frobenius norm of both factors together."""
     return float(np.sqrt((U**2).sum() + (V**2).sum()))
 
 
 def _objective(f: Measured, U: Array, V: Array, rate: float) -> float:
-    """Give f(U V^T) + rate/2 (|U|^2 + |V|^2)."""
+    """Return f(U V^T) + rate/2 (|U|^2 + |V|^2)."""
     return f.value(U, V) + 0.5 * rate * _size(U, V) ** 2

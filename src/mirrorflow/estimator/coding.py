@@ -230,7 +230,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return z
 
     def _starts(self, shape: tuple[int, int]) -> Array:
-        """Give the codes at the start, checked."""
+        """Return the codes at the start, checked."""
         start = np.asarray(self.start, dtype=np.float64)
         if not np.isfinite(start).all():
             raise ValueError("start holds NaN or infinite numbers")
@@ -248,7 +248,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return "gradient descent diverged: lower learning_rate, or take learning_rate='adaptive'"
 
     def _atoms(self, X: Array) -> Array:
-        """Give the dictionary, checked."""
+        """Return the dictionary, checked."""
         D = check_array(self.dictionary, dtype=X.dtype, input_name="dictionary")
         if D.shape[1] != X.shape[1]:
             raise ValueError(
@@ -259,7 +259,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return D
 
     def inverse_transform(self, X: Any) -> Array:
-        """Give the signals z D of codes.
+        """Return the signals z D of codes.
 
         Parameters
         ----------

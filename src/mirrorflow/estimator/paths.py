@@ -51,7 +51,7 @@ def flow_path(
     tol: float = 1e-3,
     max_iter: int = 10_000,
 ) -> tuple[Array, Array, Array]:
-    """Give the coefficients of `MirrorFlowRegressor` at many times, for the cost of the last.
+    """Return the coefficients of `MirrorFlowRegressor` at many times, for the cost of the last.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def entropy_path(
     fit_intercept: bool = True,
     max_iter: int = 2000,
 ) -> tuple[Array, Array, Array, Array]:
-    """Give the end points of the flow for many scales, from ridge-like to L1, as one path.
+    """Return the end points of the flow for many scales, from ridge-like to L1, as one path.
 
     Parameters
     ----------
@@ -228,7 +228,12 @@ class MirrorFlowCVDisplay:
         -------
         self
         """
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+            ) from error
 
         axis = plt.subplots()[1] if ax is None else ax
         reached = np.where(np.isinf(self.mse_path), np.nan, self.mse_path)  # leaves gaps

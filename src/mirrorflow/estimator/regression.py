@@ -354,7 +354,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return self
 
     def _flows(self) -> tuple[Array, Array]:
-        """Give log A and shrinkage of each flow."""
+        """Return log A and shrinkage of each flow."""
         log_As = scales(self.log_As)
         given = self.shrinkages
         if given is None:
@@ -368,7 +368,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
 
     def _best(self, folds: Folds) -> Run:
-        """Give the flow of least error, and how much of it is set to 0."""
+        """Return the flow of least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = np.unravel_index(np.argmin(mean), mean.shape)
         warn_at_the_last_time(mean[i], self.ts_, folds.spread)
@@ -387,7 +387,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     def _split(
         self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]
     ) -> tuple[Array, Array]:
-        """Give the weight of each row (n, n_folds) in the training and the test part of a fold."""
+        """Return the weight of each row (n, n_folds) in the training and test part of a fold."""
         splitter: Any = check_cv(self.cv)
         routed: dict[str, Any] = {}
         if get_config()["enable_metadata_routing"]:
@@ -413,7 +413,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return train, test
 
     def _errors(self, folds: Folds) -> Array:
-        """Give the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
+        """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
         jobs: Any = self.n_jobs  # None asks joblib's context
         if effective_n_jobs(jobs) == 1:
             return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
@@ -424,7 +424,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         return np.concatenate(list(parts))
 
     def get_metadata_routing(self) -> MetadataRouter:
-        """Give the routing: ``fit`` hands metadata to the splitter.
+        """Return the routing: ``fit`` hands metadata to the splitter.
 
         Returns
         -------
@@ -443,7 +443,7 @@ ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 
 
 def _numbers(name: str, values: Any) -> Array:
-    """Give a non-empty vector of finite numbers."""
+    """Return a non-empty vector of finite numbers."""
     found = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if found.ndim != 1 or found.size == 0 or not np.isfinite(found).all():
         raise ValueError(f"{name} must be a non-empty 1-d sequence of numbers, got {values!r}")
@@ -451,7 +451,7 @@ def _numbers(name: str, values: Any) -> Array:
 
 
 def scales(values: Any) -> Array:
-    """Give the candidates for log_A."""
+    """Return the candidates for log_A."""
     found = _numbers("log_As", values)
     if not (found.min() >= LOG_A[0] and found.max() <= LOG_A[1]):
         raise ValueError(f"log_As must be between {LOG_A[0]} and {LOG_A[1]}, got {values!r}")
@@ -459,7 +459,7 @@ def scales(values: Any) -> Array:
 
 
 def times(values: Any) -> Array:
-    """Give the candidates for t, increasing."""
+    """Return the candidates for t, increasing."""
     if isinstance(values, Integral):
         if values < 1:
             raise ValueError(f"ts must be a number of times >= 1, or the times, got {values!r}")
@@ -471,7 +471,7 @@ def times(values: Any) -> Array:
 
 
 def thresholds(values: Any) -> Array:
-    """Give the candidates for zero_tol, increasing."""
+    """Return the candidates for zero_tol, increasing."""
     if values is None:
         return ZERO_TOLS
     found = np.sort(_numbers("zero_tols", values))

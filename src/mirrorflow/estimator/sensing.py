@@ -196,7 +196,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         return found, A.dtype
 
     def _shape(self, X: Any) -> tuple[int, ...]:
-        """Give (p, q) as the measurements or ``shape`` have it."""
+        """Return (p, q) as the measurements or ``shape`` have it."""
         given = () if self.shape is None else tuple(self.shape)
         if self.shape is not None and not (
             len(given) == 2 and all(isinstance(n, Integral) and n >= 1 for n in given)
@@ -226,7 +226,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             raise ValueError(f"symmetric=True needs p = q, got {shape}")
 
     def predict(self, X: Any) -> Array:
-        """Give the values <A_i, X> of measurements.
+        """Return the values <A_i, X> of measurements.
 
         Parameters
         ----------

@@ -15,10 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+try:
+    from transformers import Trainer, TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "control_decay needs transformers, of the extra hf: pip install '.[hf]'",
+        name="transformers",
+    ) from error
 
 from ..control.loop import ControlledDecay
-from ..control.plan import Plan
+from ..control.plan import RunSettings
 from ..control.readings import Metric
 from ..spectrum import Measurement, SpectralTracker
 from ..spectrum.pairs import Named
@@ -82,7 +88,7 @@ def control_decay(
     tracked = {
         "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
     }  # fmt: skip
-    plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
+    plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
     control = DecayControl(trainer, plan)
     trainer.add_callback(control)
     return control
@@ -110,7 +116,7 @@ class DecayControl(TrainerCallback):
         What was measured.
     """
 
-    def __init__(self, trainer: Any, plan: Plan) -> None:
+    def __init__(self, trainer: Any, plan: RunSettings) -> None:
         self._trainer, self._plan = trainer, plan
         self._loop: ControlledDecay | None = None
         self._logged = -1  # the step of the last row
@@ -136,7 +142,7 @@ class DecayControl(TrainerCallback):
         return [] if self._loop is None else self._loop.measurements
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -191,7 +197,7 @@ class DecayControl(TrainerCallback):
         draft.replace(path)
 
     def _folder(self, state: Any) -> Path:
-        """Give the folder of the checkpoint of this step; a trial of a search has its own."""
+        """Return the folder of the checkpoint of this step; a trial of a search has its own."""
         trial = self._trainer._trial if state.is_hyper_param_search else None
         folder = Path(self._trainer._get_output_dir(trial))
         return folder / f"checkpoint-{state.global_step}"

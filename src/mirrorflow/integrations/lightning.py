@@ -13,10 +13,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "DecayCallback needs lightning, of the extra lightning: pip install '.[lightning]'",
+        name="lightning",
+    ) from error
 
 from ..control.loop import ControlledDecay
-from ..control.plan import Plan
+from ..control.plan import RunSettings
 from ..control.readings import Metric
 from ..schedule import Schedule
 from ..spectrum import Measurement
@@ -84,7 +90,7 @@ class DecayCallback(Callback):
         tracked = {
             "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
         }  # fmt: skip
-        self._plan = Plan(schedule, schedule_for, track_every, metric, tracked, options)
+        self._plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
         self.index = optimizer
         self._loop: ControlledDecay | None = None
         self._saved: Mapping[str, Any] | None = None
@@ -111,7 +117,7 @@ class DecayCallback(Callback):
         return [] if self._loop is None else self._loop.measurements
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give what was measured as flat rows, as `ControlledDecay.rows`."""
+        """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +142,7 @@ class DecayCallback(Callback):
         self._steps = loop.scheduler.steps
 
     def _length(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Give the number of steps of a run, as far as it is known: else -1 or infinity."""
+        """Return the number of steps of a run, as far as it is known: else -1 or infinity."""
         if not pl_module.automatic_optimization and self._plan.schedule_for is None:
             return trainer.max_steps  # a batch may have several steps
         return trainer.estimated_stepping_batches
@@ -175,7 +181,7 @@ class DecayCallback(Callback):
             logger.log_metrics(named, step=self._loop.scheduler.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state, in plain numbers and strings."""
+        """Return the state, in plain numbers and strings."""
         return {} if self._loop is None else self._loop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ def interleaved(key: str, shapes: Shapes, facts: Facts) -> Projections | str | N
 
 
 def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
-    """Give the weights that may project the heads' values: beside them, or as in BERT above."""
+    """Return the weights that may project the heads' values: beside them, or as in BERT above."""
     above = prefix.removesuffix(".").rpartition(".")[0]
     beside = (f"{prefix}{name}{end}" for name in OUTPUTS for end in ("", ".linear"))
     names = (*beside, f"{above}.output.dense".lstrip("."))
@@ -251,7 +251,7 @@ def outputs(prefix: str, shapes: Shapes) -> Iterator[str]:
 
 
 def _family(architecture: str) -> str:
-    """Give the family of a model_type: without its part, as in qwen2_vl_vision.
+    """Return the family of a model_type: without its part, as in qwen2_vl_vision.
 
     Examples
     --------

@@ -177,7 +177,7 @@ def _shared(heads: int | None, key_heads: int | None) -> tuple[str, ...]:
 def _divide(
     queries: int, keys: int, count: int | None, width: int | None
 ) -> tuple[int | None, int | None]:
-    """Give the numbers of query and key heads, if both follow and nothing contradicts them."""
+    """Return the numbers of query and key heads, if both follow and nothing contradicts them."""
     if count and width and count * width != queries:
         return None, None  # the facts are another layer's, or another part's
     if not width:

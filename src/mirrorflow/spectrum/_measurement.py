@@ -122,7 +122,7 @@ def _by_head(rows: Tensor | Rows, heads: int | None) -> Tensor | Rows:
 
 
 def _grams(matrices: list[Tensor | Rows]) -> Tensor:
-    """Give the stacked Gram matrices of matrices of one shape, few of them stacked at a time."""
+    """Return the stacked Gram matrices of matrices of one shape, few of them stacked at a time."""
     plain = [matrix for matrix in matrices if not isinstance(matrix, Rows)]
     if len(plain) < len(matrices) or len({(m.device, m.dtype) for m in plain}) > 1:
         grams = [gram(matrix) for matrix in matrices]
@@ -162,7 +162,7 @@ def _grouped(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
 
 
 def _numbers(spectrum: ProductSpectrum) -> list[Any]:
-    """Give (pairs, [heads,] numbers) as lists, in one transfer."""
+    """Return (pairs, [heads,] numbers) as lists, in one transfer."""
     numbers = (
         spectrum.nuclear,
         spectrum.frobenius,

@@ -49,7 +49,7 @@ class Rows:
         return replace(self, heads=heads)
 
     def gram(self, local_gram: Any) -> Tensor:
-        """Give rows rows^T on every process, of shape (..., r, r) or (heads, width, width).
+        """Return rows rows^T on every process, of shape (..., r, r) or (heads, width, width).
 
         ``local_gram`` gives that of a plain tensor. All processes have to call.
         """
@@ -66,7 +66,7 @@ class Rows:
         return _summed(total, rows, (*rows.shape[:-2], r, r) if self.heads is None else total.shape)
 
     def _whole_heads(self, here: Tensor, rank: int, held: list[int], local_gram: Any) -> Tensor:
-        """Give the Gram matrices of the heads that are here, and 0 for the others."""
+        """Return the Gram matrices of the heads that are here, and 0 for the others."""
         heads = self.heads or 1
         width = sum(held) // heads
         total = torch.zeros(heads, width, width, dtype=torch.float64, device=here.device)
@@ -92,7 +92,7 @@ def _one_axis(rows: Any) -> Any:
 
 
 def _blocks(rows: Any) -> tuple[int | None, list[int]]:
-    """Give the axis of the mesh over which the rows are sharded, and the edges of the blocks."""
+    """Return the axis of the mesh over which the rows are sharded, and the edges of the blocks."""
     size, inner = rows.shape[-2], rows.ndim - 2
     for axis, placement in enumerate(rows.placements):
         if getattr(placement, "dim", None) == inner:
@@ -105,7 +105,7 @@ def _blocks(rows: Any) -> tuple[int | None, list[int]]:
 def _chosen(
     rows: Any, chosen: Tensor | None, axis: int | None, blocks: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """Give the chosen rows that are here, and how many each process of the axis has."""
+    """Return the chosen rows that are here, and how many each process of the axis has."""
     here = rows.to_local()
     if chosen is None:
         return here, [b - a for a, b in pairwise(blocks)]

@@ -196,7 +196,7 @@ class Checkpoint:
 
 
 def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Give the value of the first pattern that ends a module's name, as PEFT does."""
+    """Return the value of the first pattern that ends a module's name, as PEFT does."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -245,7 +245,7 @@ def heads(config: Mapping[str, Any], module: str) -> tuple[int | None, int | Non
 
 
 def part_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Give the part that a module's name begins with or, of several in it, names first."""
+    """Return the part that a module's name begins with or, of several in it, names first."""
     places = []
     for key, part in config.items():
         if isinstance(part, dict) and key not in NO_PARTS:
@@ -262,7 +262,7 @@ def part_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 
 def _layer(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Give a configuration as one layer has it: Gemma 4 has wider heads in some."""
+    """Return a configuration as one layer has it: Gemma 4 has wider heads in some."""
     found = re.search(r"layers\.(\d+)\.", f"{module}.")
     if found is None:
         return config
@@ -274,7 +274,7 @@ def _layer(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 
 def _stage(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Give a configuration as one stage of a pyramid has it: Swin's num_heads is a list."""
+    """Return a configuration as one stage of a pyramid has it: Swin's num_heads is a list."""
     found = re.search(r"\.(\d+)\.(?:blocks\.|layers\.)?\d+\.", module)
     lists = [key for key in COUNTS if isinstance(config.get(key), list)]
     if found is None or not lists:
@@ -284,7 +284,7 @@ def _stage(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 
 def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    """Give the first entry that is a positive integer."""
+    """Return the first entry that is a positive integer."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, int) and value > 0:
@@ -303,11 +303,8 @@ GGUF = (
 
 
 def reader() -> Any:
-    """Give a function that opens a safetensors file, with errors that help."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("audit reads safetensors files: pip install safetensors") from error
+    """Return a function that opens a safetensors file, with errors that help."""
+    from safetensors import SafetensorError, safe_open
 
     def open_file(file: Path) -> Any:
         try:

@@ -64,7 +64,7 @@ class Factor:
         return rows.unflatten(0, (-1, self.block))[:, self.start : self.stop].flatten(0, 1)
 
     def size(self, shapes: Shapes) -> tuple[int, int]:
-        """Give (r, long dimension)."""
+        """Return (r, long dimension)."""
         first, *rest = shapes[self.key]
         second = 1
         for size in rest:
@@ -143,22 +143,22 @@ class Facts(Protocol):
     """What the names and shapes of weights do not tell."""
 
     def heads(self, module: str) -> tuple[int | None, int | None]:
-        """Give the number of query heads and the width of one; None where unknown."""
+        """Return the number of query heads and the width of one; None where unknown."""
         ...
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Give the scale of a LoRA update."""
+        """Return the scale of a LoRA update."""
         ...
 
     def architecture(self, module: str) -> str:
-        """Give the model_type of the configuration nearest to a module; empty where unknown.
+        """Return the model_type of the configuration nearest to a module; empty where unknown.
 
         A timm model's is "timm/" and its own name.
         """
         ...
 
     def order(self, module: str) -> str:
-        """Give the order of a fused weight: "heads", "blocks", or empty where unknown.
+        """Return the order of a fused weight: "heads", "blocks", or empty where unknown.
 
         "heads" is q, k, v of the first head, q, k, v of the second; "blocks" is Q, K, V.
         """

@@ -165,7 +165,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
 
 
 def _detached(factor: Tensor) -> Tensor:
-    """Give a factor without its graph; most have none, and a view takes time."""
+    """Return a factor without its graph; most have none, and a view takes time."""
     return factor.detach() if factor.requires_grad else factor
 
 
@@ -223,7 +223,7 @@ def spectrum_of_grams(
 
 
 def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
-    """Give which entries of a batch are finite; refuse the others if strict."""
+    """Return which entries of a batch are finite; refuse the others if strict."""
     finite_a, finite_b = (torch.isfinite(trace(found)) for found in (gram_a, gram_b))
     finite = finite_a & finite_b
     if strict and not finite.all():
@@ -233,7 +233,7 @@ def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
 
 
 def _norm(grams: Tensor) -> float:
-    """Give the Frobenius norm of a whole batch: no less than the norm of any of it."""
+    """Return the Frobenius norm of a whole batch: no less than the norm of any of it."""
     return torch.linalg.vector_norm(grams).item()
 
 
@@ -251,7 +251,7 @@ def spectrum_of_products(
 
 
 def _sizes(n: int, m: int, group: Any) -> tuple[int, int]:
-    """Give the long dimensions, summed over the group's shards."""
+    """Return the long dimensions, summed over the group's shards."""
     if group is None:
         return n, m
     sizes: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -269,7 +269,7 @@ torch.empty(2 * CHUNK, dtype=torch.float64, device="cpu")
 
 
 def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
-    """Give rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n), detached.
+    """Return rows rows^T in float64, of shape (..., r, r), for rows of shape (..., r, n), detached.
 
     A ``DTensor``, or `Rows` of one, gives its whole Gram matrix as a plain tensor on every rank.
     Only Gram matrices travel where the columns are sharded, and where each process holds whole
@@ -286,17 +286,17 @@ def gram(rows: Tensor | Rows, group: Any = None) -> Tensor:
 
 
 def double(rows: Tensor) -> Tensor:
-    """Give rows in float64, on the CPU where the device has no float64 (mps)."""
+    """Return rows in float64, on the CPU where the device has no float64 (mps)."""
     return (rows.cpu() if rows.is_mps else rows).to(torch.float64)
 
 
 def trace(gram: Tensor) -> Tensor:
-    """Give the traces of a batch."""
+    """Return the traces of a batch."""
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _local_gram(rows: Tensor) -> Tensor:
-    """Give rows rows^T in float64 without a float64 copy of all rows."""
+    """Return rows rows^T in float64 without a float64 copy of all rows."""
     if rows.is_mps:  # it has no float64
         rows = rows.cpu()
     if rows.dtype == torch.float64:
@@ -340,7 +340,7 @@ Entry = Callable[[tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 def of_matrix(product: Tensor, scale: Tensor) -> Tensor:
-    """Give the singular values of formed products (..., n, m), of factors with scale = r |A| |B|.
+    """Return the singular values of formed products (..., n, m), of factors with scale = r |A| |B|.
 
     Half the work of the SVD is saved where the eigenvalues of P P^T are exact enough.
     """
@@ -354,7 +354,7 @@ def of_matrix(product: Tensor, scale: Tensor) -> Tensor:
 
 
 def of_grams(gram_a: Tensor, gram_b: Tensor, size: float, entry: Entry | None) -> Tensor:
-    """Give the singular values of A B: the fast way, and where it was too inexact again.
+    """Return the singular values of A B: the fast way, and where it was too inexact again.
 
     The eigenvalues of the squared core have the error EPS size, size >= |A^T A| |B B^T|, so that
     s_i has EPS size / s_i: none is looked at singly where the smallest of all is large enough.
@@ -395,25 +395,25 @@ def _repaired(
 
 
 def _from_factors(left: Tensor, right: Tensor) -> Tensor:
-    """Give the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
+    """Return the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
     return torch.linalg.svdvals(_triangle(left) @ _triangle(right).mT)
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """Give R, with rows^T = Q R; the transposed rows themselves if they are no taller than wide."""
+    """Return R of rows^T = Q R, or rows^T itself where it is at least as wide as tall."""
     tall = double(rows).mT
     return torch.linalg.qr(tall, mode="r").R if len(tall) > tall.shape[1] else tall
 
 
 def _from_roots(gram_a: Tensor, gram_b: Tensor, which: Tensor) -> Tensor:
-    """Give the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
+    """Return the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
     shape = (*which.shape, *gram_a.shape[-2:])
     root_a, root_b = (_root(g.expand(shape)[which]) for g in (gram_a, gram_b))
     return torch.linalg.svdvals(root_a.mT @ root_b)
 
 
 def _root(gram: Tensor) -> Tensor:
-    """Give L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
+    """Return L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
     values, vectors = torch.linalg.eigh(gram)
     zero = values <= EPS * gram.shape[-1] * values[..., -1:]
     return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]

@@ -106,13 +106,13 @@ class Measurement:
         return nuclear / frobenius if frobenius else nan
 
     def summary(self) -> dict[str, float]:
-        """Give the numbers for a log: the means, and the counts of what is not in them."""
+        """Return the numbers for a log: the means, and the counts of what is not in them."""
         means = {f"mean_{column}": self._mean(column) for column in COLUMNS}
         counts = {"undefined": float(self.undefined), "not_finite": float(self.not_finite)}
         return {**means, "ratio_of_means": self.ratio_of_means, **counts}
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values; what is NaN is None, as JSON has no NaN."""
+        """Return plain values; what is NaN is None, as JSON has no NaN."""
         skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
         found = {
             "summary": self.summary(),
@@ -122,17 +122,17 @@ class Measurement:
         return _without_nan(found)
 
     def to_json(self, indent: int | None = 1) -> str:
-        """Give `to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def _mean(self, column: str) -> float:
-        """Give the mean over the defined records."""
+        """Return the mean over the defined records."""
         values = [getattr(record, column) for record in self.defined]
         return sum(values) / len(values) if values else nan
 
 
 def table(measurement: Measurement) -> str:
-    """Give a measurement as lines of text: a row for each record, and the means.
+    """Return a measurement as lines of text: a row for each record, and the means.
 
     Examples
     --------

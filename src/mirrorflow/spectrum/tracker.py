@@ -148,12 +148,12 @@ class SpectralTracker:
         return "\n".join(lines)
 
     def _weight(self, key: str) -> Tensor:
-        """Give a weight as it is now: training tools replace parameters."""
+        """Return a weight as it is now: training tools replace parameters."""
         module, attribute = self._places[key]
         return getattr(module, attribute)
 
     def _linked(self) -> list[tuple[Module, str, Module]]:
-        """Give the ways from the model to the weights: parents, names and children.
+        """Return the ways from the model to the weights: parents, names and children.
 
         Raises
         ------
@@ -194,7 +194,7 @@ class SpectralTracker:
         return not types <= READABLE
 
     def _load(self, factor: Factor) -> Tensor | Rows:
-        """Give the rows of a factor."""
+        """Return the rows of a factor."""
         weight = self._weight(factor.key).detach()
         if trouble := unreadable(weight):
             raise ValueError(f"SpectralTracker: {factor.key} {trouble}")
@@ -294,7 +294,7 @@ class _Modules:
 
 
 def _first(owners: Iterable[Any], attributes: Iterable[str]) -> int | None:
-    """Give the first attribute that is a positive integer."""
+    """Return the first attribute that is a positive integer."""
     for owner in owners:
         for attribute in attributes:
             value = getattr(owner, attribute, None)

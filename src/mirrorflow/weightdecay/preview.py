@@ -50,7 +50,12 @@ class Preview:
 
     def plot(self) -> Figure:
         """Return a figure of decay, lr x decay, and the accumulated sum."""
-        from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+            ) from error
 
         abreast = max(1, min(3, 100 // (10 + max(map(len, self.curves), default=0))))
         lines = -(-len(self.curves) // abreast)  # of the legend, below the curves

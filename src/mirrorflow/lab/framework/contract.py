@@ -1,4 +1,4 @@
-"""What an experiment is, how it is run, and what is stored: the folder that the page is made of.
+"""Contract of an experiment: its configuration, its run, and the folder that holds its result.
 
 A run lives in ``<out>/<experiment>/<hash>/``, named by the hash of its configuration:
 
@@ -86,7 +86,7 @@ class Config(BaseModel):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give a preset: smoke (under 5 s), cpu (a minute or a few), full (the paper's)."""
+        """Return a preset: smoke (under 5 s), cpu (a minute or a few), full (the paper's)."""
         raise NotImplementedError
 
 
@@ -125,12 +125,12 @@ class Experiment(Protocol):
         ...
 
     def table(self, records: list[Record]) -> list[Record]:
-        """Give the rows of the table of the page."""
+        """Return the rows of the table of the page."""
         ...
 
 
 def needs(module: Experiment) -> tuple[str, ...]:
-    """Give the modules of extras that an experiment imports.
+    """Return the modules of extras that an experiment imports.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def needs(module: Experiment) -> tuple[str, ...]:
     missing = {n.partition(".")[0] for n in names if not find_spec(n.partition(".")[0])}
     if missing:
         raise ImportError(
-            f"{module.NAME} needs {', '.join(sorted(missing))}: pip install 'mirrorflow[networks]'"
+            f"{module.NAME} needs {', '.join(sorted(missing))}: pip install '.[networks]'"
         )
     return names
 
@@ -278,7 +278,7 @@ def load(name: str) -> Experiment:
     """Import an experiment; ValueError with the names that there are, if there is none."""
     known = experiments()
     if name not in known:
-        raise ValueError(f"there is no experiment {name!r}; there are: {', '.join(known)}")
+        raise ValueError(f"experiment must be one of {', '.join(known)}, got {name!r}.")
     module: Any = importlib.import_module(known[name])
     return module
 
@@ -297,7 +297,7 @@ def config_from(
         For an unknown preset, an unknown key (with those that there are), or a bad value.
     """
     if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are: {', '.join(PRESETS)}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     values = module.Config.preset(preset).model_dump()
     values |= _known(module, _toml(Path(toml_path)), str(toml_path)) if toml_path else {}
     values |= _known(module, overrides or {}, "the overrides")

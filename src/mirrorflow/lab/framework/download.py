@@ -11,7 +11,7 @@ __all__ = ["data_file", "data_home"]
 
 
 def data_home() -> Path:
-    """Give the folder of data: $MIRRORFLOW_DATA, or ~/.cache/mirrorflow."""
+    """Return the folder of data: $MIRRORFLOW_DATA, or ~/.cache/mirrorflow."""
     return Path(os.environ.get("MIRRORFLOW_DATA") or Path.home() / ".cache" / "mirrorflow")
 
 

@@ -1,4 +1,4 @@
-"""What the figures and charts of all experiments share: styles, axes, and how a chart zooms."""
+"""Styles, axes and zoom that the figures and charts of all experiments share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ZOOM_HINT = "Drag to move, Ctrl or Alt with the wheel to zoom, double-click to r
 
 
 def shade(i: int, count: int) -> str:
-    """Give the i-th of an ordered series of colours, from light to dark."""
+    """Return the i-th of an ordered series of colours, from light to dark."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -62,7 +62,7 @@ def middle(records: Iterable[Mapping[str, Any]], band: str = "") -> str:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Give the ticks of a logarithmic axis: powers of ten, with 3 times them if they are few."""
+    """Return the ticks of a logarithmic axis: powers of ten, with 3 times them if they are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     sparse = [10.0**k for k in powers][:: max(1, len(powers) // 8)]
     return sparse if len(powers) > 4 else sorted([*sparse, *(3 * p for p in sparse)])

@@ -39,14 +39,14 @@ def provenance(data: Sequence[str], device: str, commit: str) -> dict[str, Any]:
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
-    """Give the versions of the packages that are installed; some are extras."""
+    """Return the versions of the packages that are installed; some are extras."""
     return {
         n: metadata.version(n) for n in names if any(True for _ in metadata.distributions(name=n))
     }
 
 
 def checkout() -> str:
-    """Give the git commit of the package's checkout, marked if files other than results differ."""
+    """Return the git commit of the checkout, marked if files other than results differ."""
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: numbers on the way, and each part as it is finished."""
+"""Recorder of a run: numbers on the way, and each part when it is finished."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Recorder:
             self._progress(done, total, label)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Give the curves of all parts, under <part>/<name>."""
+        """Return the curves of all parts, under <part>/<name>."""
         return {f"{key}/{name}": v for key, p in self.parts.items() for name, v in p.arrays.items()}
 
     def _finished(self, key: str | None) -> bool:
@@ -143,7 +143,7 @@ class Recorder:
 
 
 def checksum(*arrays: NDArray[Any]) -> str:
-    """Give the first 12 hexadecimal digits of the SHA-256 of arrays: the data of a part."""
+    """Return the first 12 hexadecimal digits of the SHA-256 of arrays: the data of a part."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -60,7 +60,7 @@ class Timeline:
 
 
 def branch_points(timelines: Mapping[str, Timeline]) -> dict[str, tuple[int, ...]]:
-    """Give the steps at which each run must be stored, because another one goes on from there."""
+    """Return the steps at which each run must be stored, because another one goes on from there."""
     found: dict[str, set[int]] = {name: set() for name in timelines}
     for (one, left), (two, right) in combinations(timelines.items(), 2):
         if step := left.common(right):
@@ -129,5 +129,5 @@ class Checkpoints:
         return self.folder / f"{step}-{timeline.key(step)}.pt"
 
     def _steps(self) -> set[int]:
-        """Give the steps at which any run has a stored state."""
+        """Return the steps at which any run has a stored state."""
         return {int(path.name.split("-")[0]) for path in self.folder.glob("[0-9]*-*.pt")}

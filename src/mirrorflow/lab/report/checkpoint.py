@@ -67,7 +67,7 @@ def _caption(label: str) -> str:
 
 
 def _rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give a row for each product: its name, what it is, its numbers."""
+    """Return a row for each product: its name, what it is, its numbers."""
     rows = []
     for place, record in enumerate(records, 1):
         head = "" if record["head"] is None else f" head {record['head']}"

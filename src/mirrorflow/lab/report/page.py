@@ -222,12 +222,12 @@ def _provenance(result: Mapping[str, Any]) -> list[str]:
 
 
 def _scripts(specs: Mapping[str, Any]) -> str:
-    """Give the scripts of the page: those of the charts, and the explorer."""
+    """Return the scripts of the page: those of the charts, and the explorer."""
     return f"{_chart_scripts(specs)}\n<script>{_resource('explorer.js')}</script>"
 
 
 def _chart_scripts(specs: Mapping[str, Any]) -> str:
-    """Give the scripts of charts: the libraries once, and what they draw."""
+    """Return the scripts of charts: the libraries once, and what they draw."""
     import altair
     import vl_convert
 

@@ -7,8 +7,8 @@
 """
 
 from .driver import Outcome, sweep
-from .jobs import Job, Plan, plan
+from .jobs import Job, SweepPlan, plan
 from .status import RunState, export, status
 from .study import Study
 
-__all__ = ["Job", "Outcome", "Plan", "RunState", "Study", "export", "plan", "status", "sweep"]
+__all__ = ["Job", "Outcome", "RunState", "Study", "SweepPlan", "export", "plan", "status", "sweep"]

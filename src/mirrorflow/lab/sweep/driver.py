@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..framework import needs, write_json
 from .engines.local import Event, Local
-from .jobs import Job, Plan, plan, trunk_folder
+from .jobs import Job, SweepPlan, plan, trunk_folder
 from .study import Study
 from .work import Store
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give what has happened, after at most ``timeout`` seconds."""
+        """Return what has happened, after at most ``timeout`` seconds."""
         ...
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Progress:
 
     Attributes
     ----------
-    plan : Plan
+    plan : SweepPlan
     running : dict of str to (int, int, str)
         done, total and label of each job that runs, by its key.
     finished, failed : int
@@ -61,7 +61,7 @@ class Progress:
         On the monotonic clock.
     """
 
-    plan: Plan
+    plan: SweepPlan
     running: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     finished: int = 0
     failed: int = 0
@@ -82,13 +82,13 @@ class Outcome:
 
     Attributes
     ----------
-    plan : Plan
+    plan : SweepPlan
         What there was to do.
     failed : dict of str to str
         The reason, by the label of each run that has failed.
     """
 
-    plan: Plan
+    plan: SweepPlan
     failed: dict[str, str]
 
     @property
@@ -190,7 +190,7 @@ class _Driver:
     """Keep the engine busy until no job is left that may start."""
 
     def __init__(
-        self, engine: Engine, todo: Plan, retries: int, watch: Callable[[Progress], None]
+        self, engine: Engine, todo: SweepPlan, retries: int, watch: Callable[[Progress], None]
     ) -> None:
         self.engine, self.watch, self.retries = engine, watch, retries
         self.waiting = {job.key: job for job in todo.jobs}

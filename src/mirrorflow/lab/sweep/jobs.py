@@ -13,7 +13,7 @@ from .. import framework
 from ..framework import Checkpoints, Timeline, steps_saved
 from .study import Study
 
-__all__ = ["Job", "Plan", "plan", "trunk_folder"]
+__all__ = ["Job", "SweepPlan", "plan", "trunk_folder"]
 
 PRETRAINING = "pretraining"  # timelines with such names are needed by all others of their run
 
@@ -49,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep has to do.
 
     Attributes
@@ -87,7 +87,7 @@ def trunk_folder(out: str | Path, experiment: str) -> Path:
     return Path(out) / ".trunks" / experiment
 
 
-def plan(study: Study, out: str | Path) -> Plan:
+def plan(study: Study, out: str | Path) -> SweepPlan:
     """Make the jobs that are left of a study whose results are in a folder."""
     module = study.module
     configs = {
@@ -113,7 +113,7 @@ def plan(study: Study, out: str | Path) -> Plan:
         for key, config in left.items()
     ]
     every = {f"{key}/{name}": line for key, found in lines.items() for name, line in found.items()}
-    return Plan(
+    return SweepPlan(
         [*trunks, *runs],
         {key: changes for key, (changes, _) in configs.items()},
         len(configs) - len(left),
@@ -122,7 +122,7 @@ def plan(study: Study, out: str | Path) -> Plan:
 
 
 def _timelines(module: Any, config: Any) -> dict[str, Timeline]:
-    """Give the timelines of an experiment that trains; others have none."""
+    """Return the timelines of an experiment that trains; others have none."""
     return module.timelines(config) if hasattr(module, "timelines") else {}
 
 

@@ -1,4 +1,4 @@
-"""How far a sweep is, and its records as one table: read from what is stored."""
+"""Progress of a sweep and its records as one table, read from stored files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunState:
 
 
 def status(folder: str | Path) -> list[RunState]:
-    """Give the state of every run of a sweep.
+    """Return the state of every run of a sweep.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def export(folder: str | Path, output: str | Path) -> int:
 
 
 def _cell(value: Any) -> Any:
-    """Give what fits into a cell."""
+    """Return what fits into a cell."""
     return value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
 
 

@@ -69,7 +69,7 @@ class Study(BaseModel):
         return framework.load(self.experiment)
 
     def configurations(self) -> list[tuple[dict[str, Any], Any]]:
-        """Give each configuration with what is particular to it; each once.
+        """Return each configuration with what is particular to it; each once.
 
         Raises
         ------
@@ -90,7 +90,7 @@ class Study(BaseModel):
         return list(found.values())
 
     def _changes(self) -> list[dict[str, Any]]:
-        """Give the combinations of the grid and the list."""
+        """Return the combinations of the grid and the list."""
         grid = [
             dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
         ]

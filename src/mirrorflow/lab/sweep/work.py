@@ -64,7 +64,7 @@ def _alive(pid: int) -> bool:
 
 
 def carry_out(job: Job, out: str, store: str, hooks: Sequence[str], tell: Tell) -> Result:
-    """Train a beginning or execute a run; what fails is a result, too."""
+    """Train a beginning or execute a run; a failure is a result as well."""
     try:
         _carry_out(job, Path(out), Store(store or out, out), hooks, tell)
     except Exception as error:  # whatever an experiment raises is its reason, and no other's
@@ -137,7 +137,7 @@ class Store:
             from fsspec.core import url_to_fs
         except ImportError:
             raise ImportError(
-                f"a store at {url} needs fsspec and its driver: pip install 'mirrorflow[store]'"
+                f"a store at {url} needs fsspec and its driver: pip install '.[store]'"
             ) from None
         files, self._root = url_to_fs(str(url))
         self._files: Any = files

@@ -1,4 +1,4 @@
-"""What the sparse coding experiments share: faces, a dictionary, the runs, and their pictures."""
+"""Faces, dictionary, runs and pictures of the sparse coding experiments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = {"nuclear": "nuclear norm of the codes", "mse": "reconstruction MSE"}
 
 
 def images(source: str) -> tuple[Array, str]:
-    """Give images (samples, pixels) in [0, 1], and which they are.
+    """Return images (samples, pixels) in [0, 1], and which they are.
 
     "auto" is the Olivetti faces, from scikit-learn's data folder or the network; where neither has
     them, scikit-learn's digits, with a warning.

@@ -53,7 +53,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (60 digits), or the paper's setting (cpu and full are the same)."""
+        """Return smoke (60 digits), or the paper's setting (cpu and full are the same)."""
         if name == "smoke":
             return cls(data="digits", samples=60, atoms=20, passes=2, ks=(1, 2, 4), steps=30)
         return cls()
@@ -115,7 +115,7 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each k."""
+    """Return a row for each k."""
     return [
         {
             "k": r["k"],
@@ -132,7 +132,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def _curves(records: list[Record], trajectory: Trajectory) -> dict[str, dict[str, Any]]:
-    """Give the curves of every k, by name."""
+    """Return the curves of every k, by name."""
     return {
         f"k = {r['k']}": {name: trajectory[f"k{r['k']}/{name}"] for name in ("nuclear", "mse")}
         for r in records

@@ -45,7 +45,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (60 digits), or the paper's setting (cpu and full are the same)."""
+        """Return smoke (60 digits), or the paper's setting (cpu and full are the same)."""
         if name == "smoke":
             return cls(data="digits", samples=60, atoms=20, passes=2, steps=30)
         return cls()
@@ -105,7 +105,7 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each alpha."""
+    """Return a row for each alpha."""
     free = min(records, key=lambda r: r["alpha"])
     return [
         {
@@ -122,7 +122,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def _curves(records: list[Record], trajectory: Trajectory) -> dict[str, dict[str, Any]]:
-    """Give the curves of every alpha, by name."""
+    """Return the curves of every alpha, by name."""
     return {
         f"α = {r['alpha']:g}": {name: trajectory[f"alpha{i}/{name}"] for name in ("nuclear", "mse")}
         for i, r in enumerate(records)

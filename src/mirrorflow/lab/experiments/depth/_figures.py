@@ -22,7 +22,7 @@ FLOOR = 1e-10  # below it the error is rounding, and would take most of the axis
 
 
 def _alphas(records: list[Record]) -> list[float]:
-    """Give the alphas in their order."""
+    """Return the alphas in their order."""
     return list(dict.fromkeys(r["alpha"] for r in records))
 
 
@@ -92,7 +92,7 @@ def _mark_limits(axis: Axes, records: list[Record]) -> None:
 
 
 def _predicted(records: list[Record], alpha: float) -> float:
-    """Give the median error of the end point of m * w."""
+    """Return the median error of the end point of m * w."""
     return float(np.median([r["predicted"] for r in records
                             if r["alpha"] == alpha and "predicted" in r]))  # fmt: skip
 
@@ -107,7 +107,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
         "Level dotted lines, for m·w: the end point that limit computes without training, where "
         f"it is above {FLOOR:.0e}.",
         "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu"
-        f"{middle(records)}; grey: that of the truth.",
+        f"{middle(records)}; grey: the truth's.",
     }
     return [
         (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, trajectory, key)))
@@ -155,7 +155,7 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str) -> Any:
 
 
 def _vertical(rows: list[Record], key: str) -> dict[str, Any]:
-    """Give the vertical axis."""
+    """Return the vertical axis."""
     import altair as alt
 
     if key == "ratio":
@@ -170,7 +170,7 @@ def _vertical(rows: list[Record], key: str) -> dict[str, Any]:
 
 
 def _rows(records: list[Record], trajectory: Trajectory, key: str) -> list[Record]:
-    """Give the points of the curves, rounded; where x = 0 there is no ratio."""
+    """Return the points of the curves, rounded; without those at x = 0, which have no ratio."""
     rows = []
     for name, depth in DEPTHS.items():
         steps, values = trajectory[f"depth{depth}/step"], trajectory[f"depth{depth}/{key}"]
@@ -184,7 +184,7 @@ def _rows(records: list[Record], trajectory: Trajectory, key: str) -> list[Recor
 
 
 def _rules(records: list[Record], trajectory: Trajectory, key: str) -> list[Record]:
-    """Give the horizontal lines: end points, or the ratio of the truth."""
+    """Return the horizontal lines: end points, or the ratio of the truth."""
     if key == "ratio":
         ratio = short(_true_ratio(records, trajectory))
         return [{"model": name, "median": ratio} for name in DEPTHS]

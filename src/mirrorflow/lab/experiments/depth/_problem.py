@@ -119,7 +119,7 @@ def _step(w: Array, x: Array, gradient: Array, rates: Array) -> Array:
 
 
 def speeds(factors: Array) -> Array:
-    r"""Give how fast x can move: x' = -s df/dx, s = sum_j prod_{i != j} w_i^2."""
+    r"""Return how fast x can move: x' = -s df/dx, s = sum_j prod_{i != j} w_i^2."""
     depth = len(factors)
     squares = factors**2
     others = [squares[[i for i in range(depth) if i != j]].prod(axis=0) for j in range(depth)]

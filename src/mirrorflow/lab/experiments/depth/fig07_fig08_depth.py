@@ -57,13 +57,13 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (20 x 30, 2 x 2,000 steps), cpu (three seeds), or full (ten seeds)."""
+        """Return smoke (20 x 30, 2 x 2,000 steps), cpu (three seeds), or full (ten seeds)."""
         if name == "smoke":
             return cls(n=20, d=30, nonzero=2, eta=0.01, on=2000, off=2000, seeds=(0, 1), points=20)
         return cls(seeds=tuple(range(10))) if name == "full" else cls()
 
     def record(self) -> NDArray[np.int64]:
-        """Give the recorded steps: geometric from the start, and again from the switch."""
+        """Return the recorded steps: geometric from the start, and again from the switch."""
         early = np.geomspace(1, self.on, self.points)
         late = self.on + np.geomspace(1, self.off, self.points)
         return np.unique(np.concatenate([[0], early, late]).astype(np.int64))
@@ -110,7 +110,7 @@ def _model(config: Config, problems: Problems, name: str, tick: Any) -> Part:
 def _end(
     config: Config, problems: Problems, name: str, i: int, j: int, x: Any, factors: Any
 ) -> Record:
-    """Give where one run ended, and what explains it."""
+    """Return where one run ended, and what explains it."""
     truth, alpha = problems.truth[i], config.alphas[j]
     alive = speeds(factors) > DEAD
     record: Record = {
@@ -181,7 +181,7 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each model and alpha: medians over the seeds."""
+    """Return a row for each model and alpha: medians over the seeds."""
     rows = []
     for model in DEPTHS:
         for alpha in dict.fromkeys(r["alpha"] for r in records):

@@ -22,7 +22,7 @@ POINTS = 61  # of a line in a chart
 
 
 def _labels(records: list[Record]) -> dict[str, str]:
-    """Give the cases and their names, in order."""
+    """Return the cases and their names, in order."""
     return {r["case"]: r["label"] for r in records}
 
 
@@ -134,7 +134,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
 
 
 def _chart_rows(records: list[Record], trajectory: Trajectory) -> list[Record]:
-    """Give all curves, thinned and rounded, as rows of (case, a, kind, x, y)."""
+    """Return all curves, thinned and rounded, as rows of (case, a, kind, x, y)."""
     rows: list[Record] = []
     for key, label in _labels(records).items():
         stored = {k.split("/")[1]: v for k, v in trajectory.items() if k.startswith(f"{key}/")}

@@ -83,7 +83,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (41 points); cpu and full are the same."""
+        """Return smoke (41 points); cpu and full are the same."""
         return cls(points=41) if name == "smoke" else cls()
 
 
@@ -138,7 +138,7 @@ class Case:
     positive: bool = False  # x > 0 only
 
     def grid(self, config: Config) -> Array:
-        """Give the x of the curves, dense near 0, where little A bends them."""
+        """Return the x of the curves, dense near 0, where little A bends them."""
         low = 1 / (config.points - 1) if self.positive else -1.0
         return config.window * np.linspace(low, 1.0, config.points) ** 3
 
@@ -166,7 +166,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
 
 
 def _pair(case: Case) -> tuple[Any, Any]:
-    """Give g and h of a case."""
+    """Return g and h of a case."""
     import mirrorflow as mf
 
     match case.key:
@@ -197,7 +197,7 @@ def _case(config: Config, case: Case) -> Part:
 
 
 def _curves(R: Any, flow: Any, case: Case, x: Array, a: float) -> dict[str, Array]:
-    """Give R_a less its minimum, gradient and inverse metric on a grid, and points of the flow."""
+    """Return R_a less its minimum, gradient and inverse metric on a grid, and the flow's points."""
     import torch
 
     points, centre = torch.from_numpy(x), R.centre(a)
@@ -218,7 +218,7 @@ def _curves(R: Any, flow: Any, case: Case, x: Array, a: float) -> dict[str, Arra
 
 
 def _numbers(R: Any, case: Case, a: float, curves: dict[str, Array]) -> Record:
-    """Give the numbers of one a: centre, speed there, type, and what the printed formula misses."""
+    """Return the numbers of one a: centre, speed there, type, and the printed formula's error."""
     import torch
 
     centre = R.centre(a)
@@ -265,7 +265,7 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each case and a."""
+    """Return a row for each case and a."""
     return [
         {
             "model": r["label"],

@@ -96,7 +96,7 @@ def _curve_chart(
 
 
 def _vertical(rows: list[Record], metric: str) -> dict[str, Any]:
-    """Give the vertical axis: logarithmic for errors."""
+    """Return the vertical axis: logarithmic for errors."""
     import altair as alt
 
     low, high = min(r["low"] for r in rows), max(r["high"] for r in rows)
@@ -109,7 +109,7 @@ def _vertical(rows: list[Record], metric: str) -> dict[str, Any]:
 
 
 def _rows(trajectory: Trajectory, names: list[str], model: str, metric: str) -> list[Record]:
-    """Give the points of the curves of one model, thinned and rounded."""
+    """Return the points of the curves of one model, thinned and rounded."""
     t, values = times(trajectory), curves(trajectory, model, metric)
     keep = np.unique(np.linspace(0, len(t) - 1, min(len(t), POINTS)).astype(int))
     tiny = 1e-300  # a training error of 0 has no logarithm

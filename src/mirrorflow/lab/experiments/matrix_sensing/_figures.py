@@ -37,23 +37,23 @@ TRAIN_FLOOR = 1e-10  # the linear model reaches rounding, which would take most 
 
 
 def scenario_names(records: list[Record]) -> list[str]:
-    """Give the scenarios in their order."""
+    """Return the scenarios in their order."""
     return list(dict.fromkeys(r["scenario"] for r in records if r["panel"] == "end"))
 
 
 def curves(trajectory: Trajectory, model: str, metric: str) -> NDArray[Any]:
-    """Give the curves of all seeds, (seeds, scenarios, times)."""
+    """Return the curves of all seeds, (seeds, scenarios, times)."""
     keys = [k for k in trajectory if k.startswith("seed") and k.endswith(f"/{model}/{metric}")]
     return np.stack([trajectory[key] for key in keys])
 
 
 def times(trajectory: Trajectory) -> NDArray[Any]:
-    """Give the times of the curves."""
+    """Return the times of the curves."""
     return next(v for k, v in trajectory.items() if k.startswith("seed") and k.endswith("/t"))
 
 
 def map_lines(records: list[Record]) -> dict[float, list[Record]]:
-    """Give for each alpha the medians over the seeds, in the order of the switch-off times."""
+    """Return for each alpha the medians over the seeds, in the order of the switch-off times."""
     cells = [r for r in records if r["panel"] == "map"]
     lines: dict[float, list[Record]] = {}
     for alpha, off in sorted({(r["alpha"], r["off"]) for r in cells}):
@@ -133,7 +133,7 @@ def _mark_switch(axis: Axes, records: list[Record]) -> None:
 
 
 def surrogates(records: list[Record]) -> dict[str, float]:
-    """Give the median error of the minimizer of R_a for the scenarios that end without decay."""
+    """Return the median error of the minimizer of R_a for the scenarios that end without decay."""
     found: dict[str, list[float]] = {}
     for record in records:
         if "predicted" in record and record["panel"] == "end":

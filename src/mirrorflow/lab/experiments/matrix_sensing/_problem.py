@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
-__all__ = ["METRICS", "Curves", "Problem", "Scenario", "train_factor", "train_linear"]
+__all__ = ["METRICS", "Curves", "Scenario", "SensingProblem", "train_factor", "train_linear"]
 
 Array = NDArray[np.float64]
 Watch = Callable[[int, "dict[str, Array]"], None]
@@ -35,16 +35,16 @@ class Scenario:
     off: int | None = None
 
     def rate(self, step: int) -> float:
-        """Give the decay at a step."""
+        """Return the decay at a step."""
         return self.alpha if self.off is None or step < self.off else 0.0
 
     def until(self, step: int) -> Scenario:
-        """Give the scenario as far as it is visible at ``step``: equal ones share a row."""
+        """Return the scenario as far as it is visible at ``step``: equal ones share a row."""
         switched = self.off is not None and self.off <= step
         return self if switched else Scenario(self.alpha)
 
     def accumulated(self, eta: float, steps: int) -> float:
-        """Give a = -int alpha dt <= 0 on the clock t = eta * step."""
+        """Return a = -int alpha dt <= 0 on the clock t = eta * step."""
         return 0.0 - eta * self.alpha * (steps if self.off is None else min(self.off, steps))
 
 
@@ -67,7 +67,7 @@ class Curves:
     X: Array
 
 
-class Problem:
+class SensingProblem:
     """Sensing matrices A_i, a truth X* of rank r with nuclear norm 1, and y_i = <A_i, X*>.
 
     Parameters
@@ -90,7 +90,7 @@ class Problem:
         self.y = self.H @ self.vector(truth)
 
     @classmethod
-    def random(cls, seed: int, n: int, r: int, m: int) -> Problem:
+    def random(cls, seed: int, n: int, r: int, m: int) -> SensingProblem:
         """Draw the problem of Appendix C: U* and B_i normal, A_i = (B_i + B_i^T)/2."""
         rng = np.random.default_rng(seed)
         U = rng.standard_normal((n, r))
@@ -98,7 +98,7 @@ class Problem:
         return cls(0.5 * (B + B.transpose(0, 2, 1)), U @ U.T / (U**2).sum())
 
     @classmethod
-    def commuting(cls, seed: int, n: int, r: int, m: int) -> Problem:
+    def commuting(cls, seed: int, n: int, r: int, m: int) -> SensingProblem:
         """Draw one in which all matrices share their eigenvectors, as Corollary C.3 requires."""
         rng = np.random.default_rng(seed)
         V = np.linalg.qr(rng.standard_normal((n, n)))[0]
@@ -108,15 +108,15 @@ class Problem:
         return cls(A, (V * (spectrum / spectrum.sum())) @ V.T)
 
     def vector(self, X: Array) -> Array:
-        """Give the half vectors of symmetric matrices (..., n, n)."""
+        """Return the half vectors of symmetric matrices (..., n, n)."""
         return X.reshape(*X.shape[:-2], -1).take(self.half, axis=-1)
 
     def matrix(self, x: Array) -> Array:
-        """Give the symmetric matrices of half vectors."""
+        """Return the symmetric matrices of half vectors."""
         return x.take(self.full, axis=-1)
 
     def sensing(self) -> Array:
-        """Give the A_i, of shape (m, n, n)."""
+        """Return the A_i, of shape (m, n, n)."""
         return self.matrix(self.H / self.weight)
 
     def residual(self, x: Array) -> Array:
@@ -126,18 +126,18 @@ class Problem:
         return x @ self.H.T - self.y
 
     def slope(self, residual: Array) -> Array:
-        """Give the half vectors of grad f(X) = 1/m sum_i residual_i A_i."""
+        """Return the half vectors of grad f(X) = 1/m sum_i residual_i A_i."""
         few = len(residual) <= SMALL_BATCH
         back = np.stack([row @ self.H for row in residual]) if few else residual @ self.H
         return back / (self.m * self.weight)
 
     def curvature(self) -> float:
-        """Give the largest curvature of f over symmetric matrices."""
+        """Return the largest curvature of f over symmetric matrices."""
         rows = self.H / np.sqrt(self.weight)  # an isometry: |rows_i| = |A_i|_F
         return float(eigvalsh(rows @ rows.T, subset_by_index=[self.m - 1] * 2)[0]) / self.m
 
     def measure(self, x: Array) -> dict[str, Array]:
-        """Give the metrics of half vectors (rows, p)."""
+        """Return the metrics of half vectors (rows, p)."""
         X = self.matrix(x)
         return {
             "train": (self.residual(x) ** 2).sum(-1) / (2 * self.m),
@@ -148,7 +148,7 @@ class Problem:
 
 @np.errstate(over="ignore", invalid="ignore")  # the film says what it means
 def train_factor(
-    problem: Problem,
+    problem: SensingProblem,
     scenarios: Sequence[Scenario],
     eta: float,
     steps: int,
@@ -189,7 +189,7 @@ def train_factor(
 
 
 def train_linear(
-    problem: Problem,
+    problem: SensingProblem,
     scenarios: Sequence[Scenario],
     eta: float,
     steps: int,
@@ -211,13 +211,13 @@ def train_linear(
 
 
 def _linear(
-    problem: Problem,
+    problem: SensingProblem,
     scenario: Scenario,
     eta: float,
     steps: int,
     start: float,
     every: int,
-    shrink: Callable[[Problem, Array, float], Array],
+    shrink: Callable[[SensingProblem, Array, float], Array],
 ) -> Curves:
     """Train one scenario of the linear model."""
     inner = max(1, math.ceil(eta * problem.curvature() / STABLE))
@@ -236,13 +236,13 @@ def _linear(
     return film.curves(problem.matrix(x))
 
 
-def _shrink_eigenvalues(problem: Problem, x: Array, by: float) -> Array:
+def _shrink_eigenvalues(problem: SensingProblem, x: Array, by: float) -> Array:
     """Move the eigenvalues towards 0: the proximal map of the nuclear norm."""
     values, V = np.linalg.eigh(problem.matrix(x))
     return problem.vector((V * _soft(values, by)[:, None, :]) @ V.transpose(0, 2, 1))
 
 
-def _shrink_entries(problem: Problem, x: Array, by: float) -> Array:
+def _shrink_entries(problem: SensingProblem, x: Array, by: float) -> Array:
     """Move the entries towards 0: the proximal map of sum_ij |X_ij|."""
     return _soft(x, by)
 
@@ -257,7 +257,9 @@ _SHRINK = {"nuclear": _shrink_eigenvalues, "l1": _shrink_entries}
 class _Film:
     """Measures every so many steps, and at the end."""
 
-    def __init__(self, problem: Problem, every: int, steps: int, watch: Watch | None) -> None:
+    def __init__(
+        self, problem: SensingProblem, every: int, steps: int, watch: Watch | None
+    ) -> None:
         self.problem, self.every, self.last, self.watch = problem, every, steps, watch
         self.steps: list[int] = []
         self.rows: list[dict[str, Array]] = []
@@ -275,6 +277,6 @@ class _Film:
             self.watch(step, self.rows[-1])
 
     def curves(self, X: Array) -> Curves:
-        """Give all that was measured."""
+        """Return all that was measured."""
         metrics = {name: np.stack([row[name] for row in self.rows], 1) for name in METRICS}
         return Curves(np.array(self.steps), metrics, X)

@@ -11,7 +11,7 @@ from pydantic import Field
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
 from ...framework.drawing import middle
-from ._problem import METRICS, Curves, Problem, Scenario, train_factor, train_linear
+from ._problem import METRICS, Curves, Scenario, SensingProblem, train_factor, train_linear
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -66,7 +66,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (n = 12, 400 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
+        """Return smoke (n = 12, 400 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
         if name == "smoke":
             return cls(
                 n=12, r=2, m=60, steps=400, switch=200, every=20, seeds=(0, 1), commuting_m=5,
@@ -90,7 +90,7 @@ class Config(contract.Config):
         }
 
     def interpolating(self) -> list[int]:
-        """Give the scenarios that end without decay: only these have an end point in R_a."""
+        """Return the scenarios that end without decay: only these have an end point in R_a."""
         return [i for i, s in enumerate(self.scenarios().values()) if s.rate(self.steps - 1) == 0]
 
 
@@ -125,7 +125,7 @@ def _tick(recorder: Recorder, config: Config, number: int, parts: int, key: str)
 
 def _seed(config: Config, seed: int, tick: Any) -> Part:
     """Train both models in the four scenarios, and solve for the entropy's minimizers."""
-    problem = Problem.random(seed, config.n, config.r, config.m)
+    problem = SensingProblem.random(seed, config.n, config.r, config.m)
     scenarios = list(config.scenarios().values())
     clock = (config.eta, config.steps, config.start, config.every)
     curves = {
@@ -143,7 +143,7 @@ def _seed(config: Config, seed: int, tick: Any) -> Part:
 
 
 def _ends(config: Config, seed: int, model: str, curves: Curves) -> list[Record]:
-    """Give where each scenario ended."""
+    """Return where each scenario ended."""
     return [
         {
             "panel": "end",
@@ -158,7 +158,7 @@ def _ends(config: Config, seed: int, model: str, curves: Curves) -> list[Record]
     ]
 
 
-def _minimizer(problem: Problem, start: float, a: float) -> tuple[Any, str]:
+def _minimizer(problem: SensingProblem, start: float, a: float) -> tuple[Any, str]:
     """Minimize R_a subject to the measurements: the end point only if the A_i commute."""
     import torch
 
@@ -171,7 +171,7 @@ def _minimizer(problem: Problem, start: float, a: float) -> tuple[Any, str]:
     return solution.value.numpy(), solution.status.name
 
 
-def _prediction(problem: Problem, X: Any, trained: Any) -> Record:
+def _prediction(problem: SensingProblem, X: Any, trained: Any) -> Record:
     """Compare a minimizer of R_a with the truth and with the X that was trained."""
     return {
         "predicted": float(np.linalg.norm(X - problem.truth)),
@@ -181,7 +181,7 @@ def _prediction(problem: Problem, X: Any, trained: Any) -> Record:
 
 def _map(config: Config, seed: int, tick: Any) -> Part:
     """Train every alpha with every switch-off time; the part before the switch is shared."""
-    problem = Problem.random(seed, config.n, config.r, config.m)
+    problem = SensingProblem.random(seed, config.n, config.r, config.m)
     offs = sorted({*config.grid_switches, config.steps})
     cells = [Scenario(alpha, off) for alpha in config.grid_alphas for off in offs]
     clock = (config.eta, config.steps, config.start, config.steps)
@@ -203,7 +203,7 @@ def _map(config: Config, seed: int, tick: Any) -> Part:
 
 def _commuting(config: Config, seed: int) -> Part:
     """Integrate the flow of commuting sensing matrices, where the end point is exact."""
-    problem = Problem.commuting(seed, config.n, config.r, config.commuting_m)
+    problem = SensingProblem.commuting(seed, config.n, config.r, config.commuting_m)
     records, arrays = [], {"t": np.geomspace(1, config.commuting_time, 61)}
     switch = config.eta * config.switch
     for number, off in enumerate((0.0, round(switch / 6), switch)):
@@ -226,7 +226,7 @@ def _commuting(config: Config, seed: int) -> Part:
     return Part(records, arrays, checksum(problem.H, problem.truth))
 
 
-def _flow(config: Config, problem: Problem, off: float, times: Any) -> tuple[Any, int, str]:
+def _flow(config: Config, problem: SensingProblem, off: float, times: Any) -> tuple[Any, int, str]:
     """Integrate dU = -(grad f(X) + alpha_t) U dt in its dual numbers; give X at the times."""
     import torch
 
@@ -278,14 +278,14 @@ def _of(records: list[Record], model: str, scenario: str) -> list[Record]:
 
 
 def _median(records: list[Record], model: str, scenario: str) -> dict[str, float]:
-    """Give the medians over the seeds of the numbers that the records hold."""
+    """Return the medians over the seeds of the numbers that the records hold."""
     found = _of(records, model, scenario)
     keys = [k for k in (*METRICS, "predicted", "gap") if k in found[0]]
     return {key: statistics.median(r[key] for r in found) for key in keys}
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each model and scenario: medians over the seeds, and the range."""
+    """Return a row for each model and scenario: medians over the seeds, and the range."""
     rows = []
     for model, label in MODELS.items():
         for name in _scenarios(records):
@@ -309,7 +309,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def _range(errors: list[float]) -> str:
-    """Write the least and the greatest; of one there is no range."""
+    """Write the least and the greatest, or the only one."""
     return f"{min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else "one seed"
 
 

@@ -99,7 +99,7 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
 
 
 def _colours(runs: list[tuple[float, str]]) -> list[str]:
-    """Give the colour of each run: those of one family take the shades of its colour in turn."""
+    """Return the colour of each run: those of one family take the shades of its colour in turn."""
     families = list(dict.fromkeys(family for family, _ in runs))
     before = [[f for f, _ in runs[:i]].count(family) for i, (family, _) in enumerate(runs)]
     return [

@@ -1,4 +1,4 @@
-"""What the page shows of networks trained with decay kept, switched off and halved."""
+"""Figures of networks trained with decay kept, switched off and halved."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _gain(found: Record) -> str:
 
 
 def ends(study: Study, records: list[Record]) -> list[Record]:
-    """Give for each run the mean over seeds and its interval."""
+    """Return for each run the mean over seeds and its interval."""
     found = []
     for name in dict.fromkeys((r["family"], r["kind"], r["run"]) for r in records):
         where = dict(zip(("family", "kind", "run"), name, strict=True))
@@ -120,7 +120,7 @@ def ends(study: Study, records: list[Record]) -> list[Record]:
 
 
 def rows(study: Study, records: list[Record]) -> list[Record]:
-    """Give the rows of the table: a run each, the paper's number beside it."""
+    """Return the rows of the table: a run each, the paper's number beside it."""
     ranks = {family: i for i, family in enumerate(dict.fromkeys(r["family"] for r in records))}
     return [
         {
@@ -195,7 +195,7 @@ def _mark_switch(
 def curves(
     records: list[Record], trajectory: Trajectory, family: float, kind: str, across: str, up: str
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Give the points of a run of each seed: (points,), (seeds, points)."""
+    """Return the points of a run of each seed: (points,), (seeds, points)."""
     keys = [r["part"] for r in records if (r["family"], r["kind"]) == (family, kind)]
     steps = trajectory[f"{keys[0]}/{up}.step"]
     y = np.array([trajectory[f"{key}/{up}"] for key in keys])
@@ -222,7 +222,7 @@ def _zoom(axis: Axes, study: Study, records: list[Record], trajectory: Trajector
 
 
 def around(numbers: Any) -> tuple[float, float]:
-    """Give the limits of an axis that holds numbers."""
+    """Return the limits of an axis that holds numbers."""
     low, high = float(np.min(numbers)), float(np.max(numbers))
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room

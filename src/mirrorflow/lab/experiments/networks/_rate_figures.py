@@ -1,4 +1,4 @@
-"""What the page shows of fine-tuning with a constant and with a restarted learning rate."""
+"""Figures of fine-tuning with a constant and with a restarted learning rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABELS = {"ratio": "mean nuclear / Frobenius norm", "accuracy": "validation accu
 
 
 def changes(records: list[Record], **where: Any) -> list[float]:
-    """Give for each seed by how much the ratio has changed: the models begin with other ones."""
+    """Return for each seed by how much the ratio has changed: the models begin with other ones."""
     ends, starts = (values(records, key, **where) for key in ("ratio", "ratio at the start"))
     return [end - start for end, start in zip(ends, starts, strict=True)]
 
@@ -38,7 +38,7 @@ def _mean(records: list[Record], key: str, **where: Any) -> float:
 
 
 def _effects(records: list[Record], optimizer: str, rate: str) -> Any:
-    """Give for each seed how much smaller the strongest decay's ratio is than the weakest's."""
+    """Return for each seed how much smaller the strongest decay's ratio is than the weakest's."""
     ranks = {r["rank"] for r in records}
     low, high = (
         np.array(values(records, "ratio", optimizer=optimizer, rate=rate, rank=rank))
@@ -48,7 +48,7 @@ def _effects(records: list[Record], optimizer: str, rate: str) -> Any:
 
 
 def _accuracies(records: list[Record], optimizer: str, rate: str) -> Any:
-    """Give for each seed the accuracy, mean over the decays."""
+    """Return for each seed the accuracy, mean over the decays."""
     ranks = sorted({r["rank"] for r in records})
     found = [values(records, "accuracy", optimizer=optimizer, rate=rate, rank=k) for k in ranks]
     return np.mean(found, axis=0)
@@ -178,7 +178,7 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str, label: str) 
     ]  # fmt: skip
     names = _strengths(records)
     colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
-    shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
+    shapes = alt.Scale(domain=names)  # as the colours have it: one legend for both
     legend = alt.Legend(orient="bottom", columns=3, title=f"decay of {' / '.join(NAMES.values())}")
     return (
         alt.Chart(alt.Data(values=_points(records, trajectory, key)))
@@ -207,7 +207,7 @@ def _strengths(records: list[Record]) -> list[str]:
 
 
 def _points(records: list[Record], trajectory: Trajectory, key: str) -> list[Record]:
-    """Give the points of all curves."""
+    """Return the points of all curves."""
     points = []
     strengths = dict(zip(sorted({r["rank"] for r in records}), _strengths(records), strict=True))
     for name in dict.fromkeys((r["optimizer"], r["rate"], r["decay"], r["rank"]) for r in records):

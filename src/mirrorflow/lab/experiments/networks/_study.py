@@ -1,4 +1,4 @@
-"""What the network experiments share: which runs there are, and how they are compared."""
+"""Runs of the network experiments, and how they are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...framework.trunks import Timeline, branch_points
 from ._training import Session, device, train
 
 __all__ = [
-    "Plan",
+    "PlannedRun",
     "Study",
     "SwitchConfig",
     "absorbed",
@@ -69,7 +69,7 @@ class SwitchConfig(Config):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """The decay of one run, and what it is there to be compared with.
 
     Attributes
@@ -109,13 +109,13 @@ class Plan:
         return f"{self.kind}-{self.rate:.6g}{off}-seed{self.seed}"
 
     def rates(self, steps: int) -> Array:
-        """Give the decay of each step; of a closed loop nothing is known before."""
+        """Return the decay of each step; of a closed loop nothing is known before."""
         if self.kind in ("hold", "level"):
             return np.zeros(steps)
         return np.where(np.arange(steps) < (steps if self.off is None else self.off), self.rate, 0)
 
     def schedule(self, target: float, window: int) -> Any:
-        """Give the schedule that the scheduler follows."""
+        """Return the schedule that the scheduler follows."""
         import mirrorflow as mf
         from mirrorflow.weightdecay import HoldRatio, OffWhenLevel
 
@@ -134,7 +134,7 @@ def plans(
     seeds: Sequence[int],
     times: Sequence[int] = (),
     loops: bool = False,
-) -> list[Plan]:
+) -> list[PlannedRun]:
     """List the runs: for each decay those of the paper, and the constant one of equal budget.
 
     ``weights`` is what a decay of 1 in each step adds to the budget (`absorbed`). The first decay
@@ -145,20 +145,22 @@ def plans(
     for seed in seeds:
         for rate in decays:
             found += [
-                Plan(rate, "constant", rate, None, seed),
-                Plan(rate, "off", rate, off, seed),
-                Plan(rate, "half", rate / 2, None, seed),
-                Plan(rate, "budget", rate * share, None, seed),
+                PlannedRun(rate, "constant", rate, None, seed),
+                PlannedRun(rate, "off", rate, off, seed),
+                PlannedRun(rate, "half", rate / 2, None, seed),
+                PlannedRun(rate, "budget", rate * share, None, seed),
             ]
-        found.append(Plan(decays[0], "none", 0.0, None, seed))
-        found += [Plan(decays[0], "time", decays[0], time, seed) for time in times]
+        found.append(PlannedRun(decays[0], "none", 0.0, None, seed))
+        found += [PlannedRun(decays[0], "time", decays[0], time, seed) for time in times]
         if loops:
-            found += [Plan(decays[0], kind, decays[0], None, seed) for kind in ("hold", "level")]
+            found += [
+                PlannedRun(decays[0], kind, decays[0], None, seed) for kind in ("hold", "level")
+            ]
     return found
 
 
 def absorbed(lrs: Array, momentum: float = 0.0) -> Array:
-    """Give what a decay of 1 in each step has added to -a_T at the end of the run.
+    """Return what a decay of 1 in each step has added to -a_T at the end of the run.
 
     That is lr; L2 that goes through a momentum buffer acts in all later steps, in the s-th after
     with momentum^s, as far as the run goes: lr (1 - momentum^(T - t)) / (1 - momentum) for a
@@ -168,17 +170,17 @@ def absorbed(lrs: Array, momentum: float = 0.0) -> Array:
     return lrs * later
 
 
-def timeline(plan: Plan, steps: int, shared: Mapping[str, Any]) -> Timeline:
-    """Give what names the states of a run; ``shared`` is all that decides it besides the plan."""
+def timeline(plan: PlannedRun, steps: int, shared: Mapping[str, Any]) -> Timeline:
+    """Return what names the states of a run; ``shared`` is all that decides it besides the plan."""
     loop = {"loop": plan.kind, "rate": plan.rate} if plan.kind in ("hold", "level") else {}
     return Timeline({**shared, **loop, "seed": plan.seed}, plan.rates(steps))
 
 
 def run_plans(
     recorder: Recorder,
-    chosen: Mapping[str, Plan],
+    chosen: Mapping[str, PlannedRun],
     lines: Mapping[str, Timeline],
-    build: Callable[[Plan], Session],
+    build: Callable[[PlannedRun], Session],
     data: str,
 ) -> list[Record]:
     """Train every run into a part of its own; runs that begin alike share their beginning."""
@@ -192,7 +194,7 @@ def run_plans(
                 recorder.log(step=step, run=key, **found)
             recorder.progress(base + step, steps, key)
 
-        def compute(plan: Plan = plan, key: str = key, watch: Any = watch) -> Part:
+        def compute(plan: PlannedRun = plan, key: str = key, watch: Any = watch) -> Part:
             line = lines[key]
             session = train(
                 lambda: build(plan), line, recorder.checkpoints, keep=keep[key], watch=watch
@@ -204,8 +206,8 @@ def run_plans(
     return records
 
 
-def _part(plan: Plan, session: Session, data: str) -> Part:
-    """Give the record of a finished run, and its curves."""
+def _part(plan: PlannedRun, session: Session, data: str) -> Part:
+    """Return the record of a finished run, and its curves."""
     curves = {name: np.array(found) for name, found in session.curves.items()}
     ends = {n: float(c[-1]) for n, c in curves.items() if not n.endswith(".step") and n != "rate"}
     record = {
@@ -254,7 +256,7 @@ class Study:
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Give the mean over seeds and the half width of its 95% interval (Student's t); 0 for one."""
+    """Return the mean over seeds and half its 95% interval (Student's t); 0 for one seed."""
     from scipy.stats import t
 
     count = len(numbers)
@@ -265,7 +267,7 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def values(records: Sequence[Record], key: str, **where: Any) -> list[float]:
-    """Give a number of the records that fit, by seed."""
+    """Return a number of the records that fit, by seed."""
     fit = [r for r in records if all(r[name] == value for name, value in where.items())]
     return [r[key] for r in sorted(fit, key=lambda r: r["seed"])]
 

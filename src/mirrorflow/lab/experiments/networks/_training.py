@@ -94,7 +94,7 @@ class Session:
             "a": min(self.decay.accumulated),
             "rate": max(self.decay.get_last_weight_decay()),
         }
-        # The product of LoRA is 0 at its start and has no ratio: there is no point for it then.
+        # The product of LoRA is 0 at its start and has no ratio: that point is left out.
         found = {name: value for name, value in found.items() if not math.isnan(value)}
         for name, value in found.items():
             self.curves.setdefault(name, []).append(value)
@@ -106,7 +106,7 @@ class Session:
         return step % self.every == 0 or step == self.steps
 
     def state(self) -> dict[str, Any]:
-        """Give all that the steps change."""
+        """Return all that the steps change."""
         feedback = _feedback(self.decay)
         return {
             "model": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
@@ -149,7 +149,7 @@ def train(
     timeline : Timeline
         What the run does; it names the states.
     checkpoints : Checkpoints
-        Where states are found and stored; a long run stores one every minute, too, and drops it
+        Where states are found and stored; a long run also stores one every minute, and drops it
         for the next.
     until : int, optional
         The last step; the whole run without it.
@@ -223,7 +223,7 @@ def controlled(optimizer: Optimizer, schedule: Any, **options: Any) -> WeightDec
 
 
 def _feedback(decay: WeightDecayScheduler) -> Any:
-    """Give the closed loop that decides the decay, if there is one."""
+    """Return the closed loop that decides the decay, if there is one."""
     from mirrorflow.weightdecay import Feedback
 
     return decay.schedule if isinstance(decay.schedule, Feedback) else None

@@ -84,7 +84,7 @@ class Images:
     size: int
 
     def batch(self, seed: int, step: int, size: int, augment: bool) -> tuple[Tensor, Tensor]:
-        """Give the images of a step, each once in an epoch: a function of seed and step."""
+        """Return the images of a step, each once in an epoch: a function of seed and step."""
         steps = len(self.labels) // size
         if steps == 0:
             raise ValueError(f"a batch of {size} is larger than the {len(self.labels)} images")
@@ -96,7 +96,7 @@ class Images:
         return _scaled(found), _labels(self.labels[chosen])
 
     def parts(self, count: int, size: int) -> list[tuple[Tensor, Tensor]]:
-        """Give ``count`` images (0 for all), evenly spread, in batches."""
+        """Return ``count`` images (0 for all), evenly spread, in batches."""
         total = len(self.labels)
         chosen = np.linspace(0, total - 1, min(count or total, total)).astype(np.int64)
         split = [chosen[i : i + size] for i in range(0, len(chosen), size)]
@@ -112,7 +112,7 @@ class Images:
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Give the order of an epoch."""
+    """Return the order of an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -129,7 +129,7 @@ def _moved(pixels: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _scaled(pixels: Pixels) -> Tensor:
-    """Give (count, 3, size, size) in [-1, 1]."""
+    """Return (count, 3, size, size) in [-1, 1]."""
     import torch
 
     moved = torch.from_numpy(pixels).to(device()).permute(0, 3, 1, 2).contiguous()
@@ -147,7 +147,7 @@ def _labels(labels: NDArray[np.int64]) -> Tensor:
 
 @lru_cache(maxsize=2)
 def images(source: str, size: int) -> tuple[Images, Images]:
-    """Give the images for training and for validation.
+    """Return the images for training and for validation.
 
     Parameters
     ----------
@@ -169,9 +169,7 @@ def _cifar10(part: str, size: int) -> Images:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ImportError(
-            "CIFAR-10 comes as a parquet file: pip install 'mirrorflow[networks]'"
-        ) from None
+        raise ImportError("CIFAR-10 comes as a parquet file: pip install '.[networks]'") from None
     table = parquet.read_table(data_file(f"cifar10/{part}.parquet", CIFAR10.format(part)))
     encoded = [cell["bytes"] for cell in table["img"].to_pylist()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -180,7 +178,7 @@ def _cifar10(part: str, size: int) -> Images:
 
 
 def _digits(size: int) -> tuple[Images, Images]:
-    """Give scikit-learn's digits, the last 300 for validation."""
+    """Return scikit-learn's digits, the last 300 for validation."""
     from sklearn.datasets import load_digits
 
     if size != 8:
@@ -250,7 +248,7 @@ def vit(
 
 
 def loss_of(model: Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Give the mean cross entropy of a batch."""
+    """Return the mean cross entropy of a batch."""
     import torch
 
     with autocast():
@@ -259,7 +257,7 @@ def loss_of(model: Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def accuracy(model: Module, parts: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Give the accuracy in percent, and the mean loss, without gradients."""
+    """Return the accuracy in percent, and the mean loss, without gradients."""
     import torch
 
     right, loss, count = 0, 0.0, 0
@@ -273,7 +271,7 @@ def accuracy(model: Module, parts: list[tuple[Tensor, Tensor]]) -> dict[str, flo
 
 
 def parameter_groups(model: Module, decay: float) -> list[dict[str, Any]]:
-    """Give the matrices, with decay, and all else (biases, norms, positions), without."""
+    """Return the matrices, with decay, and all else (biases, norms, positions), without."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 or name.endswith("projection.weight")]
     chosen = {id(p) for p in matrices}

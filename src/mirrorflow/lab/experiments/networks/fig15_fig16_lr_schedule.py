@@ -68,7 +68,7 @@ class Config(ImageConfig):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (digits, seconds), cpu (a smaller ViT, minutes), or full (longer training)."""
+        """Return smoke (digits, seconds), cpu (a smaller ViT, minutes) or full (longer runs)."""
         if name == "smoke":
             return cls(
                 data="digits", size=8, patch=4, width=16, layers=1, heads=2, batch=64,
@@ -84,18 +84,18 @@ class Config(ImageConfig):
         )  # fmt: skip
 
     def lrs(self, optimizer: str, rate: str) -> Array:
-        """Give the learning rate of each step."""
+        """Return the learning rate of each step."""
         peak = self.lr if optimizer == "adamw" else self.sgd_lr
         if rate == "constant":
             return np.full(self.steps, peak)
         within = np.arange(self.steps) % self.restart / self.restart
         return peak * (1 + np.cos(np.pi * within)) / 2
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, RatePlan]:
         """Name the runs."""
         lists = {"adamw": self.decays, "sgd": self.sgd_decays}
         found = [
-            Plan(optimizer, rate, decay, seed)
+            RatePlan(optimizer, rate, decay, seed)
             for seed in self.seeds
             for optimizer in OPTIMIZERS
             for rate in RATES
@@ -105,7 +105,7 @@ class Config(ImageConfig):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatePlan:
     """One run: its optimizer, its learning rate (one of `RATES`), its decay."""
 
     optimizer: str
@@ -120,7 +120,7 @@ class Plan:
 
 
 def timelines(config: Config) -> dict[str, Timeline]:
-    """Give what each run does, and the pretraining of each seed."""
+    """Return what each run does, and the pretraining of each seed."""
     without = {"seeds", "decays", "sgd_decays"}
     shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
     fine = {
@@ -243,7 +243,7 @@ def _model(config: Config, seed: int) -> Any:
     )  # fmt: skip
 
 
-def _session(config: Config, plan: Plan, checkpoints: Checkpoints) -> Session:
+def _session(config: Config, plan: RatePlan, checkpoints: Checkpoints) -> Session:
     """Build a run of fine-tuning."""
     import torch
 
@@ -274,7 +274,7 @@ def _session(config: Config, plan: Plan, checkpoints: Checkpoints) -> Session:
 
 
 def _trained(config: Config, seed: int, checkpoints: Checkpoints) -> Any:
-    """Give the model to fine-tune; an own one is trained first, unless it is stored."""
+    """Return the model to fine-tune; an own one is trained first, unless it is stored."""
     from ._training import train
 
     if config.model != "own":
@@ -298,7 +298,7 @@ def summary(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each optimizer, learning rate and decay: means over seeds, and intervals."""
+    """Return a row for each optimizer, learning rate and decay: means over seeds, and intervals."""
     from ._rate_figures import changes
 
     rows = []

@@ -12,7 +12,7 @@ from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._charts import make_charts
 from ._figures import draw_figure, rows, sentences
-from ._study import Array, Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
+from ._study import Array, PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 from ._vision import ImageConfig
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Config(SwitchConfig, ImageConfig):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
+        """Return smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
         if name == "smoke":
             return cls(
                 data="digits", size=8, patch=4, width=16, layers=2, heads=2, batch=64,
@@ -77,7 +77,7 @@ class Config(SwitchConfig, ImageConfig):
         )  # fmt: skip
 
     def lrs(self) -> Array:
-        """Give the learning rate of each step."""
+        """Return the learning rate of each step."""
         steps = np.arange(self.steps)
         if self.constant:
             return np.full(self.steps, self.lr)
@@ -85,7 +85,7 @@ class Config(SwitchConfig, ImageConfig):
         fall = np.clip((steps - self.warmup) / max(1, self.steps - self.warmup), 0, 1)
         return self.lr * rise * (1 + np.cos(np.pi * fall)) / 2
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, PlannedRun]:
         """Name the runs."""
         weights = absorbed(self.lrs())
         found = plans(self.decays, self.off, weights, self.seeds, self.times, self.loops)
@@ -93,7 +93,7 @@ class Config(SwitchConfig, ImageConfig):
 
 
 def timelines(config: Config) -> dict[str, Timeline]:
-    """Give what each run does."""
+    """Return what each run does."""
     without = {"seeds", "decays", "off", "times", "loops"}
     shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
     return {key: timeline(p, config.steps, shared) for key, p in config.plans().items()}
@@ -121,7 +121,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
     return run_plans(recorder, chosen, lines, lambda plan: _session(config, plan), data)
 
 
-def _session(config: Config, plan: Plan) -> Session:
+def _session(config: Config, plan: PlannedRun) -> Session:
     """Build a run."""
     import torch
 

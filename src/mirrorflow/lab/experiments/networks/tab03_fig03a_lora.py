@@ -13,7 +13,7 @@ from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._charts import make_charts
 from ._figures import draw_figure, rows, sentences
-from ._study import Plan, Study, SwitchConfig, absorbed, plans, run_plans, timeline
+from ._study import PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 
 if TYPE_CHECKING:
     from ._training import Session, Watch
@@ -90,7 +90,7 @@ class Config(SwitchConfig):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (seconds), cpu (an own GPT-2, minutes), or full (the paper's GPT-2)."""
+        """Return smoke (seconds), cpu (an own GPT-2, minutes), or full (the paper's GPT-2)."""
         if name == "smoke":
             return cls(
                 width=16, layers=1, heads=2, pretraining=10, text="pydoc", characters=20_000,
@@ -103,7 +103,7 @@ class Config(SwitchConfig):
             lr=0.02, decays=(0.01, 0.002), times=(100, 300, 400), loops=True, seeds=(0, 1, 2, 3, 4)
         )
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, PlannedRun]:
         """Name the runs."""
         weights = absorbed(np.full(self.steps, self.lr), self.momentum)
         found = plans(self.decays, self.off, weights, self.seeds, self.times, self.loops)
@@ -114,7 +114,7 @@ class Config(SwitchConfig):
 
 
 def timelines(config: Config) -> dict[str, Timeline]:
-    """Give what each run does, and the pretraining of an own model."""
+    """Return what each run does, and the pretraining of an own model."""
     runs = config.plans()
     without = {"seeds", "decays", "off", "times", "loops"}
     shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
@@ -155,7 +155,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
 
 
 def _pretraining(config: Config) -> Any:
-    """Give what builds the pretraining of the own model."""
+    """Return what builds the pretraining of the own model."""
 
     def build() -> Session:
         import torch
@@ -183,7 +183,7 @@ def _pretraining(config: Config) -> Any:
 
 
 def _building(config: Config, name: str, checkpoints: Checkpoints) -> Any:
-    """Give what builds a run."""
+    """Return what builds a run."""
     plan = config.plans()[name]
 
     def build() -> Session:
@@ -213,7 +213,7 @@ def _building(config: Config, name: str, checkpoints: Checkpoints) -> Any:
 
 
 def _base(config: Config, checkpoints: Checkpoints) -> Any:
-    """Give the model below the LoRA; an own one is trained first, unless it is stored."""
+    """Return the model below the LoRA; an own one is trained first, unless it is stored."""
     from ._language import pretrained
     from ._training import train
 
@@ -226,7 +226,7 @@ def _base(config: Config, checkpoints: Checkpoints) -> Any:
 
 
 def _tokens(config: Config) -> Any:
-    """Give the text of the fine-tuning in the tokens of the model."""
+    """Return the text of the fine-tuning in the tokens of the model."""
     from ._language import Tokens, characters, pretrained, text
 
     encode = characters if config.model == "own" else pretrained(config.model)[1]

@@ -1,4 +1,4 @@
-"""What the low-rank study recovers: random matrices and images, from entries or measurements."""
+"""Data of the low-rank study: random matrices and images, from entries or measurements."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...framework.contract import Record
 __all__ = [
     "SYNTHETIC",
     "Entries",
+    "LowRankData",
     "Measurements",
-    "Problem",
     "drawn",
     "faces",
     "medians",
@@ -38,7 +38,7 @@ class Entries:
         return self.M.shape[0], self.M.shape[1]
 
     def adjoint(self) -> Array:
-        """Give what the data alone say: the known entries, 0 elsewhere."""
+        """Return what the data alone say: the known entries, 0 elsewhere."""
         return np.nan_to_num(self.M)
 
     def split(self, rng: np.random.Generator) -> tuple[Entries, Entries]:
@@ -47,7 +47,7 @@ class Entries:
         return Entries(np.where(held, np.nan, self.M)), Entries(np.where(held, self.M, np.nan))
 
     def error(self, X: Array) -> float:
-        """Give the mean squared error of X on the known entries."""
+        """Return the mean squared error of X on the known entries."""
         return float(np.nanmean((X - self.M) ** 2))
 
 
@@ -64,7 +64,7 @@ class Measurements:
         return self.A.shape[1], self.A.shape[2]
 
     def adjoint(self) -> Array:
-        """Give sum_i y_i A_i."""
+        """Return sum_i y_i A_i."""
         return np.tensordot(self.y, self.A, 1)
 
     def split(self, rng: np.random.Generator) -> tuple[Measurements, Measurements]:
@@ -73,14 +73,16 @@ class Measurements:
         return Measurements(self.A[~held], self.y[~held]), Measurements(self.A[held], self.y[held])
 
     def error(self, X: Array) -> float:
-        """Give the mean squared error of X on the measurements."""
+        """Return the mean squared error of X on the measurements."""
         return float(((np.tensordot(self.A, X, 2) - self.y) ** 2).mean())
 
 
-Problem = Entries | Measurements
+LowRankData = Entries | Measurements
 
 
-def drawn(kind: str, truth: Array, seen: float, noise: float, rng: np.random.Generator) -> Problem:
+def drawn(
+    kind: str, truth: Array, seen: float, noise: float, rng: np.random.Generator
+) -> LowRankData:
     """Draw which entries are seen, or what is measured."""
     if kind == "measured":
         A = rng.standard_normal((max(5, round(seen * truth.size)), *truth.shape))
@@ -91,7 +93,7 @@ def drawn(kind: str, truth: Array, seen: float, noise: float, rng: np.random.Gen
 
 
 def pixels(name: str, shrink: int) -> Array:
-    """Give an image, or one image a row, with grey levels in [0, 1]."""
+    """Return an image, or one image a row, with grey levels in [0, 1]."""
     from sklearn.datasets import load_digits, load_sample_image
 
     if name == "digits":
@@ -125,7 +127,7 @@ SYNTHETIC = {"small": "entries, small", "large": "entries, large", "measured": "
 
 
 def medians(records: list[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Give for each value of the keys the medians over the rest, by method and measure."""
+    """Return for each value of the keys the medians over the rest, by method and measure."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for r in (r for r in records if "error" in r):
         groups.setdefault(tuple(r.get(k) for k in keys), {}).setdefault(r["method"], []).append(r)

@@ -32,7 +32,7 @@ Lines = dict[str, list[tuple[str, float]]]
 
 
 def _lines(records: list[Record], data: list[str], seen: float, key: str) -> Lines:
-    """Give the median errors of each method against the noise, or against the data."""
+    """Return the median errors of each method against the noise, or against the data."""
     chosen = [r for r in records if r["data"] in data and r["seen"] == seen]
     found: Lines = {}
     for (value,), methods in medians(chosen, (key,)).items():
@@ -43,7 +43,7 @@ def _lines(records: list[Record], data: list[str], seen: float, key: str) -> Lin
 
 
 def _rows(records: list[Record]) -> list[tuple[str, list[str], str]]:
-    """Give the rows of the figure: what they show, of which data, against what."""
+    """Return the rows of the figure: what they show, of which data, against what."""
     present = list(dict.fromkeys(r["data"] for r in records if "error" in r))
     rows = [(SYNTHETIC[d], [d], "noise") for d in present if d in SYNTHETIC]
     images = [d for d in present if d not in SYNTHETIC]
@@ -100,7 +100,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
     images = [row for row in _flat(records) if row["noise"] is None]
     if images:
         made.append(
-            ("Error on the hidden pixels; 1 is that of the mean of the known ones.",
+            ("Error on the hidden pixels; 1: the error of the known pixels' mean.",
              _chart(images, records, "data"))
         )  # fmt: skip
     pictures = _pictures(trajectory)
@@ -110,7 +110,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
 
 
 def _flat(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of data, fraction, noise and method."""
+    """Return a row for each kind of data, fraction, noise and method."""
     return [
         {
             "data": SYNTHETIC.get(data, data),
@@ -136,7 +136,7 @@ def _chart(rows: list[Record], records: list[Record], x: str) -> Any:
     )
     legend = alt.Legend(orient="bottom", columns=2)
     colours = alt.Scale(domain=names, range=[str(s["color"]) for s in STYLES[: len(names)]])
-    shapes = alt.Scale(domain=names)  # that of the colours: one legend for both
+    shapes = alt.Scale(domain=names)  # as the colours have it: one legend for both
     chart = alt.Chart(alt.Data(values=rows)).transform_filter(alt.datum.case == menu)
     mark = chart.mark_line(point=alt.OverlayMarkDef(size=50))
     if x == "data":
@@ -184,7 +184,7 @@ def _pictures(trajectory: Trajectory) -> Any:
 
 
 def _png(pixels: NDArray[Any]) -> str:
-    """Give grey levels as the address of an image that is inside the page."""
+    """Return grey levels as the address of an image that is inside the page."""
     from matplotlib.image import imsave
 
     stream = BytesIO()

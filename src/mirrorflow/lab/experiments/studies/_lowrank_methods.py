@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._lowrank_data import Entries, Problem
+from ._lowrank_data import Entries, LowRankData
 
-__all__ = ["METHODS", "OPTIONAL", "Found", "available", "fit"]
+__all__ = ["METHODS", "OPTIONAL", "Fitted", "available", "fit"]
 
 Array = NDArray[np.float64]
 DECAYS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)  # in units of the smallest that keeps X at 0
@@ -25,7 +25,7 @@ SETTLED = 1e-4  # relative change of X in a step
 
 
 @dataclass(frozen=True)
-class Found:
+class Fitted:
     """What a method found.
 
     Attributes
@@ -47,10 +47,10 @@ class Found:
 
 
 Solutions = list[tuple[Array, bool]]
-Method = Callable[[Problem, Sequence[float], int], Solutions]
+Method = Callable[[LowRankData, Sequence[float], int], Solutions]
 
 
-def fit(name: str, problem: Problem, max_rank: int, seed: int) -> Found:
+def fit(name: str, problem: LowRankData, max_rank: int, seed: int) -> Fitted:
     """Choose the knob on held-out data, and fit all data with it."""
     method, knobs = METHODS[name]
     started = time.perf_counter()
@@ -59,13 +59,13 @@ def fit(name: str, problem: Problem, max_rank: int, seed: int) -> Found:
     errors = [held.error(X) for X, _ in method(train, knobs, max_rank)]
     knob = knobs[int(np.argmin(errors))]
     X, settled = method(problem, [knob], max_rank)[-1]
-    return Found(X, float(knob), time.perf_counter() - started, settled)
+    return Fitted(X, float(knob), time.perf_counter() - started, settled)
 
 
 def _mirrorflow(off: bool) -> Method:
     """Train factors under decay; with ``off`` it is switched off in the end."""
 
-    def solve(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutions:
+    def solve(problem: LowRankData, knobs: Sequence[float], max_rank: int) -> Solutions:
         from mirrorflow import MatrixSensing
 
         data, options = _arguments(problem)
@@ -82,17 +82,17 @@ def _mirrorflow(off: bool) -> Method:
     return solve
 
 
-def _arguments(problem: Problem) -> tuple[tuple[Array, ...], dict[str, Any]]:
-    """Give what MatrixSensing fits, and for entries as many steps as the others take."""
+def _arguments(problem: LowRankData) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    """Return what MatrixSensing fits, and for entries as many steps as the others take."""
     if isinstance(problem, Entries):
         return (problem.M,), {"tol": SETTLED, "max_iter": STEPS}
     return (problem.A, problem.y), {}
 
 
-def _soft_impute(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutions:
+def _soft_impute(problem: LowRankData, knobs: Sequence[float], max_rank: int) -> Solutions:
     """Follow the thresholds of Mazumder, Hastie and Tibshirani (2010), each from the last."""
     top = np.linalg.norm(problem.adjoint(), 2)
-    above = [c for c in PATH if c > max(knobs)]  # a single threshold is reached by the path, too
+    above = [c for c in PATH if c > max(knobs)]  # the path also reaches a single threshold
 
     def shrink(s: Array, knob: float) -> Array:
         return np.maximum(s - knob * top, 0)
@@ -100,7 +100,7 @@ def _soft_impute(problem: Problem, knobs: Sequence[float], max_rank: int) -> Sol
     return _impute(problem, [*above, *knobs], shrink)[len(above) :]
 
 
-def _hard_impute(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutions:
+def _hard_impute(problem: LowRankData, knobs: Sequence[float], max_rank: int) -> Solutions:
     """Keep as many singular values as the knob says, unshrunk; start from the rank before."""
     before = [r for r in RANKS if r < min(knobs)]
 
@@ -111,7 +111,7 @@ def _hard_impute(problem: Problem, knobs: Sequence[float], max_rank: int) -> Sol
 
 
 def _impute(
-    problem: Problem, knobs: Sequence[float], shrink: Callable[[Array, float], Array]
+    problem: LowRankData, knobs: Sequence[float], shrink: Callable[[Array, float], Array]
 ) -> Solutions:
     """Fill the unknown entries with X, shrink the singular values, and repeat."""
     assert isinstance(problem, Entries)
@@ -130,7 +130,7 @@ def _impute(
     return found
 
 
-def _nuclear(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutions:
+def _nuclear(problem: LowRankData, knobs: Sequence[float], max_rank: int) -> Solutions:
     """Minimize 1/2 |residual|^2 + knob |X|_* by CVXPY; knob 0 is |X|_* subject to the data."""
     import cvxpy as cp
 
@@ -149,7 +149,7 @@ def _nuclear(problem: Problem, knobs: Sequence[float], max_rank: int) -> Solutio
         weight.value = knob * top
         chosen = soft if knob > 0 else hard
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an inaccurate end is in the status, too
+            warnings.simplefilter("ignore")  # the status says it as well
             chosen.solve(solver=cp.SCS, eps=1e-6, max_iters=20_000)
         found.append((np.asarray(M.value), chosen.status == cp.OPTIMAL))
     return found

@@ -38,7 +38,7 @@ def _name(snr: float) -> str:
 
 
 def _lines(records: list[Record], chosen: str, key: str) -> dict[str, list[tuple[str, float]]]:
-    """Give for each method the medians over everything else, by SNR."""
+    """Return for each method the medians over everything else, by SNR."""
     found: dict[str, dict[str, list[float]]] = {}
     for r in records:
         if "truth" in r and kind(r) == chosen:

@@ -53,7 +53,7 @@ def _flow(**options: Any) -> Any:
 
 
 def _elastic_net() -> Any:
-    """Make an elastic net that chooses its mixture, too."""
+    """Make an elastic net that also chooses its mixture."""
     options: Any = {"l1_ratio": [0.1, 0.5, 0.9], "cv": FOLDS}
     return ElasticNetCV(**options)
 
@@ -131,7 +131,7 @@ def _scad(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]
 
 
 def _early_stopped(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
-    """Give the iterates of Chambolle and Pock's method for basis pursuit (iterreg)."""
+    """Return the iterates of Chambolle and Pock's method for basis pursuit (iterreg)."""
     solvers: Any = import_module("iterreg.sparse")  # not on PyPI: type checkers do not find it
     iterates = solvers.dual_primal(X, y, max_iter=ITERATIONS, f_store=1)[-1]
     return np.arange(ITERATIONS, dtype=np.float64), iterates.T

@@ -12,13 +12,13 @@ from pydantic import Field, field_validator
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
-from ._lowrank_data import SYNTHETIC, Entries, Problem, drawn, faces, medians, pixels
+from ._lowrank_data import SYNTHETIC, Entries, LowRankData, drawn, faces, medians, pixels
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
     from matplotlib.figure import Figure
 
-    from ._lowrank_methods import Found
+    from ._lowrank_methods import Fitted
 
 NAME = "bench_lowrank"
 TITLE = "Low-rank recovery: when to switch the decay off, and when to keep it"
@@ -43,7 +43,7 @@ class Config(contract.Config):
         Of the truth.
     seens, noises : tuples of float
         The fraction of the entries that is known (of measurements: as many as that), and the
-        standard deviation of their noise relative to that of the entries.
+        standard deviation of their noise relative to the entries' own.
     images : tuple of str
         "china" and "flower" (photographs, grey), "digits" and "faces" (one image a row; the
         Olivetti faces, left out where they are not at hand).
@@ -84,7 +84,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (tiny matrices and digits), cpu (three draws), or full (ten draws)."""
+        """Return smoke (tiny matrices and digits), cpu (three draws), or full (ten draws)."""
         if name == "smoke":
             return cls(
                 small=(12, 10), large=(24, 20), measured=(6, 5), ranks=(1,), large_rank=2,
@@ -117,7 +117,7 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
 
 
 def _cells(config: Config, kind: str) -> list[tuple[int, float, float]]:
-    """Give (rank, seen, noise) of each cell of a kind."""
+    """Return (rank, seen, noise) of each cell of a kind."""
     ranks = (config.large_rank,) if kind == "large" else config.ranks
     return list(product(ranks, config.seens, config.noises))
 
@@ -144,15 +144,15 @@ def _cell(
     return Part(records, {}, checksum(last))
 
 
-def _fit(method: str, problem: Problem, max_rank: int, seed: int) -> Found:
+def _fit(method: str, problem: LowRankData, max_rank: int, seed: int) -> Fitted:
     """Fit a method, with a rank that the shape allows."""
     from ._lowrank_methods import fit
 
     return fit(method, problem, min(max_rank, *problem.shape), seed)
 
 
-def _outcome(method: str, found: Found) -> Record:
-    """Give what a record says of a fit, except its error."""
+def _outcome(method: str, found: Fitted) -> Record:
+    """Return what a record says of a fit, except its error."""
     s = np.linalg.svd(found.X, compute_uv=False)
     return {
         "method": method,
@@ -183,7 +183,7 @@ def _image(config: Config, methods: list[str], name: str, seen: float) -> Part:
 
 
 def _grey(X: Array) -> NDArray[np.uint8]:
-    """Give the grey levels 0 to 255 of numbers in [0, 1]."""
+    """Return the grey levels 0 to 255 of numbers in [0, 1]."""
     return np.clip(np.round(255 * X), 0, 255).astype(np.uint8)
 
 
@@ -247,7 +247,7 @@ def _left_out(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of data, noise and method: medians over the rest."""
+    """Return a row for each kind of data, noise and method: medians over the rest."""
     rows = []
     for (data, noise), methods in medians(records, ("data", "noise")).items():
         for name, m in methods.items():

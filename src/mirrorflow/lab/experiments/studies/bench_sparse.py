@@ -73,7 +73,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Give smoke (four cells, three methods), cpu (three draws), or full (ten draws)."""
+        """Return smoke (four cells, three methods), cpu (three draws), or full (ten draws)."""
         if name == "smoke":
             return cls(
                 d=40, nonzero=3, ratios=(1.0,), snrs=(3.0, 10.0), correlations=(0.5,),
@@ -153,7 +153,7 @@ def _timed(method: str, X: Array, y: Array) -> tuple[Array, float, float]:
 
 
 def _f1(found: Array, truth: Array) -> float:
-    """Give the F1 score of the support."""
+    """Return the F1 score of the support."""
     hits = ((found != 0) & (truth != 0)).sum()
     return float(2 * hits / ((found != 0).sum() + (truth != 0).sum()))
 
@@ -181,7 +181,7 @@ def _real(config: Config, methods: list[str], name: str) -> Part:
 
 
 def _diabetes() -> tuple[Array, Array]:
-    """Give diabetes progression from ten measurements, their squares and products."""
+    """Return diabetes progression from ten measurements, their squares and products."""
     from sklearn.datasets import load_diabetes
     from sklearn.preprocessing import PolynomialFeatures
 
@@ -191,7 +191,7 @@ def _diabetes() -> tuple[Array, Array]:
 
 
 def _digits() -> tuple[Array, Array]:
-    """Give a pixel in the middle of the digits from all others, for 300 of them."""
+    """Return a pixel in the middle of the digits from all others, for 300 of them."""
     from sklearn.datasets import load_digits
 
     data: Any = load_digits()
@@ -203,7 +203,7 @@ def _digits() -> tuple[Array, Array]:
 
 
 def cells(records: list[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Give for each value of the keys the medians over draws, by method and measure."""
+    """Return for each value of the keys the medians over draws, by method and measure."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in (r for r in records if "r2" in r):
         group = groups.setdefault(tuple(record.get(k) for k in keys), {})
@@ -252,7 +252,7 @@ def _left_out(records: list[Record]) -> str:
 
 
 def table(records: list[Record]) -> list[Record]:
-    """Give a row for each kind of data and method: medians over cells and draws."""
+    """Return a row for each kind of data and method: medians over cells and draws."""
     from ._sparse_figures import kind
 
     named = [{**r, "kind": kind(r) if "truth" in r else r["data"]} for r in records]

@@ -64,7 +64,7 @@ class Local:
         self._running[job.key] = (process, here)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give what has happened, after at most ``timeout`` seconds."""
+        """Return what has happened, after at most ``timeout`` seconds."""
         wait([line for _, line in self._running.values()], timeout)
         return [event for key in list(self._running) for event in self._read(key)]
 

@@ -56,7 +56,7 @@ class OnRay:
         try:
             import ray  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError:
-            raise ImportError("--engine ray needs Ray: pip install 'mirrorflow[ray]'") from None
+            raise ImportError("--engine ray needs Ray: pip install '.[ray]'") from None
         here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=False, **here)
         self._ray: Any = ray
@@ -73,7 +73,7 @@ class OnRay:
         self._running[self._task.remote(job, *self._settings)] = job.key
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give the tasks that have ended, after at most ``timeout`` seconds."""
+        """Return the tasks that have ended, after at most ``timeout`` seconds."""
         ended, _ = self._ray.wait(list(self._running), timeout=timeout)
         return [self._event(reference) for reference in ended]
 

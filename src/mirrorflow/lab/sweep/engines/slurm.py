@@ -49,9 +49,7 @@ class OnSlurm:
             import submitit  # pyright: ignore[reportMissingImports]  # an extra
             from submitit.core import utils  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ImportError(
-                "--engine slurm needs submitit: pip install 'mirrorflow[slurm]'"
-            ) from None
+            raise ImportError("--engine slurm needs submitit: pip install '.[slurm]'") from None
         cpus, gpus = resources
         if gpus != int(gpus):
             raise ValueError(f"SLURM gives whole GPUs, not {gpus}: use --engine ray for fractions")
@@ -70,7 +68,7 @@ class OnSlurm:
         self._running[job.key] = self._executor.submit(carry_out, job, *self._settings, _silent)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Give the jobs that have ended, after at most ``timeout`` seconds."""
+        """Return the jobs that have ended, after at most ``timeout`` seconds."""
         end = time.monotonic() + timeout
         while not (ended := [key for key, job in self._running.items() if job.done()]):
             if time.monotonic() > end:
