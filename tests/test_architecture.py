@@ -17,6 +17,7 @@ ALLOWED = {
     "schedule": (),
     "spectrum": (),
     "balance": (),
+    "optim": (),
     "reparam": (),
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),
