@@ -2,6 +2,7 @@ r"""Parametrizations x = g(w), with what a flow needs of them: J_g^T applied to 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -158,32 +159,40 @@ class Identity(SeparableReparam):
 
 
 class PowerDifference(SeparableReparam):
-    r"""x = u^{2k} - v^{2k}, for an integer k >= 1 (Section 4; k = 1 is a quadratic).
+    r"""x = u^{2k} - v^{2k}, for an integer 2k >= 2 (Section 4; k = 1 is a quadratic).
 
     Parameters
     ----------
-    k : int
-        Half the power; 2k is a proxy of the depth of a network.
+    k : int or float
+        Half the power; 2k is a proxy of the depth of a network. For an odd power, k = 3/2, 5/2, ...,
+        u and v start positive, and stay so.
     """
 
     names = ("u", "v")
     signs = (1.0, -1.0)
 
-    def __init__(self, k: int) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"PowerDifference: k must be an integer >= 1, got {k!r}")
-        self.k = k
+    def __init__(self, k: float) -> None:
+        number = isinstance(k, int | float) and not isinstance(k, bool)
+        if not (number and 1 <= k < math.inf and 2 * k == int(2 * k)):
+            raise ValueError(f"PowerDifference: 2k must be an integer >= 2, got k = {k!r}")
+        self.k, self.power = (int(k) if k == int(k) else k), int(2 * k)
 
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
         """Give u^{2k} and -v^{2k}."""
         u, v = w
-        return u ** (2 * self.k), -(v ** (2 * self.k))
+        return u**self.power, -(v**self.power)
 
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
         """Give 2k u^{2k-1} and -2k v^{2k-1}."""
         u, v = w
-        power = 2 * self.k
+        power = self.power
         return power * u ** (power - 1), -power * v ** (power - 1)
+
+    def validate(self, w: Parameters) -> None:
+        """Require u and v to be positive for an odd power."""
+        super().validate(w)
+        if self.power % 2:
+            _require_positive(self, w)
 
     def __repr__(self) -> str:
         """Show k."""
@@ -209,9 +218,14 @@ class LogRatio(SeparableReparam):
     def validate(self, w: Parameters) -> None:
         """Require u and v to be positive."""
         super().validate(w)
-        for name, f in zip(self.names, factors(w), strict=True):
-            if not (f > 0).all():
-                raise ValueError(f"LogRatio(): {name} must be positive, its minimum is {f.min()}")
+        _require_positive(self, w)
+
+
+def _require_positive(g: Reparam, w: Parameters) -> None:
+    """Raise an error that names the factor that is not positive."""
+    for name, f in zip(g.names, factors(w), strict=True):
+        if not (f > 0).all():
+            raise ValueError(f"{g}: {name} must be positive, its minimum is {f.min()}")
 
 
 class Hadamard(Reparam):

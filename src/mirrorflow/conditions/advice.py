@@ -60,4 +60,4 @@ def advice(g: Reparam, h: Regularizer, conditions: list[Condition]) -> str:
 
 def _positive_terms(g: SeparableReparam) -> str:
     """Write the default penalty of a separable g."""
-    return f"u^{2 * g.k} + v^{2 * g.k}" if isinstance(g, PowerDifference) else "log u + log v"
+    return f"u^{g.power} + v^{g.power}" if isinstance(g, PowerDifference) else "log u + log v"

@@ -10,7 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..legendre import HyperbolicEntropy, LegendreFunction, RescaledFunction, legendre
+from ..legendre import (
+    HyperbolicEntropy,
+    Inversion,
+    LegendreFunction,
+    RescaledFunction,
+    legendre,
+)
 from ..loss import LeastSquares, slope
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
@@ -296,6 +302,10 @@ def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> C
             return HadamardView(linear, g, h, w0)
         return ParameterView(loss, g, h, w0)
     R = legendre(g, h, w0)
+    start = R.start if isinstance(R, RescaledFunction) else R
+    if view == "mirror" and isinstance(start, Inversion):
+        # w(mu, a) is carried along: to integrate it anew from w0 at every step costs 50 times more.
+        return ParameterView(loss, g, h, w0)
     if view == "primal":
         return PrimalView(loss, g, w0, R)
     if linear and isinstance(R, HyperbolicEntropy):

@@ -129,7 +129,7 @@ def _undecayed(g: Reparam) -> Any:
         case Depth() if g.k > 2:
             return ProductEntropy, float(g.k)
         case PowerDifference() if g.k > 1:
-            return PowerEntropy, 2.0 * g.k
+            return PowerEntropy, float(g.power)
         case LogRatio():
             return LogCoshEntropy, 0.0
         case _:

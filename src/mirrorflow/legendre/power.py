@@ -1,4 +1,4 @@
-r"""R_a of u^{2k} - v^{2k} with its own terms as penalty, k >= 2 (Section 4 of the paper)."""
+r"""R_a of u^{2k} - v^{2k} with its own terms as penalty, k > 1 (Section 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class PowerEntropy(LegendreFunction):
 
     Parameters
     ----------
-    k : int
-        Half the power, >= 2.
+    k : float
+        Half the power, > 1.
     cu, cv : Tensor
         c_u and c_v per coordinate, > 0.
     up, down : float
@@ -50,7 +50,7 @@ class PowerEntropy(LegendreFunction):
     elementwise = True
 
     def __init__(
-        self, k: int, cu: Tensor, cv: Tensor, up: float | Tensor = 1.0, down: float | Tensor = 1.0
+        self, k: float, cu: Tensor, cv: Tensor, up: float | Tensor = 1.0, down: float | Tensor = 1.0
     ) -> None:
         self.k, self.cu, self.cv, self.up, self.down = k, cu, cv, up, down
         self.c, self.q = 2 * k * (2 * k - 2), k / (k - 1)
@@ -59,7 +59,7 @@ class PowerEntropy(LegendreFunction):
     @classmethod
     def start(cls, g: Reparam, h: Regularizer, w0: Parameters) -> PowerEntropy:
         """Read the constants from u0 and v0, whose signs do not matter."""
-        assert isinstance(g, PowerDifference) and g.k >= 2 and isinstance(h, Separable)
+        assert isinstance(g, PowerDifference) and g.k > 1 and isinstance(h, Separable)
         u, v = factors(w0)
         if (u == 0).any() or (v == 0).any():
             raise ValueError(f"{g}: u0 and v0 must not be 0 (g is not regular there)")
