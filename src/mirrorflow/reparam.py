@@ -106,9 +106,9 @@ class Reparam(ABC):
 
 
 def detached_pullback(g: Reparam, w: Parameters, dx: Tensor) -> Parameters:
-    r"""Return g.pullback(w, dx) without a graph, by plain automatic differentiation where that does.
+    r"""Return g.pullback(w, dx) without a graph.
 
-    Integrators call it thousands of times: torch.func would cost three times as much.
+    Integrators call it thousands of times: torch.func costs three times as much as autograd.
     """
     if type(g).pullback is not Reparam.pullback:
         with torch.no_grad():
@@ -164,7 +164,7 @@ class PowerDifference(SeparableReparam):
     Parameters
     ----------
     k : int or float
-        Half the power; 2k is a proxy of the depth of a network. For an odd power, k = 3/2, 5/2, ...,
+        Half the power; 2k is a proxy of the depth of a network. For an odd power (k = 3/2, say)
         u and v start positive, and stay so.
     """
 

@@ -48,9 +48,8 @@ def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | Non
     left, right, size = [], [], []
     for _ in range(POINTS):
         w = _near(flat, random)
-        x, vjp = torch.func.vjp(lambda v: g(unflatten(v, w0)), w)
-        p = torch.randn(x.shape, generator=random, dtype=torch.float64)
-        slope = vjp(p)[0]
+        p = torch.randn(g(unflatten(w, w0)).shape, generator=random, dtype=torch.float64)
+        x, slope = _with_slope(g, w0, w, p)
         left.append(w @ slope)  # Euler: <w, J^T p> = k <p, x>
         right.append((p * x).sum())
         size.append(torch.linalg.vector_norm(w) * torch.linalg.vector_norm(slope))
@@ -60,6 +59,15 @@ def homogeneity_degree(g: Reparam, w0: Parameters, seed: int = 0) -> float | Non
     k = _rounded(float((euler @ values) / (values @ values)))
     off = (euler - k * values).abs() <= TOLERANCE * scale
     return k if bool(off.all()) and _confirmed(g, w0, _near(flat, random), k) else None
+
+
+def _with_slope(g: Reparam, w0: Parameters, w: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return g(w), and J^T p of automatic differentiation (the class may define half of it)."""
+    with torch.enable_grad():
+        at = w.clone().requires_grad_()
+        x = g(unflatten(at, w0))
+        (slope,) = torch.autograd.grad((p * x).sum(), at, materialize_grads=True)
+    return x.detach(), slope
 
 
 def _near(flat: Tensor, random: torch.Generator) -> Tensor:

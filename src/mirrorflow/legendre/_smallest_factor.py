@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import elliprf
 
-__all__ = ["advance", "factor_from_product", "factor_from_tail", "factors_at", "tail"]
+__all__ = [
+    "advance",
+    "factor_from_product",
+    "factor_from_tail",
+    "factors_at",
+    "tail",
+    "trapezoid",
+]
 
 Array = NDArray[np.float64]
 STEPS = 100  # Newton's methods below take 3 to 9, from whatever start
@@ -48,10 +55,10 @@ def _unit_tail(w: Array) -> Array:
     if len(w) == 4:
         pairs = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
         return elliprf(*((w[i] * w[j] + w[m] * w[n]) ** 2 for i, j, m, n in pairs))
-    return _trapezoid(w)
+    return trapezoid(w)
 
 
-def _trapezoid(w: Array) -> Array:
+def trapezoid(w: Array) -> Array:
     r"""Return 1/2 int e^y / prod sqrt(e^y + w_i^2) dy over all y = log s.
 
     The integrand is analytic for |Im y| < pi, whatever the factors are, so that the trapezoidal

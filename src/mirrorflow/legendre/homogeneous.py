@@ -1,4 +1,4 @@
-r"""R_a of homogeneous models with weight decay: that of the start, rescaled, on a clock of its own."""
+r"""R_a of homogeneous models with weight decay: R_0 rescaled, with a clock of its own."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ class RescaledFunction(LegendreFunction):
         return torch.exp(rate * a) if isinstance(a, Tensor) else math.exp(rate * a)
 
     def _unscaled(self, x: Tensor, a: Scalar) -> Tensor:
-        """Return e^{-ka} x; for k > 2 cut off where nu no longer differs from an end of its range."""
+        """Return e^{-ka} x, cut off for k > 2 where nu has rounded to an end of its range."""
         z = x * self._grown(a, -self.degree)
         return z.clamp(-LARGEST, LARGEST) if self.degree > 2 else z
 
     def _one(self, a: Scalar) -> Scalar:
-        """Return ``a`` for sums over the coordinates: one number, or one for each row of a batch."""
+        """Return ``a`` for a sum over the coordinates: one number, or one per row of a batch."""
         if not isinstance(a, Tensor) or a.numel() == 1:
             return a.reshape(()) if isinstance(a, Tensor) else a
         own = a.shape[a.ndim - len(self.shape) :]

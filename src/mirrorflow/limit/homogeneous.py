@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from ..legendre import PowerEntropy, ProductEntropy, RescaledFunction
-from ..legendre._smallest_factor import advance, factor_from_tail, factors_at, tail
+from ..legendre._smallest_factor import advance, factors_at, tail
 from .continuation import GOOD, VERTEX, Point
 from .newton import NewtonSystem
 from .rows import Rows, length
@@ -107,9 +107,7 @@ class ProductCurve(Curve):
     def __init__(self, R: ProductEntropy) -> None:
         self.R, self.k = R, R.k
         self.c = R.c.reshape(R.k, -1)
-        self.state0, self.lower, self.upper = (
-            v.reshape(-1) for v in (R.q0, R.lower, R.upper)
-        )
+        self.state0, self.lower, self.upper = (v.reshape(-1) for v in (R.q0, R.lower, R.upper))
         self.floor, self.ceiling = (v.numpy().reshape(-1) for v in R.domain(0.0))
 
     def place(self, state: Array, tau: float) -> Place:
@@ -139,9 +137,7 @@ class PowerCurve(Curve):
 
     def __init__(self, R: PowerEntropy) -> None:
         self.c, self.q = R.c, R.q
-        self.lower, self.upper = (
-            v.numpy().astype(np.float64).reshape(-1) for v in R.range(0.0)
-        )
+        self.lower, self.upper = (v.numpy().astype(np.float64).reshape(-1) for v in R.range(0.0))
         self.log_sum = np.log(self.c * (self.upper - self.lower))
         self.state0 = np.log(-self.lower / self.upper)
         self.floor = np.full_like(self.state0, -np.inf)
@@ -266,7 +262,7 @@ class _Walker:
         return False
 
     def _searched(self, step: Array, slope: float) -> Place | None:
-        """Move along ``step`` until the slope of the convex objective is no longer half reversed."""
+        """Move along ``step``, halved while the slope of the convex objective turns round."""
         share = 1.0
         while slope > 0 and share > 1e-10:
             theta = self.theta + share * step
@@ -337,7 +333,7 @@ class _Walker:
         return None
 
     def _arrive(self) -> None:
-        """Keep the point with its tangent: Q (x + x' dt/dtau) = 0 and nu' dt/dtau = Q^T dtheta/dtau."""
+        """Keep the point with its tangent, for which Q (x + x' dt) = 0 and nu' dt = Q^T dtheta."""
         self.at = self.curve.place(self.state, self.tau)
         weight = self.at.weight
         system = NewtonSystem(self.QT, weight)
