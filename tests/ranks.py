@@ -18,7 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mirrorflow as mf
-from mirrorflow.control import ControlledDecay
+from mirrorflow.control.loop import ControlledDecay
 from mirrorflow.spectrum import product_spectrum
 from mirrorflow.weightdecay import PerLayer
 

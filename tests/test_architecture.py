@@ -15,7 +15,6 @@ ALLOWED = {
     "_solution": (),
     "_loss": (),
     "schedule": (),
-    "optim": (),
     "spectrum": (),
     "balance": (),
     "reparam": (),

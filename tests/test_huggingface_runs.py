@@ -243,10 +243,7 @@ def test_what_schedule_for_makes_is_checked(tmp_path):
 def test_numbers_in_the_logs_and_rows(tmp_path):
     made = trainer(tmp_path)
     control = control_decay(
-        made,
-        mf.OffBelow(0.5, -1.0, lowest=-1.0),
-        track_every=6,
-        metric=lambda found: found.records[0].nuclear,
+        made, mf.OffBelow(0.5, -1.0), track_every=6, metric=lambda found: found.records[0].nuclear
     )
     train(made)
     logged = {row["step"]: row for row in made.state.log_history if "weight_decay" in row}

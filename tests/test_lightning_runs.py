@@ -112,8 +112,7 @@ def test_the_names_are_not_those_of_the_learning_rate_monitor():
 
 
 def test_rows_and_the_metric():
-    never = mf.OffBelow(0.5, -1.0, lowest=-1.0)
-    control = DecayCallback(never, track_every=4, metric="nuclear", level="head")
+    control = DecayCallback(mf.OffBelow(0.5, -1.0), track_every=4, metric="nuclear", level="head")
     assert control.rows() == []
     fit(Net(), [control])
     rows = control.rows()

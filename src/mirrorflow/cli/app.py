@@ -14,7 +14,6 @@ from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError
 from .sweeps import sweeps
-from .truncate import truncate_command
 
 __all__ = ["UserError", "app", "main"]
 
@@ -135,7 +134,6 @@ def check(
 
 app.command()(audit)
 app.command()(lint)
-app.command("truncate")(truncate_command)
 
 
 @app.command()

@@ -10,8 +10,8 @@ from scipy.linalg import solve_triangular
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 
-from ..legendre._exponential_duals import ColumnDual
-from ._continuation import GOOD, DualPoint
+from ._continuation import GOOD, Point
+from ._duals import ColumnDual
 
 __all__ = ["at_vertex"]
 
@@ -24,7 +24,7 @@ MARGIN = 0.95  # how deep, of what SUNK asks for, a coordinate is pushed that wa
 ROUNDS = 20
 
 
-def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
+def at_vertex(dual: ColumnDual, b: Array, tau: float) -> Point | None:
     """Solve Q x = b at ``tau`` where its x is the sparsest L1 minimizer; None if it is not.
 
     The homotopy of the lasso (LARS) finds that x in a few cheap steps, if it is sparse. Any theta
@@ -46,7 +46,7 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
         columns = _LeastNorm(dual.Q[:, pushed])
         depth = np.where(support, 1.0, MARGIN)
         theta = columns.theta(((sign * wanted * depth - dual.shift) / dual.speed)[pushed])
-        dual.evaluate(theta, tau)
+        dual.place(theta, tau)
         high = ~support & (np.abs(dual.x) > np.exp(SUNK))
         if not high.any():
             return _point(dual, b, theta, columns.theta((sign * depth)[pushed]))
@@ -56,7 +56,7 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
 
 
 def _sparse(dual: ColumnDual, b: Array) -> Array | None:
-    """Return the L1 minimizer of Q x = b if the homotopy of the lasso gets there soon."""
+    """Give the L1 minimizer of Q x = b if the homotopy of the lasso gets there soon."""
     Q = dual.signed()
     with warnings.catch_warnings():  # a path that stops early is an answer here
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -68,7 +68,7 @@ def _sparse(dual: ColumnDual, b: Array) -> Array | None:
         return None
     x = np.zeros_like(x)
     x[support] = _LeastNorm(Q[:, support]).fit(b)
-    return x * dual.signs()
+    return x * dual.turn()
 
 
 class _LeastNorm:
@@ -78,17 +78,17 @@ class _LeastNorm:
         self.basis, self.factor = np.linalg.qr(K)
 
     def fit(self, b: Array) -> Array:
-        """Return x that minimizes |K x - b|."""
+        """Give x that minimizes |K x - b|."""
         return solve_triangular(self.factor, self.basis.T @ b)
 
     def theta(self, t: Array) -> Array:
-        """Return the shortest theta with K^T theta = t."""
+        """Give the shortest theta with K^T theta = t."""
         return self.basis @ solve_triangular(self.factor, t, trans=1)
 
 
-def _point(dual: ColumnDual, b: Array, theta: Array, certificate: Array) -> DualPoint | None:
-    """Return the point where the dual has been placed, if it solves the whole problem."""
+def _point(dual: ColumnDual, b: Array, theta: Array, certificate: Array) -> Point | None:
+    """Give the point where the dual has been placed, if it solves the whole problem."""
     residual = float(np.linalg.norm(b - dual.Q @ dual.x))
     if not residual < GOOD:
         return None
-    return DualPoint(dual.x, theta, -certificate, residual, steps=0, vertex=True)
+    return Point(dual.x, theta, -certificate, residual, steps=0, vertex=True)

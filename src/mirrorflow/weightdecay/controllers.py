@@ -1,4 +1,4 @@
-r"""Ratio controllers: proportional and integral control of the decay, for one loop or many."""
+r"""Hold a measured ratio at a target, by proportional and integral control of the decay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTHORITY = 0.01  # relative change of the value below which a saturated decay h
 
 
 class HoldRatio(Feedback):
-    r"""A rate that holds a measured ratio at a target, by proportional and integral control.
+    r"""Hold a measured ratio at a target, by proportional and integral control of the rate.
 
     .. math:: r = r_0 + K (e + \tfrac{1}{T} \sum e), \quad e = \log(\text{value} / \text{target})
 
@@ -79,8 +79,7 @@ class HoldRatio(Feedback):
         self._saturated, self._since = 0, 0.0  # for so many updates, since the ratio had this value
 
     def _decide(self, value: float) -> tuple[float, str]:
-        """Return the controlled rate."""
-        # r = r_0 + K (e + sum e / T),  e = log(value / target)
+        """Control the rate."""
         error = math.log(number("value", value, 0.0, strict=True) / self.target)
         if self.given_up:
             return self._slewed(self.base), "no authority: given up"
@@ -96,7 +95,7 @@ class HoldRatio(Feedback):
         return acting, self._reason(error, bounded, wanted, acting)
 
     def _held_back(self, error: float, summed: float, wanted: float, acting: float) -> float:
-        """Return the sum where bounds or slew limit keep the rate from what is wanted."""
+        """Give the sum where bounds or slew limit keep the rate from what is wanted."""
         further = (wanted - acting) * error > 0  # the error asks for more of what it does not get
         if acting in (self.low, self.high):
             return self.sum if further else summed
@@ -108,11 +107,11 @@ class HoldRatio(Feedback):
         return alone - error
 
     def _slewed(self, rate: float) -> float:
-        """Return the rate nearest to this one that an update may go to."""
+        """Give the rate nearest to this one that an update may go to."""
         return min(max(rate, self.current - self.slew), self.current + self.slew)
 
     def _reason(self, error: float, bounded: float, wanted: float, acting: float) -> str:
-        """Return what decided."""
+        """Name what decided."""
         if error == 0:
             return "within the deadband"
         if acting != bounded:
@@ -120,7 +119,7 @@ class HoldRatio(Feedback):
         return "at a bound" if bounded != wanted else "held"
 
     def _has_no_authority(self, value: float, saturated: bool) -> bool:
-        """Return whether the highest rate acts without an effect; warn, and give up, if it does."""
+        """Give up, with a warning, where the highest rate acts and has no effect."""
         if not saturated:
             self._saturated = 0
             return False
@@ -143,7 +142,7 @@ class HoldRatio(Feedback):
         return self.given_up
 
     def _memory(self) -> tuple[float, ...]:
-        """Return the sum, and what is known of the authority."""
+        """Give the sum, and what is known of the authority."""
         return self.sum, float(self._saturated), self._since, float(self.given_up)
 
     def _recall(self, *memory: float) -> None:
@@ -153,12 +152,12 @@ class HoldRatio(Feedback):
 
 
 def _ordered(bounds: Any) -> tuple[float, float]:
-    """Return the lowest and the highest rate."""
+    """Give the lowest and the highest rate."""
     if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
-        raise TypeError(f"bounds must be the lowest and the highest rate, got {bounds!r}")
+        raise TypeError(f"bounds are the lowest and the highest rate, got {bounds!r}")
     low, high = (number("bounds", bound, 0.0) for bound in bounds)
     if low > high:
-        raise ValueError(f"bounds must ascend, the lowest rate first, got {bounds}")
+        raise ValueError(f"bounds are the lowest rate and the highest, in this order, got {bounds}")
     return low, high
 
 
@@ -206,7 +205,7 @@ class PerLayer:
     def rules(
         self, layers: Mapping[str, Iterable[torch.Tensor]]
     ) -> list[tuple[list[torch.Tensor], Feedback]]:
-        """Make the loops, and return the rules for ``WeightDecayScheduler(decoupled=True)``.
+        """Make the loops, and the rules for ``WeightDecayScheduler(groups=..., decoupled=True)``.
 
         Parameters
         ----------
@@ -235,7 +234,7 @@ class PerLayer:
         return [(tensors, self.loops[name]) for name, tensors in found.items()]
 
     def _made(self, name: str) -> Feedback:
-        """Return the loop of a layer; raise if it is not one."""
+        """Make the loop of a layer, and check that it is one."""
         loop = self.make(name)
         if not isinstance(loop, Feedback):
             raise TypeError(
@@ -244,7 +243,7 @@ class PerLayer:
         return loop
 
     def update(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Take the measurements of all layers, and return the rates that act from now on.
+        """Take the measurements of all layers, and give the rates that act from now on.
 
         Parameters
         ----------
@@ -259,12 +258,12 @@ class PerLayer:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Return every decision, as rows with the name of the layer."""
+        """Give every decision, as rows with the name of the layer."""
         rows = [{"layer": name} | row for name, loop in self.loops.items() for row in loop.log]
         return sorted(rows, key=lambda row: row["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the loops, in plain numbers and strings."""
+        """Give the states of the loops, in plain numbers and strings."""
         return {name: loop.state_dict() for name, loop in self.loops.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
