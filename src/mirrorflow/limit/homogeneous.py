@@ -28,6 +28,7 @@ __all__ = ["Curve", "PowerCurve", "ProductCurve", "RescaledDual", "rescaled_dual
 Array = NDArray[np.float64]
 EPS = 2.2e-16
 FIRST = 300  # Newton steps allowed for the first point
+PATIENCE = 25  # of those, after each of which a solution is made sure to exist
 LIMIT = 10  # and for each later one
 FAR = 3.0  # change of t by one Newton step at which a prediction is given up
 LOOSE = 0.3  # change of t by the last Newton step at scales only passed through
@@ -247,11 +248,11 @@ class _Walker:
     def _descend(self) -> bool:
         """Minimize the dual objective by Newton's method from theta = 0, where t is nu's own."""
         at = self.curve.place(self.state, self.tau)
-        for _ in range(FIRST):
+        for k in range(1, FIRST + 1):
             rest = self.b - self.Q @ at.x
             if np.linalg.norm(rest) < 1e-8:
                 return True
-            if self.steps >= self.max_steps:
+            if self.steps >= self.max_steps or (k % PATIENCE == 0 and self._excluded()):
                 return False
             self.steps += 1
             step = NewtonSystem(self.QT, at.weight).solve(rest)
@@ -327,7 +328,6 @@ class _Walker:
             tight = size <= floor or (size < 1e-10 and size > 0.3 * best)
             if (loose and max(largest, size) < LOOSE) or (tight and largest < SETTLED):
                 self.state, self.theta, self.off, self.tau = state, theta, off, tau
-                self.at, self.system = at, system
                 return k
             best = min(best, size)
         return None
