@@ -14,7 +14,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from ._chebyshev import Columns, integrate
 from ._data import Data
-from ._endpoints import ends, gap, kkt, warn_unfinished
+from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
+from ._row_space import row_space
 
 __all__ = [
     "LOG_A",
@@ -94,16 +95,11 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
 
     def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
         """Run the flow to its time, perhaps infinity, and keep its end."""
-        end, data = np.isinf(run.t), data.compressed()
+        end = np.isinf(run.t)
         coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
         relative = run.log_A + drop
         log_A = data.log_A(0.0) + relative
-        x, predictions = coef.T, data.X @ coef.T
-        mu = data.X.T @ nu
-        outputs = range(len(coef))
-        kkts = [kkt(x[:, k], log_A[k], mu[:, k], self.positive) for k in outputs]
-        gains = [predictions[:, k] @ nu[:, k] for k in outputs]
-        gaps = [gap(x[:, k], gains[k], mu[:, k], self.positive) for k in outputs]
+        kkts, gaps = self._certificates(data, coef, nu, log_A, end)
         coef = finish(coef, data, run.zero_tol, self.refit)
         unit = data.unit(run.log_A, self.positive)
         values = {
@@ -114,21 +110,40 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             "log_A_": np.broadcast_to(relative, log_A.shape),
             "t_": np.full(len(log_A), np.inf) if end else run.t * unit,
             "support_": coef != 0,
-            "kkt_residual_": np.array(kkts),
-            "gap_": np.array(gaps),
+            "kkt_residual_": kkts,
+            "gap_": gaps,
         }
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)
 
+    def _certificates(
+        self, data: Data, coef: Array, nu: Array, log_A: Array, end: bool
+    ) -> tuple[Array, Array]:
+        """Return the KKT residuals and the gaps (K,), on the rows as they were given."""
+        predictions, mu = data.X @ coef.T, data.X.T @ nu  # the sums of nu are 0: no means
+        if data.center:
+            predictions = predictions - data.weights @ predictions
+        missed = data.weights[:, None] * (data.y - predictions)
+        kkts, gaps = np.zeros(len(coef)), np.zeros(len(coef))
+        for k in np.flatnonzero(data.pull > 0):
+            x, positive = coef[k], self.positive
+            kkts[k] = kkt(x, log_A[k], mu[:, k], positive)
+            if end:
+                slope = residual_slope(x, data.X.T @ missed[:, k], positive)
+                kkts[k] = max(kkts[k], slope / data.pull[k])
+            gaps[k] = gap(x, predictions[:, k] @ nu[:, k], mu[:, k], positive)
+        return kkts, gaps
+
     def _stopped(self, data: Data, run: Run) -> tuple[Array, Array, float]:
         """Integrate the flow to its time; also give how far log A has fallen."""
         decay, K = run.decay or TurnOff(0.0, 1.0), data.y.shape[1]
+        data = data.compressed()
         coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
         active = np.flatnonzero(data.pull > 0)
         self.n_iter_ = 1
         for k in active:  # each output has its own unit of time, in which decay is given
             coef[k], nus[:, k] = self._one(data, int(k), run, decay)
-        return coef, nus, -2 * decay.alpha * min(run.t, decay.t)
+        return coef, data.all_rows(nus), -2 * decay.alpha * min(run.t, decay.t)
 
     def _one(self, data: Data, k: int, run: Run, decay: TurnOff) -> tuple[Array, Array]:
         """Integrate one output."""
@@ -159,9 +174,9 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         """Solve for the end of the flow of each output."""
         drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
         scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
-        Z, y = root * data.X, root * data.y
+        space, y = row_space(root * data.X, data.rounding), root * data.y
         found = [
-            ends(Z, y[:, k], scales[[k]], self.positive, int(self.max_iter))
+            endpoints(space, y[:, k], scales[[k]], self.positive, int(self.max_iter))
             for k in range(y.shape[1])
         ]
         self.n_iter_ = max(1, *(f.steps for f in found))
@@ -250,7 +265,9 @@ def least_squares(data: Data, k: int, support: NDArray[np.bool_], weights: Array
     if data.center:
         X, y = X - weights @ X, y - weights @ y
     fitted = np.zeros(len(support))
-    fitted[support] = np.linalg.lstsq(root[:, None] * X, root * y, rcond=None)[0]
+    if support.any():
+        space = row_space(root[:, None] * X, data.rounding[support])
+        fitted[support] = space.shortest(root * y)
     return fitted
 
 

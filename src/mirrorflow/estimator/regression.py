@@ -89,7 +89,9 @@ class MirrorFlowRegressor(FlowRegressor):
     support_ : array of bool, of the shape of ``coef_``
         Which coefficients are not 0.
     kkt_residual_ : float or array
-        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu.
+        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu; with
+        ``interpolate`` at least the slope that is left of the squared error, relative to its slope
+        at 0. Measured on all samples as they were given, before coefficients are set to 0.
     gap_ : float or array
         How far from L1 the fit is: its L1 norm exceeds the smallest one of any coefficients with
         the same predictions by at most this fraction of itself.
