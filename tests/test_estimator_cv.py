@@ -1,10 +1,12 @@
 """The cross-validated regressor against a literal loop over folds and candidates."""
 
+import joblib
 import numpy as np
 import pytest
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold, KFold
+from threadpoolctl import threadpool_limits
 
 import mirrorflow as mf
 from mirrorflow.estimator._data import growth
@@ -120,11 +122,34 @@ def _same_flow(log_A, t, unit, X, y, weights, options):
     return model.fit(X, y, sample_weight=weights)
 
 
-def test_jobs_change_nothing():
-    X, y, _ = problem(noise=1.0)
-    alone = mf.MirrorFlowRegressorCV(ts=6, tol=1e-4).fit(X, y)
-    shared = mf.MirrorFlowRegressorCV(ts=6, tol=1e-4, n_jobs=2).fit(X, y)
-    np.testing.assert_allclose(shared.mse_path_, alone.mse_path_, rtol=1e-2)
+def fields(model):
+    """Return all that a fit has set, arrays as bytes."""
+    found = {k: v for k, v in vars(model).items() if k.endswith("_")}
+    return {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 100), (90, 12)])
+def test_the_way_the_work_is_shared_out_changes_no_bit(n, d):
+    rng = np.random.default_rng(32)
+    X = rng.standard_normal((n, d))
+    y = X[:, :5].sum(axis=1) + 2 * rng.standard_normal(n)
+    options = {"log_As": (0.0, -6.0, -12.0), "ts": 5}
+    alone = fields(mf.MirrorFlowRegressorCV(**options).fit(X, y))
+    assert fields(mf.MirrorFlowRegressorCV(**options, n_jobs=2).fit(X, y)) == alone
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert fields(mf.MirrorFlowRegressorCV(**options).fit(X, y)) == alone
+    with threadpool_limits(1):
+        assert fields(mf.MirrorFlowRegressorCV(**options).fit(X, y)) == alone
+
+
+def test_other_candidates_change_no_error_of_a_candidate():
+    X, y, _ = problem(n=40, noise=1.0)
+    one = {"shrinkages": [0.3], "cv": 4}
+    all_of_them = mf.MirrorFlowRegressorCV((0.0, -6.0, -12.0), [0.5, 1.0, 4.0, 20.0], **one)
+    few = mf.MirrorFlowRegressorCV((-6.0,), [4.0, 20.0], **one)
+    for model in (all_of_them, few):
+        model.fit(X, y)
+    np.testing.assert_array_equal(few.mse_path_, all_of_them.mse_path_[[1, 3]][:, [2, 3]])
 
 
 @pytest.mark.parametrize("d", [60, 5])

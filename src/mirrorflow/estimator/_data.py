@@ -128,6 +128,8 @@ def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: boo
         X, y, v = X[rows], y[rows], v[rows]
     eps = float(np.finfo(X.dtype).eps)
     X = X.astype(np.float64, copy=False)
+    if not (issparse(X) or X.flags.forc):  # as it will be in another process
+        X = np.ascontiguousarray(X)
     rounding = eps * np.sqrt(_squares(X, v))
     y = y.reshape(len(rows), -1).astype(np.float64)
     means, targets, spread = np.zeros(X.shape[1]), np.zeros(y.shape[1]), None

@@ -7,18 +7,16 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
-from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn import get_config
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
-from sklearn.utils.parallel import Parallel, delayed
 
 from ._base import LOG_A, FlowRegressor, Run, TurnOff, check_decay, largest_better, validated
 from ._data import growth, prepare
-from ._folds import Folds
+from ._folds import Folds, one_thread
 from ._transaction import all_or_nothing
 
 __all__ = [
@@ -340,7 +338,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self
         """
         self._validate_params()
-        with all_or_nothing(self):
+        with all_or_nothing(self), one_thread():
             self.log_As_, self.shrinkages_ = self._flows()
             self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
             check_decay(self.decay, self.ts_[-1])
@@ -351,7 +349,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
             folds = Folds(
                 data, train, test, self.decay, self.positive, self.tol, int(self.max_iter)
             )
-            self.mse_path_ = self._errors(folds)
+            self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, self.n_jobs)
             self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
         return self
 
@@ -377,7 +375,9 @@ class MirrorFlowRegressorCV(FlowRegressor):
         log_A, t, shrinkage = (
             float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
         )
-        self.zero_mse_path_ = folds.zero_errors(log_A, shrinkage, t, self.zero_tols_, self.refit)
+        self.zero_mse_path_ = folds.zero_errors(
+            log_A, shrinkage, self.ts_, int(j), self.zero_tols_, self.refit
+        )
         self.best_zero_tol_ = largest_better(
             self.zero_tols_, self.zero_mse_path_, self.mse_path_[i, j], self.refit
         )
@@ -413,17 +413,6 @@ class MirrorFlowRegressorCV(FlowRegressor):
             raise ValueError("cv gives no fold")
         train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
         return train, test
-
-    def _errors(self, folds: Folds) -> Array:
-        """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
-        jobs: Any = self.n_jobs  # None asks joblib's context
-        if effective_n_jobs(jobs) == 1:
-            return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
-        run, flows = delayed(folds.errors), zip(self.log_As_, self.shrinkages_, strict=True)
-        parts: Any = Parallel(n_jobs=self.n_jobs)(
-            run(np.array([z]), np.array([s]), self.ts_) for z, s in flows
-        )
-        return np.concatenate(list(parts))
 
     def get_metadata_routing(self) -> MetadataRouter:
         """Return the routing: ``fit`` hands metadata to the splitter.
