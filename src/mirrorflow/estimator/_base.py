@@ -23,8 +23,8 @@ __all__ = [
     "Run",
     "TurnOff",
     "check_decay",
+    "choose_zeros",
     "finish",
-    "largest_better",
     "least_squares",
     "validated",
     "weights_of",
@@ -81,6 +81,7 @@ class Run:
     decay: TurnOff | None
     tol: float
     zero_tol: float  # what is smaller, relative to the largest, is 0
+    refit: bool  # whether the others are fitted again
 
 
 class FlowRegressor(RegressorMixin, BaseEstimator):
@@ -100,7 +101,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         relative = run.log_A + drop
         log_A = data.log_A(0.0) + relative
         kkts, gaps = self._certificates(data, coef, nu, log_A, end)
-        coef = finish(coef, data, run.zero_tol, self.refit)
+        coef = finish(coef, data, run.zero_tol, run.refit)
         unit = data.unit(run.log_A, self.positive)
         values = {
             "coef_": coef.astype(dtype),
@@ -238,15 +239,15 @@ def weights_of(X: Any, sample_weight: Any) -> Any:
 
 # Which coefficients are 0: the flow itself makes them small, never 0.
 
-# Standard errors by which zeros have to gain: with none, dense truths lose to chance what sparse
-# ones gain; with a whole one, supports of few samples stay too large (results/bench_sparse).
+# Standard errors by which a candidate may be worse than the best and still count as near it.
 MARGIN = 0.5
 
 
 def without_small(coef: Array, zero_tol: float | Array) -> Array:
     """Set to 0 what is smaller than ``zero_tol`` times the largest of its row (K, d)."""
     size = np.abs(coef)
-    return np.where(size >= zero_tol * size.max(axis=-1, keepdims=True, initial=0.0), coef, 0.0)
+    largest = np.maximum(size.max(axis=-1, keepdims=True, initial=0.0), 1e-300)
+    return np.where(size >= zero_tol * largest, coef, 0.0)
 
 
 def finish(coef: Array, data: Data, zero_tol: float, refit: bool) -> Array:
@@ -271,15 +272,39 @@ def least_squares(data: Data, k: int, support: NDArray[np.bool_], weights: Array
     return fitted
 
 
-def largest_better(zero_tols: Array, errors: Array, without: Array, refit: bool) -> float:
-    """Choose the largest threshold that predicts better than the flow without zeros.
+def nearly_best(errors: Array) -> NDArray[np.bool_]:
+    """Return which candidates, with errors (n_candidates, n_folds), are near the one of least.
 
-    Better by half a standard error of the difference: ``errors`` (n_tols, n_folds) and ``without``
-    (n_folds,) are of the same folds. Where none is, the smallest; of refits, which can be worse
-    throughout, that of least error.
+    Near is within MARGIN standard errors of the difference: both are of the same folds.
     """
-    gained = without - errors
-    doubt = gained.std(axis=1) / np.sqrt(len(without))
-    better = np.flatnonzero(gained.mean(axis=1) >= MARGIN * doubt)
-    otherwise = int(errors.mean(axis=1).argmin()) if refit else 0
-    return float(zero_tols[better[-1] if len(better) else otherwise])
+    worse = errors - errors[errors.mean(axis=1).argmin()]
+    doubt = worse.std(axis=1) / np.sqrt(errors.shape[1])
+    return worse.mean(axis=1) <= MARGIN * doubt
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Which coefficients of a flow are set to 0, and whether the others are fitted again.
+
+    ``zero_tol`` is infinite where the intercept alone is left.
+    """
+
+    zero_tol: float
+    refit: bool
+
+
+def choose_zeros(zero_tols: Array, flow: Array, refitted: Array | None, alone: Array) -> Zeros:
+    """Choose the largest threshold that predicts nearly as well as the best candidate.
+
+    The candidates are the flow with each threshold, errors (n_tols, n_folds), the same refitted
+    where that is asked for, and the intercept ``alone`` (n_folds,). Of two with the same threshold
+    it is the one of less error.
+    """
+    blocks = [flow] if refitted is None else [flow, refitted]
+    errors = np.concatenate([*blocks, alone[None]])
+    tols = np.r_[np.tile(zero_tols, len(blocks)), np.inf]
+    again = np.r_[np.repeat(np.arange(len(blocks)) == 1, len(zero_tols)), False]
+    near = nearly_best(errors)
+    largest = np.flatnonzero(near & (tols == tols[near].max()))
+    best = largest[errors[largest].mean(axis=1).argmin()]
+    return Zeros(float(tols[best]), bool(again[best]))

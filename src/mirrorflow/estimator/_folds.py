@@ -103,15 +103,29 @@ class Folds:
 
     def zero_errors(
         self, log_A: float, shrinkage: float, ts: Array, j: int, zero_tols: Array, refit: bool
-    ) -> Array:
-        """Return the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0."""
-        found = []
+    ) -> list[Array]:
+        """Return the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0.
+
+        With ``refit`` twice: as the flow leaves the others, and refitted.
+        """
+        ways = (False, True) if refit else (False,)
+        found: list[list[Array]] = [[] for _ in ways]
         for k in range(self.data.y.shape[1]):
             parts = range(len(self.parts))
             coefs = [self._coefs(p, k, log_A, shrinkage, ts, j) for p in parts]
             rows = np.concatenate(coefs, axis=1).T
-            errors = [self._thresholded(c, k, f, zero_tols, refit) for f, c in enumerate(rows)]
-            found.append(np.stack(errors, axis=1))
+            for way, errors in zip(ways, found, strict=True):
+                each = [self._thresholded(c, k, f, zero_tols, way) for f, c in enumerate(rows)]
+                errors.append(np.stack(each, axis=1))
+        return [np.mean(errors, axis=0) for errors in found]
+
+    def intercept_errors(self) -> Array:
+        """Return the errors (n_folds,) of the intercept alone."""
+        zero, folds = np.zeros((self.data.X.shape[1], 1)), range(self.train.shape[1])
+        found = [
+            [self._missed(zero, k, np.array([f]))[0] / self._units[k] for f in folds]
+            for k in range(self.data.y.shape[1])
+        ]
         return np.mean(found, axis=0)
 
     @cached_property
