@@ -9,14 +9,36 @@ from scipy.special import expit
 
 import mirrorflow as mf
 import oracles
+from mirrorflow.legendre import (
+    HyperbolicEntropy,
+    Inversion,
+    LogCoshEntropy,
+    MatrixEntropy,
+    OneSidedEntropy,
+    PowerEntropy,
+    QuadraticEntropy,
+)
 
 
 @dataclass(frozen=True)
 class Case:
     """A pair with its start and the same flow written in NumPy.
 
-    ``start(seed)`` gives w0. ``span`` is for matrices: the gradients for which the theory holds are
-    those that share eigenvectors, the range of ``span``.
+    Attributes
+    ----------
+    start : callable
+        Returns w0 for a seed.
+    form : type
+        The class of R_a that `legendre` makes; `Inversion` integrates at every call.
+    span : array
+        For matrices: the gradients for which the theory holds are those that share eigenvectors,
+        the range of ``span``.
+    lowest_a : float
+        The a below which R_a has no centre.
+    largest_x : float
+        The |x| up to which the mirror map by integration resolves mu.
+    start_decides : bool
+        Whether `legendre` refuses the start, and not the pair.
     """
 
     id: str
@@ -24,9 +46,16 @@ class Case:
     h: mf.Regularizer
     start: Callable
     field: oracles.Field
+    form: type = Inversion
     commutes: bool = True
-    slow: bool = False  # R_a by inversion: integrates at every call
     span: np.ndarray | None = None
+    lowest_a: float = -np.inf
+    largest_x: float = np.inf
+    start_decides: bool = False
+
+    @property
+    def slow(self):
+        return self.form is Inversion
 
     def __str__(self):
         return self.id
@@ -127,20 +156,35 @@ PLANE = uniform((0.7, 1.1), (0.7, 1.1))
 POSITIVE = uniform((1.6, 2.0), (1.6, 2.0))
 NARROW = uniform((0.5, 0.7), (0.5, 0.7))  # u^6 - v^6 soon reaches infinity from larger starts
 EVERY = (
-    Case("hadamard", mf.Hadamard(), DECAY, unbalanced, oracles.hadamard()),
-    Case("hadamard-balanced", mf.Hadamard(), DECAY, balanced, oracles.hadamard()),
-    Case("depth-2", mf.Depth(2), DECAY, unbalanced, oracles.depth(2)),
-    Case("power-1", mf.PowerDifference(1), TERMS, PLANE, oracles.power(1)),
-    Case("power-1-decay", mf.PowerDifference(1), DECAY, PLANE, oracles.power(1, plain=True)),
-    Case("power-1-zero", mf.PowerDifference(1), TERMS, one_vanishes, oracles.power(1)),
-    Case("power-2", mf.PowerDifference(2), TERMS, PLANE, oracles.power(2)),
-    Case("power-3", mf.PowerDifference(3), TERMS, NARROW, oracles.power(3)),
+    Case("hadamard", mf.Hadamard(), DECAY, unbalanced, oracles.hadamard(), HyperbolicEntropy),
+    Case("hadamard-balanced", mf.Hadamard(), DECAY, balanced, oracles.hadamard(), OneSidedEntropy),
+    Case("depth-2", mf.Depth(2), DECAY, unbalanced, oracles.depth(2), HyperbolicEntropy),
+    Case("power-1", mf.PowerDifference(1), TERMS, PLANE, oracles.power(1), HyperbolicEntropy),
+    Case(
+        "power-1-decay",
+        mf.PowerDifference(1),
+        DECAY,
+        PLANE,
+        oracles.power(1, plain=True),
+        HyperbolicEntropy,
+    ),
+    Case(
+        "power-1-zero",
+        mf.PowerDifference(1),
+        TERMS,
+        one_vanishes,
+        oracles.power(1),
+        OneSidedEntropy,
+    ),
+    Case("power-2", mf.PowerDifference(2), TERMS, PLANE, oracles.power(2), PowerEntropy),
+    Case("power-3", mf.PowerDifference(3), TERMS, NARROW, oracles.power(3), PowerEntropy),
     Case(
         "power-1-drift",
         mf.PowerDifference(1),
         mf.Separable((0.7, -1.3)),
         PLANE,
         oracles.power(1, 0.7, 1.3),
+        HyperbolicEntropy,
     ),
     Case(
         "power-2-drift",
@@ -148,14 +192,25 @@ EVERY = (
         mf.Separable((0.7, -1.3)),
         PLANE,
         oracles.power(2, 0.7, 1.3),
+        PowerEntropy,
     ),
-    Case("log-ratio", mf.LogRatio(), TERMS, POSITIVE, oracles.log_ratio()),
+    Case(
+        "log-ratio",
+        mf.LogRatio(),
+        TERMS,
+        POSITIVE,
+        oracles.log_ratio(),
+        LogCoshEntropy,
+        lowest_a=-1.28,
+        largest_x=10.0,
+    ),
     Case(
         "quadratic",
         mf.CommutingQuadratic(torch.from_numpy(COMMUTING)),
         DECAY,
         single(0.6, 1.2, 4),
         oracles.quadratic(COMMUTING),
+        QuadraticEntropy,
     ),
     Case(
         "symmetric-commuting",
@@ -163,18 +218,16 @@ EVERY = (
         DECAY,
         scaled_orthogonal(3, 0.5),
         oracles.symmetric(3),
+        MatrixEntropy,
         span=EIGEN,
     ),
-    Case(
-        "identity-linear", mf.Identity(), TERMS, single(-1, 1, 3), oracles.identity(True), slow=True
-    ),
+    Case("identity-linear", mf.Identity(), TERMS, single(-1, 1, 3), oracles.identity(True)),
     Case(
         "custom",
         mf.CustomReparam(product_of_two, elementwise=True),
         mf.CustomRegularizer(half_square, elementwise=True),
         unbalanced,
         oracles.hadamard(),
-        slow=True,
     ),
     Case(
         "custom-exponential",
@@ -182,7 +235,6 @@ EVERY = (
         mf.CustomRegularizer(total_exponential, elementwise=True),
         single(-0.5, 0.5, 3),
         oracles.exponential(),
-        slow=True,
     ),
     Case(
         "custom-dense",
@@ -190,7 +242,6 @@ EVERY = (
         DECAY,
         single(0.6, 1.2, 2),
         oracles.squares(MIX),
-        slow=True,
     ),
     # What the theory does not cover.
     Case("depth-3", mf.Depth(3), DECAY, gaussian(3, 3, 3), oracles.depth(3), commutes=False),
@@ -226,6 +277,7 @@ EVERY = (
         gaussian((3, 3)),
         oracles.symmetric(3),
         commutes=False,
+        start_decides=True,
     ),
     Case(
         "product",

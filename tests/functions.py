@@ -9,35 +9,12 @@ from hypothesis import settings
 
 import mirrorflow as mf
 from cases import EVERY, FAST
-from mirrorflow.legendre import (
-    HyperbolicEntropy,
-    LogCoshEntropy,
-    MatrixEntropy,
-    OneSidedEntropy,
-    PowerEntropy,
-    QuadraticEntropy,
-)
 
 DOUBLE = torch.float64
 each_form = pytest.mark.parametrize("case", FAST, ids=str)
 elementwise = pytest.mark.parametrize("case", [c for c in FAST if c.g.elementwise], ids=str)
 few = settings(max_examples=10, deadline=None, derandomize=True, database=None)
 A = -0.3
-CLASSES = {
-    "hadamard": HyperbolicEntropy,
-    "hadamard-balanced": OneSidedEntropy,
-    "depth-2": HyperbolicEntropy,
-    "power-1": HyperbolicEntropy,
-    "power-1-decay": HyperbolicEntropy,
-    "power-1-zero": OneSidedEntropy,
-    "power-1-drift": HyperbolicEntropy,
-    "power-2": PowerEntropy,
-    "power-3": PowerEntropy,
-    "power-2-drift": PowerEntropy,
-    "log-ratio": LogCoshEntropy,
-    "quadratic": QuadraticEntropy,
-    "symmetric-commuting": MatrixEntropy,
-}
 
 
 def tensor(*values):

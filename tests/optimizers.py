@@ -12,6 +12,15 @@ FALL = Linear(0.5, 0.0, duration=6)
 OFF = SwitchOff(0.5, at=4)
 STEPS = 9
 
+# The fraction by which a step shall shrink the weights, (rate, lr, peak), as the papers write it:
+# one entry for each convention, from which the tests of conventions are made.
+FRACTION = {
+    "follow-lr": lambda rate, lr, peak: lr * rate,
+    "fixed": lambda rate, lr, peak: rate,
+    "adamc": lambda rate, lr, peak: lr**2 / peak * rate,
+    "schedule-only": lambda rate, lr, peak: lr / peak * rate,
+}
+
 quiet = pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
 
 

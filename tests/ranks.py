@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer
 
 STEPS, STOP, EVERY, LR = 8, 5, 2, 0.02

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer, learning_rates
 
 accelerate = pytest.importorskip("accelerate")

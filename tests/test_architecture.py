@@ -15,6 +15,7 @@ ALLOWED = {
     "_solution": (),
     "_loss": (),
     "schedule": (),
+    "optim": (),
     "spectrum": (),
     "balance": (),
     "reparam": (),

@@ -193,7 +193,7 @@ def test_an_account_is_the_sum_of_its_steps_however_often_it_is_fed(optimizer):
             assert close(sum(split.shares.values()), 1, 1)
         assert close(ends.unsplit, parts.sum(0), scale)
         assert full.note == "" and "5 interval" in ends.note
-        assert (full.steps, full.intervals, ends.steps, ends.intervals) == (30, 0, 0, 5)
+        assert (full.n_steps, full.n_intervals, ends.n_steps, ends.n_intervals) == (30, 0, 0, 5)
 
 
 def test_steps_and_intervals_mix():
@@ -289,7 +289,7 @@ def test_a_resumed_account_equals_an_uninterrupted_one(optimizer):
             for name, part in one.parts.items():
                 assert close(part, other.parts[name], size(*states[0])), name
             assert close(one.decay_alone, other.decay_alone, 1)
-            assert (one.steps, one.intervals) == (other.steps, other.intervals) == (20, 0)
+            assert (one.n_steps, one.n_intervals) == (other.n_steps, other.n_intervals) == (20, 0)
 
 
 def test_an_account_saved_within_an_interval_goes_on_with_what_is_known():
@@ -337,7 +337,7 @@ def test_an_account_keeps_no_reference_to_the_factors():
     kept = weakref.ref(A.untyped_storage()), weakref.ref(A)
     del A
     assert kept[1]() is None
-    assert account.report()[0].steps == 1
+    assert account.report()[0].n_steps == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

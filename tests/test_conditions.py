@@ -206,6 +206,8 @@ def test_a_coordinate_that_starts_at_zero_of_all_factors_is_found_among_many():
     report = mf.check(mf.Hadamard(), DECAY, (m, w))
     assert not report.regular and report.commuting
     assert report.advice.startswith("Definition A.3: start where no row of J_g vanishes")
+    w[:] = 0
+    assert mf.check(mf.Hadamard(), DECAY, (m, w)).advice == report.advice
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,85 @@ def test_a_coordinate_that_starts_at_zero_of_all_factors_is_found_among_many():
 def test_coordinates_of_very_different_sizes_are_regular(g, h, w0):
     """Rows that share no parameter are independent, whatever their sizes."""
     assert mf.check(g, h, w0).regular
+
+
+# Brackets whose two terms are 0 up to rounding.
+
+norm = torch.linalg.vector_norm
+
+
+def length_of_two(w):
+    return torch.sqrt(w[0] ** 2 + w[1] ** 2)
+
+
+def group_lengths(w):
+    return torch.stack([norm(w[:3]), norm(w[3:])])
+
+
+NORMS = {
+    "one coordinate": (mf.CustomReparam(lambda w: norm(w).reshape(1)), custom(norm)),
+    "elementwise": (
+        mf.CustomReparam(length_of_two, elementwise=True),
+        mf.CustomRegularizer(lambda w: length_of_two(w).sum(), elementwise=True),
+    ),
+    "groups": (mf.CustomReparam(group_lengths), custom(lambda w: group_lengths(w).sum())),
+    "one of two": (mf.CustomReparam(group_lengths), custom(lambda w: norm(w[:3]))),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("one coordinate", 1e-6), ("elementwise", 1.0), ("groups", 1e6), ("one of two", 1.0)],
+)
+def test_norms_commute_with_themselves(name, size):
+    """r = r0 + mu + a: the gradient of |w| has unit length, and does not change along itself."""
+    w = size * vector(1.0, 0.5, 0.3, 0.7, -0.4)
+    w0 = (w, 2 * w) if name == "elementwise" else w
+    report = mf.check(*NORMS[name], w0)
+    assert report.applies and report.contracting, report.explain()
+
+
+def test_a_norm_does_not_commute_with_another():
+    w = vector(1.0, 0.5, 0.3)
+    g = mf.CustomReparam(lambda w: norm(w).reshape(1))
+    for h in (custom(lambda w: norm(w * vector(1.0, 1.0, 2.0))), DECAY):
+        report = mf.check(g, h, w)
+        assert not report.commuting and report.advice.startswith("h must commute with every")
+    assert mf.check(mf.CustomReparam(lambda w: (w @ w).reshape(1)), DECAY, w).applies
+
+
+# Models whose coordinates determine one another.
+
+
+@pytest.mark.parametrize(
+    ("fn", "rank"),
+    [
+        (lambda w: torch.softmax(w, 0), 3),
+        (lambda w: w * w / (w @ w), 3),
+        (lambda w: torch.cat([w, w[:2]]), 4),
+        (lambda w: torch.stack([w.sum(), (2 * w).sum(), w.prod()]), 2),
+    ],
+    ids=("softmax", "squares on the simplex", "copies", "sums"),
+)
+def test_a_rank_that_no_start_repairs_is_named(fn, rank):
+    report = mf.check(mf.CustomReparam(fn), DECAY, vector(1.0, 0.5, 0.3, 0.8))
+    assert not report.regular
+    assert f"J_g has rank {rank} at random points as well" in report.advice
+    assert "no row of J_g vanishes" not in report.advice
+
+
+def test_a_start_of_low_rank_is_told_from_a_model_of_low_rank():
+    g = mf.CustomReparam(lambda w: torch.stack([w[0] * w[1], w[2] * w[3]]))
+    report = mf.check(g, DECAY, vector(0.0, 0.0, 1.0, 0.5))
+    assert "start where J_g has rank 2, as at random points; from w0 it falls to 1" in report.advice
+    flat = mf.CustomReparam(lambda w: w / w.abs(), elementwise=True)
+    assert "rank 0 at random points as well" in mf.check(flat, DECAY, vector(1.0, 2.0)).advice
+
+
+@pytest.mark.parametrize("g", (mf.Hadamard(), mf.Depth(2)))
+def test_two_factors_are_not_taken_for_more(g):
+    fourth = mf.CustomRegularizer(lambda w: (w[0] ** 4).sum(), elementwise=True)
+    assert "WeightDecay() does" in mf.check(g, fourth, TWO).advice
 
 
 # Pairs of a user's own.
@@ -304,8 +385,10 @@ def test_a_false_promise_of_elementwise_is_found(g, h, w0, culprit):
         (lambda x: -torch.log1p(x * x).sum(), False),
         (lambda x: -torch.exp(x).sum(), False),
         (lambda x: (x**2 - 1e-8 * x**4).sum(), False),
+        (lambda x: torch.sinh(x).sum(), False),  # inf - inf at large x
+        (lambda x: torch.cosh(x).sum(), True),
     ],
-    ids=("cos", "log", "-log", "-exp", "quartic"),
+    ids=("cos", "log", "-log", "-exp", "quartic", "sinh", "cosh"),
 )
 def test_whether_ones_own_penalty_is_bounded_below(fn, bounded, seed):
     assert mf.check(mf.Identity(), custom(fn), AT[0], seed=seed).well_posed == bounded
@@ -373,35 +456,35 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"g": mf.Hadamard}, TypeError, "check needs a Reparam and a Regularizer"),
-        ({"h": None}, TypeError, "got Hadamard and NoneType; wrap torch functions"),
-        ({"h": TERMS}, TypeError, "for g = m \\* w use WeightDecay"),
+        ({"g": mf.Hadamard}, TypeError, "check: g and h must be a Reparam and a Regularizer"),
+        ({"h": None}, TypeError, "got Hadamard and NoneType. Wrap torch functions"),
+        ({"h": TERMS}, TypeError, "Use WeightDecay.. for m . w"),
         ({"w0": AT[0]}, ValueError, r"w must hold \(m, w\), got 1 tensor"),
         ({"w0": THREE}, ValueError, r"w must hold \(m, w\), got 3 tensor"),
         ({"w0": (AT[0], AT[0, :2])}, ValueError, r"one shape, got m \(3,\), w \(2,\)"),
-        ({"w0": (AT[0], vector(1, NAN, 2))}, ValueError, "w holds NaN or infinite"),
-        ({"w0": (vector(1, math.inf, 2), AT[0])}, ValueError, "m holds NaN or infinite"),
+        ({"w0": (AT[0], vector(1, NAN, 2))}, ValueError, "w must be finite, got NaN or inf"),
+        ({"w0": (vector(1, math.inf, 2), AT[0])}, ValueError, "m must be finite, got NaN or inf"),
         ({"w0": (AT[0], torch.ones(3, dtype=torch.int64))}, TypeError, "w must have a floating"),
         ({"w0": (AT[0].numpy(), AT[0].numpy())}, TypeError, "must be a torch tensor"),
-        ({"w0": (vector(), vector())}, ValueError, r"g\(w0\) is empty"),
+        ({"w0": (vector(), vector())}, ValueError, r"g\(w0\) must hold numbers, got none"),
         ({"g": mf.LogRatio(), "w0": (AT[0], -AT[0])}, ValueError, "v must be positive"),
         ({"g": mf.SymmetricFactor(), "w0": AT[0]}, ValueError, "U must be a matrix"),
-        ({"g": mf.Product(), "w0": (AT, AT)}, ValueError, "are needed"),
+        ({"g": mf.Product(), "w0": (AT, AT)}, ValueError, "A and B must be"),
         ({"g": mf.CommutingQuadratic(torch.eye(2)[None])}, ValueError, r"w must hold \(w\)"),
         ({"g": mf.CommutingQuadratic(torch.eye(2)[None]), "w0": AT[0]}, ValueError, r"shape \(2,"),
-        ({"g": mf.PowerDifference(2), "h": mf.Separable((1.0,))}, ValueError, "c needs 2 entries"),
-        ({"g": mf.CustomReparam(torch.log), "w0": -AT[0]}, ValueError, r"g\(w0\) holds NaN"),
+        ({"g": mf.PowerDifference(2), "h": mf.Separable((1,))}, ValueError, "c must have 2 entr"),
+        ({"g": mf.CustomReparam(torch.log), "w0": -AT[0]}, ValueError, r"g\(w0\) must be finite"),
         (
             {"g": mf.Identity(), "h": custom(lambda x: x.sqrt().sum()), "w0": -AT[0]},
             ValueError,
-            r"grad h\(w0\) holds NaN",
+            r"grad h\(w0\) must be finite, got NaN",
         ),
         ({"h": custom(lambda w: w[0])}, ValueError, "fn must return a scalar"),
         ({"sensing": AT.numpy()}, TypeError, "sensing must be a torch tensor, got ndarray"),
         ({"sensing": AT[0]}, ValueError, r"sensing must have shape \(m, 3\), m > 0, got \(3,\)"),
         ({"sensing": AT[:, :2]}, ValueError, r"sensing must have shape \(m, 3\)"),
         ({"sensing": AT[:0]}, ValueError, r"got \(0, 3\)"),
-        ({"sensing": AT * NAN}, ValueError, "sensing holds NaN"),
+        ({"sensing": AT * NAN}, ValueError, "sensing must be finite, got NaN"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

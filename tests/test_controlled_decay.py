@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer
 from test_weightdecay_layers import EVERY, LR, STEPS, Net, assemble, backward, equal, train, values
 
 
 def never(rate=0.3):
-    return mf.OffBelow(rate, -1.0)  # it only keeps what it is fed
+    return mf.OffBelow(rate, -1.0, lowest=-1.0)  # it only keeps what it is fed
 
 
 def dense(net, layer):
@@ -302,8 +302,8 @@ LOOP = mf.OffBelow(0.1, 2.0)
     ("schedule", "settings", "kind", "message"),
     [
         (0.1, {}, TypeError, r"use Constant\(0.1\)"),
-        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "must be track_every.*trackevery"),
-        (mf.Constant(0.1), {"lr": 3}, TypeError, "relative, groups, decoupled.*lr"),
+        (mf.Constant(0.1), {"trackevery": 3}, TypeError, "must be track_every.*'trackevery'"),
+        (mf.Constant(0.1), {"lr": 3}, TypeError, "relative, groups, decoupled.*got 'lr'"),
         (mf.Constant(0.1), {"level": "heads"}, ValueError, "level: .*'heads'"),
         (mf.Constant(0.1), {"match": "("}, ValueError, "match must be a regular expression"),
         (mf.Constant(0.1), {"metric": "rank"}, ValueError, "metric must be one of ratio.*'rank'"),
@@ -313,7 +313,7 @@ LOOP = mf.OffBelow(0.1, 2.0)
         (mf.Constant(0.1), {"coupling": "loose"}, ValueError, "coupling must be one of"),
         (mf.Constant(0.1), {"groups": [(0, 0.1)]}, TypeError, r"use Constant\(0.1\)"),
         (mf.Constant(0.1), {"groups": [(0, LOOP)]}, ValueError, "positive with OffBelow"),
-        (LOOP, {}, ValueError, "positive with OffBelow"),
+        (LOOP, {}, ValueError, "track_every must be positive with OffBelow"),
         (mf.Constant(0.1), {"groups": [(0, PerLayer(lambda layer: LOOP))]}, TypeError, "PerLayer"),
     ],
 )  # fmt: skip

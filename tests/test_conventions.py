@@ -6,14 +6,7 @@ from torch.optim.lr_scheduler import CyclicLR
 
 from mirrorflow.schedule import Constant
 from mirrorflow.weightdecay import WeightDecayScheduler, learning_rates
-from optimizers import Plain
-
-FRACTION = {
-    "follow-lr": lambda lr: 0.1 * lr,
-    "fixed": lambda lr: 0.1,
-    "adamc": lambda lr: 0.1 * lr**2,
-    "schedule-only": lambda lr: 0.1 * lr,  # the peak is 1
-}
+from optimizers import FRACTION, Plain
 
 
 def cyclic(make):
@@ -31,7 +24,7 @@ def test_with_a_learning_rate_that_rises_to_its_peak(make, convention):
     WeightDecayScheduler(optimizer, Constant(0.1), convention=convention, peak=peak)
     left = 1.0
     for _ in range(12):
-        left *= 1 - FRACTION[convention](optimizer.param_groups[0]["lr"])
+        left *= 1 - FRACTION[convention](0.1, optimizer.param_groups[0]["lr"], peak)
         w.grad = torch.zeros_like(w)
         optimizer.step()
         lr.step()

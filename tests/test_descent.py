@@ -146,7 +146,7 @@ def test_the_dtype_of_the_start_is_kept():
         (
             {"g": torch.sin},
             TypeError,
-            "descend needs a Reparam and a Regularizer, got builtin_func",
+            "descend: g and h must be a Reparam and a Regularizer, got builtin_func",
         ),
         ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
         ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
@@ -159,7 +159,7 @@ def test_the_dtype_of_the_start_is_kept():
         ({"w0": (torch.ones(3), torch.ones(2))}, ValueError, "one shape"),
         ({"w0": (torch.ones(4).double(),) * 2}, ValueError, r"Z must be \(n, 4\)"),
         ({"w0": (torch.ones(3),) * 2}, TypeError, "one dtype"),
-        ({"h": mf.Separable()}, TypeError, "use WeightDecay"),
+        ({"h": mf.Separable()}, TypeError, "Use WeightDecay"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -1,10 +1,12 @@
 """The cross-validated regressor against a literal loop over folds and candidates."""
 
+import joblib
 import numpy as np
 import pytest
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold, KFold
+from threadpoolctl import threadpool_limits
 
 import mirrorflow as mf
 from mirrorflow.estimator._data import growth
@@ -38,43 +40,83 @@ def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
     np.testing.assert_allclose(model.coef_, last.fit(X, y, sample_weight=weights).coef_, atol=1e-6)
 
 
-@pytest.mark.parametrize("noise", [0.3, 3.0])
+@pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("refit", [False, True])
-def test_the_threshold_is_the_largest_that_predicts_better_than_none(refit, noise):
+def test_the_threshold_is_the_largest_that_predicts_nearly_as_well_as_the_best(refit, noise):
     X, y, _ = problem(n=40, noise=noise)
     weights, cv = np.random.default_rng(3).uniform(0.5, 2, len(y)), KFold(4)
     tols = (0.3, 0.01, 0.1, 0.6)
     options = {"zero_tols": tols, "shrinkages": (), "refit": refit, "cv": cv, "tol": 1e-5}
     model = mf.MirrorFlowRegressorCV((-9.0,), [2.0], **options).fit(X, y, sample_weight=weights)
     whole = mf.MirrorFlowRegressor(-9.0, 1.0).fit(X, y, sample_weight=weights)
-    for f, (train, test) in enumerate(cv.split(X)):
+    errors = {}
+    for train, test in cv.split(X):
         part = X[train], y[train], weights[train]
         flow = _same_flow(-9.0, 2.0, (whole.t_, whole.A_), *part, {}).coef_
-        for i, tol in enumerate(sorted(tols)):
+        for tol in (*tols, np.inf):
             kept = np.abs(flow) >= tol * np.abs(flow).max()
-            coef = np.where(kept, flow, 0.0)
-            if refit:
-                fitted = LinearRegression().fit(part[0][:, kept], *part[1:])
-                coef[kept] = fitted.coef_
-            offset = np.average(part[1] - part[0] @ coef, weights=part[2])
-            missed = y[test] - X[test] @ coef - offset
-            error = np.average(missed**2, weights=weights[test])
-            assert model.zero_mse_path_[i, f] == pytest.approx(error, rel=3e-3)
-    expected = min(tols)
-    if refit:
-        expected = sorted(tols)[model.zero_mse_path_.mean(axis=1).argmin()]
-    for tol, errors in zip(sorted(tols), model.zero_mse_path_, strict=True):
-        gained = [
-            before - after for before, after in zip(model.mse_path_[0, 0], errors, strict=True)
-        ]
-        mean = sum(gained) / 4
-        if mean >= 0.5 * (sum((g - mean) ** 2 for g in gained) / 4 / 4) ** 0.5:
-            expected = tol
-    assert model.best_zero_tol_ == expected
+            plain = np.where(kept, flow, 0.0)
+            again = plain.copy()
+            if kept.any():
+                again[kept] = LinearRegression().fit(part[0][:, kept], *part[1:]).coef_
+            for way, coef in ((False, plain), (True, again))[: 1 + (refit and tol < 1)]:
+                offset = np.average(part[1] - part[0] @ coef, weights=part[2])
+                missed = y[test] - X[test] @ coef - offset
+                errors.setdefault((tol, way), []).append(
+                    np.average(missed**2, weights=weights[test])
+                )
+    for i, tol in enumerate(sorted(tols)):
+        np.testing.assert_allclose(model.zero_mse_path_[i], errors[tol, refit], rtol=3e-3)
+    np.testing.assert_allclose(model.intercept_mse_, errors[np.inf, False], rtol=3e-3)
+    best = min(errors.values(), key=sum)
+    near = []
+    for key, found in errors.items():
+        worse = [e - b for e, b in zip(found, best, strict=True)]
+        mean = sum(worse) / 4
+        if mean <= 0.5 * (sum((w - mean) ** 2 for w in worse) / 4 / 4) ** 0.5:
+            near.append(key)
+    largest = [key for key in near if key[0] == max(near)[0]]
+    expected = min(largest, key=lambda key: sum(errors[key]))
+    assert (model.best_zero_tol_, model.best_refit_) == expected
     np.testing.assert_array_equal(model.support_, model.coef_ != 0)
+    assert model.support_.any() == np.isfinite(model.best_zero_tol_)
 
 
-def test_zeros_cost_no_prediction_and_find_the_support():
+def test_without_noise_the_threshold_loses_no_coefficient_that_counts():
+    rng = np.random.default_rng(3)
+    X, truth = rng.standard_normal((100, 150)), np.zeros(150)
+    truth[:15] = rng.standard_normal(15)
+    model = mf.MirrorFlowRegressorCV().fit(X, X @ truth)
+    chosen = model.zero_mse_path_[model.zero_tols_ == model.best_zero_tol_].mean()
+    assert chosen <= 2 * model.zero_mse_path_.mean(axis=1).min()
+    assert np.linalg.norm(model.coef_ - truth) < 0.02 * np.linalg.norm(truth)
+
+
+def test_refitting_is_left_out_where_it_predicts_worse():
+    """Many weak coefficients and much noise: least squares on a support overfits."""
+    rng = np.random.default_rng(0)
+    X, truth = rng.standard_normal((60, 100)), rng.standard_normal(100) / 5
+    y = X @ truth + 2 * rng.standard_normal(60)
+    plain = mf.MirrorFlowRegressorCV(ts=8).fit(X, y)
+    model = mf.MirrorFlowRegressorCV(ts=8, refit=True).fit(X, y)
+    error, plain_error = (np.linalg.norm(m.coef_ - truth) for m in (model, plain))
+    assert error <= 1.05 * plain_error
+
+
+def test_the_support_of_noise_may_be_empty():
+    empty = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        X, y = rng.standard_normal((100, 50)), rng.standard_normal(100)
+        model = mf.MirrorFlowRegressorCV((-2.0, -12.0), 8).fit(X, y)
+        empty.append(not model.support_.any())
+        if empty[-1]:
+            assert model.best_zero_tol_ == np.inf
+            np.testing.assert_allclose(model.predict(X), y.mean())
+    assert any(empty)
+
+
+def test_zeros_cost_little_prediction_and_find_the_support():
     """On several draws: fewer false coefficients than the lasso, at no larger error."""
     hits = []
     for seed in range(5):
@@ -120,11 +162,34 @@ def _same_flow(log_A, t, unit, X, y, weights, options):
     return model.fit(X, y, sample_weight=weights)
 
 
-def test_jobs_change_nothing():
-    X, y, _ = problem(noise=1.0)
-    alone = mf.MirrorFlowRegressorCV(ts=6, tol=1e-4).fit(X, y)
-    shared = mf.MirrorFlowRegressorCV(ts=6, tol=1e-4, n_jobs=2).fit(X, y)
-    np.testing.assert_allclose(shared.mse_path_, alone.mse_path_, rtol=1e-2)
+def fields(model):
+    """Return all that a fit has set, arrays as bytes."""
+    found = {k: v for k, v in vars(model).items() if k.endswith("_")}
+    return {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 100), (90, 12)])
+def test_the_way_the_work_is_shared_out_changes_no_bit(n, d):
+    rng = np.random.default_rng(32)
+    X = rng.standard_normal((n, d))
+    y = X[:, :5].sum(axis=1) + 2 * rng.standard_normal(n)
+    options = {"log_As": (0.0, -6.0, -12.0), "ts": 5}
+    alone = fields(mf.MirrorFlowRegressorCV(**options).fit(X, y))
+    assert fields(mf.MirrorFlowRegressorCV(**options, n_jobs=2).fit(X, y)) == alone
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert fields(mf.MirrorFlowRegressorCV(**options).fit(X, y)) == alone
+    with threadpool_limits(1):
+        assert fields(mf.MirrorFlowRegressorCV(**options).fit(X, y)) == alone
+
+
+def test_other_candidates_change_no_error_of_a_candidate():
+    X, y, _ = problem(n=40, noise=1.0)
+    one = {"shrinkages": [0.3], "cv": 4}
+    all_of_them = mf.MirrorFlowRegressorCV((0.0, -6.0, -12.0), [0.5, 1.0, 4.0, 20.0], **one)
+    few = mf.MirrorFlowRegressorCV((-6.0,), [4.0, 20.0], **one)
+    for model in (all_of_them, few):
+        model.fit(X, y)
+    np.testing.assert_array_equal(few.mse_path_, all_of_them.mse_path_[[1, 3]][:, [2, 3]])
 
 
 @pytest.mark.parametrize("d", [60, 5])

@@ -13,7 +13,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer, WeightDecayScheduler, preview
 from optimizers import FALL, MAKE, OFF, STEPS, assert_equal, pull, quiet, two_groups, weights
 
@@ -77,12 +77,12 @@ def test_counts_that_disagree_are_said(lost):
     if lost == "the scheduler's":
         run(params, optimizer, 3)  # before there was a scheduler
         WeightDecayScheduler(optimizer, FALL)
-        message = "taken 4 steps by its own count, the decay schedule is at step 1"
+        message = "AdamW has taken 4 steps but the decay schedule is at step 1"
     else:
         state = {"steps": 3, "entries": [{"taken": 3, "absorbed": 0.1, "held": None, "span": 1,
                                           "pieces": []}] * 2}  # fmt: skip
         WeightDecayScheduler(optimizer, FALL).load_state_dict(state)
-        message = "taken 1 steps by its own count, the decay schedule is at step 4"
+        message = "AdamW has taken 1 steps but the decay schedule is at step 4"
     with pytest.warns(UserWarning, match=message):
         run(params, optimizer, 1)
     run(params, optimizer, 1)  # said once

@@ -136,7 +136,7 @@ def test_within_the_deadband_nothing_moves():
     assert loop.log[-1]["reason"] == "within the deadband"
 
 
-def test_no_authority_is_said():
+def test_a_loop_without_authority_warns():
     loop = mf.HoldRatio(3.0, 0.1, gain=10.0, bounds=(0.0, 0.2), patience=5)
     with pytest.warns(RuntimeWarning, match="no authority"):
         for step in range(8):
@@ -208,7 +208,7 @@ def absorbing(loop, steps, lr=0.1, **options):
     return scheduler, w
 
 
-def test_a_budget_under_a_bare_scheduler_needs_nobody_to_feed_it():
+def test_a_bare_scheduler_feeds_a_budget():
     loop = mf.OffAtBudget(0.5, budget=0.2)
     scheduler, w = absorbing(loop, 20)
     assert scheduler.accumulated == [pytest.approx(-0.2)]
@@ -271,7 +271,7 @@ def test_a_budget_that_cannot_be_counted_is_refused():
     assert scheduler.accumulated == [pytest.approx(-0.2)] and not scheduler.pending[0]
 
 
-def test_a_loop_that_nobody_feeds_says_so_once():
+def test_a_loop_without_measurements_warns_once():
     with pytest.warns(UserWarning, match="OffBelow has set the decay of steps 0 to 1000") as said:
         absorbing(mf.OffBelow(0.5, 2.0), 2500, lr=1e-5)
     assert len(said) == 1
@@ -290,7 +290,7 @@ def test_a_loop_that_is_fed_now_and_then_is_not_accused():
     scheduler.close()  # a warning would be an error
 
 
-def test_a_program_that_ends_says_which_of_its_loops_nobody_fed():
+def test_a_program_that_ends_warns_of_loops_without_measurements():
     run = """
 import mirrorflow as mf
 from test_feedback import absorbing
@@ -310,7 +310,7 @@ runs.append(absorbing(mf.OffAtBudget(0.5, 2.0), 300, lr=1e-5))
     assert done.stderr.count("never fed") == 1
 
 
-def test_a_loop_says_so_when_the_scheduler_is_closed_or_the_loop_is_dropped():
+def test_a_loop_warns_when_the_scheduler_is_closed_or_the_loop_is_dropped():
     with pytest.warns(UserWarning, match="steps 0 to 29 and was never fed.*stays at 0.5") as said:
         scheduler, _ = absorbing(mf.OffBelow(0.5, 2.0), 30)
         scheduler.close()
@@ -407,13 +407,13 @@ def test_the_log_is_of_plain_numbers(value):
 
 
 @pytest.mark.parametrize("value", [None, "high", torch.ones(2), []])
-def test_what_is_no_number_is_named(value):
+def test_a_value_that_is_not_a_number_is_refused(value):
     for make in (lambda: mf.OffBelow(0.1, 2.0), lambda: mf.HoldRatio(2.0, 0.1, gain=1.0)):
         with pytest.raises(TypeError, match="value must be a number, got"):
             make().update(0, value)
     with pytest.raises(TypeError, match="rate must be a number, got"):
         mf.OffBelow(value, 2.0)
-    with pytest.raises(TypeError, match=r"bounds are the lowest and the highest rate, got 0\.5"):
+    with pytest.raises(TypeError, match=r"bounds must be the lowest and .* rate, got 0\.5"):
         mf.HoldRatio(2.0, 0.1, gain=1.0, bounds=0.5)
 
 
@@ -475,7 +475,10 @@ def test_a_stopped_loop_continues_as_if_it_had_not_stopped(loop):
         (lambda: mf.OffBelow(0.1, math.nan), "target"),
         (lambda: mf.OffBelow(-0.1, 2.0), "rate"),
         (lambda: mf.HoldRatio(3.0, 0.1, 1.0).update(0, -1.0), "value"),
-        (lambda: mf.HoldRatio(3.0, 0.1, 1.0, bounds=(0.5, 0.1)), "lowest rate .* in this order"),
+        (
+            lambda: mf.HoldRatio(3.0, 0.1, 1.0, bounds=(0.5, 0.1)),
+            "bounds must ascend, the lowest rate first",
+        ),
         (lambda: mf.HoldRatio(3.0, 0.1, 1.0, patience=2.5), "patience must be a whole number"),
         (lambda: mf.OffWhenLevel(0.1, window=2.5), "window must be a whole number"),
         (lambda: mf.OffWhenLevel(0.1, earliest=1.7), "earliest must be a whole number"),

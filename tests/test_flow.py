@@ -10,8 +10,8 @@ from sklearn.linear_model import Lasso
 import mirrorflow as mf
 import oracles
 from cases import EIGEN, EVERY, SCHEDULES, loss
-from mirrorflow.flow._integrator import Run
-from mirrorflow.flow._views import HadamardView, HyperbolicView, MirrorView, ParameterView
+from mirrorflow.flow._integrator import Integration
+from mirrorflow.flow._views import ArrayMirrorView, ArrayParameterView, MirrorView, ParameterView
 
 VIEWS = ("parameters", "mirror", "primal")
 METHODS = ("LSODA", "DOP853")
@@ -196,7 +196,8 @@ def test_the_numpy_view_is_the_general_one():
     g, w0 = mf.PowerDifference(1), pair("power-1").start(0)
     h = mf.Separable((torch.from_numpy(rng.uniform(0.5, 1.5, 3)), -0.7))  # a drift per coordinate
     R = mf.legendre(g, h, w0)
-    fast, general = HyperbolicView(LINEAR, g, w0, R), MirrorView(LINEAR, g, w0, R)
+    fast = ArrayMirrorView(LINEAR, g, w0, R, R.array_primal())
+    general = MirrorView(LINEAR, g, w0, R)
     schedule = mf.Constant(0.4)
     jacobian = fast.jacobian(schedule)
     for size in (0.0, 0.1, 3.0):
@@ -213,7 +214,7 @@ def test_the_numpy_view_is_the_general_one():
 
 def test_the_numpy_view_of_the_parameters_is_the_general_one():
     w0, state = HADAMARD.start(0), np.random.default_rng(0).standard_normal(8)
-    fast, general = (V(LINEAR, H, DECAY, w0) for V in (HadamardView, ParameterView))
+    fast, general = (V(LINEAR, H, DECAY, w0) for V in (ArrayParameterView, ParameterView))
     velocities = [v.velocity(0.0, state, mf.Constant(0.3)) for v in (fast, general)]
     np.testing.assert_allclose(*velocities, rtol=1e-12, atol=1e-13)
 
@@ -302,13 +303,13 @@ def test_leaving_the_domain_is_a_status(method):
 @each_method
 def test_a_trial_step_out_of_the_domain_is_not_a_failure(method, monkeypatch):
     """x = u^4 - v^4 has a bounded range of mu; coarse steps go beyond it and are tried again."""
-    case, attempts, attempt = pair("power-2"), [], Run._attempt
+    case, attempts, attempt = pair("power-2"), [], Integration._attempt
 
     def watched(self, *arguments):
         attempts.append(attempt(self, *arguments))
         return attempts[-1]
 
-    monkeypatch.setattr(Run, "_attempt", watched)
+    monkeypatch.setattr(Integration, "_attempt", watched)
     sol = mf.flow(
         lambda x: 20 * ((x - 3) ** 2).sum(), case.g, case.h, case.start(0), NONE, 0.1,
         view="mirror", method=method, rtol=0.1, atol=0.3,
@@ -341,7 +342,7 @@ def test_the_step_limit_is_a_status(save_at):
         ({"rtol": 1e-15}, ValueError, "rtol must be in"),
         ({"atol": -1.0}, ValueError, "atol must be finite and >= 1e-140"),
         ({"atol": 1e-200}, ValueError, "atol must be finite and >= 1e-140"),
-        ({"g": torch.sin}, TypeError, "flow needs a Reparam and a Regularizer, got builtin_func"),
+        ({"g": torch.sin}, TypeError, "flow: g and h must be a Reparam .*, got builtin_func"),
         ({"h": mf.WeightDecay}, TypeError, "got Hadamard and the class WeightDecay"),
         ({"loss": lambda x: x}, TypeError, r"a tensor of one number, got \(3,\)"),
         ({"loss": lambda x: x.sum().item()}, TypeError, "a tensor of one number, got float"),
@@ -355,7 +356,7 @@ def test_the_step_limit_is_a_status(save_at):
         ({"w0": (torch.ones(3), torch.ones(2))}, ValueError, "one shape"),
         ({"w0": (torch.ones(4).double(),) * 2}, ValueError, r"Z must be \(n, 4\)"),
         ({"w0": (torch.ones(3),) * 2, "rtol": 1e-4}, TypeError, "one dtype"),
-        ({"h": mf.Separable()}, TypeError, "use WeightDecay"),
+        ({"h": mf.Separable()}, TypeError, "Use WeightDecay"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -192,7 +192,7 @@ def test_a_trial_keeps_its_state_in_its_own_folder(tmp_path, monkeypatch):
     ("rules", "kind", "message"),
     [
         ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
-        ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "option 'trackevery'"),
+        ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "got 'trackevery'"),
         ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
         ({"schedule": mf.Constant(0.1), "metric": "loss"}, ValueError, "metric must be one of"),
         (
@@ -243,7 +243,10 @@ def test_what_schedule_for_makes_is_checked(tmp_path):
 def test_numbers_in_the_logs_and_rows(tmp_path):
     made = trainer(tmp_path)
     control = control_decay(
-        made, mf.OffBelow(0.5, -1.0), track_every=6, metric=lambda found: found.records[0].nuclear
+        made,
+        mf.OffBelow(0.5, -1.0, lowest=-1.0),
+        track_every=6,
+        metric=lambda found: found.records[0].nuclear,
     )
     train(made)
     logged = {row["step"]: row for row in made.state.log_history if "weight_decay" in row}

@@ -242,7 +242,7 @@ def test_units_are_what_their_names_say():
         convert(0.5, "decay", "fortnight", lr=0.25)
     with pytest.raises(ValueError, match="value must be positive"):
         convert(0.0, "decay", "half-life", lr=0.25)
-    with pytest.raises(ValueError, match="no half-life"):
+    with pytest.raises(ValueError, match="< 1 for a half-life, got"):
         convert(4.0, "decay", "half-life", lr=0.25)
 
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import mirrorflow as mf
-from cases import COMMUTE, COMMUTING, FAIL, FAST
+from cases import COMMUTE, FAIL, FAST
 from functions import (
-    CLASSES,
     DOUBLE,
     A,
     apply,
@@ -26,20 +25,17 @@ from functions import (
     symmetric,
     tensor,
 )
-from mirrorflow.legendre import (
-    HyperbolicEntropy,
-    Inversion,
-)
+from mirrorflow.legendre import HyperbolicEntropy
 
 # Which form.
 
 
 @pytest.mark.parametrize("case", COMMUTE, ids=str)
 def test_every_pair_gets_its_form(case):
-    assert type(legendre(case)) is CLASSES.get(case.id, Inversion)
+    assert type(legendre(case)) is case.form
 
 
-@pytest.mark.parametrize("case", [c for c in FAIL if c.id != "symmetric"], ids=str)
+@pytest.mark.parametrize("case", [c for c in FAIL if not c.start_decides], ids=str)
 def test_a_pair_that_does_not_commute_has_none(case):
     with pytest.raises(mf.IncompatiblePair) as caught:
         legendre(case)
@@ -48,7 +44,7 @@ def test_a_pair_that_does_not_commute_has_none(case):
 
 def test_a_start_that_is_one_sided_in_some_coordinates_is_refused():
     w0 = (tensor(1.0, 1.0, 0.5), tensor(1.0, 2.0, 0.1))
-    with pytest.raises(ValueError, match=r"1 of 3 coordinates.*\|m0\| = \|w0\|"):
+    with pytest.raises(ValueError, match=r"\|m0\| = \|w0\|.*got 1 of 3 coordinates"):
         mf.legendre(mf.Hadamard(), mf.WeightDecay(), w0)
 
 
@@ -204,7 +200,7 @@ def test_the_value_of_the_log_ratio_has_no_jump_where_torch_cuts_softplus(x):
 @each_form
 @pytest.mark.parametrize("a", [0.0, A, -20.0, -150.0])
 def test_the_mirror_of_the_centre_is_zero(case, a):
-    if case.id == "log-ratio" and a < -1:
+    if a < case.lowest_a:
         with pytest.raises(mf.RangeError, match=r"outside the range"):
             legendre(case).centre(a)
         return
@@ -265,11 +261,8 @@ def single(w0):
 @each_form
 @pytest.mark.parametrize("a", [A, -10.0])
 def test_float32_in_and_out(case, a):
-    if case.id == "log-ratio" and a < -1:
-        a = -0.6
-    g = case.g
-    if case.id == "quadratic":
-        g = mf.CommutingQuadratic(torch.from_numpy(COMMUTING).float())
+    a = max(a, case.lowest_a / 2)
+    g = mf.CommutingQuadratic(case.g.A.float()) if hasattr(case.g, "A") else case.g
     R, exact = mf.legendre(g, case.h, single(case.start(0))), legendre(case)
     mu, x = at(exact, 1, a=a)
     y = at(exact, 2, a=a)[1]
@@ -311,7 +304,7 @@ def test_nan_and_wrong_shapes_name_the_argument(case, method, names):
     assert torch.isfinite(call(*good, A)).all()
     for i, name in enumerate(names):
         for spoiled, message in (
-            (torch.full_like(x, math.nan), f"^{name} holds NaN"),
+            (torch.full_like(x, math.nan), f"^{name} must be a number, got NaN"),
             (x.reshape(-1)[:2], rf"^{name} must have shape \({x.shape[0]},.*got \(2,\)"),
             (x.sum(), rf"^{name} must have shape .* got \(\)"),
         ):
@@ -340,7 +333,7 @@ def test_matrices_that_are_symmetric_up_to_rounding():
     skew = torch.tensor([[[1.0, 0.1], [0.0, 1.0]]])
     for bad, error, message in (
         (skew, ValueError, "symmetric, A is off by 9.5e-02"),
-        (skew * math.nan, ValueError, "A holds NaN"),
+        (skew * math.nan, ValueError, "A must be finite, got NaN"),
         (skew.int(), TypeError, "a tensor of floats, got torch.int32"),
         (skew.tolist(), TypeError, "a tensor of floats, got list"),
     ):

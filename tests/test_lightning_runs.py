@@ -112,7 +112,8 @@ def test_the_names_are_not_those_of_the_learning_rate_monitor():
 
 
 def test_rows_and_the_metric():
-    control = DecayCallback(mf.OffBelow(0.5, -1.0), track_every=4, metric="nuclear", level="head")
+    never = mf.OffBelow(0.5, -1.0, lowest=-1.0)
+    control = DecayCallback(never, track_every=4, metric="nuclear", level="head")
     assert control.rows() == []
     fit(Net(), [control])
     rows = control.rows()
@@ -127,7 +128,7 @@ def test_rows_and_the_metric():
     ("settings", "kind", "message"),
     [
         ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
-        ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "option 'trackevery'"),
+        ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "got 'trackevery'"),
         ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
         ({}, ValueError, "a schedule is missing"),
     ],

@@ -251,7 +251,7 @@ def test_a_scale_that_overflows_is_refused(id, capfd):
     U = torch.eye(3, dtype=torch.float64)
     R = mf.legendre(mf.SymmetricFactor(), DECAY, U) if id == "matrix" else FAMILIES[id]()
     for y in (1.0, 0.0):
-        with pytest.raises(mf.RangeError, match=r"a = 400.0: x has the scale .* -int alpha dt"):
+        with pytest.raises(mf.RangeError, match=r"got a = 400.0: x has the scale .* -int alpha dt"):
             mf.limit(R, np.ones((1, *R.shape)), [y], [-1.0, 400.0])
     assert capfd.readouterr() == ("", "")  # LAPACK complains of NaN by printing
 
@@ -284,15 +284,15 @@ def good():
         ({"y": 1.0}, ValueError, r"y must have shape \(2,\)"),
         ({"a": []}, ValueError, "a must be a number or a non-empty 1-d sequence"),
         ({"a": [[1.0]]}, ValueError, r"a must be a number .*, got shape \(1, 1\)"),
-        ({"a": math.nan}, ValueError, "a holds NaN"),
-        ({"a": -math.inf}, ValueError, "a holds NaN or infinite"),
+        ({"a": math.nan}, ValueError, "a must be finite, got NaN"),
+        ({"a": -math.inf}, ValueError, "a must be finite, got NaN or inf"),
         ({"a": None}, TypeError, "a must hold real numbers"),
         ({"a": "-1"}, TypeError, "a must hold real numbers"),
-        ({"Z": np.full((2, 3), math.nan)}, ValueError, "Z holds NaN"),
-        ({"y": np.array([1.0, math.inf])}, ValueError, "y holds NaN or infinite"),
+        ({"Z": np.full((2, 3), math.nan)}, ValueError, "Z must be finite, got NaN"),
+        ({"y": np.array([1.0, math.inf])}, ValueError, "y must be finite, got NaN or inf"),
         ({"Z": np.ones((2, 3), complex)}, TypeError, "Z must hold real numbers, got complex128"),
         ({"y": np.array([None, 1])}, TypeError, "y must hold real numbers, got object"),
-        ({"Z": [[1.0, 2.0], [1.0]]}, ValueError, "Z is not an array of numbers"),
+        ({"Z": [[1.0, 2.0], [1.0]]}, ValueError, "Z must be an array of numbers"),
         ({"max_steps": 0}, ValueError, "max_steps must be"),
     ],
 )
@@ -300,6 +300,77 @@ def test_bad_arguments_are_named(change, error, message):
     assert mf.limit(**good()).status.ok
     with pytest.raises(error, match=message):
         mf.limit(**{**good(), **change})
+
+
+# One number a for each coordinate.
+
+
+def test_a_vector_as_long_as_x_must_say_what_it_holds():
+    R, Z, y = good()["R"], good()["Z"], good()["y"]
+    three = np.array([-1.0, -0.5, 0.0])
+    with pytest.raises(ValueError, match=r"a vector of length 3\. Pass per_coordinate=True"):
+        mf.limit(R, Z, y, three)
+    path = mf.limit(R, Z, y, three, per_coordinate=False)
+    assert distance(path.value, torch.stack([mf.limit(R, Z, y, ai).value for ai in three])) < 1e-9
+    one = mf.limit(R, Z, y, three, per_coordinate=True)
+    assert one.value.shape == (3,) and isinstance(one.stats.steps, int)
+    both = mf.limit(R, Z, y, np.stack([three, 2 * three]), per_coordinate=True)
+    assert both.value.shape == (2, 3) and both.aux["theta"].shape == (2, 2)
+    assert distance(both.value[0], one.value) < 1e-12
+    assert mf.limit(R, Z, y, three[:2]).value.shape == (2, 3)  # cannot be meant per coordinate
+    same = mf.limit(R, Z, y, -0.7, per_coordinate=True)
+    assert distance(same.value, mf.limit(R, Z, y, -0.7).value) < 1e-10
+    with pytest.raises(ValueError, match=r"a must have shape \(3,\) or \(k, 3\)"):
+        mf.limit(R, Z, y, three[:2], per_coordinate=True)
+
+
+PER_COORDINATE = {
+    "hadamard": (H, DECAY, lambda f, a: tuple(v * np.exp(a) for v in f), (0.3, 1.0)),
+    "one-sided": (H, DECAY, lambda f, a: tuple(v * np.exp(a) for v in f), (0.8, 0.8)),
+    "power-1": (
+        mf.PowerDifference(1), TERMS, lambda f, a: tuple(v * np.exp(2 * a) for v in f), (0.5, 0.9)
+    ),
+    # d/da u = 4 u^3: u^-2 = u0^-2 - 8 a.
+    "power-2": (
+        mf.PowerDifference(2), TERMS, lambda f, a: tuple((v**-2.0 - 8 * a) ** -0.5 for v in f),
+        (0.7, 0.9),
+    ),
+    "log-ratio": (
+        mf.LogRatio(), TERMS, lambda f, a: tuple(np.sqrt(v * v + 2 * a) for v in f), (1.8, 1.6)
+    ),
+    "own": (
+        mf.CustomReparam(lambda w: w[0] * w[1], elementwise=True), DECAY,
+        lambda f, a: tuple(v * np.exp(a) for v in f), (0.3, 1.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PER_COORDINATE)
+def test_an_a_per_coordinate_is_a_start_scaled_per_coordinate(name):
+    g, h, decayed, sizes = PER_COORDINATE[name]
+    w0, a = tuple(np.full(3, s) for s in sizes), np.array([-0.6, -0.1, 0.0])
+    Z = np.array([[1.0, 0.7, -0.4]])
+    y = Z @ (0.5 * decayed(w0, a)[0] * np.array([1.0, 0.5, 0.2]))
+    R, scaled = (mf.legendre(g, h, tensors(*f)) for f in (w0, decayed(w0, a)))
+    found, wanted = mf.limit(R, Z, y, a, per_coordinate=True), mf.limit(scaled, Z, y, 0.0)
+    assert found.status.ok and found.stats.kkt < 1e-8
+    assert distance(found.value, wanted.value) < 1e-8
+    x = wanted.value
+    vector = torch.from_numpy(a)
+    assert distance(R.folded(vector).mirror(x, 0.0), R.mirror(x, vector)) < 1e-9
+    assert distance(R.folded(-0.1, 0.05).mirror(x, 0.0), R.mirror(x, -0.1) - 0.05) < 1e-9
+
+
+@pytest.mark.parametrize("id", ("quadratic", "matrix"))
+def test_coordinates_that_share_parameters_have_one_a(id):
+    U = torch.eye(3, dtype=torch.float64)
+    R = mf.legendre(mf.SymmetricFactor(), DECAY, U) if id == "matrix" else FAMILIES[id]()
+    a = np.full(tuple(R.shape), -0.1)
+    with pytest.raises(TypeError, match="must be a sum over coordinates"):
+        mf.limit(R, np.ones((1, *R.shape)), [1.0], a, per_coordinate=True)
+    x = torch.ones(R.shape, dtype=torch.float64) + 2 * (U if id == "matrix" else 0)
+    with pytest.raises(ValueError, match="a must be one number"):
+        R.mirror(x, torch.from_numpy(a))
 
 
 def test_an_a_without_a_centre_is_refused():

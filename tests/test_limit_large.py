@@ -9,8 +9,8 @@ from scipy.optimize import linprog
 from threadpoolctl import ThreadpoolController
 
 import mirrorflow as mf
-from mirrorflow.limit import _duals as duals
-from mirrorflow.limit import _problems as families
+from mirrorflow.legendre import _exponential_duals as duals
+from mirrorflow.limit import _problems
 from mirrorflow.limit._newton import NewtonSystem, _own_blas, one_pool
 
 DEEP = -150.0  # a at which log A is about -300
@@ -46,7 +46,7 @@ def everything_is_large(monkeypatch):
 
 @pytest.fixture
 def no_shortcut(monkeypatch):
-    monkeypatch.setattr(families, "at_vertex", lambda *_: None)
+    monkeypatch.setattr(_problems, "at_vertex", lambda *_: None)
 
 
 @pytest.mark.parametrize("one_sided", [False, True])

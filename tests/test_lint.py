@@ -145,11 +145,11 @@ def test_the_optimizer_inside_accelerates_wrapper_is_looked_at():
 def test_what_cannot_be_looked_at_is_refused():
     optimizer, other = (torch.optim.AdamW(groups(model())) for _ in range(2))
     scheduler = mf.WeightDecayScheduler(other, mf.Constant(0.1))
-    with pytest.raises(ValueError, match="that of another AdamW"):
+    with pytest.raises(ValueError, match="got one of another AdamW"):
         mf.lint(optimizer, None, scheduler)
     with pytest.raises(TypeError, match="must be the WeightDecayScheduler of this optimizer"):
         mf.lint(optimizer, None, torch.optim.lr_scheduler.StepLR(optimizer, 2))  # pyright: ignore
-    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Linear"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got Linear"):
         mf.lint(torch.nn.Linear(1, 1))  # pyright: ignore
     for wrong in (None, "0.1", torch.ones(2), float("nan"), -0.1):
         optimizer.param_groups[1]["weight_decay"] = wrong
@@ -157,7 +157,7 @@ def test_what_cannot_be_looked_at_is_refused():
             mf.lint(optimizer)
 
 
-def test_an_optimizer_that_cannot_be_tried_is_said_to_be_unknown():
+def test_an_optimizer_whose_trial_fails_is_unknown():
     class Strange(torch.optim.SGD):
         def step(self, closure=None):
             raise NotImplementedError

@@ -75,7 +75,7 @@ def test_the_adafactor_of_transformers_is_known(looked_at):
     assert codes(looked_at(optimizer.state_dict())) == []
 
 
-def test_what_cannot_be_told_is_a_note(looked_at):
+def test_an_unknown_coupling_is_a_note(looked_at):
     saved = state()
     del saved["param_groups"][0]["decoupled_weight_decay"]  # as AdamW was saved before torch 2.6
     (found,) = looked_at(saved)
@@ -84,7 +84,7 @@ def test_what_cannot_be_told_is_a_note(looked_at):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64])
-def test_a_number_of_numpy_is_a_finding_and_no_damage(kind, zipped, looked_at):
+def test_a_number_of_numpy_is_a_finding_and_not_damage(kind, zipped, looked_at):
     saved = with_decay(kind(1))
     (found,) = looked_at(saved, _use_new_zipfile_serialization=zipped)
     assert found.code == "numpy-scalar" and f"NumPy {kind.__name__}" in found.message
@@ -162,8 +162,8 @@ def test_a_checkpoint_of_the_trainer_is_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"param_groups": [1, 2]}, r"param_groups is no list of parameter groups: \[1, 2\]"),
-        ({"optimizer": {"param_groups": 3}}, r"optimizer\.param_groups is no list"),
+        ({"param_groups": [1, 2]}, r"must be a list of parameter groups, got \[1, 2\]"),
+        ({"optimizer": {"param_groups": 3}}, r"optimizer\.param_groups must be a list"),
         (with_decay(None), "group 0: weight_decay must be a finite number >= 0, got None"),
         (with_decay("x"), "got 'x'"),
         (with_decay(torch.ones(2)), "got tensor"),
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_the_trainer_is_a_folder(tmp_path):
         (torch.ones(2), "no param_groups"),
     ],
 )
-def test_what_is_no_state_of_an_optimizer_is_named(content, message, looked_at):
+def test_a_file_without_optimizer_state_is_refused(content, message, looked_at):
     with pytest.raises(ValueError, match=message):
         looked_at(content)
 
@@ -180,7 +180,7 @@ def test_a_decay_in_a_tensor_is_a_number(looked_at):
     assert looked_at(with_decay(torch.tensor(0.1))) == []
 
 
-def test_damaged_files_are_said_to_be(tmp_path):
+def test_damaged_files_are_reported_as_damaged(tmp_path):
     path = tmp_path / "saved.pt"
     torch.save(state(), path)
     whole = path.read_bytes()

@@ -6,7 +6,7 @@ import torch
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.schedule import Constant, SwitchOff
 from mirrorflow.weightdecay import HoldRatio, OffAtBudget, WeightDecayScheduler, preview, table
 from optimizers import FALL
@@ -58,7 +58,7 @@ def test_what_answers_to_measurements_is_named():
     assert str(seen) == f"{table(seen.rows)}\n{seen.remarks[0]}"
 
 
-def test_groups_of_one_name_are_told_apart():
+def test_groups_of_one_name_get_different_labels():
     matplotlib.use("Agg")
     groups = [
         {"params": [weight()], "name": "layer", "lr": 0.5},
@@ -118,7 +118,7 @@ def test_a_scheduler_of_another_optimizer_and_no_learning_rates_are_refused():
     scheduler = WeightDecayScheduler(optimizer, SwitchOff(0.1, at=2))
     with pytest.raises(ValueError, match="StepLR belongs to another optimizer"):
         preview(scheduler, 5, StepLR(other, 2))
-    with pytest.raises(TypeError, match=r"the learning rate of each step is needed, got 0\.5"):
+    with pytest.raises(TypeError, match=r"the learning rate of each step, got 0\.5"):
         preview(scheduler, 5, 0.5)  # pyright: ignore
 
 

@@ -65,7 +65,7 @@ def test_a_study_is_its_grid_its_list_and_its_seeds():
             "experiment = 'fig02_matrix_sensing'\ngird = {n = [1]}",
             "gird: Extra inputs.*a study has",
         ),
-        ("experiment = 'fig99'", "no experiment 'fig99'"),
+        ("experiment = 'fig99'", "got 'fig99'"),
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nm = [1]\nk = [2]", "unknown key 'k'"),
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nn = []", "no values for n"),
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nn = [3, -1]", "n: Input should be"),

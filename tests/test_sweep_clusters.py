@@ -92,7 +92,7 @@ def cluster():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own, about its processes and sockets
 def test_a_node_that_is_killed_from_outside_costs_no_run(tmp_path, cluster):
-    from mirrorflow.lab.sweep.engines.ray import OnRay
+    from mirrorflow.lab.sweep.engines.ray_cluster import OnRay
 
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     study = sw.Study(

@@ -16,6 +16,7 @@ from mirrorflow.weightdecay import (
 )
 from optimizers import (
     FALL,
+    FRACTION,
     MAKE,
     OFF,
     STEPS,
@@ -85,7 +86,7 @@ def test_relative_multiplies_each_groups_own_decay():
 
 
 @pytest.mark.parametrize("decay_first", [True, False])
-@pytest.mark.parametrize("convention", ["follow-lr", "fixed", "adamc"])
+@pytest.mark.parametrize("convention", FRACTION)
 def test_with_a_learning_rate_scheduler_in_either_order(decay_first, convention):
     params = weights()
     optimizer = two_groups(MAKE["adamw"], params)
@@ -103,16 +104,14 @@ def test_with_a_learning_rate_scheduler_in_either_order(decay_first, convention)
     def lr_at(t):
         return 0.05 * (1 + math.cos(math.pi * t / STEPS))
 
-    factor = {
-        "follow-lr": lambda t: FALL.rate(t),
-        "fixed": lambda t: FALL.rate(t) / lr_at(t),
-        "adamc": lambda t: FALL.rate(t) * lr_at(t) / 0.1,
-    }[convention]
+    def factor(t):
+        return FRACTION[convention](FALL.rate(t), lr_at(t), 0.1) / lr_at(t)
+
     for ours, theirs in zip(params, by_hand(MAKE["adamw"], factor, lr_at=lr_at), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_a_learning_rate_of_0_is_no_division_by_0():
+def test_a_learning_rate_of_0_causes_no_division_by_0():
     params = weights()
     optimizer = AdamW(params, lr=0.0, weight_decay=0.1)
     scheduler = WeightDecayScheduler(optimizer, Constant(0.1), convention="fixed")
@@ -371,7 +370,7 @@ def test_a_wrapped_optimizer_is_unwrapped():
 
 
 @pytest.mark.parametrize("state", [None, [], {}, {"state": {}}])
-def test_what_is_no_state_is_named(state):
+def test_a_value_that_is_not_a_state_is_refused(state):
     scheduler = WeightDecayScheduler(AdamW(weights(), lr=0.1, weight_decay=0.1), FALL)
     with pytest.raises(ValueError, match="not a state of WeightDecayScheduler"):
         scheduler.load_state_dict(state)

@@ -241,7 +241,9 @@ def test_an_optimizer_that_counts_nothing_was_not_loaded(make, lost):
     params, optimizer, scheduler = made(FALL, make)
     scheduler.load_state_dict(state)
     if lost:
-        with pytest.warns(UserWarning, match="loaded at step 3, and that of .* was not"):
+        with pytest.warns(
+            UserWarning, match="continues from step 3, but .* has started with empty state"
+        ):
             advance(params, optimizer, 1)
     advance(params, optimizer, 2 - lost)  # said once
     assert scheduler.steps == 5
@@ -315,7 +317,7 @@ def test_the_checkpoint_of_other_groups_is_refused_as_such():
         (lambda step: 0.5, lambda step: 0.5 if step < 700 else 0.0, r"0.5 at step 7\d\d, .*, 0"),
     ],
 )
-def test_another_schedule_is_said_or_refused(was, now, said):
+def test_another_schedule_warns_or_is_refused(was, now, said):
     states = saved(*made(was, steps=2)[1:])
     params, optimizer, scheduler = made(now)
     optimizer.load_state_dict(states[0])
@@ -361,7 +363,7 @@ def test_a_schedule_of_one_group_is_named():
         optimizer = AdamW([{"params": [a]}, {"params": [b]}], weight_decay=0.1)
         return WeightDecayScheduler(optimizer, FALL, groups=[(1, Constant(rate))])
 
-    with pytest.warns(UserWarning, match=r"checkpoint: Constant\(0.1\) is Constant\(0.2\)\. The"):
+    with pytest.warns(UserWarning, match=r"checkpoint's: Constant\(0.1\) is Constant\(0.2\)\. The"):
         make(0.2).load_state_dict(make(0.1).state_dict())
 
 

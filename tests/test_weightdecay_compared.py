@@ -33,7 +33,7 @@ def test_every_yes_of_ours_names_a_test():
     assert len(claims) > 50 and list(behind) == claims
 
 
-def test_the_page_says_who_the_others_are():
+def test_the_page_names_the_others():
     assert len(NAMES) == 12 and set(LOOPS) < set(NAMES)
 
 

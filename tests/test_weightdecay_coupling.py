@@ -1,5 +1,7 @@
 """How an optimizer's decay acts, and decay from outside that acts as AdamW's."""
 
+import inspect
+import math
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -12,9 +14,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from mirrorflow.schedule import Constant, SwitchOff
 from mirrorflow.weightdecay import (
     CoupledDecayWarning,
+    OffAtBudget,
     WeightDecayScheduler,
     coupling,
 )
+from mirrorflow.weightdecay.coupling import OptimizerProbe, known_coupling, needs_no_gradient
 from optimizers import OFF, STEPS, Plain, assert_near, by_hand, pull, two_groups, weights
 
 # Decay from outside
@@ -116,7 +120,7 @@ def test_weights_without_a_gradient_are_left_alone():
         (torch.optim.LBFGS, "unknown"),
     ],
 )
-def test_coupling_is_found_by_trying(make, kind):
+def test_coupling_is_found(make, kind):
     params = weights(1)
     optimizer = make(params)
     CosineAnnealingLR(optimizer, T_max=9)  # patches step with one that steps this optimizer
@@ -124,6 +128,152 @@ def test_coupling_is_found_by_trying(make, kind):
     state = dict(optimizer.state)
     assert coupling(optimizer, optimizer.param_groups[0]) == kind
     assert torch.equal(params[0], before) and dict(optimizer.state) == state
+
+
+OWN = [
+    cls
+    for _, cls in inspect.getmembers(torch.optim, inspect.isclass)
+    if issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+]
+
+
+@pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("flag", [None, False, True])
+def test_the_table_of_torchs_optimizers_says_what_the_probe_finds(cls, flag):
+    """SGD apart, whose momentum the ledger follows, and those without a decay."""
+    optimizer = cls(weights(1), lr=0.1)
+    group = optimizer.param_groups[0]
+    if flag is not None and (cls is AdamW or "decoupled_weight_decay" not in group):
+        return  # AdamW sets the flag again whenever its state is set
+    if flag is not None:
+        group["decoupled_weight_decay"] = flag
+    known, probe = known_coupling(optimizer, group), OptimizerProbe(optimizer, group)
+    assert known is not None
+    if cls is not SGD:
+        assert probe.coupling() == known
+    assert not probe.needs_no_gradient()
+
+
+# Optimizers whose decay depends on the gradient, or needs none
+
+
+class Decaying(torch.optim.Optimizer):
+    """A step of the signs of the gradient, with a decay that each subclass defines."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.decay(p, group["lr"], group["weight_decay"])
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+
+class Cautious(Decaying):
+    def decay(self, p, lr, decay):
+        p.mul_(1 - lr * decay * (p.grad * p >= 0))
+
+
+class Strict(Decaying):
+    def decay(self, p, lr, decay):
+        p.mul_(1 - lr * decay * (p.grad * p > 0))
+
+
+class Clipped(Decaying):
+    """StableAdamW's shape: the step, and with it the decay, shrinks when the gradient grows."""
+
+    def decay(self, p, lr, decay):
+        square = p.grad.square().mean()
+        mean = self.state[p].setdefault("mean", square.clone())
+        size = lr / max(1.0, (square / mean.clamp(min=1e-12)).sqrt().item())
+        mean.lerp_(square, 0.01)
+        p.mul_(1 - size * decay)
+
+
+class Eager(Decaying):
+    def decay(self, p, lr, decay):
+        p.mul_(1 - lr * decay)
+
+
+class Late(Decaying):
+    """The decay after the update, as in transformers' first AdamW."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign()).mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class Signs(Decaying):
+    """L2 inside the sign: without memory, and no decay of the weights either."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad + group["weight_decay"] * p).sign())
+
+
+class Noisy(Late):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.add_(0.01 * torch.randn_like(p))
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Cautious, "masked"),
+        (Strict, "masked"),
+        (Clipped, "scaled"),
+        (Eager, "decoupled"),
+        (Late, "decoupled"),
+        (Signs, "coupled"),
+    ],
+)
+def test_decay_that_depends_on_the_gradient_is_not_booked_as_decoupled(make, kind):
+    optimizer = make(weights(1))
+    assert coupling(optimizer, optimizer.param_groups[0]) == kind
+    assert needs_no_gradient(optimizer, optimizer.param_groups[0]) == (make is Eager)
+
+
+def test_the_probe_draws_none_of_the_programs_random_numbers():
+    optimizer = Noisy(weights(1))
+    state = torch.get_rng_state()
+    coupling(optimizer, optimizer.param_groups[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_masked_decay_has_no_sum_and_is_counted_from_outside():
+    """Half of the weights decay: a sum of lr x decay is twice what the mean weight has lost."""
+    w = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = Cautious([w], lr=0.01, weight_decay=0.5)
+    with pytest.warns(UserWarning, match="Cautious decays a weight only where") as caught:
+        scheduler = WeightDecayScheduler(optimizer, SwitchOff(0.5, at=3))
+        for _ in range(4):
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+    assert len(caught) == 1 and not isinstance(caught[0].message, CoupledDecayWarning)
+    assert math.isnan(scheduler.accumulated[0]) and scheduler.pending == [0.0]
+    with pytest.raises(ValueError, match=r"OffAtBudget counts lr x decay.*decoupled=True"):
+        WeightDecayScheduler(Cautious(weights(), weight_decay=0.5), OffAtBudget(0.5, 0.1))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_what_decays_without_a_gradient_is_counted_without_one(decoupled):
+    w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = Eager([w], lr=0.1, weight_decay=0.1)
+    scheduler = WeightDecayScheduler(optimizer, Constant(0.1), decoupled=decoupled)
+    for _ in range(4):
+        optimizer.step()
+    assert w[0].item() == pytest.approx(1.0 if decoupled else 0.99**4)
+    assert scheduler.accumulated == [pytest.approx(0.0 if decoupled else -0.04)]
 
 
 @pytest.mark.parametrize(
@@ -138,14 +288,14 @@ def test_coupling_is_found_by_trying(make, kind):
         (Plain, OFF, False),
     ],
 )
-def test_coupled_decay_is_said_where_it_matters(make, schedule, said):
+def test_coupled_decay_warns_where_it_matters(make, schedule, said):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         WeightDecayScheduler(make(weights(), weight_decay=0.1), schedule)
     assert [w.category for w in caught] == [CoupledDecayWarning] * said
 
 
-def test_who_knows_the_coupling_may_say_it():
+def test_the_user_may_set_the_coupling():
     class Odd(Plain):
         def step(self, closure=None):
             if self.table.ready:  # not plain, so that trying it fails

@@ -148,7 +148,7 @@ class TwoGradients(torch.optim.Optimizer):
 def test_an_optimizer_that_asks_its_closure_twice_is_found_by_trying():
     w = one()
     optimizer = TwoGradients([w], lr=0.125)
-    with pytest.warns(UserWarning, match="could not be found out"):
+    with pytest.warns(UserWarning, match="its coupling is unknown"):
         WeightDecayScheduler(optimizer, Constant(0.5)).close()
     WeightDecayScheduler(optimizer, Constant(0.5), decoupled=True)
     seen = []
@@ -162,7 +162,7 @@ def test_an_optimizer_that_asks_its_closure_twice_is_found_by_trying():
     assert seen == [shrunk, shrunk * 0.875] and w.item() == shrunk * 0.875**2
 
 
-def test_a_step_without_gradients_after_a_line_search_is_nobodys():
+def test_a_step_without_gradients_after_a_line_search_moves_no_ledger():
     """Before the closure has run there are none: what may get one is decayed, the rest is not."""
     a, b = one(), one()
     b.requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mirrorflow as mf
-from mirrorflow.control.loop import ControlledDecay
+from mirrorflow.control import ControlledDecay
 from mirrorflow.weightdecay import PerLayer
 from optimizers import assert_nets_near
 

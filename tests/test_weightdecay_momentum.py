@@ -109,7 +109,7 @@ def test_off_is_off(with_closure):
     assert moved == [0.0]
 
 
-def test_a_tensor_that_gets_no_gradient_at_the_switch_is_cleaned_too():
+def test_a_tensor_without_a_gradient_at_the_switch_is_cleaned_as_well():
     a, b = doubles()
     optimizer = SGD([a, b], lr=0.1, momentum=0.9, weight_decay=0.5)
     WeightDecayScheduler(optimizer, SwitchOff(0.5, at=2), exact_off=True)
@@ -174,7 +174,7 @@ def test_the_optimizers_checkpoint_alone_is_enough():
     assert_equal(fresh, params)
 
 
-def test_decay_from_before_is_said_and_stays():
+def test_decay_from_before_warns_and_stays():
     params = weights()
     optimizer = SGD(params, lr=0.1, momentum=0.9, weight_decay=1.0)
     with pytest.warns(CoupledDecayWarning, match="exact_off=True"):
@@ -194,7 +194,7 @@ def test_decay_from_before_is_said_and_stays():
     torch.testing.assert_close(again.state[params[0]]["momentum_buffer"], expected)
 
 
-def test_what_nobody_followed_for_a_while_is_not_subtracted():
+def test_decay_that_was_not_followed_for_a_while_is_not_subtracted():
     """exact_off in the first and in the third part of a run, and not in between."""
     on_and_off = [(Constant(0.5), 2), (Constant(0.0), 60), (Constant(0.5), 2)]
     schedule = join([*on_and_off, (Constant(0.0), None)])
@@ -217,7 +217,7 @@ def test_what_nobody_followed_for_a_while_is_not_subtracted():
     assert scheduler.steps == 65
 
 
-def test_decay_that_was_not_followed_is_said_when_following_begins():
+def test_decay_that_was_not_followed_warns_when_following_begins():
     """Followed again too late: the buffer keeps what is not known, and that is not silent."""
     w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     sgd = partial(SGD, lr=0.0, momentum=0.5, weight_decay=0.5)
@@ -268,7 +268,7 @@ def test_where_off_is_exact_anyway_nothing_is_kept(make):
     assert not any("stored_decay" in state for state in optimizer.state.values())
 
 
-def test_lint_has_nothing_to_say_of_it():
+def test_lint_finds_nothing_wrong_with_it():
     optimizer = SGD(weights(), lr=0.1, momentum=0.9, weight_decay=0.1)
     assert [finding.code for finding in lint(optimizer)] == ["coupled"]
     scheduler = WeightDecayScheduler(optimizer, OFF, exact_off=True)

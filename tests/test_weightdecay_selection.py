@@ -90,17 +90,17 @@ def test_several_at_once():
 @pytest.mark.parametrize(
     ("groups", "error", "message"),
     [
-        ([("(", FALL)], ValueError, r"'\(' is no regular expression: missing \)"),
-        ([(-1, FALL)], ValueError, "index of a parameter group is >= 0, got -1"),
+        ([("(", FALL)], ValueError, r"must be a regular expression, got '\(': missing \)"),
+        ([(-1, FALL)], ValueError, "index of a parameter group must be >= 0, got -1"),
         ([(1.0, FALL)], TypeError, "a module, parameters, or a list of them, got 1.0"),
         ([([None], FALL)], TypeError, "a list of them, got None"),
-        ({0: FALL}, TypeError, r"give list\(groups.items\(\)\)"),
+        ({0: FALL}, TypeError, r"Use list\(groups.items\(\)\)"),
         ("lora_", TypeError, r"list of \(what, schedule\) pairs, got 'lora_'"),
         (None, TypeError, r"list of \(what, schedule\) pairs, got None"),
         ([(0, 0.1)], TypeError, r"Constant\(0.1\)"),
     ],
 )
-def test_rules_that_say_nothing_are_refused(groups, error, message):
+def test_malformed_rules_are_refused(groups, error, message):
     optimizer = AdamW(named("a").named_parameters(), weight_decay=0.1)
     with pytest.raises(error, match=message):
         WeightDecayScheduler(optimizer, FALL, groups=groups)
@@ -167,7 +167,7 @@ def test_parts_of_one_module_have_names_of_their_own():
     assert names == ["0[a.weight and 1 more]", "0[a.scale and 1 more]"]
 
 
-def test_a_rule_that_chooses_nothing_is_said():
+def test_a_rule_that_chooses_nothing_warns():
     optimizer = AdamW(named("a").named_parameters(), weight_decay=0.1)
     with pytest.warns(UserWarning, match="'lora_' chooses no parameter"):
         WeightDecayScheduler(optimizer, FALL, groups=[("lora_", FALL)])
@@ -207,7 +207,7 @@ def test_several_optimizers_count_their_own_steps():
     again = WeightDecaySchedulers(copy.deepcopy(both.schedulers))
     again.load_state_dict(both.state_dict())
     assert again.accumulated == both.accumulated
-    with pytest.raises(ValueError, match="2 schedulers, these are 1"):
+    with pytest.raises(ValueError, match="must hold 1 schedulers, got 2"):
         WeightDecaySchedulers(both.schedulers[:1]).load_state_dict(both.state_dict())
     both.close()
     pull([w])
@@ -215,7 +215,7 @@ def test_several_optimizers_count_their_own_steps():
     assert muon.param_groups[0]["weight_decay"] == FALL.rate(4)
 
 
-def test_what_is_no_scheduler_is_named():
+def test_a_value_that_is_not_a_scheduler_is_refused():
     optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
     for make in (WeightDecayLR, lambda o: WeightDecaySchedulers([o])):
         with pytest.raises(TypeError, match=r"is made of WeightDecayScheduler.*got AdamW"):
@@ -238,11 +238,11 @@ def test_a_switch_is_true_or_false(option):
         WeightDecayScheduler(optimizer, FALL, model="net")
 
 
-def test_several_as_one_tell_what_each_tells():
+def test_several_as_one_report_what_each_reports():
     (w,), (v,) = weights(1), weights(1, seed=1)
     muon, sgd = Muon([w], lr=0.1, weight_decay=0.1), SGD([v], lr=0.1, momentum=0.9)
     sgd.param_groups[0]["weight_decay"] = 0.1
-    with pytest.warns(UserWarning, match="`pending` says how much"):
+    with pytest.warns(UserWarning, match="by `pending`"):
         parts = [WeightDecayScheduler(o, FALL) for o in (muon, sgd)]
     with WeightDecaySchedulers(parts) as both:
         for t in range(4):

@@ -52,6 +52,7 @@ from .spectrum import ProductSpectrum as ProductSpectrum
 from .spectrum import SpectralTracker as SpectralTracker
 from .spectrum import audit as audit
 from .spectrum import product_spectrum as product_spectrum
+from .spectrum import truncate as truncate
 from .weightdecay import HoldRatio as HoldRatio
 from .weightdecay import OffAtBudget as OffAtBudget
 from .weightdecay import OffBelow as OffBelow

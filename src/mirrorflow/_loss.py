@@ -33,12 +33,12 @@ class LeastSquares:
                 raise TypeError(f"LeastSquares: {name} must be a tensor, got {type(value)}")
         if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
             got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
-            raise ValueError(
-                f"LeastSquares: Z (n, d) or (n, p, q) and y (n,) are needed, got {got}"
-            )
+            raise ValueError(f"LeastSquares: Z must be (n, d) or (n, p, q) and y (n,), got {got}")
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not torch.isfinite(value).all():
-                raise ValueError(f"LeastSquares: {name} holds NaN or infinite entries")
+                raise ValueError(
+                    f"LeastSquares: {name} must be finite, got NaN or infinite entries"
+                )
 
     def require(self, x: Tensor, caller: str) -> None:
         """Raise an error if Z does not measure x = g(w0), by shape and dtype."""
@@ -54,19 +54,19 @@ class LeastSquares:
             )
 
     def predict(self, x: Tensor) -> Tensor:
-        """Give Z x, of shape (n,)."""
+        """Return Z x, of shape (n,)."""
         return self.Z.reshape(len(self.y), -1) @ x.reshape(-1)
 
     def transpose(self, r: Tensor) -> Tensor:
-        """Give Z^T r, with the shape of x."""
+        """Return Z^T r, with the shape of x."""
         return (r @ self.Z.reshape(len(self.y), -1)).reshape(self.Z.shape[1:])
 
     def dual_gradient(self, prediction: Tensor) -> Tensor:
-        """Give the derivative of the loss in the predictions, (Zx - y)/n."""
+        """Return the derivative of the loss in the predictions, (Zx - y)/n."""
         return (prediction - self.y) / len(self.y)
 
     def gradient(self, x: Tensor) -> Tensor:
-        """Give grad f(x) = Z^T (Zx - y) / n."""
+        """Return grad f(x) = Z^T (Zx - y) / n."""
         return self.transpose(self.dual_gradient(self.predict(x)))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,17 +76,17 @@ class LeastSquares:
 
 
 def slope(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Give grad f(x) by automatic differentiation, of a loss that gives one number."""
+    """Return grad f(x) by automatic differentiation, of a loss that returns one number."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         value = loss(point)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"the loss must give a tensor of one number, got {got}")
+            raise TypeError(f"loss must return a tensor of one number, got {got}")
         if not value.requires_grad:
             raise ValueError(
-                "the loss gives a number without a gradient in x: compute it with torch, without "
-                "detach or item; for no loss at all write 0 * x.sum()"
+                "loss must return a number with a gradient in x, got one without. Compute it with "
+                "torch, without detach or item; for no loss at all write 0 * x.sum()."
             )
         (gradient,) = torch.autograd.grad(value.sum(), point, materialize_grads=True)
     return gradient

@@ -1,4 +1,4 @@
-"""What every solver returns: a value, why it stopped, and what it measured on the way."""
+"""Results of solvers: a value, the reason for stopping, and measurements on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Status(enum.Enum):
 
     @property
     def ok(self) -> bool:
-        """Whether the value is what was asked for."""
+        """Return whether the value is what was asked for."""
         return self in (Status.converged, Status.completed, Status.vertex)
 
 
@@ -42,9 +42,12 @@ class Path:
     x, mu : array of shape (k, ...)
         The model g(w) and the dual variable mu = -int grad f.
     a : array of shape (k,)
-        The accumulated regularization, <= 0 for decay that is never negative.
+        The accumulated regularization of the schedule, <= 0 for decay that is never negative.
     w : array, tuple of arrays, or None
         The parameters, with the structure of ``w0``.
+    account : Account or None
+        For discrete training, what decay, step and noise stored, per coordinate; see
+        `mirrorflow.descent.Account`.
     """
 
     t: Any
@@ -52,6 +55,7 @@ class Path:
     mu: Any = None
     a: Any = None
     w: Any = None
+    account: Any = None
 
 
 @dataclass(frozen=True)

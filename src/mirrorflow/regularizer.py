@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -21,9 +22,19 @@ class Regularizer(ABC):
     ----------
     elementwise : bool
         Whether h is a sum over coordinates.
+    alike : bool
+        Whether all coordinates follow one formula: `check` then looks at a few of many. It tests
+        ``elementwise`` where this is not known.
+    consists_of_terms : bool
+        Whether h is a combination of the terms of a separable g.
+    takes_arrays : bool
+        Whether `gradient` takes a tuple of NumPy arrays as well; `flow` is faster then.
     """
 
     elementwise: bool = False
+    alike: bool = False
+    consists_of_terms: bool = False
+    takes_arrays: bool = False
 
     @abstractmethod
     def value(self, w: Parameters, g: Reparam) -> Tensor:
@@ -32,6 +43,14 @@ class Regularizer(ABC):
     def gradient(self, w: Parameters, g: Reparam) -> Parameters:
         """Evaluate grad h(w), with the structure of ``w``."""
         return torch.func.grad(lambda p: self.value(p, g))(w)
+
+    def bounded_below(self, g: Reparam) -> tuple[bool, str] | None:
+        """Return whether h is bounded below, and a sentence why; None where that is not known."""
+        return None
+
+    def why_not_elementwise(self) -> str:
+        """Return why R_a is not a sum over coordinates, for messages."""
+        return f"{self} is not a sum over coordinates"
 
     def validate(self, g: Reparam) -> None:  # noqa: B027 - most penalties fit every g
         """Raise an error if h makes no sense for ``g``."""
@@ -45,14 +64,20 @@ class WeightDecay(Regularizer):
     r"""h(w) = ``1/2 |w|^2``, so that alpha is what SGD and AdamW call ``weight_decay``."""
 
     elementwise = True
+    alike = True
+    takes_arrays = True
 
     def value(self, w: Parameters, g: Reparam) -> Tensor:
         """Evaluate half the squared norm of all factors."""
         return 0.5 * sum(((f * f).sum() for f in factors(w)), start=torch.zeros(()))
 
     def gradient(self, w: Parameters, g: Reparam) -> Parameters:
-        """Give w."""
+        """Return w."""
         return w
+
+    def bounded_below(self, g: Reparam) -> tuple[bool, str]:
+        """Return that it is, by 0."""
+        return True, "h = |w|^2/2 is bounded below"
 
 
 class Separable(Regularizer):
@@ -72,15 +97,18 @@ class Separable(Regularizer):
     """
 
     elementwise = True
+    consists_of_terms = True
 
     def __init__(self, c: Sequence[float | Tensor] | None = None) -> None:
         self.c = None if c is None else tuple(c)
+        self.alike = not any(torch.as_tensor(ci).ndim for ci in self.c or ())
+        self.takes_arrays = not any(isinstance(ci, Tensor) for ci in self.c or ())
         for ci in self.c or ():
             if not torch.isfinite(torch.as_tensor(ci)).all():
-                raise ValueError("Separable: c holds NaN or infinite entries")
+                raise ValueError("Separable: c must be finite, got NaN or infinite entries")
 
     def coefficients(self, g: Reparam) -> tuple[Any, ...]:
-        """Give the c_ij for ``g``, one per factor."""
+        """Return the c_ij for ``g``, one per factor."""
         self.validate(g)
         return g.signs if self.c is None else self.c  # type: ignore[attr-defined]
 
@@ -92,22 +120,34 @@ class Separable(Regularizer):
         return torch.stack(terms).sum()
 
     def gradient(self, w: Parameters, g: Reparam) -> Parameters:
-        """Give c_ij g_ij'."""
+        """Return c_ij g_ij'."""
         c = self.coefficients(g)
         assert isinstance(g, SeparableReparam)
         grads = tuple(ci * slope for ci, slope in zip(c, g.slopes(w), strict=True))
         return grads[0] if isinstance(w, Tensor) else grads
 
+    def bounded_below(self, g: Reparam) -> tuple[bool, str] | None:
+        """Return whether every c_ij g_ij is, from the bounds of the terms of g."""
+        c = self.coefficients(g)
+        assert isinstance(g, SeparableReparam)
+        if g.bounds is None:
+            return None
+        for ci, (low, high) in zip(c, g.bounds, strict=True):
+            ci = torch.as_tensor(ci)
+            if (low == -inf and bool((ci > 0).any())) or (high == inf and bool((ci < 0).any())):
+                return False, g.unbounded
+        return True, "every term of h is bounded below"
+
     def validate(self, g: Reparam) -> None:
         """Require a separable g with as many factors as there are coefficients."""
         if not isinstance(g, SeparableReparam):
             raise TypeError(
-                f"Separable() needs a separable g (PowerDifference, LogRatio, Identity), got {g}; "
-                "for g = m * w use WeightDecay()"
+                f"Separable(): g must be separable (PowerDifference, LogRatio, Identity), got {g}. "
+                "Use WeightDecay() for m * w."
             )
         if self.c is not None and len(self.c) != len(g.names):
             raise ValueError(
-                f"Separable: c needs {len(g.names)} entries for {g}, got {len(self.c)}"
+                f"Separable: c must have {len(g.names)} entries for {g}, got {len(self.c)}"
             )
 
     def __repr__(self) -> str:
@@ -140,6 +180,13 @@ class CustomRegularizer(Regularizer):
             raise ValueError(f"CustomRegularizer: fn must return a scalar, got {tuple(h.shape)}")
         return h
 
+    def why_not_elementwise(self) -> str:
+        """Return what to promise."""
+        return (
+            f"{self} is not marked elementwise. Pass elementwise=True to CustomRegularizer if h is "
+            "a sum over coordinates"
+        )
+
     def __repr__(self) -> str:
         """Show the function's name."""
         return f"CustomRegularizer({getattr(self.fn, '__name__', 'fn')})"
@@ -149,8 +196,8 @@ def require_pair(caller: str, g: Any, h: Any, w0: Parameters) -> None:
     """Raise an error unless g and h are of the kinds that ``caller`` takes, and fit w0."""
     if not isinstance(g, Reparam) or not isinstance(h, Regularizer):
         raise TypeError(
-            f"{caller} needs a Reparam and a Regularizer, got {_kind(g)} and {_kind(h)}; wrap "
-            "torch functions in CustomReparam and CustomRegularizer"
+            f"{caller}: g and h must be a Reparam and a Regularizer, got {_kind(g)} and "
+            f"{_kind(h)}. Wrap torch functions in CustomReparam and CustomRegularizer."
         )
     g.validate(w0)
     h.validate(g)

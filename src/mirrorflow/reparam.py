@@ -1,9 +1,10 @@
-r"""Parametrizations x = g(w), with what a flow needs of them: J_g^T applied to a vector."""
+r"""Parametrizations x = g(w): their derivatives, and what the theory knows about each."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Parameters = Tensor | tuple[Tensor, ...]
 
 
 def factors(w: Parameters) -> tuple[Tensor, ...]:
-    """Give the factor tensors of ``w``, which is one tensor or a tuple of them."""
+    """Return the factor tensors of ``w``, which is one tensor or a tuple of them."""
     return (w,) if isinstance(w, Tensor) else tuple(w)
 
 
@@ -47,6 +48,19 @@ def unflatten(vector: Tensor, like: Parameters) -> Parameters:
     return shaped[0] if isinstance(like, Tensor) else shaped
 
 
+# What `check` advises for products of matrices.
+ALIGNED = (
+    "What is needed: gradients that stay aligned with the factors (shared singular vectors), or "
+    "measurements <A_i, X> with commuting A_i: pass them as sensing=."
+)
+
+
+def _row_singular_values(matrix: Tensor) -> Tensor:
+    """Return one singular value for each row, descending: some are 0 for a tall matrix."""
+    s = torch.linalg.svdvals(matrix)
+    return torch.nn.functional.pad(s, (0, max(0, matrix.shape[0] - len(s))))
+
+
 class Reparam(ABC):
     r"""An overparametrization x = g(w).
 
@@ -54,11 +68,18 @@ class Reparam(ABC):
     ----------
     elementwise : bool
         Whether x_i depends on the i-th entries of the factors only, so that J_g J_g^T is diagonal.
+    alike : bool
+        Whether all coordinates follow one formula: `check` then looks at a few of many. It tests
+        ``elementwise`` where this is not known.
     names : tuple of str
         The names of the factors, for messages.
+    takes_arrays : bool
+        Whether g and `pullback` take a tuple of NumPy arrays as well; `flow` is faster then.
     """
 
     elementwise: bool = False
+    alike: bool = False
+    takes_arrays: bool = False
     names: tuple[str, ...] = ("w",)
 
     @abstractmethod
@@ -78,6 +99,60 @@ class Reparam(ABC):
         """Project ``dx`` on the directions that x can take (symmetric matrices for U U^T)."""
         return dx
 
+    def singular_values(self, w: Parameters) -> Tensor:
+        """Return the singular values of J_g(w), descending, one for each coordinate of x."""
+        flat = flatten(w)
+        J = torch.func.jacrev(lambda v: self(unflatten(v, w)).reshape(-1))(flat)
+        return _row_singular_values(J)
+
+    # What the theory knows, for `check` and `legendre`.
+
+    def closed_form(self, h: Any, w0: Parameters) -> Any:
+        """Return the Legendre function of (g, h) started at w0, or None where g knows of none.
+
+        A model of your own may return a `LegendreFunction` of your own. Where this is None,
+        `legendre` uses those of this package, and integrates w for all others.
+        """
+        return None
+
+    def start_advice(self, mixed: bool, rank: int, generic_rank: int) -> str:
+        """Return which start would do where J_g(w0) does not have full rank.
+
+        Parameters
+        ----------
+        mixed : bool
+            Whether some coordinates of g do not commute with each other.
+        rank, generic_rank : int
+            The smallest rank of J_g at w0 and along its flow, and that at random points.
+        """
+        if generic_rank <= rank:
+            return (
+                f"Definition A.3: J_g has rank {generic_rank} at random points as well, so that x "
+                "moves on a surface of that dimension whatever the start. Leave out the "
+                "coordinates of x that the others determine."
+            )
+        if self.elementwise:
+            return (
+                "Definition A.3: start where no row of J_g vanishes (not at a zero of all factors)."
+            )
+        return (
+            f"Definition A.3: start where J_g has rank {generic_rank}, as at random points; from "
+            f"w0 it falls to {rank}."
+        )
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return which penalty would commute with g, where h does not."""
+        if mixed:
+            return "The coordinates of g do not commute with each other: no penalty mends that."
+        return (
+            "h must commute with every coordinate of g; a multiple of a coordinate of g always "
+            "does."
+        )
+
+    def why_not_elementwise(self) -> str:
+        """Return why R_a is not a sum over coordinates, for messages."""
+        return f"the coordinates of {self} share parameters"
+
     def validate(self, w: Parameters) -> None:
         """Raise an error that names what is wrong with ``w`` as a starting point."""
         parts = factors(w)
@@ -91,7 +166,7 @@ class Reparam(ABC):
             if not f.is_floating_point():
                 raise TypeError(f"{self}: {name} must have a floating dtype, got {f.dtype}")
             if not torch.isfinite(f).all():
-                raise ValueError(f"{self}: {name} holds NaN or infinite entries")
+                raise ValueError(f"{self}: {name} must be finite, got NaN or infinite entries")
         if self.elementwise and any(f.shape != parts[0].shape for f in parts):
             shapes = ", ".join(
                 f"{n} {tuple(f.shape)}" for n, f in zip(self.names, parts, strict=True)
@@ -104,41 +179,84 @@ class Reparam(ABC):
 
 
 class SeparableReparam(Reparam):
-    """x_i = sum_j g_ij(w_ij): each factor contributes a term of its own (Corollary 3.7)."""
+    """x_i = sum_j g_ij(w_ij): each factor contributes a term of its own (Corollary 3.7).
+
+    Attributes
+    ----------
+    signs : tuple of float
+        One for each factor. The default `Separable` multiplies the terms with them, to make h
+        positive.
+    formulas : tuple of str or None
+        sign * term for each factor, as "u^4" and "v^4", from which advice writes h.
+    bounds : tuple of (float, float) or None
+        The infimum and supremum of each term. None if not known: `check` samples h.
+    unbounded : str
+        What `check` says of an h that one of the terms lets fall without bound.
+    """
 
     elementwise = True
-    signs: tuple[float, ...] = (1.0,)  # of the terms; Separable() uses them to make h positive
+    signs: tuple[float, ...] = (1.0,)
+    formulas: tuple[str, ...] | None = None
+    bounds: tuple[tuple[float, float], ...] | None = None
+    unbounded: str = "a term of h falls without bound"
 
     @abstractmethod
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give the terms g_ij(w_ij), one tensor per factor, with their signs."""
+        """Return the terms g_ij(w_ij), one tensor per factor, with their signs."""
 
     @abstractmethod
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give the derivatives g_ij'(w_ij), one tensor per factor."""
+        """Return the derivatives g_ij'(w_ij), one tensor per factor."""
 
     def __call__(self, w: Parameters) -> Tensor:
         """Evaluate x as the sum of the terms."""
-        return torch.stack(torch.broadcast_tensors(*self.terms(w))).sum(0)
+        first, *others = self.terms(w)
+        return sum(others, start=first)
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
         """Apply the diagonal blocks g_ij' to ``dx``."""
         moved = tuple(s * dx for s in self.slopes(w))
         return moved[0] if isinstance(w, Tensor) else moved
 
+    def positive_terms(self) -> str:
+        """Return the formula of the default `Separable` penalty, sum_j sign_j g_j."""
+        if self.formulas is not None:
+            return " + ".join(self.formulas)
+        signed = zip(self.signs, self.names, strict=True)
+        terms = "".join(f" {'-' if s < 0 else '+'} g_{n}({n})" for s, n in signed)
+        return f"{terms.removeprefix(' +').strip()} for the terms g_{', g_'.join(self.names)} of g"
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return Corollary 3.7: h has to consist of the terms of g."""
+        if h.consists_of_terms or mixed:
+            return super().penalty_advice(h, mixed)
+        return (
+            "Corollary 3.7: h must be a combination of the terms of g; use Separable(), "
+            f"h = {self.positive_terms()}."
+        )
+
 
 class Identity(SeparableReparam):
     """x = w: the model without overparametrization (Corollary D.1)."""
 
     names = ("x",)
+    alike = True
+    formulas = ("x",)
+    bounds = ((-inf, inf),)
 
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give w itself."""
+        """Return w itself."""
         return factors(w)
 
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give ones."""
+        """Return ones."""
         return (torch.ones_like(factors(w)[0]),)
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return Corollary D.1: only a linear h commutes."""
+        return (
+            "Corollary D.1: without overparametrization only a linear h commutes; none is positive."
+        )
 
 
 class PowerDifference(SeparableReparam):
@@ -152,19 +270,23 @@ class PowerDifference(SeparableReparam):
 
     names = ("u", "v")
     signs = (1.0, -1.0)
+    alike = True
+    takes_arrays = True
+    bounds = ((0.0, inf), (-inf, 0.0))
+    unbounded = "a term of h has a negative coefficient, and falls without bound"
 
     def __init__(self, k: int) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"PowerDifference: k must be an integer >= 1, got {k!r}")
-        self.k = k
+        self.k, self.formulas = k, (f"u^{2 * k}", f"v^{2 * k}")
 
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give u^{2k} and -v^{2k}."""
+        """Return u^{2k} and -v^{2k}."""
         u, v = w
         return u ** (2 * self.k), -(v ** (2 * self.k))
 
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give 2k u^{2k-1} and -2k v^{2k-1}."""
+        """Return 2k u^{2k-1} and -2k v^{2k-1}."""
         u, v = w
         power = 2 * self.k
         return power * u ** (power - 1), -power * v ** (power - 1)
@@ -179,14 +301,20 @@ class LogRatio(SeparableReparam):
 
     names = ("u", "v")
     signs = (1.0, -1.0)
+    alike = True
+    formulas = ("log u", "log v")
+    bounds = ((-inf, inf), (-inf, inf))
+    unbounded = (
+        "h has logarithms, which fall without bound: keep u, v >= 1 by switching off in time"
+    )
 
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give log u and -log v."""
+        """Return log u and -log v."""
         u, v = w
         return torch.log(u), -torch.log(v)
 
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
-        """Give 1/u and -1/v."""
+        """Return 1/u and -1/v."""
         u, v = w
         return 1 / u, -1 / v
 
@@ -195,13 +323,32 @@ class LogRatio(SeparableReparam):
         super().validate(w)
         for name, f in zip(self.names, factors(w), strict=True):
             if not (f > 0).all():
-                raise ValueError(f"LogRatio(): {name} must be positive, its minimum is {f.min()}")
+                raise ValueError(f"LogRatio(): {name} must be positive, got a minimum of {f.min()}")
 
 
-class Hadamard(Reparam):
-    """x = m * w, the diagonal linear network (Section 4)."""
+class _Products(Reparam):
+    """Products of factors, coordinate by coordinate."""
 
     elementwise = True
+    alike = True
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return what commutes with a product of two factors, or Theorem D.2 for more."""
+        if len(self.names) > 2:
+            return (
+                "Theorem D.2: a product of more than two factors does not commute with weight "
+                "decay; multiples of its coordinates are all that is known to."
+            )
+        return (
+            "h must commute with every coordinate of g: WeightDecay() does, and so do multiples of "
+            f"the coordinates {'_i '.join(self.names)}_i."
+        )
+
+
+class Hadamard(_Products):
+    """x = m * w, the diagonal linear network (Section 4)."""
+
+    takes_arrays = True
     names = ("m", "w")
 
     def __call__(self, w: Parameters) -> Tensor:
@@ -210,12 +357,12 @@ class Hadamard(Reparam):
         return m * v
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
-        """Give (w dx, m dx)."""
+        """Return (w dx, m dx)."""
         m, v = w
         return v * dx, m * dx
 
 
-class Depth(Reparam):
+class Depth(_Products):
     """x = w_1 * w_2 * ... * w_k, the deep diagonal network (Theorem D.2).
 
     Parameters
@@ -223,8 +370,6 @@ class Depth(Reparam):
     k : int
         The number of factors, >= 2. ``Depth(2)`` equals `Hadamard`.
     """
-
-    elementwise = True
 
     def __init__(self, k: int) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 2:
@@ -237,7 +382,7 @@ class Depth(Reparam):
         return torch.stack(factors(w)).prod(0)
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
-        """Give dx times the product of the other factors, without dividing by one that is 0."""
+        """Return dx times the product of the other factors, without dividing by one that is 0."""
         parts = factors(w)
         others = (torch.stack(parts[:i] + parts[i + 1 :]).prod(0) for i in range(self.k))
         return tuple(o * dx for o in others)
@@ -263,7 +408,7 @@ class CommutingQuadratic(Reparam):
         if A.ndim != 3 or A.shape[1] != A.shape[2]:
             raise ValueError(f"CommutingQuadratic: A must be (d, D, D), got {tuple(A.shape)}")
         if not torch.isfinite(A).all():
-            raise ValueError("CommutingQuadratic: A holds NaN or infinite entries")
+            raise ValueError("CommutingQuadratic: A must be finite, got NaN or infinite entries")
         skew, size = (A - A.mT).abs().sum(), A.abs().sum()
         if skew > max(1e-10, 100 * torch.finfo(A.dtype).eps) * size:
             raise ValueError(
@@ -277,7 +422,7 @@ class CommutingQuadratic(Reparam):
         return 0.5 * torch.einsum("ijk,j,k->i", self.A.to(v.dtype), v, v)
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
-        """Give (sum_i dx_i A_i) w."""
+        """Return (sum_i dx_i A_i) w."""
         v = factors(w)[0]
         moved = torch.einsum("i,ijk,k->j", dx, self.A.to(v.dtype), v)
         return moved if isinstance(w, Tensor) else (moved,)
@@ -288,6 +433,18 @@ class CommutingQuadratic(Reparam):
         if factors(w)[0].shape != self.A.shape[1:2]:
             shape = tuple(factors(w)[0].shape)
             raise ValueError(f"{self}: w must have shape ({self.A.shape[1]},), got {shape}")
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return Theorem 3.10: which matrices have to commute."""
+        if mixed:
+            return (
+                "Theorem 3.10: the matrices A_i must commute with each other; no penalty mends "
+                "that."
+            )
+        return (
+            "Theorem 3.10: h = 1/2 w^T B w works for a symmetric B that commutes with every A_i; "
+            "B = I is WeightDecay()."
+        )
 
     def __repr__(self) -> str:
         """Show the numbers of forms and parameters."""
@@ -310,13 +467,27 @@ class SymmetricFactor(Reparam):
         return U @ U.mT
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
-        """Give sym(dx) U, half of the transposed Jacobian (see the class)."""
+        """Return sym(dx) U, half of the transposed Jacobian (see the class)."""
         moved = self.project(dx) @ factors(w)[0]
         return moved if isinstance(w, Tensor) else (moved,)
 
     def project(self, dx: Tensor) -> Tensor:
-        """Give the symmetric part."""
+        """Return the symmetric part."""
         return 0.5 * (dx + dx.mT)
+
+    def singular_values(self, w: Parameters) -> Tensor:
+        """Return those of U: dX = dU U^T + U dU^T is onto if and only if U has full row rank."""
+        return _row_singular_values(factors(w)[0])
+
+    def start_advice(self, mixed: bool, rank: int, generic_rank: int) -> str:
+        """Return the start of Corollary C.3."""
+        return self.penalty_advice(None, mixed)
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return the start of Corollary C.3, or what measurements have to share."""
+        if mixed:
+            return ALIGNED
+        return "Corollary C.3: start from U0 U0^T = beta I; U needs full row rank."
 
     def validate(self, w: Parameters) -> None:
         """Require a matrix."""
@@ -330,13 +501,27 @@ class Product(Reparam):
 
     names = ("A", "B")
 
+    def singular_values(self, w: Parameters) -> Tensor:
+        """Return those of A or B^T: dX = dA B + A dB is onto iff A or B^T has full row rank."""
+        A, B = factors(w)
+        one, two = _row_singular_values(A), _row_singular_values(B.mT)
+        return max((one, two), key=lambda s: float(s[-1] / s[0]) if s[0] > 0 else 0.0)
+
+    def start_advice(self, mixed: bool, rank: int, generic_rank: int) -> str:
+        """Return what measurements have to share: the start does not help."""
+        return ALIGNED
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return what measurements have to share: a penalty does not help."""
+        return ALIGNED
+
     def __call__(self, w: Parameters) -> Tensor:
         """Multiply the factors."""
         A, B = w
         return A @ B
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
-        """Give (dx B^T, A^T dx)."""
+        """Return (dx B^T, A^T dx)."""
         A, B = w
         return dx @ B.mT, A.mT @ dx
 
@@ -346,7 +531,7 @@ class Product(Reparam):
         A, B = w
         if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            raise ValueError(f"Product(): A (n, r) and B (r, m) are needed, got {shapes}")
+            raise ValueError(f"Product(): A and B must be (n, r) and (r, m), got {shapes}")
 
 
 class CustomReparam(Reparam):
@@ -371,12 +556,23 @@ class CustomReparam(Reparam):
         """Call fn."""
         return self.fn(w)
 
+    def why_not_elementwise(self) -> str:
+        """Return what to promise."""
+        return (
+            f"{self} is not marked elementwise. Pass elementwise=True to CustomReparam if x_i "
+            "depends on the i-th entries of the factors only"
+        )
+
     def validate(self, w: Parameters) -> None:
         """Take any number of factors."""
         self.names = tuple(f"w{i + 1}" for i in range(len(factors(w))))
         super().validate(w)
         if self.elementwise and self.fn(w).shape != factors(w)[0].shape:
-            raise ValueError(f"{self}: elementwise=True needs fn(w) of the shape of its factors")
+            got = f"{tuple(self.fn(w).shape)} for {tuple(factors(w)[0].shape)}"
+            raise ValueError(
+                f"{self}: fn(w) must have the shape of the factors, got {got}. Leave "
+                "elementwise=True out."
+            )
 
     def __repr__(self) -> str:
         """Show the function's name."""

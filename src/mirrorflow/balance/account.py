@@ -45,7 +45,7 @@ class BalanceSplit:
         Changes that were not training steps.
     shrink : (float, float)
         ``prod (1 - lr decay)`` for A and for B.
-    steps, intervals : int
+    n_steps, n_intervals : int
         How many steps were seen one by one, and how many intervals from their ends.
     """
 
@@ -56,8 +56,8 @@ class BalanceSplit:
     unsplit: Tensor
     outside: Tensor
     shrink: tuple[float, float]
-    steps: int
-    intervals: int
+    n_steps: int
+    n_intervals: int
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -89,10 +89,10 @@ class BalanceSplit:
     @property
     def note(self) -> str:
         """Why the split is not complete; an empty string where it is."""
-        if not self.intervals:
+        if not self.n_intervals:
             return ""
         return (
-            f"{self.intervals} interval(s) were seen from their ends only, which determine what "
+            f"{self.n_intervals} interval(s) were seen from their ends only, which determine what "
             "decay did and the sum of what the optimizer, the steps and the noise did, not how it "
             "divides: that sum is in unsplit"
         )
@@ -298,7 +298,7 @@ def _difference(
     D_0 = a["first"] - b["first"]
     parts = {name: (a.get(name, none) - b.get(name, none)).expand_as(D_0).clone() for name in PARTS}
     left = s_a**2 * a["first"] - s_b**2 * b["first"]
-    return BalanceSplit(D_0, left, **parts, shrink=(s_a, s_b), steps=steps, intervals=intervals)
+    return BalanceSplit(D_0, left, **parts, shrink=(s_a, s_b), n_steps=steps, n_intervals=intervals)
 
 
 def _shrinks(shrink: Shrink, count: int) -> list[float]:

@@ -14,6 +14,7 @@ from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError
 from .sweeps import sweeps
+from .truncate import truncate_command
 
 __all__ = ["UserError", "app", "main"]
 
@@ -134,6 +135,7 @@ def check(
 
 app.command()(audit)
 app.command()(lint)
+app.command("truncate")(truncate_command)
 
 
 @app.command()

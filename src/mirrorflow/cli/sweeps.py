@@ -122,7 +122,7 @@ def _engine(
     if name == "local":
         return None
     if name == "ray":
-        from ..lab.sweep.engines.ray import OnRay
+        from ..lab.sweep.engines.ray_cluster import OnRay
 
         return OnRay(out, address, workers, resources, store, hooks)
     if name == "slurm":

@@ -1,4 +1,4 @@
-r"""Whether the theory holds for a pair (g, h): regular, commuting, well posed, contracting."""
+r"""The conditions of the theory for a pair (g, h): regular, commuting, well posed, contracting."""
 
 from .check import check
 from .report import Condition, Report

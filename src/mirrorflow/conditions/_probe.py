@@ -1,4 +1,4 @@
-"""Points along the flow of a pair, and random directions, at which conditions are tried."""
+"""Points along the flow of a pair, and random directions, for the tests of conditions."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Probe:
         return torch.randn(shape, generator=self.random, dtype=torch.float64)
 
     def field(self, p: Tensor) -> Callable[[Parameters], Parameters]:
-        """Give the vector field grad (p . g)."""
+        """Return the vector field grad (p . g)."""
         return torch.func.grad(lambda w: (p * self.g(w)).sum())
 
     def penalty(self) -> Callable[[Parameters], Parameters]:
-        """Give the vector field grad h."""
+        """Return the vector field grad h."""
         return lambda w: self.h.gradient(w, self.g)
 
     def steps(self, scale: float) -> tuple[Tensor, float]:
@@ -54,6 +54,12 @@ class Probe:
         speed, decay = norm(self.g.pullback(self.w0, p)), norm(self.penalty()(self.w0))
         a = -0.5 * scale * size / decay if decay > 0 else -scale
         return p * (scale * size / speed if speed > 0 else 1.0), a
+
+    def near(self, w: Parameters) -> Parameters:
+        """Return a random point near w, at a distance of about a third of its size."""
+        flat = flatten(w)
+        size = norm(w) / len(flat) ** 0.5 or 1.0
+        return unflatten(flat + 0.3 * size * self.normal(flat.shape), self.w0)
 
     def move(self, w: Parameters, mu: Tensor, a: float) -> Parameters | None:
         """Follow dw = J^T mu + a grad h over unit time; None if the flow ends before."""
@@ -77,17 +83,17 @@ class Probe:
         return unflatten(end, self.w0) if there else None
 
     def _reached(self) -> list[Parameters]:
-        """Give points that the flow reaches, near and farther away."""
+        """Return points that the flow reaches, near and farther away."""
         moved = [self.move(self.w0, *self.steps(scale)) for scale in (0.1, 0.3, 1.0)]
         return [w for w in moved if w is not None]
 
 
 def norm(w: Parameters) -> float:
-    """Give the Euclidean norm of all factors."""
+    """Return the Euclidean norm of all factors."""
     return float(lengths(flatten(w)))
 
 
 def lengths(v: Tensor) -> Tensor:
-    """Give Euclidean norms over the first dimension, where squares would underflow too."""
+    """Return Euclidean norms over the first dimension, also where squares would underflow."""
     peak = v.abs().amax(0)
     return peak * torch.linalg.vector_norm(v / torch.where(peak > 0, peak, 1.0), dim=0)

@@ -1,4 +1,4 @@
-r"""Whether the theory holds for a pair (g, h): regular, commuting, well posed, contracting."""
+r"""The conditions of the theory for a pair (g, h): regular, commuting, well posed, contracting."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..regularizer import CustomRegularizer, Regularizer, Separable, WeightDecay, require_pair
-from ..reparam import (
-    CustomReparam,
-    LogRatio,
-    Parameters,
-    PowerDifference,
-    Product,
-    Reparam,
-    SymmetricFactor,
-    factors,
-    flatten,
-    unflatten,
-)
+from ..regularizer import Regularizer, require_pair
+from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ._probe import Probe, lengths, norm
 from .report import Condition, Report, advice
 
@@ -28,7 +17,9 @@ __all__ = ["Condition", "Report", "check"]
 
 BRACKET_TOLERANCE = 1e-8  # relative, in float64: rounding leaves about 1e-15
 PATH_TOLERANCE = 1e-6  # relative difference of two flows integrated to 1e-10
+NATURAL = 1e-4  # share of |X| |Y| / |w| in the scale of a bracket: far above rounding
 RANK_TOLERANCE = 1e-10
+SIZES = (1.0, 10.0, 100.0, 1e3, 1e6)  # of random w; h may overflow, and be NaN, at large ones
 SAMPLED_COORDINATES = 256
 
 
@@ -68,6 +59,7 @@ def check(
 
     Examples
     --------
+    >>> from mirrorflow import PowerDifference, Separable, WeightDecay
     >>> w0 = (torch.ones(3, dtype=torch.float64), 2 * torch.ones(3, dtype=torch.float64))
     >>> check(PowerDifference(2), Separable(), w0).applies
     True
@@ -84,7 +76,7 @@ def check(
     conditions = [regular, *commuting, _well_posed(probe)]
     failed = not all(c.ok for c in (regular, *commuting))
     conditions.append(_contracting(probe, failed))
-    remedy = advice(g, h, conditions) if failed else ""
+    remedy = advice(g, h, conditions, _ranks(probe)) if failed else ""
     return Report(f"{g} with {h}", tuple(conditions), remedy)
 
 
@@ -92,9 +84,9 @@ def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:
     """Raise ValueError where g or h has no value at w0."""
     for name, value in (("g(w0)", g(w0)), ("grad h(w0)", flatten(h.gradient(w0, g)))):
         if not value.numel():
-            raise ValueError(f"{g} with {h}: {name} is empty")
+            raise ValueError(f"{g} with {h}: {name} must hold numbers, got none: it is empty")
         if not torch.isfinite(value).all():
-            raise ValueError(f"{g} with {h}: {name} holds NaN or infinite entries")
+            raise ValueError(f"{g} with {h}: {name} must be finite, got NaN or infinite entries")
 
 
 def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
@@ -107,7 +99,7 @@ def _validate_sensing(sensing: Tensor | None, shape: torch.Size) -> None:
         dims = "".join(f", {n}" for n in shape)
         raise ValueError(f"sensing must have shape (m{dims}), m > 0, got {tuple(sensing.shape)}")
     if not torch.isfinite(sensing).all():
-        raise ValueError("sensing holds NaN or infinite entries")
+        raise ValueError("sensing must be finite, got NaN or infinite entries")
 
 
 def _regular(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
@@ -133,38 +125,43 @@ def _regular_rows(g: Reparam, w0: Parameters, probe: Probe) -> Condition:
 
 
 def _row_sizes(g: Reparam, w: Parameters) -> Tensor:
-    """Give the norms of the rows of J_g for an elementwise g."""
+    """Return the norms of the rows of J_g for an elementwise g."""
     slopes = factors(g.pullback(w, torch.ones_like(g(w))))
     return lengths(torch.stack(torch.broadcast_tensors(*slopes)))
 
 
 def _rank_size(g: Reparam, w: Parameters) -> float:
-    """Give the smallest over the largest singular value of J_g."""
-    if isinstance(g, SymmetricFactor):  # dX = dU U^T + U dU^T is onto iff U has full row rank
-        return _rank_of(factors(w)[0])
-    if isinstance(g, Product):  # dX = dA B + A dB is onto iff A has full row rank or B column rank
-        A, B = factors(w)
-        return max(_rank_of(A), _rank_of(B.mT))
-    flat = flatten(w)
-    J = torch.func.jacrev(lambda v: g(unflatten(v, w)).reshape(-1))(flat)
-    return _rank_of(J)
-
-
-def _rank_of(matrix: Tensor) -> float:
-    """Give the relative size of the singular value that decides about full row rank."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return 0.0
-    s = torch.linalg.svdvals(matrix)
+    """Return the smallest over the largest singular value of J_g."""
+    s = g.singular_values(w)
     return float(s[-1] / s[0]) if s[0] > 0 else 0.0
 
 
+def _ranks(probe: Probe) -> tuple[int, int]:
+    """Return the smallest rank of J_g at w0 and along its flow, and that at random points.
+
+    Where J_g is known to lose rank; a sample of many coordinates may not show which.
+    """
+    here = [_rank(probe.g, w) for w in probe.points]
+    elsewhere = [_rank(probe.g, probe.near(w)) for w in probe.points for _ in range(2)]
+    return min([*here, probe.shape.numel() - 1]), max([*here, *elsewhere])
+
+
+def _rank(g: Reparam, w: Parameters) -> int:
+    """Return the rank of J_g: for an elementwise g the number of rows that do not vanish."""
+    if not torch.isfinite(g(w)).all():
+        return 0
+    s = _row_sizes(g, w).reshape(-1) if g.elementwise else g.singular_values(w)
+    least = 0.0 if g.elementwise else RANK_TOLERANCE * float(s.max())
+    return int((s > least).sum())
+
+
 def _promise(probe: Probe) -> list[Condition]:
-    """Test what elementwise=True promises of functions that a user wrote."""
+    """Test what elementwise=True promises, unless the class is known to keep it."""
     g, h, found = probe.g, probe.h, []
     for f in range(len(factors(probe.w0))):
-        if isinstance(g, CustomReparam) and g.elementwise:
+        if g.elementwise and not g.alike:
             found.append(_crosstalk(probe, lambda w: g(w), f"J_g of {g}", f))
-        if isinstance(h, CustomRegularizer) and h.elementwise:
+        if h.elementwise and not h.alike:
             found.append(
                 _crosstalk(
                     probe, lambda w: torch.stack(factors(h.gradient(w, g))), f"grad of {h}", f
@@ -193,7 +190,8 @@ def _crosstalk(
 def _brackets(probe: Probe) -> list[Condition]:
     """Measure [grad g_i, grad g_j] and [grad g_i, grad h] at every point."""
     found = []
-    if not probe.g.elementwise:  # distinct coordinates of an elementwise g share no parameter
+    # Distinct coordinates of an elementwise g share no parameter, and [grad g, grad g] = 0.
+    if not probe.g.elementwise and probe.shape.numel() > 1:
         pairs = [(probe.direction(), probe.direction()) for _ in range(2)]
         size = max(
             _bracket(probe, w, probe.field(p), probe.field(q))
@@ -221,24 +219,30 @@ def _bracket(
     X: Callable[[Parameters], Parameters],
     Y: Callable[[Parameters], Parameters],
 ) -> float:
-    """Give the size of [X, Y] = DY X - DX Y relative to its two terms."""
-    one = _stacked(probe, torch.func.jvp(Y, (w,), (X(w),))[1])
-    two = _stacked(probe, torch.func.jvp(X, (w,), (Y(w),))[1])
+    """Return the size of [X, Y] = DY X - DX Y relative to its two terms.
+
+    Both terms may be 0 up to rounding, as DX X is for g = |w|: then |X| |Y| / |w| is their scale.
+    """
+    at_x, at_y = X(w), Y(w)
+    one = _stacked(probe, torch.func.jvp(Y, (w,), (at_x,))[1])
+    two = _stacked(probe, torch.func.jvp(X, (w,), (at_y,))[1])
     # Per coordinate if elementwise, so that many good coordinates do not hide a bad one.
     bracket, terms = lengths(one - two), lengths(one) + lengths(two)
+    sizes = [lengths(_stacked(probe, v)) for v in (at_x, at_y, w)]
+    natural = torch.where(sizes[2] > 0, sizes[0] * (sizes[1] / sizes[2]), 0.0)
     scale = terms.max() * 1e-6 + torch.finfo(terms.dtype).tiny
-    return float((bracket / (terms + scale)).max())
+    return float((bracket / (terms + NATURAL * natural + scale)).max())
 
 
 def _stacked(probe: Probe, w: Parameters) -> Tensor:
-    """Give a tangent vector with the dimension that is to be summed first."""
+    """Return a tangent vector with the dimension that is to be summed first."""
     return torch.stack(factors(w)) if probe.elementwise else flatten(w)
 
 
 def _worst_pair(probe: Probe, size: float) -> str:
     """Name the pair (i, j) whose bracket is largest, if one does not vanish and d is small."""
     d = probe.shape.numel()
-    if size < BRACKET_TOLERANCE or d > 30 or probe.sensing is not None:
+    if size < BRACKET_TOLERANCE or not 1 < d <= 30 or probe.sensing is not None:
         return ""
     units = [probe.g.project(e.reshape(probe.shape)) for e in torch.eye(d, dtype=torch.float64)]
     fields = [probe.field(e) for e in units]
@@ -265,7 +269,7 @@ def _paths(probe: Probe) -> Condition:
 
 
 def _gap_of_orders(probe: Probe, mu: Tensor, a: float) -> float | None:
-    """Give the relative distance of the two ends; None where one of the flows ends before."""
+    """Return the relative distance of the two ends; None where one of the flows ends before."""
     zero, ends = torch.zeros_like(mu), []
     for first, second in (((mu, 0.0), (zero, a)), ((zero, a), (mu, 0.0))):
         middle = probe.move(probe.w0, *first)
@@ -280,35 +284,26 @@ def _gap_of_orders(probe: Probe, mu: Tensor, a: float) -> float | None:
 
 def _well_posed(probe: Probe) -> Condition:
     """Decide whether h is bounded below: by its form where that is known, else by sampling."""
-    g, h = probe.g, probe.h
-    if isinstance(h, WeightDecay):
-        return Condition("well posed", True, np.nan, "h = |w|^2/2 is bounded below")
-    if isinstance(h, Separable) and isinstance(g, PowerDifference):
-        signs = [torch.as_tensor(c) * s for c, s in zip(h.coefficients(g), g.signs, strict=True)]
-        ok = all(bool((s >= 0).all()) for s in signs)
-        detail = "every term of h is >= 0" if ok else "a term of h has a negative coefficient"
-        return Condition("well posed", ok, np.nan, detail)
-    if isinstance(h, Separable) and isinstance(g, LogRatio):
-        detail = (
-            "h has logarithms, which fall without bound: keep u, v >= 1 by switching off in time"
-        )
-        return Condition("well posed", False, np.nan, detail)
-    lows = [_lowest(probe, size) for size in (1.0, 1e3, 1e6)]
+    known = probe.h.bounded_below(probe.g)
+    if known is not None:
+        return Condition("well posed", known[0], np.nan, known[1])
+    lows = [low for size in SIZES if not np.isnan(low := _lowest(probe, size))]
     # A bounded h has lows that differ by chance only.
-    ok = not (lows[2] == -np.inf or lows[2] < 1.5 * min(0.0, *lows[:2]))
+    ok = -np.inf not in lows and not lows[-1] < 1.5 * min([0.0, *lows[:-1]])
     detail = "h stays bounded below" if ok else "h falls without bound"
-    return Condition("well posed", ok, lows[2], f"{detail} on random w of size up to 1e6; lowest h")
+    return Condition(
+        "well posed", ok, lows[-1], f"{detail} on random w of size up to 1e6; lowest h"
+    )
 
 
 def _lowest(probe: Probe, size: float) -> float:
-    """Give the lowest h over random parameters of the given size."""
+    """Return the lowest h over random parameters of the given size."""
     values = []
     for _ in range(64):
         flat = probe.normal(flatten(probe.w0).shape)
         w = unflatten(size * flat, probe.w0)
         values.append(float(probe.h.value(w, probe.g)))
-    finite = [v for v in values if not np.isnan(v)]
-    return min(finite, default=np.inf)
+    return min((v for v in values if not np.isnan(v)), default=np.nan)
 
 
 def _contracting(probe: Probe, failed: bool) -> Condition:
@@ -317,8 +312,9 @@ def _contracting(probe: Probe, failed: bool) -> Condition:
         return Condition(
             "contracting", False, np.nan, "there is no R_a, because the pair fails above"
         )
-    lowest = min(float(probe.h.value(w, probe.g)) for w in probe.points)
-    ok = lowest >= -1e-12
+    values = [float(probe.h.value(w, probe.g)) for w in probe.points]
+    lowest = min(values)
+    ok = lowest >= -1e-12 * max(map(abs, values))
     relation = ">= 0" if ok else "negative"
     detail = f"d R_a/da = -h(w), and h is {relation} along the flow; lowest h"
     return Condition("contracting", ok, lowest, detail)
@@ -327,9 +323,8 @@ def _contracting(probe: Probe, failed: bool) -> Condition:
 def _sampled(g: Reparam, h: Regularizer, w0: Parameters) -> Parameters:
     """Keep a few coordinates of a large elementwise start, where all are alike."""
     d = factors(w0)[0].numel()
-    own = isinstance(g, CustomReparam) or not isinstance(h, WeightDecay | Separable)
-    fixed = isinstance(h, Separable) and any(isinstance(c, Tensor) and c.ndim for c in h.c or ())
-    if d <= SAMPLED_COORDINATES or own or fixed or not (g.elementwise and h.elementwise):
+    alike = g.elementwise and h.elementwise and g.alike and h.alike
+    if d <= SAMPLED_COORDINATES or not alike:
         return w0
     keep = torch.randperm(d, generator=torch.Generator().manual_seed(0))[:SAMPLED_COORDINATES]
     parts = tuple(f.reshape(-1)[keep] for f in factors(w0))
@@ -337,6 +332,6 @@ def _sampled(g: Reparam, h: Regularizer, w0: Parameters) -> Parameters:
 
 
 def _double(w: Parameters) -> Parameters:
-    """Give w in float64, detached."""
+    """Return w in float64, detached."""
     parts = tuple(f.detach().to(torch.float64) for f in factors(w))
     return parts[0] if isinstance(w, Tensor) else parts

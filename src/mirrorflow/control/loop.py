@@ -2,7 +2,7 @@
 
 .. code-block:: python
 
-    from mirrorflow.control.loop import ControlledDecay
+    from mirrorflow.control import ControlledDecay
     control = ControlledDecay(model, optimizer, mf.SwitchOff(0.1, at=200), track_every=50)
     ...
         optimizer.step()
@@ -26,7 +26,7 @@ from ..spectrum.records import COLUMNS
 from ..weightdecay import Feedback, OffAtBudget, PerLayer, WeightDecayScheduler
 from ..weightdecay._checks import one_of
 from ..weightdecay._targets import check_schedule, rules
-from ..weightdecay.coupling import KINDS
+from ..weightdecay.coupling import COUPLINGS
 from ..weightdecay.units import CONVENTIONS
 from .readings import Metric, by_layer, decay_numbers, finite, rows, spectrum_numbers, value_of
 
@@ -331,5 +331,5 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("convention") is not None:
         one_of("convention", options["convention"], CONVENTIONS)
     if options.get("coupling") is not None:
-        one_of("coupling", options["coupling"], KINDS)
+        one_of("coupling", options["coupling"], COUPLINGS)
     return {**options, "groups": rules(options.get("groups", ()))}

@@ -68,7 +68,7 @@ def decay_numbers(scheduler: WeightDecayScheduler, layers: Mapping[int, str]) ->
         if target.schedule is not None:
             group, key = scheduler.optimizer.param_groups[target.group], id(target.schedule)
             name = layers.get(key) or str(group.get("name", target.group))
-            acting = strength(decay, group, entry.kind)
+            acting = strength(decay, group, entry.coupling)
             sets.setdefault((name, key), []).append((decay, acting, entry.absorbed))
     numbers = _largest([row for of_set in sets.values() for row in of_set], "")
     if len(sets) > 1 or layers:

@@ -14,7 +14,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from ._chebyshev import Columns, integrate
 from ._data import Data
-from ._endpoints import ends, gap, kkt, warn_unfinished
+from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
+from ._row_space import row_space
 
 __all__ = [
     "LOG_A",
@@ -22,8 +23,8 @@ __all__ = [
     "Run",
     "TurnOff",
     "check_decay",
+    "choose_zeros",
     "finish",
-    "largest_better",
     "least_squares",
     "validated",
     "weights_of",
@@ -80,6 +81,7 @@ class Run:
     decay: TurnOff | None
     tol: float
     zero_tol: float  # what is smaller, relative to the largest, is 0
+    refit: bool  # whether the others are fitted again
 
 
 class FlowRegressor(RegressorMixin, BaseEstimator):
@@ -94,17 +96,12 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
 
     def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
         """Run the flow to its time, perhaps infinity, and keep its end."""
-        end, data = np.isinf(run.t), data.compressed()
+        end = np.isinf(run.t)
         coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
         relative = run.log_A + drop
         log_A = data.log_A(0.0) + relative
-        x, predictions = coef.T, data.X @ coef.T
-        mu = data.X.T @ nu
-        outputs = range(len(coef))
-        kkts = [kkt(x[:, k], log_A[k], mu[:, k], self.positive) for k in outputs]
-        gains = [predictions[:, k] @ nu[:, k] for k in outputs]
-        gaps = [gap(x[:, k], gains[k], mu[:, k], self.positive) for k in outputs]
-        coef = finish(coef, data, run.zero_tol, self.refit)
+        kkts, gaps = self._certificates(data, coef, nu, log_A, end)
+        coef = finish(coef, data, run.zero_tol, run.refit)
         unit = data.unit(run.log_A, self.positive)
         values = {
             "coef_": coef.astype(dtype),
@@ -114,21 +111,40 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             "log_A_": np.broadcast_to(relative, log_A.shape),
             "t_": np.full(len(log_A), np.inf) if end else run.t * unit,
             "support_": coef != 0,
-            "kkt_residual_": np.array(kkts),
-            "gap_": np.array(gaps),
+            "kkt_residual_": kkts,
+            "gap_": gaps,
         }
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)
 
+    def _certificates(
+        self, data: Data, coef: Array, nu: Array, log_A: Array, end: bool
+    ) -> tuple[Array, Array]:
+        """Return the KKT residuals and the gaps (K,), on the rows as they were given."""
+        predictions, mu = data.X @ coef.T, data.X.T @ nu  # the sums of nu are 0: no means
+        if data.center:
+            predictions = predictions - data.weights @ predictions
+        missed = data.weights[:, None] * (data.y - predictions)
+        kkts, gaps = np.zeros(len(coef)), np.zeros(len(coef))
+        for k in np.flatnonzero(data.pull > 0):
+            x, positive = coef[k], self.positive
+            kkts[k] = kkt(x, log_A[k], mu[:, k], positive)
+            if end:
+                slope = residual_slope(x, data.X.T @ missed[:, k], positive)
+                kkts[k] = max(kkts[k], slope / data.pull[k])
+            gaps[k] = gap(x, predictions[:, k] @ nu[:, k], mu[:, k], positive)
+        return kkts, gaps
+
     def _stopped(self, data: Data, run: Run) -> tuple[Array, Array, float]:
         """Integrate the flow to its time; also give how far log A has fallen."""
         decay, K = run.decay or TurnOff(0.0, 1.0), data.y.shape[1]
+        data = data.compressed()
         coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
         active = np.flatnonzero(data.pull > 0)
         self.n_iter_ = 1
         for k in active:  # each output has its own unit of time, in which decay is given
             coef[k], nus[:, k] = self._one(data, int(k), run, decay)
-        return coef, nus, -2 * decay.alpha * min(run.t, decay.t)
+        return coef, data.all_rows(nus), -2 * decay.alpha * min(run.t, decay.t)
 
     def _one(self, data: Data, k: int, run: Run, decay: TurnOff) -> tuple[Array, Array]:
         """Integrate one output."""
@@ -159,9 +175,9 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         """Solve for the end of the flow of each output."""
         drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
         scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
-        Z, y = root * data.X, root * data.y
+        space, y = row_space(root * data.X, data.rounding), root * data.y
         found = [
-            ends(Z, y[:, k], scales[[k]], self.positive, int(self.max_iter))
+            endpoints(space, y[:, k], scales[[k]], self.positive, int(self.max_iter))
             for k in range(y.shape[1])
         ]
         self.n_iter_ = max(1, *(f.steps for f in found))
@@ -223,15 +239,15 @@ def weights_of(X: Any, sample_weight: Any) -> Any:
 
 # Which coefficients are 0: the flow itself makes them small, never 0.
 
-# Standard errors by which zeros have to gain: with none, dense truths lose to chance what sparse
-# ones gain; with a whole one, supports of few samples stay too large (results/bench_sparse).
+# Standard errors by which a candidate may be worse than the best and still count as near it.
 MARGIN = 0.5
 
 
 def without_small(coef: Array, zero_tol: float | Array) -> Array:
     """Set to 0 what is smaller than ``zero_tol`` times the largest of its row (K, d)."""
     size = np.abs(coef)
-    return np.where(size >= zero_tol * size.max(axis=-1, keepdims=True, initial=0.0), coef, 0.0)
+    largest = np.maximum(size.max(axis=-1, keepdims=True, initial=0.0), 1e-300)
+    return np.where(size >= zero_tol * largest, coef, 0.0)
 
 
 def finish(coef: Array, data: Data, zero_tol: float, refit: bool) -> Array:
@@ -250,19 +266,45 @@ def least_squares(data: Data, k: int, support: NDArray[np.bool_], weights: Array
     if data.center:
         X, y = X - weights @ X, y - weights @ y
     fitted = np.zeros(len(support))
-    fitted[support] = np.linalg.lstsq(root[:, None] * X, root * y, rcond=None)[0]
+    if support.any():
+        space = row_space(root[:, None] * X, data.rounding[support])
+        fitted[support] = space.shortest(root * y)
     return fitted
 
 
-def largest_better(zero_tols: Array, errors: Array, without: Array, refit: bool) -> float:
-    """Choose the largest threshold that predicts better than the flow without zeros.
+def nearly_best(errors: Array) -> NDArray[np.bool_]:
+    """Return which candidates, with errors (n_candidates, n_folds), are near the one of least.
 
-    Better by half a standard error of the difference: ``errors`` (n_tols, n_folds) and ``without``
-    (n_folds,) are of the same folds. Where none is, the smallest; of refits, which can be worse
-    throughout, that of least error.
+    Near is within MARGIN standard errors of the difference: both are of the same folds.
     """
-    gained = without - errors
-    doubt = gained.std(axis=1) / np.sqrt(len(without))
-    better = np.flatnonzero(gained.mean(axis=1) >= MARGIN * doubt)
-    otherwise = int(errors.mean(axis=1).argmin()) if refit else 0
-    return float(zero_tols[better[-1] if len(better) else otherwise])
+    worse = errors - errors[errors.mean(axis=1).argmin()]
+    doubt = worse.std(axis=1) / np.sqrt(errors.shape[1])
+    return worse.mean(axis=1) <= MARGIN * doubt
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Which coefficients of a flow are set to 0, and whether the others are fitted again.
+
+    ``zero_tol`` is infinite where the intercept alone is left.
+    """
+
+    zero_tol: float
+    refit: bool
+
+
+def choose_zeros(zero_tols: Array, flow: Array, refitted: Array | None, alone: Array) -> Zeros:
+    """Choose the largest threshold that predicts nearly as well as the best candidate.
+
+    The candidates are the flow with each threshold, errors (n_tols, n_folds), the same refitted
+    where that is asked for, and the intercept ``alone`` (n_folds,). Of two with the same threshold
+    it is the one of less error.
+    """
+    blocks = [flow] if refitted is None else [flow, refitted]
+    errors = np.concatenate([*blocks, alone[None]])
+    tols = np.r_[np.tile(zero_tols, len(blocks)), np.inf]
+    again = np.r_[np.repeat(np.arange(len(blocks)) == 1, len(zero_tols)), False]
+    near = nearly_best(errors)
+    largest = np.flatnonzero(near & (tols == tols[near].max()))
+    best = largest[errors[largest].mean(axis=1).argmin()]
+    return Zeros(float(tols[best]), bool(again[best]))

@@ -9,12 +9,14 @@ parabolic PDEs", J. Comp. Appl. Math. 88 (1998), order 2, damping 2/13.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..legendre._kernels import shared_sinh_cosh
 
 __all__ = ["MAX_STAGES", "Columns", "Saved", "Stages", "integrate", "stages", "stages_for"]
 
@@ -137,14 +139,6 @@ class Columns:
             np.ascontiguousarray(self.X.T) if isinstance(self.X, np.ndarray) else self.X.T.tocsr()
         )
 
-    def select(self, keep: NDArray[np.intp]) -> Columns:
-        """Return some of the columns."""
-        wide = {k: np.ascontiguousarray(getattr(self, k)[:, keep]) for k in ("y", "weights")}
-        flat = {k: getattr(self, k)[keep] for k in ("log_A", "rate", "off")}
-        new = replace(self, **wide, **flat)
-        new.__dict__["XT"] = self.XT  # the same for all
-        return new
-
     def residual(self, x: Array) -> Array:
         """Return the weighted residual w (y - Xx), which sums to 0 where there is an intercept."""
         return self._centered(self.weights * (self.y - self.X @ x))
@@ -163,19 +157,17 @@ class Columns:
             r -= self.weights * r.sum(axis=0)
         return r
 
-    def primal(self, nu: Array, t: Array) -> tuple[Array, Array]:
-        """Return x and d x / d mu at (nu, t)."""
-        log_A = self.log_A - 2 * self.rate * np.minimum(t, self.off)
-        mu = self.XT @ nu
-        mu *= 2
+    def primal(self, nu: Array, t: Array, k: Any = slice(None)) -> tuple[Array, Array]:
+        """Return x and d x / d mu at (nu, t), of all columns or of those with indices k."""
+        log_A = self.log_A[k] - 2 * self.rate[k] * np.minimum(t, self.off[k])  # log A_t
+        exponent = self.XT @ nu
+        exponent *= 2
         if self.positive:
-            x = np.exp(mu + log_A)
+            x = np.exp(exponent + log_A)  # x = A e^{2 mu}
             return x, 2 * x
-        large = np.abs(mu)
-        large += log_A - np.log(2)  # never e^mu alone: A may be far below what a float holds
-        np.exp(large, out=large)
-        small = np.exp(2 * (log_A - np.log(2))) / np.maximum(large, 1e-300)
-        return np.copysign(large - small, mu), 2 * (large + small)
+        x, slope = shared_sinh_cosh(log_A, exponent)  # x = A sinh(2 mu)
+        slope *= 2
+        return x, slope
 
     def velocity(self, nu: Array, t: Array) -> Array:
         """Return d nu / dt."""
@@ -190,6 +182,9 @@ def integrate(
     columns: Columns, times: Array, save: Saved, tol: float = 1e-3, max_steps: int = 10_000
 ) -> tuple[NDArray[np.intp], int]:
     """Integrate every column through its times (K, m), increasing, and hand over what is there.
+
+    All columns go on until the last of them has reached its last time, and each point is handed
+    over by itself: nothing but the columns decides what is computed, down to the last bit.
 
     Parameters
     ----------
@@ -214,25 +209,28 @@ def integrate(
     """
     run, steps = _Run(columns, times, save, tol), 0
     with np.errstate(all="ignore"):
-        while len(run.ids) and steps < max_steps:
+        while (left := np.flatnonzero(run.reached < times.shape[1])).size and steps < max_steps:
             run.step()
             steps += 1
-        if len(run.ids):  # out of steps: what there is, in the place of what was wanted
-            save(run.ids, run.reached[run.ids], run.nu, run.x, run.t)
+        for k in left[:, None]:  # out of steps: what there is, in the place of what was wanted
+            save(k, run.reached[k], run.nu[:, k], run.x[:, k], run.t[k])
     return run.reached, steps
 
 
 class _Run:
-    """The state of all columns that are not done."""
+    """The state of all columns."""
 
     def __init__(self, columns: Columns, times: Array, save: Saved, tol: float) -> None:
         self.c, self.times, self.save, self.tol = columns, times, save, tol
         n, count = columns.y.shape
-        self.ids, self.reached = np.arange(count), np.zeros(count, dtype=np.intp)
+        self.reached = np.zeros(count, dtype=np.intp)
         self.t, self.nu = np.zeros(count), np.zeros((n, count))
         self.x, self.slope = columns.primal(self.nu, self.t)
         self.f = columns.residual(self.x)
-        self.h, self.v = times[:, 0].copy(), self.f.copy()
+        # The first step moves the largest exponent, 2 mu, by 1: no time that is asked for decides.
+        pull = np.abs(columns.XT @ self.f).max(axis=0, initial=0.0)
+        self.h = np.divide(0.5, pull, out=times[:, -1].copy(), where=pull > 0)
+        self.v = self.f.copy()
         for _ in range(WARM_UP):
             self._power()
 
@@ -260,7 +258,6 @@ class _Run:
         for name, value in (("t", t), ("nu", new), ("x", x), ("slope", slope), ("f", f)):
             setattr(self, name, np.where(good, value, getattr(self, name)))
         self.h = self.h * np.clip(0.8 * np.maximum(error, 1e-9) ** (-1 / 3), *GROWTH)
-        self._drop()
 
     def _advance(self) -> Array:
         """Go through the stages."""
@@ -285,26 +282,13 @@ class _Run:
 
     def _hand_over(self, good: NDArray[np.bool_], t: Array, new: Array, f: Array) -> None:
         """Save the points that this step has passed, by cubic Hermite interpolation of nu."""
-        before = self.reached[self.ids]
-        due = (self.times[self.ids] <= (t * (1 + 1e-12))[:, None]).sum(axis=1)
-        counts = np.where(good, due - before, 0)
-        if not counts.any():
-            return
-        self.reached[self.ids] = before + counts
-        k = np.repeat(np.arange(len(counts)), counts)
-        i = np.arange(len(k)) - np.repeat(np.cumsum(counts) - counts, counts) + before[k]
-        at, h = self.times[self.ids[k], i], (t - self.t)[k]
-        s = (at - self.t[k]) / h
-        nu = (1 + 2 * s) * (1 - s) ** 2 * self.nu[:, k] + s**2 * (3 - 2 * s) * new[:, k]
-        nu += h * (s * (1 - s) ** 2 * self.f[:, k] - s**2 * (1 - s) * f[:, k])
-        self.save(self.ids[k], i, nu, self.c.select(k).primal(nu, at)[0], at)
-
-    def _drop(self) -> None:
-        """Leave columns that are done."""
-        alive = self.reached[self.ids] < self.times.shape[1]
-        if alive.all():
-            return
-        keep = np.flatnonzero(alive)
-        self.c, self.ids = self.c.select(keep), self.ids[keep]
-        for name in ("nu", "x", "slope", "f", "v", "largest", "h", "t"):
-            setattr(self, name, getattr(self, name)[..., keep])
+        due = (self.times <= (t * (1 + 1e-12))[:, None]).sum(axis=1)
+        for k in np.flatnonzero(good & (due > self.reached))[:, None]:
+            h = (t - self.t)[k]
+            for i in range(int(self.reached[k[0]]), int(due[k[0]])):
+                at = self.times[k, i]
+                s = (at - self.t[k]) / h
+                nu = (1 + 2 * s) * (1 - s) ** 2 * self.nu[:, k] + s**2 * (3 - 2 * s) * new[:, k]
+                nu += h * (s * (1 - s) ** 2 * self.f[:, k] - s**2 * (1 - s) * f[:, k])
+                self.save(k, np.array([i]), nu, self.c.primal(nu, at, k)[0], at)
+            self.reached[k] = due[k]

@@ -13,6 +13,8 @@ from scipy.sparse.linalg import LinearOperator, lsqr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
+from ..legendre._kernels import arcsinh_ratio
+
 __all__ = ["Data", "centered", "growth", "prepare", "triangle"]
 
 Array = NDArray[np.float64]
@@ -46,6 +48,8 @@ class Data:
         How many samples were given.
     means, targets : arrays of shape (d,) and (K,)
         The weighted means of X and y as they were given; 0 without an intercept.
+    rounding : array of shape (d,)
+        The length, weighted, of the rounding of each column as it was given.
     back : array of shape (n, m), optional
         Gives the dual variables of n rows from those of the m that they were compressed to.
     """
@@ -60,6 +64,7 @@ class Data:
     samples: int
     means: Array
     targets: Array
+    rounding: Array
     back: Array | None = None
 
     def log_A(self, relative: float) -> Array:
@@ -80,8 +85,12 @@ class Data:
     def dual(self, nu: Array) -> Array:
         """Return the dual variables (K, samples) of all samples, 0 for those without weight."""
         found = np.zeros((nu.shape[1], self.samples))
-        found[:, self.rows] = (nu if self.back is None else self.back @ nu).T
+        found[:, self.rows] = nu.T
         return found
+
+    def all_rows(self, nu: Array) -> Array:
+        """Return the dual variables of the rows before compression."""
+        return nu if self.back is None else self.back @ nu
 
     def compressed(self) -> Data:
         """Return the same problem with d + K rows, where there are many more: the flow is the same.
@@ -102,14 +111,9 @@ class Data:
 
 def growth(relative: float, positive: bool) -> float:
     """Return mu at which a coordinate has grown to the scale: the unit of time times the pull."""
-    # arcsinh(e^z) = z + log(1 + sqrt(1 + e^{-2z})), without overflow for small A.
-    z = -relative
-    return 0.5 * (float(np.logaddexp(0.0, z)) if positive else _arcsinh_exp(z))
-
-
-def _arcsinh_exp(z: float) -> float:
-    """Return arcsinh(e^z) for any z."""
-    return float(np.arcsinh(np.exp(z))) if z < 300 else z + float(np.log(2.0))
+    if positive:
+        return 0.5 * float(np.logaddexp(0.0, -relative))  # x = A e^{2 mu} = A + scale
+    return 0.5 * float(arcsinh_ratio(np.ones(()), relative))  # x = A sinh(2 mu) = scale
 
 
 def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: bool) -> Data:
@@ -119,7 +123,11 @@ def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: boo
     v = given / given.sum()
     if len(rows) < len(y):
         X, y, v = X[rows], y[rows], v[rows]
+    eps = float(np.finfo(X.dtype).eps)
     X = X.astype(np.float64, copy=False)
+    if not (issparse(X) or X.flags.forc):  # as it will be in another process
+        X = np.ascontiguousarray(X)
+    rounding = eps * np.sqrt(_squares(X, v))
     y = y.reshape(len(rows), -1).astype(np.float64)
     means, targets, spread = np.zeros(X.shape[1]), np.zeros(y.shape[1]), None
     if center:
@@ -132,7 +140,7 @@ def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: boo
     pull = _pull(X, y, v, spread, positive)
     sizes = np.abs(_shortest(X, y, v, means, pull)).max(axis=0, initial=0.0)
     scale = np.where(pull > 0, sizes, 0.0)
-    return Data(X, y, v, rows, scale, pull, center, samples, means, targets)
+    return Data(X, y, v, rows, scale, pull, center, samples, means, targets, rounding)
 
 
 def centered(values: Array, weights: Array) -> tuple[Array, Array]:
@@ -148,12 +156,17 @@ def centered(values: Array, weights: Array) -> tuple[Array, Array]:
     return centred, means
 
 
+def _squares(X: Any, weights: Array) -> Array:
+    """Return the weighted sums of squares of the columns."""
+    return np.asarray(X.multiply(X).T @ weights if issparse(X) else weights @ X**2)
+
+
 def _pull(X: Any, y: Array, weights: Array, spread: Array | None, positive: bool) -> Array:
     """Return the largest gradient at 0 of each target, 0 where it is rounding alone."""
     gradient = X.T @ (weights[:, None] * y)
     squares: Any = spread
     if spread is None:
-        squares = X.multiply(X).T @ weights if issparse(X) else weights @ X**2
+        squares = _squares(X, weights)
     largest = float(squares.max(initial=0.0))
     noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)

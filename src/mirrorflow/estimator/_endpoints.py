@@ -1,4 +1,4 @@
-"""The ends of flows that are not stopped, by `limit`."""
+"""End points of flows that are not stopped, by `limit`, and certificates of fits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from sklearn.exceptions import ConvergenceWarning
 
-from .._solution import Status
+from ..legendre._kernels import arcsinh_ratio, duality_gap, kkt_residual
+from ._row_space import EPS, RowSpace, row_space
 
-__all__ = ["Ends", "ends", "gap", "kkt", "warn_unfinished"]
+__all__ = ["Endpoints", "endpoints", "gap", "kkt", "residual_slope", "warn_unfinished"]
 
 Array = NDArray[np.float64]
 FACE = 1e-7  # slope, relative to the largest at 0, of coordinates that have to be 0
 
 
 @dataclass(frozen=True)
-class Ends:
-    """End points: coefficients (m, d), dual variables (m, n), gaps (m,), and Newton steps."""
+class Endpoints:
+    """Coefficients (m, d), dual variables (m, n) and gaps (m,) at the end, and Newton steps."""
 
     x: Array
     theta: Array
@@ -29,27 +30,34 @@ class Ends:
     steps: int
 
 
-def ends(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> Ends:
+def endpoints(
+    space: RowSpace, y: Array, log_As: Array, positive: bool, max_steps: int
+) -> Endpoints:
     """Return where the flow on |Zx - y|^2 ends for each scale, as one path.
 
-    With ``positive`` and no x >= 0 that fits, it ends at least squares over x >= 0: of the
-    coefficients that reach its predictions, those of least R_a.
+    It ends at least squares: of the coefficients that reach its predictions, those of least R_a.
+    With ``positive`` these are the least squares over x >= 0.
     """
-    face = np.ones(Z.shape[1], dtype=bool)
-    found = _path(Z, y, log_As, positive, max_steps)
-    if positive and found.status is Status.inconsistent:
-        face, y = _nonnegative(Z, y)
-        found = _path(Z[:, face], y, log_As, positive, max_steps)
-    least_squares = found.status is Status.inconsistent and not positive
-    if not (found.status.ok or least_squares):
+    face = np.ones(space.Z.shape[1], dtype=bool)
+    found = _path(space.Q.T, space.targets(y), log_As, positive, max_steps)
+    turn = space.dual
+    if positive and not found.status.ok:  # `limit` may stall where it cannot prove that no x fits
+        face, part, fitted = _nonnegative(space, y)
+        found = _path(part.Q.T, part.targets(fitted), log_As, positive, max_steps)
+        turn = lambda theta: space.U @ part.dual(theta)  # noqa: E731
+    if not found.status.ok:
         warn_unfinished(max_steps, found.status.value)
-    x = np.zeros((len(log_As), Z.shape[1]))
+    x = np.zeros((len(log_As), len(face)))
     x[:, face] = found.value.numpy()
-    steps = int(np.sum(found.stats.steps))
-    return Ends(x, found.aux["theta"].numpy(), np.asarray(found.stats.gap), steps)
+    theta = np.stack([turn(row) for row in found.aux["theta"].numpy()])
+    gaps = [
+        gap(row, space.Z @ row @ nu, space.Z[:, face].T @ nu, positive)
+        for row, nu in zip(x, theta, strict=True)
+    ]
+    return Endpoints(x, theta, np.array(gaps), int(np.sum(found.stats.steps)))
 
 
-def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> Any:
+def _path(Q: Array, b: Array, log_As: Array, positive: bool, max_steps: int) -> Any:
     """Solve, from a start of scale 1: what is smaller or larger is decay, of which a is the sum."""
     import torch
 
@@ -58,23 +66,38 @@ def _path(Z: Array, y: Array, log_As: Array, positive: bool, max_steps: int) -> 
     from ..regularizer import WeightDecay
     from ..reparam import Hadamard
 
-    one = torch.ones(Z.shape[1], dtype=torch.float64)
+    one = torch.ones(Q.shape[1], dtype=torch.float64)
     # A = w^2 / 2 for m = 0, and w^2 for m = w; a = log(A) / 2.
     w0 = (one, one) if positive else (torch.zeros_like(one), one * 2**0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of above
         R = legendre(Hadamard(), WeightDecay(), w0)
-        return limit(R, Z, y, np.asarray(log_As) / 2, max_steps)
+        return limit(R, Q, b, np.asarray(log_As) / 2, max_steps, per_coordinate=False)
 
 
-def _nonnegative(Z: Array, y: Array) -> tuple[NDArray[np.bool_], Array]:
-    """Return the coordinates that can be > 0 in a solution of min |Zx - y|, x >= 0, and its Zx.
+def _nonnegative(space: RowSpace, y: Array) -> tuple[NDArray[np.bool_], RowSpace, Array]:
+    """Return where a solution of min |Zx - y|, x >= 0, can be > 0, these columns, and its Zx.
 
-    By complementary slackness a coordinate whose slope is not 0 is 0 in every solution.
+    By complementary slackness a coordinate whose slope is not 0 is 0 in every solution. The rows
+    are compressed, and the columns have unit length, which changes no sign.
     """
-    x, _ = nnls(Z, y, maxiter=max(100, 10 * Z.shape[1]))
-    slope = Z.T @ (Z @ x - y)
-    return slope <= FACE * np.abs(Z.T @ y).max(initial=0.0), Z @ x
+    rows = space.compressed()
+    unit, target = rows / space.lengths, space.U.T @ y
+    x, _ = nnls(unit, target, maxiter=max(100, 10 * unit.shape[1]))
+    slope = unit.T @ (unit @ x - target)
+    face = slope <= FACE * np.abs(unit.T @ target).max(initial=0.0)
+    return face, row_space(rows[:, face], EPS * space.lengths[face]), unit @ x
+
+
+def residual_slope(x: Array, gradient: Array, positive: bool) -> float:
+    """Return the largest slope of the squared error at x along what x may change by.
+
+    With ``positive`` that excludes coordinates at 0 along which the error would only grow.
+    """
+    if not positive:
+        return float(np.abs(gradient).max(initial=0.0))
+    share = x / max(float(x.max(initial=0.0)), 1e-300)
+    return float(np.maximum(np.maximum(gradient, 0.0), np.abs(gradient) * share).max(initial=0.0))
 
 
 def warn_unfinished(max_iter: float, why: str = "") -> None:
@@ -91,25 +114,17 @@ def warn_unfinished(max_iter: float, why: str = "") -> None:
 
 
 def kkt(x: Array, log_A: float, mu: Array, positive: bool) -> float:
-    """Compare mirror(x) with X^T nu, where x has digits."""
+    """Return how far mirror(x) is from X^T nu, where x has digits, relative to the latter."""
     size = float(np.abs(mu).max(initial=0.0))
     held = np.abs(x) > 1e-300  # below, x has few digits or none
-    if size == 0 or not held.any():
+    if size == 0:
         return 0.0
-    z = np.log(np.abs(x[held])) - log_A
-    mirror = z if positive else np.sign(x[held]) * _arcsinh_exp(z)
-    return float(np.abs(mirror / 2 - mu[held]).max()) / size
-
-
-def _arcsinh_exp(z: Array) -> Array:
-    """Return arcsinh(e^z), also where e^z overflows."""
-    return np.where(z > 300, z + np.log(2.0), np.arcsinh(np.exp(np.minimum(z, 300))))
+    safe = np.where(held, x, 1.0)
+    mirror = np.log(np.abs(safe)) - log_A if positive else arcsinh_ratio(safe, np.asarray(log_A))
+    return kkt_residual(mirror / 2, mu, held) / size
 
 
 def gap(x: Array, gain: float, mu: Array, positive: bool) -> float:
     """Return the relative duality gap of the L1 norm, with nu as the witness."""
-    size = float(np.abs(x).sum())
-    height = float((mu if positive else np.abs(mu)).max(initial=0.0))
-    if size == 0 or height <= 0:
-        return 0.0
-    return min(1.0, max(0.0, 1 - gain / (height * size)))
+    ceiling = float((mu if positive else np.abs(mu)).max(initial=0.0))
+    return duality_gap(float(np.abs(x).sum()), gain, ceiling)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.parallel import Parallel, delayed
+from threadpoolctl import threadpool_limits
 
 from ._base import TurnOff, least_squares, without_small
 from ._chebyshev import Columns, Saved, integrate
 from ._data import Data, centered, triangle
 
-__all__ = ["Folds"]
+__all__ = ["Folds", "one_thread"]
 
 KEPT = 2**22  # numbers of dual variables up to which they are kept: 32 MB
 Array = NDArray[np.float64]
@@ -59,7 +64,8 @@ class Folds:
     decay, positive, tol, max_iter
         As for `MirrorFlowRegressorCV`.
     duals : dict
-        The dual variables of flows that have been integrated, as far as they are few numbers.
+        The dual variables (n, n_ts, folds) of flows that have been integrated, by part, target and
+        flow, as far as they are few numbers.
     """
 
     data: Data
@@ -71,26 +77,55 @@ class Folds:
     max_iter: int
     duals: dict[Any, Any] = field(default_factory=dict)
 
-    def errors(self, log_As: Array, shrinkages: Array, ts: Array) -> Array:
-        """Return the errors (n_flows, n_ts, n_folds), the mean over the targets."""
-        targets = range(self.data.y.shape[1])
-        found = [
-            [self._errors(part, k, log_As, shrinkages, ts) for part in self.parts] for k in targets
-        ]
-        reached = np.mean([np.concatenate(parts, axis=2) for parts in found], axis=0)
-        _warn_unfinished(np.isinf(reached), self.max_iter)
-        return reached
+    def errors(self, log_A: float, shrinkage: float, ts: Array) -> Array:
+        """Return the errors (n_ts, n_folds) of one flow, the mean over the targets.
+
+        Flows are integrated one by one, and with one thread, so that neither the other candidates
+        nor the way in which the work is shared out can change a bit.
+        """
+        targets, parts = range(self.data.y.shape[1]), range(len(self.parts))
+        with one_thread():
+            found = [[self._errors(p, k, log_A, shrinkage, ts) for p in parts] for k in targets]
+        return np.mean([np.concatenate(errors, axis=1) for errors in found], axis=0)
+
+    def all_errors(self, log_As: Array, shrinkages: Array, ts: Array, n_jobs: Any) -> Array:
+        """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
+        flows = zip(log_As.tolist(), shrinkages.tolist(), strict=True)
+        if effective_n_jobs(n_jobs) == 1:  # None asks joblib's context
+            found = [self.errors(*flow, ts) for flow in flows]
+        else:
+            run = delayed(self.errors)
+            shared: Any = Parallel(n_jobs=n_jobs)(run(*flow, ts) for flow in flows)
+            found = list(shared)
+        errors = np.stack(found)
+        _warn_unfinished(np.isinf(errors), self.max_iter)
+        return errors
 
     def zero_errors(
-        self, log_A: float, shrinkage: float, t: float, zero_tols: Array, refit: bool
-    ) -> Array:
-        """Return the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0."""
-        found = []
+        self, log_A: float, shrinkage: float, ts: Array, j: int, zero_tols: Array, refit: bool
+    ) -> list[Array]:
+        """Return the errors (n_tols, n_folds) of one flow whose small coefficients are set to 0.
+
+        With ``refit`` twice: as the flow leaves the others, and refitted.
+        """
+        ways = (False, True) if refit else (False,)
+        found: list[list[Array]] = [[] for _ in ways]
         for k in range(self.data.y.shape[1]):
-            parts = [self._coefs(part, k, log_A, shrinkage, t) for part in self.parts]
-            coefs = np.concatenate(parts, axis=1).T
-            errors = [self._thresholded(c, k, f, zero_tols, refit) for f, c in enumerate(coefs)]
-            found.append(np.stack(errors, axis=1))
+            parts = range(len(self.parts))
+            coefs = [self._coefs(p, k, log_A, shrinkage, ts, j) for p in parts]
+            rows = np.concatenate(coefs, axis=1).T
+            for way, errors in zip(ways, found, strict=True):
+                each = [self._thresholded(c, k, f, zero_tols, way) for f, c in enumerate(rows)]
+                errors.append(np.stack(each, axis=1))
+        return [np.mean(errors, axis=0) for errors in found]
+
+    def intercept_errors(self) -> Array:
+        """Return the errors (n_folds,) of the intercept alone."""
+        zero, folds = np.zeros((self.data.X.shape[1], 1)), range(self.train.shape[1])
+        found = [
+            [self._missed(zero, k, np.array([f]))[0] / self._units[k] for f in folds]
+            for k in range(self.data.y.shape[1])
+        ]
         return np.mean(found, axis=0)
 
     @cached_property
@@ -124,74 +159,74 @@ class Folds:
 
         return _Part(size * few, size * targets, np.full((len(few), 1), size**-2), False, error)
 
-    def _errors(self, part: _Part, k: int, log_As: Array, shrinkages: Array, ts: Array) -> Array:
-        """Return the errors (n_flows, n_ts, folds of the part) of one target."""
-        count, folds = len(log_As), part.train.shape[1]
-        found = np.full((count * folds, len(ts)), np.inf)
-        few = found.size * len(part.y) <= KEPT
-        duals = np.zeros((len(part.y), *found.shape)) if few else None
+    def _errors(self, p: int, k: int, log_A: float, shrinkage: float, ts: Array) -> Array:
+        """Return the errors (n_ts, folds of the part) of one target."""
+        part = self.parts[p]
+        found = np.full((len(ts), part.train.shape[1]), np.inf)
+        kept = found.size * len(part.y) <= KEPT
+        duals = np.zeros((len(part.y) if kept else 0, *found.shape))
 
-        def save(column: Index, index: Index, nu: Array, x: Array, _: Array) -> None:
-            found[column, index] = part.error(x, k, column % folds) / self._units[k]
-            if duals is not None:
-                duals[:, column, index] = nu
+        def save(fold: Index, index: Index, nu: Array, x: Array, _: Array) -> None:
+            found[index, fold] = part.error(x, k, fold) / self._units[k]
+            if kept:
+                duals[:, index, fold] = nu
 
-        reached = self._run(part, k, log_As, shrinkages, ts, save)
-        found[np.arange(len(ts)) >= reached[:, None]] = np.inf
-        if duals is not None:
-            kept = duals.reshape(len(part.y), count, folds, len(ts))
-            for i, flow in enumerate(zip(log_As.tolist(), shrinkages.tolist(), strict=True)):
-                self.duals[id(part), k, flow] = ts.tolist(), kept[:, i]
-        return found.reshape(count, folds, len(ts)).transpose(0, 2, 1)
+        reached = self._run(part, k, log_A, shrinkage, ts, save)
+        found[np.arange(len(ts))[:, None] >= reached] = np.inf
+        if kept:
+            self.duals[p, k, log_A, shrinkage] = duals
+        return found
 
-    def _coefs(self, part: _Part, k: int, log_A: float, shrinkage: float, t: float) -> Array:
-        """Return the coefficients (d, folds of the part) of one flow at one time."""
-        coefs = np.zeros((part.X.shape[1], part.train.shape[1]))
-        one, known = (np.array([log_A]), np.array([shrinkage])), (id(part), k, (log_A, shrinkage))
-        if self.data.pull[k] > 0 and known in self.duals:
-            ts, kept = self.duals[known]
-            columns, unit = self._columns(part, k, *one, coefs.shape[1])
-            return columns.primal(kept[..., ts.index(t)], unit[:, 0] * t)[0]
+    def _coefs(self, p: int, k: int, log_A: float, shrinkage: float, ts: Array, j: int) -> Array:
+        """Return the coefficients (d, folds of the part) of one flow at its j-th time."""
+        part, known = self.parts[p], self.duals.get((p, k, log_A, shrinkage))
+        folds = part.train.shape[1]
+        if not self.data.pull[k] > 0:
+            return np.zeros((part.X.shape[1], folds))
+        nus = np.zeros((len(part.y), folds))
 
-        def save(column: Index, _: Index, __: Array, x: Array, ___: Array) -> None:
-            coefs[:, column] = x
+        def save(fold: Index, index: Index, nu: Array, _: Array, __: Array) -> None:
+            if index[0] == j:
+                nus[:, fold] = nu
 
-        self._run(part, k, *one, np.array([t]), save)
-        return coefs
+        if known is None:  # the same steps as before
+            self._run(part, k, log_A, shrinkage, ts, save)
+        else:
+            nus = np.ascontiguousarray(known[:, j])
+        columns, unit = self._columns(part, k, log_A, shrinkage)
+        return columns.primal(nus, np.full(folds, unit * ts[j]))[0]
 
     def _run(
-        self, part: _Part, k: int, log_As: Array, shrinkages: Array, ts: Array, save: Saved
+        self, part: _Part, k: int, log_A: float, shrinkage: float, ts: Array, save: Saved
     ) -> Index:
-        """Integrate the flows of a part, folds running fastest; say how many times are reached."""
-        count, folds = len(log_As) * part.train.shape[1], part.train.shape[1]
+        """Integrate a flow on the folds of a part; return how many times each has reached."""
+        folds = part.train.shape[1]
         if not self.data.pull[k] > 0:  # a constant target: all coefficients stay 0
-            column, index = (i.ravel() for i in np.indices((count, len(ts))))
-            nu, x = (np.zeros((size, len(column))) for size in part.X.shape)
-            save(column, index, nu, x, np.zeros(0))
-            return np.full(count, len(ts))
-        columns, unit = self._columns(part, k, log_As, shrinkages, folds)
-        return integrate(columns, unit * ts, save, self.tol, self.max_iter)[0]
+            nu, x = (np.zeros((size, 1)) for size in part.X.shape)
+            for fold, index in np.ndindex(folds, len(ts)):
+                save(np.array([fold]), np.array([index]), nu, x, np.zeros(1))
+            return np.full(folds, len(ts))
+        columns, unit = self._columns(part, k, log_A, shrinkage)
+        return integrate(columns, np.tile(unit * ts, (folds, 1)), save, self.tol, self.max_iter)[0]
 
     def _columns(
-        self, part: _Part, k: int, log_As: Array, shrinkages: Array, folds: int
-    ) -> tuple[Columns, Array]:
-        """Return the flows, and their units of time (., 1)."""
-        units = np.array([self.data.unit(z, self.positive)[k] for z in log_As])
+        self, part: _Part, k: int, log_A: float, shrinkage: float
+    ) -> tuple[Columns, float]:
+        """Return a flow on the folds of a part, one column each, and its unit of time."""
+        unit, one = float(self.data.unit(log_A, self.positive)[k]), np.ones(part.train.shape[1])
         decay = self.decay or TurnOff(0.0, 1.0)
-        stays = shrinkages > 0
-        rates = np.where(stays, shrinkages * self.data.pull[k], decay.alpha / units)
-        offs = np.where(stays, np.inf, decay.t * units)
+        stays = shrinkage > 0
         columns = Columns(
             part.X,
-            np.tile(part.y[:, [k]], (1, len(log_As) * folds)),
-            np.tile(part.train, (1, len(log_As))),
-            np.repeat([self.data.log_A(z)[k] for z in log_As], folds),
-            np.repeat(rates, folds),
-            np.repeat(offs, folds),
+            np.tile(part.y[:, [k]], (1, len(one))),
+            part.train,
+            self.data.log_A(log_A)[k] * one,
+            (shrinkage * self.data.pull[k] if stays else decay.alpha / unit) * one,
+            (np.inf if stays else decay.t * unit) * one,
             part.center,
             self.positive,
         )
-        return columns, np.repeat(units, folds)[:, None]
+        return columns, unit
 
     def _thresholded(self, coef: Array, k: int, f: int, zero_tols: Array, refit: bool) -> Array:
         """Return the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
@@ -219,6 +254,29 @@ class Folds:
         y, weights = self.data.y, self.data.weights
         variances = weights @ (y - weights @ y) ** 2
         return np.where((variances > 0) & (y.shape[1] > 1), variances, 1.0)
+
+
+_lock, _inside, _held = threading.RLock(), 0, None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let BLAS compute with one thread meanwhile: several may add up in another order.
+
+    The setting is the process's: the first who comes in makes it, the last who leaves undoes it.
+    """
+    global _inside, _held
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _held = threadpool_limits(limits=1, user_api="blas")
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0 and _held is not None:
+                _held.restore_original_limits()
 
 
 def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:

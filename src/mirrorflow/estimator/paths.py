@@ -14,7 +14,8 @@ from sklearn.utils.validation import check_is_fitted
 from ._base import LOG_A, TurnOff, check_decay, weights_of
 from ._chebyshev import Columns, integrate
 from ._data import prepare
-from ._endpoints import ends, warn_unfinished
+from ._endpoints import endpoints, warn_unfinished
+from ._row_space import row_space
 from .regression import MirrorFlowRegressorCV, scales, times
 
 if TYPE_CHECKING:
@@ -161,9 +162,8 @@ def entropy_path(
         return found, zeros.astype(X.dtype), intercepts.astype(X.dtype), gaps
     root = np.sqrt(data.weights)
     unit = float(data.log_A(0.0)[0])
-    solved = ends(
-        root[:, None] * data.X, root * data.y[:, 0], found + unit, positive, int(max_iter)
-    )
+    space = row_space(root[:, None] * data.X, data.rounding)
+    solved = endpoints(space, root * data.y[:, 0], found + unit, positive, int(max_iter))
     intercepts = data.intercept(solved.x, repeat=True).astype(X.dtype)
     return found, solved.x.T.astype(X.dtype), intercepts, solved.gap
 

@@ -7,18 +7,16 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
-from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn import get_config
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
-from sklearn.utils.parallel import Parallel, delayed
 
-from ._base import LOG_A, FlowRegressor, Run, TurnOff, check_decay, largest_better, validated
+from ._base import LOG_A, FlowRegressor, Run, TurnOff, check_decay, choose_zeros, validated
 from ._data import growth, prepare
-from ._folds import Folds
+from ._folds import Folds, one_thread
 from ._transaction import all_or_nothing
 
 __all__ = [
@@ -89,7 +87,9 @@ class MirrorFlowRegressor(FlowRegressor):
     support_ : array of bool, of the shape of ``coef_``
         Which coefficients are not 0.
     kkt_residual_ : float or array
-        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu.
+        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu; with
+        ``interpolate`` at least the slope that is left of the squared error, relative to its slope
+        at 0. Measured on all samples as they were given, before coefficients are set to 0.
     gap_ : float or array
         How far from L1 the fit is: its L1 norm exceeds the smallest one of any coefficients with
         the same predictions by at most this fraction of itself.
@@ -173,7 +173,7 @@ class MirrorFlowRegressor(FlowRegressor):
         self._validate_params()
         t = np.inf if self.interpolate else float(self.t)
         check_decay(self.decay, t)
-        run = Run(float(self.log_A), t, self.decay, self.tol, self.zero_tol)
+        run = Run(float(self.log_A), t, self.decay, self.tol, self.zero_tol, self.refit)
         with all_or_nothing(self):
             if self.interpolate and issparse(X):
                 raise ValueError("interpolate=True needs a dense X, got a sparse one")
@@ -219,12 +219,15 @@ class MirrorFlowRegressorCV(FlowRegressor):
         ``ts``, or for ever.
     zero_tols : array of floats in [0, 1), default=None
         Candidates for ``zero_tol``, the size below which coefficients of the chosen flow are set to
-        0, relative to the largest. Taken is the largest with which the error on what was left out
-        is lower than without zeros, by half a standard error of the difference; where none is, the
-        smallest (with ``refit`` that of least error). None is 25 between 1e-3 and 0.7.
-    positive, fit_intercept, refit
-        As for `MirrorFlowRegressor`; with ``refit``, the errors that choose ``zero_tol`` are those
-        of refitted coefficients.
+        0, relative to the largest. The largest is taken whose error on the samples left out
+        exceeds the least error of all candidates by at most half a standard error of the
+        difference. The intercept alone is a candidate, so that no coefficient may be left. None is
+        25 between 1e-3 and 0.7.
+    positive, fit_intercept
+        As for `MirrorFlowRegressor`.
+    refit : bool, default=False
+        Whether the coefficients that are not 0, fitted again by least squares, are candidates as
+        well; they are taken only where they predict at least as well.
     tol : float, default=1e-2
         As for `MirrorFlowRegressor`; the last fit uses a tenth of it.
     max_iter : int, default=10000
@@ -239,12 +242,16 @@ class MirrorFlowRegressorCV(FlowRegressor):
     best_decay_ : TurnOff or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
     best_zero_tol_ : float
-        The threshold that was taken.
+        The threshold that was taken; infinity for the intercept alone.
+    best_refit_ : bool
+        Whether the coefficients that are not 0 were fitted again; False without ``refit``.
     mse_path_ : array of shape (n_flows, n_ts, n_folds)
         The mean squared error on the fold that was left out, without zeros; several targets are
         each divided by their variance.
     zero_mse_path_ : array of shape (n_zero_tols, n_folds)
-        That of the chosen flow, for each threshold.
+        The same of the chosen flow, for each threshold; refitted with ``refit``.
+    intercept_mse_ : array of shape (n_folds,)
+        The same of the intercept alone.
     log_As_, shrinkages_ : arrays of shape (n_flows,)
         The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
     ts_ : array of shape (n_ts,)
@@ -338,7 +345,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self
         """
         self._validate_params()
-        with all_or_nothing(self):
+        with all_or_nothing(self), one_thread():
             self.log_As_, self.shrinkages_ = self._flows()
             self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
             check_decay(self.decay, self.ts_[-1])
@@ -349,7 +356,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
             folds = Folds(
                 data, train, test, self.decay, self.positive, self.tol, int(self.max_iter)
             )
-            self.mse_path_ = self._errors(folds)
+            self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, self.n_jobs)
             self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
         return self
 
@@ -375,14 +382,18 @@ class MirrorFlowRegressorCV(FlowRegressor):
         log_A, t, shrinkage = (
             float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
         )
-        self.zero_mse_path_ = folds.zero_errors(log_A, shrinkage, t, self.zero_tols_, self.refit)
-        self.best_zero_tol_ = largest_better(
-            self.zero_tols_, self.zero_mse_path_, self.mse_path_[i, j], self.refit
-        )
+        at = log_A, shrinkage, self.ts_, int(j)
+        paths = folds.zero_errors(*at, self.zero_tols_, self.refit)
+        self.intercept_mse_, refitted = folds.intercept_errors(), paths[1] if self.refit else None
+        zeros = choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
+        self.zero_mse_path_ = paths[-1]
+        self.best_zero_tol_, self.best_refit_ = zeros.zero_tol, zeros.refit
         self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
         if shrinkage > 0:
             self.best_decay_ = TurnOff(shrinkage * growth(log_A, self.positive), t)
-        return Run(log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_)
+        return Run(
+            log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_, self.best_refit_
+        )
 
     def _split(
         self, X: Any, y: Array, sample_weight: Any, params: dict[str, Any]
@@ -411,17 +422,6 @@ class MirrorFlowRegressorCV(FlowRegressor):
             raise ValueError("cv gives no fold")
         train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
         return train, test
-
-    def _errors(self, folds: Folds) -> Array:
-        """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
-        jobs: Any = self.n_jobs  # None asks joblib's context
-        if effective_n_jobs(jobs) == 1:
-            return folds.errors(self.log_As_, self.shrinkages_, self.ts_)
-        run, flows = delayed(folds.errors), zip(self.log_As_, self.shrinkages_, strict=True)
-        parts: Any = Parallel(n_jobs=self.n_jobs)(
-            run(np.array([z]), np.array([s]), self.ts_) for z, s in flows
-        )
-        return np.concatenate(list(parts))
 
     def get_metadata_routing(self) -> MetadataRouter:
         """Return the routing: ``fit`` hands metadata to the splitter.

@@ -1,4 +1,4 @@
-"""The one loop over the steps of an integrator: breakpoints, saved times, and failure."""
+"""The loop over the steps of an integrator: breakpoints, saved times, and failure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..legendre import RangeError
 from ..schedule import Schedule
 from ._views import Array, Coordinates
 
-__all__ = ["SMALLEST_ATOL", "Run"]
+__all__ = ["SMALLEST_ATOL", "Integration"]
 
 SMALLEST_ATOL = 1e-140  # solvers square velocity / atol: below it, a start at 0 overflows
 STUCK = 30  # steps in a row that time hardly resolves: x goes to infinity there
 
 
-class Run:
-    """The one loop: it owns the steps, the breakpoints, and what counts as failure."""
+class Integration:
+    """One integration: it owns the steps, the breakpoints, and the decision what is a failure."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class Run:
         self.y: list[Array] = []
 
     def _faint(self, lowest: float, t_end: float) -> bool:
-        """Say whether what has decayed below the tolerance may come back, when decay is less."""
+        """Return whether what has decayed below the tolerance may come back, when decay is less."""
         rates = self.schedule.rate(np.linspace(0, t_end, 101))
         size = self.coordinates.scales(lowest / 2).min()  # e^a for weight decay
         return bool(rates[-1] < rates.max() and 1e-2 * self.rtol * size < SMALLEST_ATOL)
 
     def rows(self) -> tuple[Array, Array]:
-        """Give the saved times and states."""
+        """Return the saved times and states."""
         return np.array(self.t), np.array(self.y)
 
     def integrate(self) -> Status:
@@ -85,7 +85,7 @@ class Run:
         self.now, self.state = self.t[-1], self.y[-1]
 
     def _inside(self, t: float, y: Array) -> bool:
-        """Say whether the flow can go on from a state."""
+        """Return whether the flow can go on from a state."""
         try:
             return bool(np.isfinite(self._velocity(t, np.inf)(t, y)).all())
         except RangeError:
@@ -136,7 +136,7 @@ class Run:
         return LSODA(velocity, self.now, self.state, right, jac=jacobian, **options)
 
     def _velocity(self, left: float, right: float) -> Callable[[float, Array], Array]:
-        """Give the right-hand side on one piece, where the schedule is smooth."""
+        """Return the right-hand side on one piece, where the schedule is smooth."""
         inside = float(np.nextafter(right, left))
 
         def velocity(t: float, y: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from .._loss import LeastSquares, slope
 from .._solution import Path
-from ..legendre import HyperbolicEntropy, LegendreFunction, legendre
-from ..regularizer import Regularizer, WeightDecay
-from ..reparam import Hadamard, Parameters, Reparam, factors, flatten, unflatten
+from ..legendre import LegendreFunction, legendre
+from ..legendre.dual import ArrayPrimal
+from ..regularizer import Regularizer
+from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 
 __all__ = [
     "Array",
+    "ArrayMirrorView",
+    "ArrayParameterView",
     "Coordinates",
-    "HadamardView",
-    "HyperbolicView",
     "Loss",
     "MirrorView",
     "ParameterView",
@@ -45,26 +47,26 @@ class Coordinates(ABC):
 
     @abstractmethod
     def start(self) -> Array:
-        """Give the state at t = 0."""
+        """Return the state at t = 0."""
 
     @abstractmethod
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give dy/dt."""
+        """Return dy/dt."""
 
     @abstractmethod
     def scales(self, a: float) -> Array:
-        """Give the size of each entry of the state, at its smallest, for the absolute tolerance."""
+        """Return the smallest size of each entry of the state, for the absolute tolerance."""
 
     @abstractmethod
     def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
         """Read the trajectory from the saved states."""
 
     def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array] | None:
-        """Give d velocity / dy, where it is cheap."""
+        """Return d velocity / dy, where it is cheap."""
         return None
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Give grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
+        """Return grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
         if self.linear:
             residual = self.linear.dual_gradient(self.linear.predict(x))
             return self.linear.transpose(residual), residual
@@ -74,18 +76,18 @@ class Coordinates(ABC):
         return gradient, gradient
 
     def dual_scales(self) -> Array:
-        """Give the change of each dual number that changes an entry of mu by about 1."""
+        """Return the change of each dual number that changes an entry of mu by about 1."""
         Z = self.linear.Z.reshape(self.duals, -1) if self.linear else torch.ones(1, 1)
         return np.full(self.duals, 1 / (float(Z.norm(dim=0).max()) or 1.0))
 
     def mu(self, dual: Tensor) -> Tensor:
-        """Give mu from what was integrated; rows are times."""
+        """Return mu from what was integrated; rows are times."""
         if self.linear:
             dual = dual @ self.linear.Z.reshape(self.duals, -1)
         return self.g.project(dual.reshape(-1, *self.shape))
 
     def tensor(self, y: Array) -> Tensor:
-        """Give a state in the dtype of w0, in which everything is evaluated."""
+        """Return a state in the dtype of w0, in which everything is evaluated."""
         return torch.from_numpy(y).to(self.dtype)
 
 
@@ -97,16 +99,16 @@ class ParameterView(Coordinates):
         self.h, self.size = h, flatten(w0).numel()
 
     def start(self) -> Array:
-        """Give (w0, 0)."""
+        """Return (w0, 0)."""
         return np.concatenate([_numpy(flatten(self.w0)), np.zeros(self.duals)])
 
     def scales(self, a: float) -> Array:
-        """Give the size of w where it has decayed most, and 1 in mu."""
+        """Return the size of w where it has decayed most, and 1 in mu."""
         size = np.exp(2 * a) * _smallest(flatten(self.w0))  # weights decay like e^a or e^{2a}
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give -(J_g^T grad f + alpha grad h) and -grad f."""
+        """Return -(J_g^T grad f + alpha grad h) and -grad f."""
         rate = schedule.rate(t)
         w = unflatten(self.tensor(y[: self.size]), self.w0)
         slope, carried = self.slope(self.g(w))
@@ -125,21 +127,25 @@ class ParameterView(Coordinates):
         return Path(torch.from_numpy(t), x, self.mu(state[:, self.size :]), _a(schedule, t), rows)
 
 
-class HadamardView(ParameterView):
-    """The parameter view of m * w with weight decay and least squares, in NumPy."""
+class ArrayParameterView(ParameterView):
+    """The parameter view with least squares, in NumPy, of a pair whose formulas take arrays."""
 
     def __init__(self, loss: LeastSquares, g: Reparam, h: Regularizer, w0: Parameters) -> None:
         super().__init__(loss, g, h, w0)
-        Z = _numpy(loss.Z).reshape(self.duals, -1)
-        self.Z, self.y = Z / self.duals, _numpy(loss.y) / self.duals
-        self.ZT = np.ascontiguousarray(Z.T)
+        self.Z, self.y = _scaled(loss)
+        self.ZT = np.ascontiguousarray(self.Z.T) * self.duals
+        self.cuts = np.cumsum([f.numel() for f in factors(self.w0)])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give the velocity of (m, w, theta)."""
-        rate, (m, w, _) = schedule.rate(t), np.split(y, (self.size // 2, self.size))
-        residual = self.Z @ (m * w) - self.y
-        slope = self.ZT @ residual
-        return -np.concatenate([w * slope + rate * m, m * slope + rate * w, residual])
+        """Return -(J_g^T Z^T r + alpha grad h) and -r, r = (Zx - y)/n."""
+        rate, (*w, _) = schedule.rate(t), np.split(y, self.cuts)
+        parts: Any = tuple(w)
+        residual = self.Z @ self.g(parts) - self.y
+        slope: Any = self.ZT @ residual
+        moved = self.g.pullback(parts, slope)
+        decay: Any = self.h.gradient(parts, self.g)
+        steps = [m + rate * d for m, d in zip(moved, decay, strict=True)]
+        return -np.concatenate([*steps, residual])
 
 
 class MirrorView(Coordinates):
@@ -150,15 +156,15 @@ class MirrorView(Coordinates):
         self.R = R
 
     def start(self) -> Array:
-        """Give mu = 0."""
+        """Return mu = 0."""
         return np.zeros(self.duals)
 
     def scales(self, a: float) -> Array:
-        """Give 1 in mu."""
+        """Return 1 in mu."""
         return self.dual_scales()
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give -grad f at x = primal(mu, a_t)."""
+        """Return -grad f at x = primal(mu, a_t)."""
         mu = self.mu(self.tensor(y))[0]
         return -_numpy(self.slope(self.R.primal(mu, schedule.accumulated(t)))[1]).reshape(-1)
 
@@ -172,41 +178,31 @@ class MirrorView(Coordinates):
         return Path(torch.from_numpy(t), x, mu, a)
 
 
-class HyperbolicView(MirrorView):
-    """The mirror view of m * w with least squares, in NumPy: what diagonal networks need."""
+class ArrayMirrorView(MirrorView):
+    """The mirror view with least squares, in NumPy, of an R that knows x and d x / d mu there."""
 
     def __init__(
-        self, loss: LeastSquares, g: Reparam, w0: Parameters, R: HyperbolicEntropy
+        self,
+        loss: LeastSquares,
+        g: Reparam,
+        w0: Parameters,
+        R: LegendreFunction,
+        primal: ArrayPrimal,
     ) -> None:
         super().__init__(loss, g, w0, R)
-        Z = _numpy(loss.Z).reshape(self.duals, -1)
-        self.Z, self.y = Z / self.duals, _numpy(loss.y) / self.duals
-        self.ZT = R.speed * np.ascontiguousarray(Z.T)
-        self.log_A0, self.rho0, self.decay, self.drift = (
-            np.broadcast_to(_numpy(torch.as_tensor(v)), self.shape).reshape(-1)
-            for v in (R.log_A0, R.rho0, R.decay, R.drift)
-        )
-
-    def halves(self, t: float, y: Array, schedule: Schedule) -> tuple[Array, Array]:
-        """Give A e^s and A e^{-s}, s = speed mu + rho, which overflow only where x does.
-
-        Their difference is off by eps A near x = 0, as if mu were off by eps.
-        """
-        a = schedule.accumulated(t)
-        log_A, s = self.log_A0 + a * self.decay, self.ZT @ y + self.rho0 + a * self.drift
-        return np.exp(log_A + s), np.exp(log_A - s)
+        self.primal, (self.Z, self.y) = primal, _scaled(loss)
+        self.ZT = np.ascontiguousarray(self.Z.T) * self.duals
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give -(Zx - y)/n at x = A sinh s."""
-        up, down = self.halves(t, y, schedule)
-        return self.y - self.Z @ ((up - down) / 2)
+        """Return -(Zx - y)/n at x = primal(Z^T theta, a_t)."""
+        return self.y - self.Z @ self.primal(self.ZT @ y, schedule.accumulated(t))[0]
 
     def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array]:
-        """Give -Z diag(d primal/dmu) Z^T / n."""
+        """Return -Z diag(d primal/dmu) Z^T / n."""
 
         def jacobian(t: float, y: Array) -> Array:
-            up, down = self.halves(t, y, schedule)
-            return (self.Z * (up + down) / -2) @ self.ZT
+            slope = self.primal(self.ZT @ y, schedule.accumulated(t))[1]
+            return (self.Z * -slope) @ self.ZT
 
         return jacobian
 
@@ -219,18 +215,18 @@ class PrimalView(Coordinates):
         self.R, self.size = R, self.shape.numel()
 
     def start(self) -> Array:
-        """Give (g(w0), 0)."""
+        """Return (g(w0), 0)."""
         return np.concatenate([_numpy(self.g(self.w0)).reshape(-1), np.zeros(self.duals)])
 
     def scales(self, a: float) -> Array:
-        """Give what 1 in mu changes in x where that is least, and 1 in mu."""
+        """Return what 1 in mu changes in x where that is least, and 1 in mu."""
         # That is J J^T, which decays like e^{2a}, or e^{4a}.
         pulled = flatten(self.g.pullback(self.w0, torch.ones(self.shape, dtype=self.dtype)))
         size = np.exp(4 * a) * _smallest(pulled) ** 2
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
-        """Give Eq. (7) with the time derivative of R_a's gradient, and -grad f."""
+        """Return Eq. (7) with the time derivative of R_a's gradient, and -grad f."""
         rate, a = schedule.rate(t), schedule.accumulated(t)
         x = self.tensor(y[: self.size]).reshape(self.shape)
         slope, carried = self.slope(x)
@@ -238,7 +234,7 @@ class PrimalView(Coordinates):
         return -np.concatenate([_numpy(dx).reshape(-1), _numpy(carried).reshape(-1)])
 
     def _pushed(self, mu: Tensor, a: float, dmu: Tensor, da: float) -> Tensor:
-        """Give d primal/dmu dmu + d primal/da da."""
+        """Return d primal/dmu dmu + d primal/da da."""
         if self.R.elementwise:  # both derivatives are diagonal: one backward pass gives them
             with torch.enable_grad():
                 at = mu.requires_grad_(), torch.full_like(mu, a, requires_grad=True)
@@ -263,28 +259,35 @@ def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> C
     if isinstance(loss, LeastSquares) and loss.Z.dtype == torch.float64:
         linear = loss
     if view == "parameters":
-        if linear and isinstance(g, Hadamard) and isinstance(h, WeightDecay):
-            return HadamardView(linear, g, h, w0)
+        if linear and g.elementwise and g.takes_arrays and h.takes_arrays:
+            return ArrayParameterView(linear, g, h, w0)
         return ParameterView(loss, g, h, w0)
     R = legendre(g, h, w0)
     if view == "primal":
         return PrimalView(loss, g, w0, R)
-    if linear and isinstance(R, HyperbolicEntropy):
-        return HyperbolicView(linear, g, w0, R)
+    primal = R.array_primal() if linear else None
+    if linear and primal is not None:
+        return ArrayMirrorView(linear, g, w0, R, primal)
     return MirrorView(loss, g, w0, R)
 
 
 def _smallest(values: Tensor) -> float:
-    """Give the smallest size of an entry that is not 0; 1 if all are."""
+    """Return the smallest size of an entry that is not 0; 1 if all are."""
     sizes = values[values != 0].abs()
     return float(sizes.min()) if len(sizes) else 1.0
 
 
+def _scaled(loss: LeastSquares) -> tuple[Array, Array]:
+    """Return Z/n, on flattened x, and y/n: Z/n x - y/n is the derivative in the predictions."""
+    n = len(loss.y)
+    return _numpy(loss.Z).reshape(n, -1) / n, _numpy(loss.y) / n
+
+
 def _a(schedule: Schedule, t: Array) -> Tensor:
-    """Give a_t at the saved times."""
+    """Return a_t at the saved times."""
     return torch.from_numpy(np.asarray(schedule.accumulated(t)))
 
 
 def _numpy(value: Tensor) -> Array:
-    """Give a float64 NumPy array."""
+    """Return a float64 NumPy array."""
     return value.detach().to(torch.float64).numpy()

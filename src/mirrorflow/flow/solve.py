@@ -15,7 +15,7 @@ from .._solution import Solution
 from ..regularizer import Regularizer, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
-from ._integrator import SMALLEST_ATOL, Run
+from ._integrator import SMALLEST_ATOL, Integration
 from ._views import Array, Loss, make
 
 __all__ = ["FlowStats", "flow"]
@@ -26,7 +26,7 @@ STIFF_LIMIT = 100  # unknowns; above it LSODA's finite-difference Jacobians cost
 
 @dataclass(frozen=True)
 class FlowStats:
-    """What an integration took: steps, evaluations of the gradient, seconds, and how far it got."""
+    """The cost of an integration: steps, evaluations, seconds, and the time t that it reached."""
 
     steps: int
     evaluations: int
@@ -71,7 +71,7 @@ def flow(
     view : str
         The coordinates to integrate in.
     save_at : sequence of float, optional
-        Ascending times in [0, t_end] at which to give the path (interpolated, at no extra steps);
+        Ascending times in [0, t_end] at which to return the path (interpolated, at no extra steps);
         by default the solver's own steps, with the breakpoints among them.
     rtol : float
         The relative tolerance, in [100 eps, 1) for the eps of the dtype of w0.
@@ -92,7 +92,7 @@ def flow(
         ``value`` the final x. ``path``, of tensors: t and a (float64), x, mu, and in the view
         "parameters" w. ``status`` completed, diverged, left_domain or max_steps, with a
         RuntimeWarning unless completed: then the last row of the path, and ``value``, are the last
-        good state, at the time ``stats.t``. A RuntimeWarning too if decay, before it ends, takes w
+        good state, at the time ``stats.t``. A RuntimeWarning also if decay, before it ends, takes w
         or x below what ``atol`` can resolve.
 
     Raises
@@ -120,7 +120,7 @@ def flow(
     begun = time.perf_counter()
     coordinates = make(view, loss, g, h, w0)
     method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
-    run = Run(coordinates, schedule, t_end, (rtol, atol), method, max_steps, times)
+    run = Integration(coordinates, schedule, t_end, (rtol, atol), method, max_steps, times)
     status = run.integrate()
     if not status.ok:
         warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
@@ -172,5 +172,5 @@ def _save_times(save_at: Any, t_end: float) -> Array:
     times = np.atleast_1d(np.asarray(save_at, dtype=np.float64))
     inside = ((times >= 0) & (times <= t_end)).all()
     if times.ndim != 1 or not len(times) or not inside or (np.diff(times) < 0).any():
-        raise ValueError(f"flow: save_at must be ascending times in [0, {t_end}]")
+        raise ValueError(f"flow: save_at must be ascending times in [0, {t_end}], got {save_at!r}")
     return times

@@ -1,24 +1,9 @@
-r"""Legendre functions R_a: `legendre` makes the one of a commuting pair (g, h) started at w0."""
+r"""Legendre functions R_a: `legendre` makes the one of a commuting pair (g, h) started at w0.
 
-from .base import LegendreFunction, RangeError
-from .build import IncompatiblePair, legendre
-from .hyperbolic import HyperbolicEntropy, OneSidedEntropy
-from .logcosh import LogCoshEntropy
-from .matrix import MatrixEntropy
-from .numerical import Inversion
-from .power import PowerEntropy
-from .quadratic import QuadraticEntropy
+`__init__.pyi` lists the names. Each is imported on first use: the estimators take the formulas of
+`_kernels` from here and do not wait for torch.
+"""
 
-__all__ = [
-    "HyperbolicEntropy",
-    "IncompatiblePair",
-    "Inversion",
-    "LegendreFunction",
-    "LogCoshEntropy",
-    "MatrixEntropy",
-    "OneSidedEntropy",
-    "PowerEntropy",
-    "QuadraticEntropy",
-    "RangeError",
-    "legendre",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

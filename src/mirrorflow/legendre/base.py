@@ -1,4 +1,4 @@
-r"""The Legendre function R_a: two maps, and what follows from them (Theorem 3.2)."""
+r"""The Legendre function R_a: two maps, and their consequences (Theorem 3.2)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._kernels import kkt_residual
+from .dual import Array, ArrayPrimal, DualProblem, LocalModel, NewtonProblem
 
 __all__ = [
     "LegendreFunction",
@@ -39,7 +42,8 @@ class LegendreFunction(ABC):
         Of x and mu.
     elementwise : bool
         Whether R_a is a sum over coordinates. Then every map broadcasts over leading dimensions,
-        and over ``a`` of shape (k, 1, ...), and the metric is a diagonal, given as a vector.
+        and the metric is a diagonal, given as a vector. ``a`` broadcasts as well: a vector of the
+        length of x is one number for each coordinate, k numbers for a batch have shape (k, 1).
     """
 
     elementwise: bool = False
@@ -48,22 +52,22 @@ class LegendreFunction(ABC):
 
     @abstractmethod
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give x = g(w(mu, a)); `RangeError` outside the range of the mirror map."""
+        """Return x = g(w(mu, a)); `RangeError` outside the range of the mirror map."""
 
     @abstractmethod
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give mu = grad R_a(x), the inverse of `primal`; `RangeError` outside the domain."""
+        """Return mu = grad R_a(x), the inverse of `primal`; `RangeError` outside the domain."""
 
     @abstractmethod
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give the convex conjugate R_a^*(mu), summed over the coordinates."""
+        """Return the convex conjugate R_a^*(mu), summed over the coordinates."""
 
     @abstractmethod
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give the lower and upper ends of mu, an open interval per coordinate."""
+        """Return the lower and upper ends of mu, an open interval per coordinate."""
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give the lower and upper ends of x, an open interval per coordinate."""
+        """Return the lower and upper ends of x, an open interval per coordinate."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
@@ -80,12 +84,73 @@ class LegendreFunction(ABC):
         return self.value(x, a) - self.value(y, a) - inner
 
     def centre(self, a: Scalar) -> Tensor:
-        """Give the minimizer of R_a, primal(0, a): the positional bias."""
+        """Return the minimizer of R_a, primal(0, a): the positional bias."""
         return self.primal(torch.zeros(self.shape, dtype=self.dtype), a)
 
     @abstractmethod
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the Hessian of R_a: a vector (diagonal) if elementwise, else a square matrix."""
+        """Return the Hessian of R_a: a vector (diagonal) if elementwise, else a square matrix."""
+
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> LegendreFunction:
+        r"""Return R_a(x) - <tilt, x>, up to a constant, as the Legendre function R_0 of a start.
+
+        That start is w(tilt, a), where the flow has taken w0. Where R_a is a sum over coordinates,
+        ``a`` and ``tilt`` may hold one number for each.
+
+        Raises
+        ------
+        TypeError
+            If this R_a has no such start.
+        """
+        raise TypeError(
+            f"folded: R must be a sum over coordinates, got {type(self).__name__}. Use one number "
+            "a for all coordinates."
+        )
+
+    # What `limit` and `flow` ask for.
+
+    def array_primal(self) -> ArrayPrimal | None:
+        """Return x and d x / d mu in NumPy, from mu (flattened) and a; None to have torch do it.
+
+        For an R that is a sum over coordinates. `limit` and the mirror view of `flow` are faster
+        with it.
+        """
+        return None
+
+    def dual_problem(self, Z: Array) -> DualProblem:
+        """Return the dual of min R_a(x) subject to Zx = y, for measurements Z (n, d).
+
+        By default x and its derivative come from `array_primal` where R defines it, else from
+        `primal` by automatic differentiation.
+        """
+        primal = self.array_primal()
+        return _Differentiated(self, Z) if primal is None else _InArrays(self, Z, primal)
+
+    def describes_training(self, Z: Array) -> bool:
+        """Return whether training on measurements Z (n, d) ends where R_a is least."""
+        return True
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return max ``|mirror(x, a) - mu|``, infinite outside the domain."""
+        try:
+            mirror = self.mirror(x, a)
+        except RangeError:
+            return np.inf
+        return kkt_residual(mirror, mu, torch.ones_like(mirror, dtype=torch.bool))
+
+    def _primal_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return |x - primal(mu, a)| / |x|, where `mirror` loses small parts of x to rounding."""
+        image = self.primal(mu, a)
+        unit = image.abs().max().clamp(min=1e-300)
+        return float(((x - image) / unit).norm() / (image / unit).norm().clamp(min=1e-300))
+
+    def sparsity_norm(self, x: Array) -> float:
+        """Return the norm of x that R_a tends to for a -> -inf: L1, or the trace norm."""
+        return float(np.abs(x).sum())
+
+    def sparsity_ceiling(self, mu: Array) -> float:
+        """Return sup <mu, x> over the x of `sparsity_norm` 1 in the domain."""
+        return float(np.abs(mu).max(initial=0.0))
 
     def _sum(self, per_coordinate: Tensor) -> Tensor:
         """Sum over the coordinates of one x, keeping batch dimensions."""
@@ -93,8 +158,60 @@ class LegendreFunction(ABC):
         return per_coordinate.sum(dims) if dims else per_coordinate
 
 
+class _InArrays(NewtonProblem):
+    """The dual problem of an R that knows x and d x / d mu in NumPy."""
+
+    def __init__(self, R: LegendreFunction, Z: Array, primal: ArrayPrimal) -> None:
+        self.R, self.Z, self.primal = R, Z, primal
+
+    def evaluate(self, mu: Array, a: float) -> LocalModel:
+        """Return x and its derivative."""
+        x, slope = self.primal(mu, a)
+        return LocalModel(x, slope, None, np.zeros_like(x))
+
+
+class _Differentiated(NewtonProblem):
+    """The dual problem of any R: x by `primal`, its derivatives by automatic differentiation."""
+
+    def __init__(self, R: LegendreFunction, Z: Array) -> None:
+        self.R, self.Z, self.eps = R, Z, torch.finfo(R.dtype).eps
+
+    def evaluate(self, mu: Array, a: float) -> LocalModel:
+        """Return x and its derivatives."""
+        at = torch.from_numpy(mu).to(self.R.dtype)
+        return self._elementwise(at, a) if self.R.elementwise else self._dense(at, a)
+
+    def _elementwise(self, mu: Tensor, a: float) -> LocalModel:
+        """Return d x / d mu as a diagonal. The batch of one keeps messages of `Inversion` cheap."""
+        mu = mu.reshape(1, *self.R.shape).requires_grad_()
+        x = self.R.primal(mu, a)
+        slope = torch.autograd.grad(x.sum(), mu, create_graph=True)[0]
+        bend = torch.zeros_like(mu)
+        if slope.requires_grad:  # not for a linear g
+            (bend,) = torch.autograd.grad(slope.sum(), mu, materialize_grads=True)
+        steep = _numpy(slope)
+        return LocalModel(_numpy(x), steep, None, np.abs(_numpy(bend)) / np.maximum(steep, 1e-300))
+
+    def _dense(self, mu: Tensor, a: float) -> LocalModel:
+        """Return d x / d mu by its eigenvalues and eigenvectors."""
+        mu = mu.requires_grad_()
+        x = self.R.primal(mu.reshape(self.R.shape), a).reshape(-1)
+        slope = np.stack([_numpy(torch.autograd.grad(xi, mu, retain_graph=True)[0]) for xi in x])
+        values, vectors = np.linalg.eigh((slope + slope.T) / 2)
+        return LocalModel(_numpy(x), np.maximum(values, 0.0), vectors, np.zeros(len(values)))
+
+    def require_centre(self, a: float) -> None:
+        """Raise `RangeError`, with the range, if mu = 0 is outside it."""
+        self.R.centre(a)
+
+
+def _numpy(value: Tensor) -> Array:
+    """Return a float64 vector."""
+    return value.detach().cpu().numpy().astype(np.float64).reshape(-1)
+
+
 def near_bregman(metric: Callable[[Tensor], Tensor], y: Tensor, step: Tensor) -> Tensor:
-    r"""Give step^2 int_0^1 (1 - s) R''(y + s step) ds per coordinate, by Gauss's rule.
+    r"""Return step^2 int_0^1 (1 - s) R''(y + s step) ds per coordinate, by Gauss's rule.
 
     For x = y + step close to y, where R(x) - R(y) - R'(y)(x - y) would lose its digits.
     """
@@ -114,20 +231,26 @@ def checked(R: LegendreFunction, name: str, argument: Tensor, a: Scalar) -> None
     if argument.ndim < len(R.shape) or ends != tuple(R.shape):
         raise ValueError(f"{name} must have shape {tuple(R.shape)}, got {tuple(argument.shape)}")
     if torch.isnan(argument).any():
-        raise ValueError(f"{name} holds NaN")
-    if not torch.isfinite(torch.as_tensor(a)).all():
+        raise ValueError(f"{name} must be a number, got NaN")
+    amount = torch.as_tensor(a)
+    if not torch.isfinite(amount).all():
         raise ValueError(f"a must be finite, got {a}")
+    if not R.elementwise and amount.numel() != 1:
+        raise ValueError(
+            "a must be one number for an R that is not a sum over coordinates, got "
+            f"{amount.numel()}. Call once for each a."
+        )
 
 
 def softplus(y: Tensor) -> Tensor:
-    """Give log(1 + e^y); torch's own gives y from y = 20 on, which is off by 2e-9."""
+    """Return log(1 + e^y); torch's own returns y from y = 20 on, which is off by 2e-9."""
     return -torch.nn.functional.logsigmoid(-y)
 
 
 def interior(mu: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Move a mu that rounds to an end of its open range to the nearest number inside.
 
-    So that `primal` takes whatever `mirror` gives. The derivatives stay those of mu.
+    So that `primal` takes whatever `mirror` returns. The derivatives stay those of mu.
     """
     with torch.no_grad():
         inside = torch.minimum(mu, torch.nextafter(upper, lower))
@@ -136,7 +259,7 @@ def interior(mu: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def outside(mu: Tensor, lower: Tensor, upper: Tensor, inside: Tensor) -> str:
-    """Say which coordinate of mu is outside, and the interval that it has to be in."""
+    """Return which coordinate of mu is outside, and the interval it has to be in."""
     lower, upper = lower.expand_as(inside), upper.expand_as(inside)
     where = tuple(torch.nonzero(~inside)[0].tolist())
     bounds = f"({lower[where]:.6g}, {upper[where]:.6g})"

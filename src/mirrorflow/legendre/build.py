@@ -1,4 +1,4 @@
-r"""Legendre functions R_a: `legendre` makes the one of a commuting pair (g, h) started at w0."""
+r"""The Legendre function R_a of a commuting pair (g, h) started at w0."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class IncompatiblePair(ValueError):
 
 
 def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
-    r"""Give the Legendre function R_a of a commuting pair started at w0 (Theorem 3.2).
+    r"""Return the Legendre function R_a of a commuting pair started at w0 (Theorem 3.2).
 
     Parameters
     ----------
@@ -84,6 +84,9 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     tensor([-10.6931, -10.6931, -10.6931], dtype=torch.float64)
     """
     require_pair("legendre", g, h, w0)
+    own = g.closed_form(h, w0)
+    if own is not None:
+        return own
     closed = _closed_form(g, h, w0)
     if closed is None or closed is QuadraticEntropy:  # the others always commute
         report = check(in_double(g), h, w0)
@@ -93,7 +96,7 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
 
 
 def _closed_form(g: Reparam, h: Regularizer, w0: Parameters) -> Any:
-    """Give the class of R_a where it has a closed form; the start is for the class to check."""
+    """Return the class of R_a where it has a closed form; the start is for the class to check."""
     decay, separable = isinstance(h, WeightDecay), isinstance(h, Separable)
     match g:
         case Hadamard() | Depth(k=2) if decay:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..regularizer import Regularizer, Separable, WeightDecay
 from ..reparam import Depth, Hadamard, Parameters, PowerDifference, Reparam, factors
+from ._exponential_duals import HyperbolicDual, OneSidedDual, flat, shared_slope
+from ._kernels import arcsinh_ratio, exp_sinh, exp_sinh_cosh, kkt_residual
 from .base import LegendreFunction, RangeError, Scalar, checked
+from .dual import Array, ArrayPrimal, ExponentialDual, ExponentialProblem
 
-__all__ = ["HyperbolicEntropy", "OneSidedEntropy", "arcsinh_ratio", "entropy_excess"]
+__all__ = ["HyperbolicEntropy", "OneSidedEntropy", "entropy_excess"]
+
+FAINT = 1e-290  # an x that decays below it loses its digits, and then is 0
 
 
 class HyperbolicEntropy(LegendreFunction):
@@ -63,9 +69,9 @@ class HyperbolicEntropy(LegendreFunction):
         one_sided = torch.isinf(log_u2) | torch.isinf(log_v2)
         if one_sided.any():
             raise ValueError(
-                f"{int(one_sided.sum())} of {one_sided.numel()} coordinates of {g} start with "
-                f"{_condition(g)}, where R_a is the one-sided entropy; start all coordinates so, "
-                "or none"
+                f"{g}: all coordinates or none must start with {_condition(g)}, where R_a is the "
+                f"one-sided entropy, got {int(one_sided.sum())} of {one_sided.numel()} coordinates "
+                f"with {_condition(g)}. Change some of w0."
             )
         # x = e^p - e^q with p, q = log u^2, log v^2 + ...: A = 2 e^{(p+q)/2}, rho = (p-q)/2.
         log_A0 = math.log(2) + 0.5 * (log_u2 + log_v2)
@@ -73,25 +79,25 @@ class HyperbolicEntropy(LegendreFunction):
         return cls(log_A0, rho0, speed, decay=0.5 * (up + down), drift=0.5 * (up - down))
 
     def log_A(self, a: Scalar) -> Tensor:
-        """Give log A = log A_0 + kappa a per coordinate."""
+        """Return log A = log A_0 + kappa a per coordinate."""
         return self.log_A0 + self.decay * a
 
     def rho(self, a: Scalar) -> Tensor:
-        """Give rho = rho_0 + delta a per coordinate."""
+        """Return rho = rho_0 + delta a per coordinate."""
         return self.rho0 + self.drift * a
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give A sinh(s mu + rho), formed in logarithms so that only x itself can overflow."""
+        """Return A sinh(s mu + rho), formed in logarithms so that only x itself can overflow."""
         checked(self, "mu", mu, a)
-        return _exp_sinh(self.log_A(a), self.speed * mu + self.rho(a))
+        return exp_sinh(self.log_A(a), self.speed * mu + self.rho(a))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give (arcsinh(x/A) - rho) / s."""
+        """Return (arcsinh(x/A) - rho) / s."""
         checked(self, "x", x, a)
         return (arcsinh_ratio(x, self.log_A(a)) - self.rho(a)) / self.speed
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give sum (A/s) cosh(s mu + rho)."""
+        """Return sum (A/s) cosh(s mu + rho)."""
         checked(self, "mu", mu, a)
         t = self.speed * mu + self.rho(a)
         log_A = self.log_A(a)
@@ -121,15 +127,50 @@ class HyperbolicEntropy(LegendreFunction):
         return self._sum(torch.where(small, near, x * e - root_x + root_y)) / self.speed
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give all of R."""
+        """Return all of R."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the diagonal 1 / (s sqrt(x^2 + A^2))."""
+        """Return the diagonal 1 / (s sqrt(x^2 + A^2))."""
         checked(self, "x", x, a)
         A = torch.exp(self.log_A(a))
         return 1 / (self.speed * torch.hypot(*torch.broadcast_tensors(x, A)))
+
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> HyperbolicEntropy:
+        """Return R_a(x) - <tilt, x>, whose constants are log A and rho + s tilt."""
+        rho = self.rho(a) + self.speed * tilt
+        return HyperbolicEntropy(self.log_A(a), rho, self.speed, self.decay, self.drift)
+
+    def array_primal(self) -> ArrayPrimal:
+        """Return x = A sinh(s mu + rho) and s A cosh(s mu + rho), in NumPy."""
+        log_A0, rho0 = flat(self.log_A0), flat(self.rho0)
+        decay, drift = (_per_coordinate(v, self.shape) for v in (self.decay, self.drift))
+
+        def primal(mu: Array, a: float) -> tuple[Array, Array]:
+            x, cosh = exp_sinh_cosh(log_A0 + decay * a, self.speed * mu + (rho0 + drift * a))
+            return x, self.speed * cosh
+
+        return primal
+
+    def dual_problem(self, Z: Array) -> ExponentialProblem:
+        """Return the problem of x = A sinh(s Z^T theta + rho)."""
+
+        def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
+            return HyperbolicDual(Q, flat(self.log_A(a)) - log_unit, flat(self.rho(a)), self.speed)
+
+        def log_size(a: float) -> float:
+            return float((flat(self.log_A(a)) + np.abs(flat(self.rho(a)))).max(initial=-np.inf))
+
+        same_shape = shared_slope(self.drift) == 0
+        return ExponentialProblem(
+            Z, make, log_size, shared_slope(self.decay) if same_shape else None
+        )
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return max |mirror(x, a) - mu| over the coordinates that do not underflow."""
+        held = torch.maximum(x.abs(), self.primal(mu, a).abs()) > FAINT
+        return kkt_residual(self.mirror(x, a), mu, held)
 
 
 class OneSidedEntropy(LegendreFunction):
@@ -165,26 +206,28 @@ class OneSidedEntropy(LegendreFunction):
         positive = torch.isinf(log_v2)
         if not (positive ^ torch.isinf(log_u2)).all():
             raise ValueError(f"{g} must start with {_condition(g)} and x0 != 0 in every coordinate")
-        decay = torch.where(positive, up, down) if up != down else up
-        return cls(torch.where(positive, log_u2, log_v2), 2.0 * positive - 1, speed, decay)
+        same = not isinstance(up, Tensor) and not isinstance(down, Tensor) and up == down
+        decay = up if same else torch.where(positive, up, down)
+        sign = 2.0 * positive.to(log_u2.dtype) - 1
+        return cls(torch.where(positive, log_u2, log_v2), sign, speed, decay)
 
     def log_scale(self, a: Scalar) -> Tensor:
-        """Give log(X_0 e^{kappa a}), the logarithm of the centre."""
+        """Return log(X_0 e^{kappa a}), the logarithm of the centre."""
         return self.log_x0 + self.decay * a
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give sigma X_0 e^{kappa a + s sigma mu}."""
+        """Return sigma X_0 e^{kappa a + s sigma mu}."""
         checked(self, "mu", mu, a)
         return self.sign * torch.exp(self.log_scale(a) + self.speed * self.sign * mu)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give sigma (log|x| - log(X_0 e^{kappa a})) / s; x = 0 is outside (mu is infinite)."""
+        """Return sigma (log|x| - log(X_0 e^{kappa a})) / s; x = 0 is outside (mu is infinite)."""
         checked(self, "x", x, a)
         self._require(x, closed=False)
         return self.sign * (torch.log(x.abs()) - self.log_scale(a)) / self.speed
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give sum |x| / s at x = primal(mu, a)."""
+        """Return sum |x| / s at x = primal(mu, a)."""
         return self._sum(self.primal(mu, a).abs()) / self.speed
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
@@ -204,12 +247,12 @@ class OneSidedEntropy(LegendreFunction):
         return self._sum(y.abs() * entropy_excess(r)) / self.speed
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give all of R."""
+        """Return all of R."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give the half-line on which x starts."""
+        """Return the half-line on which x starts."""
         infinite, zero = torch.full(self.shape, torch.inf, dtype=self.dtype), torch.zeros(())
         return (
             torch.where(self.sign > 0, zero, -infinite),
@@ -217,10 +260,51 @@ class OneSidedEntropy(LegendreFunction):
         )
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the diagonal 1 / (s |x|)."""
+        """Return the diagonal 1 / (s |x|)."""
         checked(self, "x", x, a)
         self._require(x, closed=False)
         return 1 / (self.speed * x.abs())
+
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> OneSidedEntropy:
+        """Return R_a(x) - <tilt, x>, whose constant is log X_0 + kappa a + s sigma tilt."""
+        scale = self.log_scale(a) + self.speed * self.sign * tilt
+        return OneSidedEntropy(scale, self.sign, self.speed, self.decay)
+
+    def array_primal(self) -> ArrayPrimal:
+        """Return x = sigma X_0 e^{kappa a + s sigma mu} and s |x|, in NumPy."""
+        log_x0, sign = flat(self.log_x0), flat(self.sign)
+        decay = _per_coordinate(self.decay, self.shape)
+
+        def primal(mu: Array, a: float) -> tuple[Array, Array]:
+            size = np.exp(log_x0 + decay * a + self.speed * sign * mu)
+            return sign * size, self.speed * size
+
+        return primal
+
+    def dual_problem(self, Z: Array) -> ExponentialProblem:
+        """Return the problem of x = sigma X_0 e^{kappa a + s sigma Z^T theta}."""
+
+        def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
+            log_x0 = flat(self.log_scale(a)) - log_unit
+            return OneSidedDual(Q, log_x0, flat(self.sign), self.speed)
+
+        def log_size(a: float) -> float:
+            return float(flat(self.log_scale(a)).max(initial=-np.inf))
+
+        return ExponentialProblem(Z, make, log_size, shared_slope(self.decay))
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return max |mirror(x, a) - mu| over the coordinates that do not underflow."""
+        held = torch.maximum(x.abs(), self.primal(mu, a).abs()) > FAINT
+        try:
+            mirror = self.mirror(torch.where(held, x, self.sign), a)
+        except RangeError:
+            return np.inf
+        return kkt_residual(mirror, mu, held)
+
+    def sparsity_ceiling(self, mu: Array) -> float:
+        """Return the largest entry of sigma mu: x keeps its signs."""
+        return float((flat(self.sign) * mu).max(initial=0.0))
 
     def _require(self, x: Tensor, closed: bool) -> None:
         """Raise `RangeError` unless x has the signs of the start."""
@@ -232,10 +316,15 @@ class OneSidedEntropy(LegendreFunction):
             raise RangeError(f"x{list(where)} = {x[where]:.6g} is outside the domain {interval}")
 
 
+def _per_coordinate(value: float | Tensor, shape: torch.Size) -> Array | float:
+    """Return a slope as a number, or as a vector of one number for each coordinate."""
+    return flat(value.expand(shape)) if isinstance(value, Tensor) else float(value)
+
+
 def _exponents(
     g: Reparam, h: Regularizer, w0: Parameters
 ) -> tuple[Tensor, Tensor, float, float, float]:
-    r"""Give log U, log V, s, k_u, k_v so that x = U e^{s mu + k_u a} - V e^{-s mu + k_v a}.
+    r"""Return log U, log V, s, k_u, k_v so that x = U e^{s mu + k_u a} - V e^{-s mu + k_v a}.
 
     m * w = (u^2 - v^2)/2 with u = u0 e^{mu + a}, v = v0 e^{-mu + a} (weight decay), and for
     u^2 - v^2 with h = c_u u^2 - c_v v^2 the factors are u0 e^{2(mu + c_u a)} and
@@ -260,35 +349,8 @@ def _condition(g: Reparam) -> str:
     return "u0 = 0 or v0 = 0" if isinstance(g, PowerDifference) else "|m0| = |w0|"
 
 
-def _exp_sinh(log_A: Tensor, t: Tensor) -> Tensor:
-    """Give A sinh(t) without forming e^t alone, which may overflow where A e^t does not."""
-    log_A, t = torch.broadcast_tensors(log_A, t)
-    small, size = t.abs() < 1, t.abs()
-    near = torch.exp(log_A) * torch.sinh(torch.where(small, t, 0.0))
-    far = torch.sign(t) * torch.exp(log_A + size) * (-torch.expm1(-2 * size)) / 2
-    return torch.where(small, near, far)
-
-
-def arcsinh_ratio(x: Tensor, log_A: Tensor) -> Tensor:
-    """Give arcsinh(x/A): in logarithms where |x|/A > 1e8, where the derivative overflows too."""
-    x, log_A = torch.broadcast_tensors(x, log_A)
-    size = x.abs()
-    big = torch.log(torch.where(size > 0, size, 1.0)) - log_A > 18.4
-    big = big & (size > 0)
-    # Both branches are made finite before `where`, so that neither spoils the other's gradient.
-    small_x, safe_log = torch.where(big, 0.0, x), torch.where(big, 0.0, log_A)
-    near = torch.asinh(small_x * torch.exp(-safe_log.clamp(min=-_log_max(log_A.dtype))))
-    far = torch.sign(x) * (math.log(2) + torch.log(torch.where(big, size, 1.0)) - log_A)
-    return torch.where(big, far, near)
-
-
-def _log_max(dtype: torch.dtype) -> float:
-    """Give the largest number whose exponential is finite, less a margin."""
-    return math.log(torch.finfo(dtype).max) - 1
-
-
 def _arcsinh_difference(x: Tensor, y: Tensor, A: Tensor, direct: Tensor) -> Tensor:
-    """Give arcsinh(x/A) - arcsinh(y/A), accurate when x is close to y."""
+    """Return arcsinh(x/A) - arcsinh(y/A), accurate when x is close to y."""
     x, y, A = torch.broadcast_tensors(x, y, A)
     close = (torch.sign(x) * torch.sign(y) > 0) & (direct.abs() < 1)
     # Ratios first: the products of two numbers of the size of A would underflow.
@@ -307,17 +369,17 @@ def _series(e: Tensor, first: int, step: int, coefficient: Callable[[int], float
 
 
 def _bregman_even(e: Tensor) -> Tensor:
-    """Give 1 - cosh e + e sinh e for |e| < 1/2."""
+    """Return 1 - cosh e + e sinh e for |e| < 1/2."""
     return _series(e, 2, 2, lambda k: 1 / math.factorial(k - 1) - 1 / math.factorial(k))
 
 
 def _bregman_odd(e: Tensor) -> Tensor:
-    """Give e cosh e - sinh e for |e| < 1/2."""
+    """Return e cosh e - sinh e for |e| < 1/2."""
     return _series(e, 3, 2, lambda k: 1 / math.factorial(k - 1) - 1 / math.factorial(k))
 
 
 def entropy_excess(r: Tensor) -> Tensor:
-    """Give (1 + r) log(1 + r) - r for r >= -1, without cancellation near 0."""
+    """Return (1 + r) log(1 + r) - r for r >= -1, without cancellation near 0."""
     small = r.abs() < 0.02
     near = _series(torch.where(small, r, 0.0), 2, 1, lambda k: (-1) ** k / (k * (k - 1)))
     far = torch.xlogy(1 + r, 1 + r) - r

@@ -64,7 +64,7 @@ class LogCoshEntropy(LegendreFunction):
         return cls(u * u, v * v, up, -down)
 
     def _ends(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give U and V; `RangeError` where their sum is not positive."""
+        """Return U and V; `RangeError` where their sum is not positive."""
         U, V = self.u2 + 2 * self.up * a, self.v2 + 2 * self.down * a
         if not (U + V > 0).all():
             raise RangeError(
@@ -74,12 +74,12 @@ class LogCoshEntropy(LegendreFunction):
         return U, V
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give (-U/2, V/2) per coordinate; it narrows as decay accumulates."""
+        """Return (-U/2, V/2) per coordinate; it narrows as decay accumulates."""
         U, V = self._ends(a)
         return -U / 2, V / 2
 
     def _squares(self, mu: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give u^2 and v^2 after checking that both are positive."""
+        """Return u^2 and v^2 after checking that both are positive."""
         checked(self, "mu", mu, a)
         lower, upper = self.range(a)
         inside = (mu > lower) & (mu < upper)
@@ -88,18 +88,18 @@ class LogCoshEntropy(LegendreFunction):
         return 2 * (mu - lower), 2 * (upper - mu)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give 1/2 log(u^2 / v^2)."""
+        """Return 1/2 log(u^2 / v^2)."""
         p, n = self._squares(mu, a)
         return 0.5 * (torch.log(p) - torch.log(n))
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        r"""Give 1/4 sum [u^2 log u^2 - u^2 + v^2 log v^2 - v^2], less its value at the start."""
+        r"""Return 1/4 sum [u^2 log u^2 - u^2 + v^2 log v^2 - v^2], less its value at the start."""
         p, n = self._squares(mu, a)
         excess = _entropy(p) + _entropy(n) - _entropy(self.u2) - _entropy(self.v2)
         return self._sum(excess) / 4
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give 1/2 [V s(2x) - U s(-2x)]."""
+        """Return 1/2 [V s(2x) - U s(-2x)]."""
         checked(self, "x", x, a)
         U, V = self._ends(a)
         mu = 0.5 * (V * torch.sigmoid(2 * x) - U * torch.sigmoid(-2 * x))
@@ -121,25 +121,30 @@ class LogCoshEntropy(LegendreFunction):
         return self._sum((U + V) * _softplus_excess(2 * y, 2 * (x - y))) / 4
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the diagonal S s(2x) s(-2x)."""
+        """Return the diagonal S s(2x) s(-2x)."""
         checked(self, "x", x, a)
         U, V = self._ends(a)
         return (U + V) * _logistic_slope(2 * x)
 
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> LogCoshEntropy:
+        """Return R_a(x) - <tilt, x>, whose constants are u^2 and v^2 at mu = tilt."""
+        u2, v2 = self._squares(torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape), a)
+        return LogCoshEntropy(u2, v2, self.up, self.down)
+
 
 def _entropy(s: Tensor) -> Tensor:
-    """Give s log s - s."""
+    """Return s log s - s."""
     return torch.xlogy(s, s) - s
 
 
 def _logistic_slope(y: Tensor) -> Tensor:
-    """Give s(y) s(-y), the second derivative of softplus."""
+    """Return s(y) s(-y), the second derivative of softplus."""
     return torch.exp(logsigmoid(y) + logsigmoid(-y))
 
 
 def _softplus_excess(y: Tensor, e: Tensor) -> Tensor:
-    """Give softplus(y + e) - softplus(y) - s(y) e >= 0, with a small relative error everywhere."""
-    # It does not change if y and e change their signs; s(y) <= 1/2 keeps the terms below apart.
+    """Return softplus(y + e) - softplus(y) - s(y) e >= 0, accurate relative to itself."""
+    # It stays the same if y and e change signs; s(y) <= 1/2 keeps the terms below apart.
     y, e = torch.where(y > 0, -y, y), torch.where(y > 0, -e, e)
     small, over = e.abs() < 1, y + e > 0
     near = near_bregman(_logistic_slope, y, torch.where(small, e, 0.0))

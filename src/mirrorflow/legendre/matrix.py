@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import Parameters, Reparam, SymmetricFactor
+from ._matrix_dual import MatrixDual, commutator, smat, svec
 from .base import LegendreFunction, RangeError, Scalar, checked
+from .dual import Array, ExponentialDual, ExponentialProblem
 from .hyperbolic import entropy_excess
 
 __all__ = ["MatrixEntropy"]
+
+COMMUTING = 1e-10  # relative size of commutators below which sensing matrices commute
 
 
 class MatrixEntropy(LegendreFunction):
@@ -48,43 +53,43 @@ class MatrixEntropy(LegendreFunction):
         off = (X0 - beta * torch.eye(len(X0), dtype=X0.dtype)).abs().max()
         if not beta > 0 or off > max(1e-10, 100 * torch.finfo(X0.dtype).eps) * beta:
             raise ValueError(
-                f"{g}: R_a is known for U0 U0^T = beta I with beta > 0 only (Corollary C.3); the "
-                f"start is off by {off:.1e}. Take U0 = sqrt(beta) times an orthogonal matrix"
+                f"{g}: U0 must satisfy U0 U0^T = beta I with beta > 0 (Corollary C.3), got a start "
+                f"that is off by {off:.1e}. Take U0 = sqrt(beta) times an orthogonal matrix."
             )
         return cls(len(X0), math.log(float(beta)), X0.dtype)
 
     def log_scale(self, a: Scalar) -> Scalar:
-        """Give log(beta e^{2a})."""
+        """Return log(beta e^{2a})."""
         return self.log_beta + 2 * a
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give all symmetric matrices."""
+        """Return all symmetric matrices."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def domain(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give the bounds of the eigenvalues: X must be positive definite."""
+        """Return the bounds of the eigenvalues: X must be positive definite."""
         return torch.zeros((), dtype=self.dtype), torch.tensor(torch.inf, dtype=self.dtype)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give beta e^{2a} exp(2 mu) for a symmetric mu."""
+        """Return beta e^{2a} exp(2 mu) for a symmetric mu."""
         self._check("mu", mu, a)
         shift = torch.as_tensor(self.log_scale(a), dtype=mu.dtype)
         eye = torch.eye(self.n, dtype=mu.dtype)
         return torch.linalg.matrix_exp(2 * mu + shift * eye)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give 1/2 (log X - log(beta e^{2a}) I); `RangeError` unless X is positive definite."""
+        """Return 1/2 (log X - log(beta e^{2a}) I); `RangeError` unless X is positive definite."""
         self._check("x", x, a)
         eye = torch.eye(self.n, dtype=x.dtype)
         return 0.5 * (_Log.apply(x) - self.log_scale(a) * eye)  # pyright: ignore
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give 1/2 Tr X at X = primal(mu, a)."""
+        """Return 1/2 Tr X at X = primal(mu, a)."""
         return 0.5 * self.primal(mu, a).diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
-        """Evaluate R_a(X); finite on the boundary too, where X is singular."""
+        """Evaluate R_a(X); finite also on the boundary, where X is singular."""
         self._check("x", x, a)
         trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)
         return 0.5 * (_Entropy.apply(x) - trace * (1 + self.log_scale(a)))  # pyright: ignore
@@ -101,10 +106,46 @@ class MatrixEntropy(LegendreFunction):
         return 0.5 * _InverseExpDerivative.apply(_Log.apply(x), direction)  # pyright: ignore
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the Hessian as an (n^2, n^2) matrix that acts on flattened symmetric matrices."""
+        """Return the Hessian as an (n^2, n^2) matrix that acts on flattened symmetric matrices."""
         self._check("x", x, a)
         basis = torch.eye(self.n**2, dtype=x.dtype).reshape(-1, self.n, self.n)
         return self.apply_metric(x, a, basis).reshape(self.n**2, self.n**2)
+
+    def dual_problem(self, Z: Array) -> ExponentialProblem:
+        """Return the problem of X = beta e^{2a} expm(2 sum theta_i Z_i), on half-vectors."""
+
+        def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
+            return MatrixDual(Q, self.n, float(self.log_scale(a)) - log_unit)
+
+        def log_size(a: float) -> float:
+            return float(self.log_scale(a))
+
+        half = svec(self._symmetric(Z))
+        return ExponentialProblem(half, make, log_size, 2.0, lambda v: smat(v, self.n).reshape(-1))
+
+    def describes_training(self, Z: Array) -> bool:
+        """Return whether the sensing matrices commute; else the flow of U U^T ends elsewhere."""
+        return commutator(self._symmetric(Z)) <= COMMUTING
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return |X - primal(mu, a)| / |X|: `mirror` loses the small eigenvalues to rounding."""
+        return self._primal_residual(x, (mu + mu.mT) / 2, a)
+
+    def sparsity_norm(self, x: Array) -> float:
+        """Return the trace norm of X."""
+        return float(np.abs(self._eigenvalues(x)).sum())
+
+    def sparsity_ceiling(self, mu: Array) -> float:
+        """Return the largest eigenvalue: X has no negative ones."""
+        return float(self._eigenvalues(mu).max(initial=0.0))
+
+    def _symmetric(self, Z: Array) -> Array:
+        """Return the symmetric parts of flattened matrices."""
+        full = Z.reshape(*Z.shape[:-1], self.n, self.n)
+        return (full + np.swapaxes(full, -1, -2)) / 2
+
+    def _eigenvalues(self, v: Array) -> Array:
+        return np.asarray(np.linalg.eigvalsh(self._symmetric(v)), dtype=np.float64)
 
     def _check(self, name: str, matrix: Tensor, a: Scalar) -> None:
         """Require a symmetric matrix of the right shape."""
@@ -202,7 +243,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _divided_log(log_s: Tensor) -> Tensor:
-    """Give (log s_i - log s_j)/(s_i - s_j), and 1/s_i where they meet, from log s."""
+    """Return (log s_i - log s_j)/(s_i - s_j), and 1/s_i where they meet, from log s."""
     one, two = log_s[..., :, None], log_s[..., None, :]
     apart = (one - two).abs()
     ratio = torch.where(apart > 0, apart / -torch.expm1(-apart), 1.0)

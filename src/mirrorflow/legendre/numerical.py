@@ -52,19 +52,19 @@ class Inversion(LegendreFunction):
     # The state: factors stacked (elementwise), or joined to one vector (dense).
 
     def _start(self, shape: torch.Size) -> Tensor:
-        """Give w0 as a state, for a batch of the given shape."""
+        """Return w0 as a state, for a batch of the given shape."""
         if not self.elementwise:
             return flatten(self.w0)
         return torch.stack([f.expand(shape) for f in factors(self.w0)])
 
     def _unpack(self, state: Tensor) -> Parameters:
-        """Give the parameters that a state holds."""
+        """Return the parameters that a state holds."""
         if not self.elementwise:
             return unflatten(state, self.w0)
         return state[0] if isinstance(self.w0, Tensor) else tuple(state.unbind(0))
 
     def _pack(self, w: Parameters) -> Tensor:
-        """Give the state that holds w."""
+        """Return the state that holds w."""
         return torch.stack(factors(w)) if self.elementwise else flatten(w)
 
     # The geometry at a state: J^T, J, grad h and J J^T.
@@ -79,14 +79,14 @@ class Inversion(LegendreFunction):
         return self._pack(self.h.gradient(self._unpack(state), self.g))
 
     def _gram(self, state: Tensor) -> Tensor:
-        """Give J J^T: its diagonal if elementwise, else a matrix."""
+        """Return J J^T: its diagonal if elementwise, else a matrix."""
         if self.elementwise:
             return (self._pull(state, torch.ones_like(state[0])) ** 2).sum(0)
         J = torch.func.jacrev(lambda s: self.g(self._unpack(s)).reshape(-1))(state)
         return J @ J.mT
 
     def _solve(self, state: Tensor, dx: Tensor) -> Tensor:
-        """Give (J J^T)^{-1} dx."""
+        """Return (J J^T)^{-1} dx."""
         if self.elementwise:
             return dx / self._gram(state)
         return torch.linalg.solve(self._gram(state), dx.reshape(-1)).reshape(dx.shape)
@@ -94,7 +94,7 @@ class Inversion(LegendreFunction):
     # The maps.
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give g(w(mu, a))."""
+        """Return g(w(mu, a))."""
         return self.g(self._unpack(self._flow(mu, a)))
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
@@ -102,7 +102,7 @@ class Inversion(LegendreFunction):
         return self._inverse(x, a)[0]
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give (J J^T)^{-1} at w: the diagonal if elementwise, else a (d, d) matrix."""
+        """Return (J J^T)^{-1} at w: the diagonal if elementwise, else a (d, d) matrix."""
         gram = self._gram(self._inverse(x, a)[1])
         return 1 / gram if self.elementwise else torch.linalg.inv(gram)
 
@@ -118,19 +118,24 @@ class Inversion(LegendreFunction):
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
         """Follow every coordinate both ways at fixed a, and see where its mu goes."""
         if not self.elementwise:
-            raise RangeError(
-                f"the range of mu is not a box for {self.g}: its coordinates share parameters"
-            )
+            raise RangeError(f"the range of mu is not known per coordinate: {self._reason()}")
         lower, upper = self._ends(a).to(self.dtype)
         return lower, upper
 
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> Inversion:
+        """Return R_a(x) - <tilt, x>, up to a constant, from the start w(tilt, a)."""
+        if not self.elementwise:
+            return super().folded(a, tilt)  # type: ignore[return-value]
+        mu = torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape)
+        return Inversion(self.g, self.h, self._unpack(self._flow(mu, a).detach()))
+
     def _flow(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give the state w(mu, a), differentiable."""
+        """Return the state w(mu, a), differentiable."""
         self._check("mu", mu, a)
         return _Flow.apply(mu, self._spread(a, mu), self)  # pyright: ignore
 
     def _inverse(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give mu and the state w at g(w) = x, differentiable."""
+        """Return mu and the state w at g(w) = x, differentiable."""
         self._check("x", x, a)
         return _Inverse.apply(x, self._spread(a, x), self)  # pyright: ignore
 
@@ -139,15 +144,21 @@ class Inversion(LegendreFunction):
         checked(self, name, argument, a)
         if not self.elementwise and argument.shape != self.shape:
             one, got = tuple(self.shape), tuple(argument.shape)
-            raise ValueError(f"{name} must have shape {one}, without a batch, got {got}")
+            raise ValueError(
+                f"{name} must have shape {one}, without a batch, got {got}: {self._reason()}"
+            )
+
+    def _reason(self) -> str:
+        """Return why R_a is not a sum over coordinates."""
+        return (self.h if self.g.elementwise else self.g).why_not_elementwise()
 
     def _spread(self, a: Scalar, like: Tensor) -> Tensor:
-        """Give a as a tensor: one number per coordinate if elementwise, else one number."""
+        """Return a as a tensor: one number per coordinate if elementwise, else one number."""
         value = torch.as_tensor(a, dtype=like.dtype)
         return value.expand(like.shape) if self.elementwise else value.reshape(())
 
     def _ends(self, a: Scalar) -> Tensor:
-        """Give the limits of mu on both sides, stacked; all coordinates in one integration.
+        """Return the limits of mu on both sides, stacked; all coordinates in one integration.
 
         The clock of each coordinate makes w and J change at most at unit rate relative to their
         size, so that nothing becomes singular, whatever blows up or dies; mu then converges like a
@@ -183,7 +194,7 @@ class Inversion(LegendreFunction):
         return unit * torch.where(shrink < 0.7, end, side * torch.inf)
 
     def _bend(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Give J^T and |dJ / dmu| / |J| of an elementwise pair."""
+        """Return J^T and |dJ / dmu| / |J| of an elementwise pair."""
         with torch.enable_grad():
             at = state.detach().requires_grad_()
             (slope,) = torch.autograd.grad(
@@ -196,7 +207,7 @@ class Inversion(LegendreFunction):
         return slope.detach(), torch.linalg.vector_norm(half, dim=0) / (2 * square.detach().sqrt())
 
     def _centre(self, a: Tensor, shape: torch.Size) -> Tensor:
-        """Give w(0, a), where R_a is smallest."""
+        """Return w(0, a), where R_a is smallest."""
         zero = torch.zeros(shape, dtype=self.dtype)
         moved = self._moved(self._start(shape), zero, a.expand(shape))
         if moved is None:
@@ -214,7 +225,7 @@ class Inversion(LegendreFunction):
         return moved
 
     def _moved(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor | None:
-        """Integrate dw = J^T dmu + grad h da from a state; None if there is no solution."""
+        """Integrate dw = J^T dmu + grad h da from a state; return None if there is no solution."""
 
         def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
             return self._pull(s, dmu) + da * self._decay(s), none
@@ -223,7 +234,7 @@ class Inversion(LegendreFunction):
         return None if moved is None else moved[0]
 
     def _move_to(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Integrate straight from g(w) to x at fixed a; give w and the change of mu."""
+        """Integrate straight from g(w) to x at fixed a; return w and the change of mu."""
         dx = x - self.g(self._unpack(state))
 
         def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +254,7 @@ class Inversion(LegendreFunction):
         return moved
 
     def _out_of_range(self, mu: Tensor, a: Scalar) -> str:
-        """Say that w(mu, a) does not exist, and why where that is known."""
+        """Return that w(mu, a) does not exist, and why where that is known."""
         if not self.elementwise or mu.numel() > 16 or mu.shape != self.shape:
             return f"w(mu, a) does not exist at a = {a}: the flow of {self.g} ends before it"
         try:
@@ -334,7 +345,7 @@ def integrate(
     rtol: float = RTOL,
     own_scale: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Integrate (state, extra) over unit time; None if there is no solution.
+    """Integrate (state, extra) over unit time; return None if there is no solution.
 
     The absolute tolerance follows the size of w coordinate by coordinate, so that a factor that is
     0 next to one that has decayed to e^{-150} is accurate relative to that one; with ``own_scale``
@@ -361,7 +372,7 @@ def integrate(
         return rtol * 1e-2 * _joined(scale, more.abs().clamp(min=1))
 
     with np.errstate(all="ignore"), torch.no_grad():
-        atol: Any = tolerance(start)  # SciPy takes an array too
+        atol: Any = tolerance(start)  # SciPy takes an array as well
         solver = DOP853(rhs, 0.0, start, 1.0, rtol=rtol, atol=atol)
         done, spent = 0.0, 0
         while solver.status == "running" and solver.nfev < spent + MAX_EVALUATIONS:

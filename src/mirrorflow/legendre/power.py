@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import Parameters, PowerDifference, Reparam, factors
+from ._kernels import arcsinh_ratio
 from .base import (
     LegendreFunction,
     RangeError,
@@ -22,7 +23,6 @@ from .base import (
     outside,
     softplus,
 )
-from .hyperbolic import arcsinh_ratio
 
 __all__ = ["PowerEntropy"]
 
@@ -62,16 +62,16 @@ class PowerEntropy(LegendreFunction):
         assert isinstance(g, PowerDifference) and g.k >= 2 and isinstance(h, Separable)
         u, v = factors(w0)
         if (u == 0).any() or (v == 0).any():
-            raise ValueError(f"{g}: u0 and v0 must not be 0 (g is not regular there)")
+            raise ValueError(f"{g}: u0 and v0 must not be 0, where g is not regular, got 0")
         c, power, (up, down) = 2 * g.k * (2 * g.k - 2), 2 - 2 * g.k, h.coefficients(g)
         return cls(g.k, u.abs() ** power / c, v.abs() ** power / c, up, -down)
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give (kappa_v a - c_v, c_u - kappa_u a) per coordinate."""
+        """Return (kappa_v a - c_v, c_u - kappa_u a) per coordinate."""
         return self.down * a - self.cv, self.cu - self.up * a
 
     def _slacks(self, mu: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give P and N after checking that both are positive."""
+        """Return P and N after checking that both are positive."""
         checked(self, "mu", mu, a)
         lower, upper = self.range(a)
         inside = (mu > lower) & (mu < upper)
@@ -80,12 +80,12 @@ class PowerEntropy(LegendreFunction):
         return self.c * (upper - mu), self.c * (mu - lower)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give P^{-q} - N^{-q}."""
+        """Return P^{-q} - N^{-q}."""
         P, N = self._slacks(mu, a)
         return P**-self.q - N**-self.q
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        r"""Give sum (P^{1-q} + N^{1-q}) / (c (q - 1))."""
+        r"""Return sum (P^{1-q} + N^{1-q}) / (c (q - 1))."""
         P, N = self._slacks(mu, a)
         return self._sum(self._energy(torch.log(P), torch.log(N)))
 
@@ -103,7 +103,7 @@ class PowerEntropy(LegendreFunction):
         return self._sum(x * self.mirror(x, a) - self._energy(*self._logs(x, a)))
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the diagonal 1 / (c q (P^{-q-1} + N^{-q-1}))."""
+        """Return the diagonal 1 / (c q (P^{-q-1} + N^{-q-1}))."""
         checked(self, "x", x, a)
         return self._curvature(x, a)
 
@@ -121,17 +121,22 @@ class PowerEntropy(LegendreFunction):
         near = near_bregman(lambda z: self._curvature(z, a), y, step)
         return self._sum(torch.where(close, near, far.clamp(min=0)))
 
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> PowerEntropy:
+        """Return R_a(x) - <tilt, x>, whose constants are c_u - kappa_u a - tilt and its like."""
+        lower, upper = self.range(a)
+        return PowerEntropy(self.k, upper - tilt, tilt - lower, self.up, self.down)
+
     # All of these in log P and log N: mu itself does not resolve them near an end of its range.
 
     def _interval(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give the range, which must not be empty."""
+        """Return the range, which must not be empty."""
         lower, upper = self.range(a)
         if not (upper > lower).all():
-            raise RangeError(f"a = {a}: the range of mu is empty; a must be smaller")
+            raise RangeError(f"a must be smaller, got {a}: the range of mu is empty")
         return lower, upper
 
     def _logs(self, x: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give log P and log N at x: P + N = S, N/P = e^w and F(w) = x S^q."""
+        """Return log P and log N at x: P + N = S, N/P = e^w and F(w) = x S^q."""
         lower, upper = self._interval(a)
         log_S = torch.log(self.c * (upper - lower))
         log_unit = math.log(2) - self.q * log_S
@@ -139,12 +144,12 @@ class PowerEntropy(LegendreFunction):
         return log_S + logsigmoid(-w), log_S + logsigmoid(w)
 
     def _energy(self, log_P: Tensor, log_N: Tensor) -> Tensor:
-        """Give the conjugate per coordinate."""
+        """Return the conjugate per coordinate."""
         r = 1 - self.q
         return (torch.exp(r * log_P) + torch.exp(r * log_N)) / (self.c * (self.q - 1))
 
     def _curvature(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the metric of an x that is checked."""
+        """Return the metric of an x that is checked."""
         log_P, log_N = self._logs(x, a)
         r = -self.q - 1
         return torch.exp(-torch.logaddexp(r * log_P, r * log_N)) / (self.c * self.q)
@@ -171,7 +176,7 @@ class _Split(torch.autograd.Function):
 
 
 def _slope(w: Tensor, q: float) -> Tensor:
-    """Give d tau / d w, with the largest power taken out: it cancels."""
+    """Return d tau / d w, with the largest power taken out: it cancels."""
     size = (q * softplus(w.abs())).detach()
     up, down = torch.exp(q * softplus(w) - size), torch.exp(q * softplus(-w) - size)
     steep = torch.sigmoid(w) * up + torch.sigmoid(-w) * down
@@ -179,7 +184,7 @@ def _slope(w: Tensor, q: float) -> Tensor:
 
 
 def _tau(w: Tensor, q: float) -> Tensor:
-    """Give arcsinh(F(w) / 2) for w >= 0, without forming a power that may overflow."""
+    """Return arcsinh(F(w) / 2) for w >= 0, without forming a power that may overflow."""
     log_up, falls = q * softplus(w), -torch.expm1(-q * w)  # F = (1 + e^w)^q (1 - e^{-qw})
     big = log_up > 40
     near = torch.asinh(torch.exp(torch.where(big, 0.0, log_up)) * falls / 2)

@@ -2,14 +2,18 @@ r"""R_a of commuting quadratic forms with weight decay (Theorem 3.10)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..regularizer import Regularizer, WeightDecay
 from ..reparam import CommutingQuadratic, Parameters, Reparam, factors
+from ._exponential_duals import OneSidedDual, flat
 from .base import LegendreFunction, RangeError, Scalar, checked, near_bregman
+from .dual import Array, ExponentialDual, ExponentialProblem
 
 __all__ = ["QuadraticEntropy", "in_double"]
 
@@ -43,32 +47,32 @@ class QuadraticEntropy(LegendreFunction):
         w, A = factors(w0)[0], g.A
         V, eigenvalues, off = _diagonalized(A)
         if off > _rounding(A):
-            raise ValueError(f"{g}: the A_i do not commute (off-diagonal part {off:.1e})")
+            raise ValueError(f"{g}: the A_i must commute, got an off-diagonal part of {off:.1e}")
         c = (V.mT @ w.to(torch.float64)).abs()
         if torch.linalg.matrix_rank(eigenvalues * c) < len(A):  # of the vectors A_i w0
-            raise ValueError(f"{g} is not regular at w0: the vectors A_i w0 are dependent")
+            raise ValueError(f"{g}: the vectors A_i w0 must be independent, got w0 = {w0}")
         return cls(eigenvalues.to(A.dtype), (2 * torch.log(c)).to(A.dtype))
 
     def _weights(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give the squared components of w(mu, a) in the eigenbasis."""
+        """Return the squared components of w(mu, a) in the eigenbasis."""
         return torch.exp(self.log_c2 + 2 * a + 2 * mu @ self.eigenvalues)
 
     def _hessian(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give d primal / d mu = J J^T."""
+        """Return d primal / d mu = J J^T."""
         return (self.eigenvalues * self._weights(mu, a)) @ self.eigenvalues.mT
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
-        """Give all of R^d."""
+        """Return all of R^d."""
         infinite = torch.full(self.shape, torch.inf, dtype=self.dtype)
         return -infinite, infinite
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give x_i = 1/2 sum_k lambda_ik w_k^2."""
+        """Return x_i = 1/2 sum_k lambda_ik w_k^2."""
         checked(self, "mu", mu, a)
         return 0.5 * self._weights(mu, a) @ self.eigenvalues.mT
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Give 1/4 |w(mu, a)|^2."""
+        """Return 1/4 |w(mu, a)|^2."""
         checked(self, "mu", mu, a)
         return 0.25 * self._weights(mu, a).sum(-1)
 
@@ -80,11 +84,11 @@ class QuadraticEntropy(LegendreFunction):
         return _Mirror.apply(x, torch.as_tensor(a, dtype=self.dtype), self)  # pyright: ignore
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Give the inverse of J J^T."""
+        """Return the inverse of J J^T."""
         return torch.linalg.inv(self._hessian(self.mirror(x, a), a))
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
-        r"""Evaluate the divergence as that of the conjugate, a sum of terms >= 0.
+        r"""Evaluate the divergence by the one of the conjugate, a sum of terms >= 0.
 
         With mu, nu the mirrors of x, y and e = 2 lambda^T (nu - mu) it is
         1/4 sum_k w_k(mu)^2 (exp(e_k) - 1 - e_k).
@@ -93,6 +97,23 @@ class QuadraticEntropy(LegendreFunction):
         checked(self, "y", y, a)
         mu, nu = self.mirror(x, a), self.mirror(y, a)
         return (self._weights(mu, a) * _exp_excess(2 * (nu - mu) @ self.eigenvalues)).sum(-1) / 4
+
+    def dual_problem(self, Z: Array) -> ExponentialProblem:
+        """Return the problem of s, the halved squares of w in the eigenbasis: x = Lambda s."""
+        eigenvalues = self.eigenvalues.numpy().astype(np.float64)
+
+        def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
+            log_s = flat(self.log_c2) + 2 * a - math.log(2) - log_unit
+            return OneSidedDual(Q, log_s, np.ones(len(log_s)), 2.0)
+
+        def log_size(a: float) -> float:
+            return float(flat(self.log_c2).max(initial=-np.inf)) + 2 * a
+
+        return ExponentialProblem(Z @ eigenvalues, make, log_size, 2.0, lambda s: eigenvalues @ s)
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return |x - primal(mu, a)| / |x|: `mirror` loses the small squares of w to rounding."""
+        return self._primal_residual(x, mu, a)
 
 
 class _Mirror(torch.autograd.Function):
@@ -113,7 +134,7 @@ class _Mirror(torch.autograd.Function):
 
 
 def in_double(g: Reparam) -> Reparam:
-    """Give g in float64, the precision of `check`; only quadratic forms hold numbers.
+    """Return g in float64, the precision of `check`; only quadratic forms hold numbers.
 
     Matrices that commute up to the rounding of a lower precision then commute.
     """
@@ -125,7 +146,7 @@ def in_double(g: Reparam) -> Reparam:
 
 
 def _diagonalized(A: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Give joint eigenvectors, the eigenvalues, and what is left off the diagonal, in float64."""
+    """Return joint eigenvectors, the eigenvalues, and what is left off the diagonal, in float64."""
     A = A.to(torch.float64)
     # A generic combination of commuting matrices has their joint eigenvectors.
     mix = torch.randn(len(A), generator=torch.Generator().manual_seed(0), dtype=A.dtype)
@@ -137,7 +158,7 @@ def _diagonalized(A: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _rounding(A: Tensor) -> float:
-    """Give the off-diagonal part that rounding may leave."""
+    """Return the off-diagonal part that rounding may leave."""
     return max(1e-8, 100 * torch.finfo(A.dtype).eps)
 
 
@@ -174,7 +195,7 @@ def _newton(R: QuadraticEntropy, x: Tensor, a: Tensor, steps: int = 1000) -> Ten
 
 
 def _descent(rates: Tensor, exponents: Tensor, gradient: Tensor) -> Tensor:
-    """Give the step log(1 + r) / r of Newton's, for the Hessian 1/4 rates exp(exponents) rates^T.
+    """Return the step log(1 + r) / r of Newton's, for the Hessian 1/4 rates exp(exponents) rates^T.
 
     The largest term is taken out of the Hessian. Its rows are sorted for the QR factorization,
     which then keeps the digits of terms of very different size.
@@ -190,7 +211,7 @@ def _descent(rates: Tensor, exponents: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _exp_excess(e: Tensor) -> Tensor:
-    """Give exp(e) - 1 - e, without cancellation near 0."""
+    """Return exp(e) - 1 - e, without cancellation near 0."""
     small = e.abs() < 1
     near = near_bregman(torch.exp, torch.zeros_like(e), torch.where(small, e, 0.0))
     return torch.where(small, near, torch.expm1(e) - e)

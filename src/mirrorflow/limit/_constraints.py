@@ -1,4 +1,4 @@
-"""The constraints Zx = y with orthonormal rows, and what of y no x can reach."""
+"""The constraints Zx = y with orthonormal rows, and the part of y that no x can reach."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-__all__ = ["Rows", "length", "orthonormal"]
+__all__ = ["Constraints", "length", "orthonormal"]
 
 Array = NDArray[np.float64]
 RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
@@ -19,7 +19,7 @@ potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Constraints:
     """Q x = b with orthonormal rows Q, equivalent to Z x = y where that has a solution.
 
     Attributes
@@ -39,17 +39,17 @@ class Rows:
 
     @property
     def consistent(self) -> bool:
-        """Whether some x has Zx = y."""
+        """Return whether some x has Zx = y."""
         return self.missed <= MISSED
 
 
 def length(v: Array) -> float:
-    """Give the Euclidean norm, also where squares would overflow or underflow."""
+    """Return the Euclidean norm, also where squares would overflow or underflow."""
     peak = float(np.abs(v).max(initial=0.0))
     return peak * float(np.linalg.norm(v / peak)) if peak > 0 else 0.0
 
 
-def orthonormal(Z: Array, y: Array) -> Rows:
+def orthonormal(Z: Array, y: Array) -> Constraints:
     """Orthonormalize the rows of Z (n, d), dropping dependent ones."""
     lengths = np.sqrt(np.einsum("ij,ij->i", Z, Z))
     scale = np.where(lengths > 0, lengths, 1.0)  # rows of any scale; a zero row is dropped below
@@ -61,11 +61,11 @@ def orthonormal(Z: Array, y: Array) -> Rows:
             inverse = trtri(factor, lower=1)[0]
             # inverse @ U, in half the time
             Q = trmm(1.0, inverse, U.T, side=1, lower=1, trans_a=1).T
-            return Rows(Q, inverse @ v, inverse.T / scale[:, None], 0.0)
+            return Constraints(Q, inverse @ v, inverse.T / scale[:, None], 0.0)
     return _by_singular_vectors(Z, y, U, v, scale)
 
 
-def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -> Rows:
+def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -> Constraints:
     """Keep the directions in which the rows are independent."""
     P, s, Q = np.linalg.svd(U, full_matrices=False)
     keep = s > DROP * max(s.max(initial=0.0), 1e-300)
@@ -76,4 +76,4 @@ def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -
     if missed > MISSED:  # the flow on |Zx - y|^2 projects y in its own metric, not in that of U
         b = np.linalg.lstsq(Z @ Q.T, y, rcond=None)[0]
         missed = float(np.linalg.norm(Z @ (Q.T @ b) - y) / np.linalg.norm(y))
-    return Rows(Q, np.asarray(b, dtype=np.float64), back, missed)
+    return Constraints(Q, np.asarray(b, dtype=np.float64), back, missed)

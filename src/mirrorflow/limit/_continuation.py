@@ -1,4 +1,4 @@
-r"""Follow the solution of Q x(theta, tau) = b from an easy scale tau down to the wanted ones."""
+r"""Continuation of the solution of Q x(theta, tau) = b from a large scale tau down."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ._duals import ExponentialDual
+from ..legendre import ExponentialDual
 from ._newton import NewtonSystem
 
-__all__ = ["VERTEX", "Point", "follow"]
+__all__ = ["VERTEX", "DualPoint", "follow"]
 
 Array = NDArray[np.float64]
 EPS = 2.2e-16
@@ -30,7 +30,7 @@ SHORTEST = 1e-4  # stride at which the continuation gives up
 
 
 @dataclass(frozen=True)
-class Point:
+class DualPoint:
     """One end point: x, its dual variable, and how good they are.
 
     ``slope`` is d theta / d tau, whose direction certifies how far x is from the L1 minimizer.
@@ -48,22 +48,22 @@ class Point:
 
     @property
     def solved(self) -> bool:
-        """Whether Qx = b holds to the tolerance."""
+        """Return whether Qx = b holds to the tolerance."""
         return self.residual < self.tolerance
 
 
-def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[Point]:
+def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[DualPoint]:
     """Solve Q x = b at each tau (descending); ``b`` has norm 1, or is 0."""
-    walker = _Walker(dual, b, max_steps)
-    easy = max(dual.easy(), taus[0])
-    if walker.correct(np.zeros(len(b)), easy, easy == taus[0], FIRST) is None:
-        return [walker.failed(tau) for tau in taus]
-    walker.start = easy
-    return [walker.go(tau) for tau in taus]
+    path = _Continuation(dual, b, max_steps)
+    first = max(dual.starting_scale(), taus[0])
+    if path.correct(np.zeros(len(b)), first, first == taus[0], FIRST) is None:
+        return [path.failed(tau) for tau in taus]
+    path.start = first
+    return [path.go(tau) for tau in taus]
 
 
-class _Walker:
-    """The state of the continuation: where it is, its tangent, and how far the next step goes."""
+class _Continuation:
+    """The state of the continuation: the point, its tangent, and the length of the next step."""
 
     def __init__(self, dual: ExponentialDual, b: Array, max_steps: int) -> None:
         self.dual, self.b, self.max_steps = dual, b, max_steps
@@ -72,7 +72,7 @@ class _Walker:
         self.start, self.drift, self.trial = -math.inf, math.inf, np.zeros(len(b))
         self.crossing, self.distrust = CROSSING, False
 
-    def go(self, tau: float) -> Point:
+    def go(self, tau: float) -> DualPoint:
         """Walk to ``tau`` and solve there."""
         while self.tau > tau and not self.stuck:
             left = self.tau - tau
@@ -86,31 +86,31 @@ class _Walker:
         if self.stuck:
             return self.failed(tau)
         vertex = self.residual < GOOD and self.drift < VERTEX
-        return Point(
+        return DualPoint(
             self.x, self.theta, self.tangent, self.residual, self._spent(), vertex,
             exhausted=self.steps >= self.max_steps,
         )  # fmt: skip
 
     def _spent(self) -> int:
-        """Give the Newton steps since the last call."""
+        """Return the Newton steps since the last call."""
         spent, self.counted = self.steps - self.counted, self.steps
         return spent
 
-    def failed(self, tau: float) -> Point:
-        """Give the last iterate at ``tau``, and whether there is no solution."""
+    def failed(self, tau: float) -> DualPoint:
+        """Return the last iterate at ``tau``, and whether there is no solution."""
         theta = self.trial
-        self.dual.place(theta, tau)
+        self.dual.evaluate(theta, tau)
         residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))
-        infeasible = self.dual.excludes(self.b, theta)
+        infeasible = self.dual.certifies_infeasible(self.b, theta)
         exhausted = self.steps >= self.max_steps
-        return Point(
+        return DualPoint(
             self.dual.x, theta, -theta, residual, self._spent(), False, infeasible, exhausted
         )
 
     def _step(self, length: float, tau: float) -> None:
         """Predict, correct, and adapt the stride to how hard that was."""
         theta, tangent = self.theta, self.tangent
-        guess = theta - length * tangent
+        guess = theta - length * tangent  # theta(tau - l) = theta - l theta' + l^2/2 theta'' + ...
         if self.drift > STRAIGHT:
             guess += (0.5 * length * length) * self.bend
         target = tau if self.tau - length <= tau * (1 + EPS) else self.tau - length
@@ -128,13 +128,14 @@ class _Walker:
         self.growth = min(2 * self.growth, GROWTH)
 
     def _cross(self, tau: float) -> bool:
-        """Jump to ``tau`` on the support that shows already; False if that was too early.
+        """Jump to ``tau`` on the support that shows already; return False if that was too early.
 
         Continued along its average slope since the start, theta lets every coordinate off the
         support go on falling, as (its size)^(length). Whatever solves Qx = b at ``tau`` is right.
         """
         heavy = self.system.w > SHOWS * self.system.w.max()
         slope, F = self.theta / (self.tau - self.start), self.system.FT[heavy]
+        # On the support F theta' = -u keeps x; elsewhere the slope stays the average one.
         slope = slope - np.linalg.lstsq(F, self.u[heavy] + F @ slope, rcond=None)[0]
         guess = self.theta - (self.tau - tau) * slope
         self.crossing = self.drift * CROSSING  # and not again before much has changed
@@ -148,7 +149,7 @@ class _Walker:
         """
         dual, best, tight = self.dual, math.inf, last or self.drift < SETTLED
         for k in range(limit):
-            dual.place(theta, tau)
+            dual.evaluate(theta, tau)
             residual = self.b - dual.Q @ dual.x
             size = math.sqrt(residual @ residual)
             if (not size < WILD and limit != FIRST) or self.steps >= self.max_steps:
@@ -156,8 +157,11 @@ class _Walker:
             self.trial = theta
             if not dual.weight.max(initial=0.0) > 0:  # all of x underflows: no step from here
                 return None
-            rough = dual.rough if self.drift > PLAIN and not self.distrust else None
-            system = NewtonSystem(dual.frame(), dual.speed * dual.weight, rough)
+            plain = self.drift > PLAIN and not self.distrust
+            # The Hessian s Q diag(A cosh t) Q^T of the potential, factored on its heavy columns.
+            system = NewtonSystem(
+                dual.basis(), dual.speed * dual.weight, dual.single_precision if plain else None
+            )
             self.steps += 1
             # Rounding of the exponents moves x by eps |t|: nothing below that can be reached.
             floor = EPS * (10 + dual.largest) * (1 + math.sqrt(dual.x @ dual.x))
@@ -165,11 +169,12 @@ class _Walker:
                 self._arrive(theta, tau, size, system)
                 return k
             best = min(best, size)
-            step = system.solve(residual)
-            beta = dual.reach(step)
+            step = system.solve(residual)  # F W F^T step = b - Q x
+            beta = dual.max_exponent_change(step)  # s max |Q^T step|
             if not tight and beta < LOOSE:
                 self._arrive(theta + step, tau, size, system)
                 return k
+            # Damped where the exponents change by far: log(1 + beta) / beta of Newton's step.
             theta = theta + (step if beta < 0.5 else math.log1p(beta) / beta * step)
         return None
 
@@ -183,8 +188,8 @@ class _Walker:
         mass, w = self.dual.mass, system.w
         u = np.divide(mass, w, out=np.zeros_like(mass), where=w > 0)
         self.u, self.system = u, system
-        self.tangent = -system.fit(u, seen=True)
-        moved = mass + w * (system.FT @ self.tangent)
+        self.tangent = -system.fit(u, seen=True)  # theta' = argmin sum w_i (F_i^T theta' + u_i)^2
+        moved = mass + w * (system.FT @ self.tangent)  # dx/dtau = x + W F^T theta'
         largest = float(np.abs(mass).max(initial=0.0))
         self.drift = float(np.abs(moved).max(initial=0.0)) / largest if largest > 0 else math.inf
         if self.drift < VERTEX and self.start > tau:
@@ -193,11 +198,11 @@ class _Walker:
             self.tangent = -system.fit(u)
 
     def _aim(self, u: Array, system: NewtonSystem) -> None:
-        """Point the tangent at the vertex: theta is linear in log A from here on.
+        """DualPoint the tangent at the vertex: theta is linear in log A from here on.
 
         Directions that no longer show in x keep their average slope since the start, at which
         every coordinate off the support goes on falling.
         """
-        slope = self.theta / (self.tau - self.start)
+        slope = self.theta / (self.tau - self.start)  # sinks coordinates off the support on average
         self.tangent = slope - system.fit(u + system.FT @ slope, seen=True)
         self.bend, self.stride = np.zeros_like(self.bend), math.inf

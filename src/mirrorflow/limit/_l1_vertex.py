@@ -10,8 +10,8 @@ from scipy.linalg import solve_triangular
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 
-from ._continuation import GOOD, Point
-from ._duals import ColumnDual
+from ..legendre._exponential_duals import ColumnDual
+from ._continuation import GOOD, DualPoint
 
 __all__ = ["at_vertex"]
 
@@ -24,7 +24,7 @@ MARGIN = 0.95  # how deep, of what SUNK asks for, a coordinate is pushed that wa
 ROUNDS = 20
 
 
-def at_vertex(dual: ColumnDual, b: Array, tau: float) -> Point | None:
+def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
     """Solve Q x = b at ``tau`` where its x is the sparsest L1 minimizer; None if it is not.
 
     The homotopy of the lasso (LARS) finds that x in a few cheap steps, if it is sparse. Any theta
@@ -46,7 +46,7 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> Point | None:
         columns = _LeastNorm(dual.Q[:, pushed])
         depth = np.where(support, 1.0, MARGIN)
         theta = columns.theta(((sign * wanted * depth - dual.shift) / dual.speed)[pushed])
-        dual.place(theta, tau)
+        dual.evaluate(theta, tau)
         high = ~support & (np.abs(dual.x) > np.exp(SUNK))
         if not high.any():
             return _point(dual, b, theta, columns.theta((sign * depth)[pushed]))
@@ -56,7 +56,7 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> Point | None:
 
 
 def _sparse(dual: ColumnDual, b: Array) -> Array | None:
-    """Give the L1 minimizer of Q x = b if the homotopy of the lasso gets there soon."""
+    """Return the L1 minimizer of Q x = b if the homotopy of the lasso gets there soon."""
     Q = dual.signed()
     with warnings.catch_warnings():  # a path that stops early is an answer here
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -68,7 +68,7 @@ def _sparse(dual: ColumnDual, b: Array) -> Array | None:
         return None
     x = np.zeros_like(x)
     x[support] = _LeastNorm(Q[:, support]).fit(b)
-    return x * dual.turn()
+    return x * dual.signs()
 
 
 class _LeastNorm:
@@ -78,17 +78,17 @@ class _LeastNorm:
         self.basis, self.factor = np.linalg.qr(K)
 
     def fit(self, b: Array) -> Array:
-        """Give x that minimizes |K x - b|."""
+        """Return x that minimizes |K x - b|."""
         return solve_triangular(self.factor, self.basis.T @ b)
 
     def theta(self, t: Array) -> Array:
-        """Give the shortest theta with K^T theta = t."""
+        """Return the shortest theta with K^T theta = t."""
         return self.basis @ solve_triangular(self.factor, t, trans=1)
 
 
-def _point(dual: ColumnDual, b: Array, theta: Array, certificate: Array) -> Point | None:
-    """Give the point where the dual has been placed, if it solves the whole problem."""
+def _point(dual: ColumnDual, b: Array, theta: Array, certificate: Array) -> DualPoint | None:
+    """Return the point where the dual has been placed, if it solves the whole problem."""
     residual = float(np.linalg.norm(b - dual.Q @ dual.x))
     if not residual < GOOD:
         return None
-    return Point(dual.x, theta, -certificate, residual, steps=0, vertex=True)
+    return DualPoint(dual.x, theta, -certificate, residual, steps=0, vertex=True)

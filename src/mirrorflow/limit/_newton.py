@@ -41,7 +41,7 @@ class NewtonSystem:
         The weights, >= 0.
     rough : array of shape (d, r), optional
         FT in single precision. Where the system is well conditioned, a factor of that precision,
-        for half the time, gives steps that are right to a few digits: enough for Newton's method,
+        for half the time, gives steps with a few correct digits: enough for Newton's method,
         whose residuals are exact.
     """
 
@@ -54,7 +54,7 @@ class NewtonSystem:
             self._double()
 
     def _single(self, rough: Single) -> bool:
-        """Factor in single precision; False where too many digits would be lost."""
+        """Factor in single precision; return False where too many digits would be lost."""
         unit = float(self.root.max(initial=0.0))
         if unit == 0.0:
             return False
@@ -69,12 +69,12 @@ class NewtonSystem:
     def _double(self) -> None:
         """Factor in double precision."""
         KT = self._heavy() if len(self.w) > MANY else self.FT * self.root[:, None]
-        gram = KT.T @ KT
+        gram = KT.T @ KT  # F W F^T = K K^T with K = F W^{1/2}
         self.factor, failed = potrf(gram, lower=1, clean=0)
         self.ill = failed != 0 or not _sound(self.factor, gram, ILL)
 
     def _heavy(self) -> Array:
-        """Give sqrt(W) F^T without the rows that do not reach the Gram matrix."""
+        """Return sqrt(W) F^T without the rows that do not reach the Gram matrix."""
         heavy = np.flatnonzero(self.w > LIGHT * self.w.max(initial=0.0))
         if 2 * len(heavy) > len(self.w):
             return self.FT * self.root[:, None]
@@ -90,20 +90,20 @@ class NewtonSystem:
         if self.order is not None and self.complete >= complete:
             return
         r, d = self.FT.shape[1], len(self.w)
-        order = np.argsort(-self.w, kind="stable")
+        order = np.argsort(-self.w, kind="stable")  # heavy rows of W^{1/2} F^T first
         last = 1e-16 * self.w[order[min(2 * r, d) - 1]]
         lightest = last if complete else max(last, LIGHT * self.w[order[0]])
         self.order = order[self.w[order] > lightest]
         KT = np.asfortranarray(self.FT[self.order] * self.root[self.order, None])
-        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)
+        self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)  # K^T P = H R, H orthogonal
         self.pivot, self.complete = pivot - 1, complete
-        size = np.abs(self.qr.diagonal())
+        size = np.abs(self.qr.diagonal())  # |R_kk| falls: the numerical rank is where it stops
         first = size.max(initial=0.0)
         self.seen = int((size > SEEN * first).sum())
         self.rank = int((size > 1e-140 * first).sum())
 
     def solve(self, r: Array) -> Array:
-        """Give z, zero in the directions whose effect on F x is below rounding."""
+        """Return z, zero in the directions whose effect on F x is below rounding."""
         if not len(r):
             return r
         if self.unit:
@@ -114,17 +114,17 @@ class NewtonSystem:
         self._orthogonal(complete=False)
         k, z = self.seen, np.zeros_like(r)
         R = self.qr[:k, :k]
-        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]
+        half = trtrs(R, r[self.pivot[:k]], trans=1)[0]  # K K^T z = P R^T R P^T z = r
         z[self.pivot[:k]] = trtrs(R, half)[0]
         return z
 
     def fit(self, u: Array, seen: bool = False) -> Array:
-        """Give z that minimizes sum w_i (F_i^T z - u_i)^2; light rows keep their digits.
+        """Return z that minimizes sum w_i (F_i^T z - u_i)^2; light rows keep their digits.
 
         With ``seen``, z is zero in the directions whose effect on F x is below rounding.
         """
         if not self.ill:
-            z = self.solve(self.FT.T @ (self.w * u))
+            z = self.solve(self.FT.T @ (self.w * u))  # normal equations F W F^T z = F W u
             if self.unit:  # one refinement doubles the digits
                 z = z + self.solve(self.FT.T @ (self.w * (u - self.FT @ z)))
             return z
@@ -132,13 +132,14 @@ class NewtonSystem:
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
         right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
         reflectors = self.qr[:, : len(self.tau)]
+        # R z = H^T W^{1/2} u: unlike the normal equations it keeps the digits of light rows.
         right = ormqr("L", "T", reflectors, self.tau, right, max(1, 64 * len(right)))[0]
         z[self.pivot[:k]] = trtrs(self.qr[:k, :k], right[:k, 0])[0]
         return z
 
 
 def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
-    """Whether no pivot has lost too much next to the diagonal it came from, in whatever units."""
+    """Return whether no pivot has lost too much next to the diagonal it came from."""
     pivots = factor.diagonal()
     return bool((pivots * pivots > least * least * gram.diagonal()).all())
 

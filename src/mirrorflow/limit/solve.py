@@ -14,26 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from .._solution import Solution, Status
-from ..legendre import (
-    HyperbolicEntropy,
-    LegendreFunction,
-    MatrixEntropy,
-    OneSidedEntropy,
-    QuadraticEntropy,
-    RangeError,
-)
-from ._constraints import Rows, length, orthonormal
-from ._continuation import Point
-from ._dense_newton import solve_general
-from ._duals import commutator
+from ..legendre import LegendreFunction
+from ..legendre._kernels import duality_gap
+from ._constraints import Constraints, length, orthonormal
+from ._continuation import DualPoint
 from ._newton import one_pool
-from ._problems import family
+from ._problems import solve_problem
 
 __all__ = ["LimitStats", "limit"]
 
 Array = NDArray[np.float64]
-FAINT = 1e-290  # an x that decays below it loses its digits, and then is 0
-COMMUTING = 1e-10  # relative size of commutators below which sensing matrices commute
 # From harmless to bad: a path has the status of its worst point.
 SEVERITY = (
     Status.vertex,
@@ -47,7 +37,7 @@ SEVERITY = (
 
 @dataclass(frozen=True)
 class LimitStats:
-    """What `limit` measured; along a path, arrays with one entry per ``a`` (except seconds).
+    """Measurements of `limit`; along a path, arrays with one entry per ``a`` (except seconds).
 
     Attributes
     ----------
@@ -75,7 +65,14 @@ class LimitStats:
     seconds: float
 
 
-def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) -> Solution:
+def limit(
+    R: LegendreFunction,
+    Z: Any,
+    y: Any,
+    a: Any,
+    max_steps: int = 2000,
+    per_coordinate: bool | None = None,
+) -> Solution:
     r"""Compute where training ends: the x of least R_a among those that fit the data.
 
     .. math:: \min_x R_a(x) \quad \text{subject to} \quad Z x = y
@@ -92,11 +89,16 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
         The measurements; rows may be dependent. For `MatrixEntropy` their symmetric parts count.
     y : Tensor or array of shape (n,)
         The targets.
-    a : float, or 1-d sequence of k floats
+    a : float, 1-d sequence of k floats, or array of shape R.shape
         The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
         the cost of a few single solves where all coordinates decay at the same rate.
     max_steps : int
         The limit on Newton steps, for a whole path or for one point.
+    per_coordinate : bool, optional
+        Whether ``a`` holds one number for each coordinate, as discrete training stores them, for an
+        R that is a sum over coordinates. R_a is then the R_0 of a start that is scaled per
+        coordinate; ``(k, *R.shape)`` makes a path. By default a sequence is a path of single
+        numbers; one of the length of x must say which it is.
 
     Returns
     -------
@@ -137,89 +139,111 @@ def limit(R: LegendreFunction, Z: Any, y: Any, a: Any, max_steps: int = 2000) ->
     >>> Z, y = torch.tensor([[1.0, 2.0]]), torch.tensor([2.0])
     >>> mf.limit(R, Z, y, a=5.0).value  # no effect of sparsity: the shortest solution
     tensor([0.4000, 0.8000], dtype=torch.float64)
-    >>> mf.limit(R, Z, y, a=[0.0, -5.0]).value  # decay makes it sparse
+    >>> mf.limit(R, Z, y, a=[0.0, -5.0], per_coordinate=False).value  # decay makes it sparse
     tensor([[0.3421, 0.8290],
             [0.0034, 0.9983]], dtype=torch.float64)
     """
     started = time.perf_counter()
     if not isinstance(R, LegendreFunction):
-        raise TypeError(f"R must be a LegendreFunction (mf.legendre makes one), got {type(R)}")
+        raise TypeError(f"R must be a LegendreFunction, got {type(R)}. Make one by mf.legendre.")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
-    rows_of, targets, scalar, steps = _checked(R, Z, y, a)
+    Zs, ys = _measurements(R, Z, y)
+    at, single = _amounts(R, a, per_coordinate)
     # Trial points may overflow; what is kept is checked.
     with np.errstate(all="ignore"), one_pool():
-        points, rows = _solve(R, rows_of, targets, steps, max_steps)
-        statuses = _statuses(R, rows_of, rows, points)
-        stats = _measure(R, rows_of, targets, steps, rows, points, scalar, started)
+        states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
+        points, constraints = _solve(states, Zs, ys, max_steps)
+        statuses = _statuses(points, constraints, R.describes_training(Zs))
+        stats = _measure(states, Zs, ys, constraints, points, single, started)
     _warn(statuses, stats)
-    x = np.stack([p.x for p in points]).reshape(len(steps), *R.shape)
-    theta = np.stack([rows.back @ p.theta for p in points])
+    x = np.stack([p.x for p in points]).reshape(len(at), *R.shape)
+    theta = np.stack([constraints.back @ p.theta for p in points])
     value, dual = torch.from_numpy(x).to(R.dtype), torch.from_numpy(theta).to(R.dtype)
-    if scalar:
+    if single:
         return Solution(value[0], statuses[0], stats, aux={"theta": dual[0]})
     worst = max(statuses, key=SEVERITY.index)
     return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
 
 
-def _checked(R: LegendreFunction, Z: Any, y: Any, a: Any) -> tuple[Array, Array, bool, list[float]]:
-    """Give Z (n, d), y (n,), whether ``a`` is one number, and the list of them."""
-    Zs, ys, at = _array("Z", Z), _array("y", y), _array("a", a)
+def _measurements(R: LegendreFunction, Z: Any, y: Any) -> tuple[Array, Array]:
+    """Return Z (n, d) and y (n,)."""
+    Zs, ys = _array("Z", Z), _array("y", y)
     if Zs.ndim == 0 or Zs.shape[1:] != tuple(R.shape):
         dims = "".join(f", {m}" for m in R.shape)
         raise ValueError(f"Z must have shape (n{dims}) to fit R, got {Zs.shape}")
     if ys.shape != Zs.shape[:1]:
         raise ValueError(f"y must have shape {Zs.shape[:1]} to fit Z, got {ys.shape}")
+    return Zs.reshape(len(ys), R.shape.numel()), ys
+
+
+def _amounts(
+    R: LegendreFunction, a: Any, per_coordinate: bool | None
+) -> tuple[list[float] | list[torch.Tensor], bool]:
+    """Return the list of all ``a``, and whether only one was given."""
+    at, shape = _array("a", a), tuple(R.shape)
+    if per_coordinate:
+        if (at.shape not in ((), shape) and at.shape[1:] != shape) or not at.size:
+            dims = ", ".join(map(str, ("k", *shape)))
+            raise ValueError(
+                f"a must have shape {shape} or ({dims}) with per_coordinate=True, got {at.shape}. "
+                "Pass one number for each coordinate."
+            )
+        rows = np.broadcast_to(at, shape)[None] if at.shape in ((), shape) else at
+        return [torch.tensor(row, dtype=R.dtype) for row in rows], len(at.shape) <= len(shape)
+    if per_coordinate is None and at.shape == shape and at.ndim == 1:
+        raise ValueError(
+            f"a must say what it holds where it is as long as x, got a vector of length {len(at)}. "
+            "Pass per_coordinate=True for one number per coordinate, or per_coordinate=False for a "
+            "path of single numbers."
+        )
     if at.ndim > 1 or at.size == 0:
-        raise ValueError(f"a must be a number or a non-empty 1-d sequence, got shape {at.shape}")
-    steps = [float(v) for v in at.reshape(-1)]
-    return Zs.reshape(len(ys), R.shape.numel()), ys, at.ndim == 0, steps
+        raise ValueError(
+            f"a must be a number or a non-empty 1-d sequence, got shape {at.shape}. Pass "
+            "per_coordinate=True for one number per coordinate."
+        )
+    return [float(v) for v in at.reshape(-1)], at.ndim == 0
 
 
 def _array(name: str, value: Any) -> Array:
-    """Give finite float64 numbers, or an error that names the argument."""
+    """Return finite float64 numbers, or an error that names the argument."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{name} is not an array of numbers: {error}") from None
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     array = array.astype(np.float64, copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinite entries")
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     return array
 
 
 def _solve(
-    R: LegendreFunction, Z: Array, y: Array, a: Sequence[float], max_steps: int
-) -> tuple[list[Point], Rows]:
-    """Solve for every ``a`` by the method for R."""
-    known = family(R, Z)
-    if known is not None:
-        rows = orthonormal(known.Z, y)
-        return known.solve(rows, a, max_steps), rows
-    rows = orthonormal(Z, y)
-    points: dict[int, Point] = {}
-    theta = None
-    for i in np.argsort(-np.asarray(a), kind="stable"):  # each starts from its neighbour
-        points[i] = solve_general(R, rows, a[i], theta, max_steps)
-        theta = points[i].theta if points[i].solved else None
-    return [points[i] for i in range(len(a))], rows
+    states: Sequence[tuple[LegendreFunction, float]], Z: Array, y: Array, max_steps: int
+) -> tuple[list[DualPoint], Constraints]:
+    """Solve the dual problem of every R_a; those of one R together."""
+    points: list[DualPoint] = []
+    shared = len({id(R) for R, _ in states}) == 1
+    groups = [states] if shared else [[state] for state in states]
+    constraints = None
+    for group in groups:
+        problem = group[0][0].dual_problem(Z)
+        constraints = constraints or orthonormal(problem.Z, y)
+        points += solve_problem(problem, constraints, [a for _, a in group], max_steps)
+    assert constraints is not None
+    return points, constraints
 
 
-def _statuses(R: LegendreFunction, Z: Array, rows: Rows, points: list[Point]) -> list[Status]:
-    """Say how each point was left."""
-    surrogate = False
-    if isinstance(R, MatrixEntropy):
-        full = Z.reshape(-1, R.n, R.n)
-        surrogate = commutator((full + full.transpose(0, 2, 1)) / 2) > COMMUTING
-    return [_status(p, rows.consistent, surrogate) for p in points]
+def _statuses(points: list[DualPoint], constraints: Constraints, exact: bool) -> list[Status]:
+    """Return the status of each point."""
+    return [_status(p, constraints.consistent, not exact) for p in points]
 
 
-def _status(point: Point, consistent: bool, surrogate: bool) -> Status:
-    """Say how one point was left."""
+def _status(point: DualPoint, consistent: bool, surrogate: bool) -> Status:
+    """Return the status of one point."""
     if point.infeasible or not consistent:
         return Status.inconsistent
     if not point.solved:
@@ -230,82 +254,46 @@ def _status(point: Point, consistent: bool, surrogate: bool) -> Status:
 
 
 def _measure(
-    R: LegendreFunction,
+    states: Sequence[tuple[LegendreFunction, float]],
     Z: Array,
     y: Array,
-    a: list[float],
-    rows: Rows,
-    points: list[Point],
-    scalar: bool,
+    constraints: Constraints,
+    points: list[DualPoint],
+    single: bool,
     started: float,
 ) -> LimitStats:
     """Measure every point against the problem as it was given."""
     size = length(y) or 1.0
     residual = np.array([length(Z @ p.x - y) / size for p in points])
-    mus = [(rows.back @ p.theta) @ Z for p in points]
-    kkt = np.array([_kkt(R, p.x, mu, ai) for p, mu, ai in zip(points, mus, a, strict=True)])
-    gap = np.array([_gap(R, Z, p, rows) for p in points])
+    mus = [(constraints.back @ p.theta) @ Z for p in points]
+    kkt = np.array([_kkt(*s, p.x, mu) for s, p, mu in zip(states, points, mus, strict=True)])
+    gap = np.array([_gap(R, Z, p, constraints) for (R, _), p in zip(states, points, strict=True)])
     steps = np.array([p.steps for p in points])
     seconds = time.perf_counter() - started
-    if scalar:
+    if single:
         return LimitStats(float(kkt[0]), float(residual[0]), float(gap[0]), int(steps[0]), seconds)
     return LimitStats(kkt, residual, gap, steps, seconds)
 
 
-def _kkt(R: LegendreFunction, x: Array, mu: Array, a: float) -> float:
+def _kkt(R: LegendreFunction, a: float, x: Array, mu: Array) -> float:
     """Compare x and mu by the maps of R, which the solvers of the closed forms do not use."""
     if not (np.isfinite(x).all() and np.isfinite(mu).all()):
         return np.inf
     point, dual = (torch.from_numpy(v).to(R.dtype).reshape(R.shape) for v in (x, mu))
-    if isinstance(R, MatrixEntropy | QuadraticEntropy):
-        image = R.primal((dual + dual.mT) / 2 if dual.ndim == 2 else dual, a)
-        unit = image.abs().max().clamp(min=1e-300)
-        return float(((point - image) / unit).norm() / (image / unit).norm().clamp(min=1e-300))
-    held = torch.ones_like(point, dtype=torch.bool)
-    if isinstance(R, HyperbolicEntropy | OneSidedEntropy):  # x that underflows has no mu left
-        held = torch.maximum(point.abs(), R.primal(dual, a).abs()) > FAINT
-        point = torch.where(held, point, R.primal(torch.zeros_like(dual), 0.0))
-    try:
-        error = (R.mirror(point, a) - dual)[held].abs()
-    except RangeError:
-        return np.inf
-    return float(error.max()) if error.numel() else 0.0
+    return R.kkt_residual(point, dual, a)
 
 
-def _gap(R: LegendreFunction, Z: Array, point: Point, rows: Rows) -> float:
-    """Give the relative duality gap of the smallest norm, with the better of two witnesses.
+def _gap(R: LegendreFunction, Z: Array, point: DualPoint, constraints: Constraints) -> float:
+    """Return the relative duality gap of the smallest norm, with the better of two witnesses.
 
     Any v proves that every solution has norm >= <v, b> / ceiling(Q^T v). theta becomes optimal like
     1/|log A|, and its slope in log A, where R_a has one, like a power of A.
     """
-    size = float(np.abs(_entries(R, point.x)).sum())
-    if size == 0:
-        return 0.0
-    bounds = []
+    norm, gaps = R.sparsity_norm(point.x), []
     for witness in (point.theta, -point.slope):
-        height = _ceiling(R, (rows.back @ witness) @ Z)
-        bounds.append(float(witness @ rows.b) / height if height > 0 else 0.0)
-    return min(1.0, max(0.0, 1 - max(bounds) / size))
-
-
-def _entries(R: LegendreFunction, v: Array) -> Array:
-    """Give the entries of a vector, or the eigenvalues of a matrix."""
-    if isinstance(R, MatrixEntropy):
-        M = v.reshape(R.n, R.n)
-        return np.asarray(np.linalg.eigvalsh((M + M.T) / 2), dtype=np.float64)
-    return v
-
-
-def _ceiling(R: LegendreFunction, mu: Array) -> float:
-    """Give sup <mu, x> over x of norm 1 in the domain of R, whose signs may be fixed."""
-    entries = _entries(R, mu)
-    match R:
-        case OneSidedEntropy():
-            return float((R.sign.numpy().reshape(-1) * entries).max(initial=0.0))
-        case MatrixEntropy():
-            return float(entries.max(initial=0.0))
-        case _:
-            return float(np.abs(entries).max(initial=0.0))
+        ceiling = R.sparsity_ceiling((constraints.back @ witness) @ Z)
+        gaps.append(duality_gap(norm, float(witness @ constraints.b), ceiling))
+    return min(gaps)
 
 
 def _warn(statuses: list[Status], stats: LimitStats) -> None:

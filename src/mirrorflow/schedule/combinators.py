@@ -45,7 +45,7 @@ class Joined(Schedule):
         return absorbed[part] + self._by_part(t, lambda s, local: s._integral(local))
 
     def _part(self, t: Array) -> NDArray[np.intp]:
-        """Give the index of the schedule that holds at each time."""
+        """Return the index of the schedule that holds at each time."""
         return np.searchsorted(self.starts, t, side="right") - 1
 
     def _by_part(self, t: Array, evaluate: Any) -> Array:
@@ -79,9 +79,9 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
     """
     parts = _pairs(parts)
     if not parts:
-        raise ValueError("join: at least one (schedule, duration) is needed")
+        raise ValueError("join: parts must hold at least one (schedule, duration), got none")
     if any(duration is None for _, duration in parts[:-1]):
-        raise ValueError("join: duration may be None in the last pair only, which goes on for ever")
+        raise ValueError("join: duration must be a number in all pairs but the last, got None")
     durations = [positive("join: duration", d) for _, d in parts[:-1]]
     if parts[-1][1] not in (None, math.inf):
         positive("join: duration", parts[-1][1])
@@ -90,14 +90,14 @@ def join(parts: Sequence[tuple[Schedule, float | None]]) -> Joined:
 
 
 def _pairs(parts: Any) -> list[tuple[Schedule, Any]]:
-    """Give the pairs as a list, or say what is none."""
+    """Return the pairs as a list, or say what is none."""
     if not isinstance(parts, Iterable):
-        raise TypeError(f"join: expected a list of (Schedule, duration) pairs, got {parts!r}")
+        raise TypeError(f"join: parts must be a list of (Schedule, duration) pairs, got {parts!r}")
     found = list(parts)
     for pair in found:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], Schedule)):
             wrong = pair[0] if isinstance(pair, Sequence) and len(pair) == 2 else pair
-            raise TypeError(f"join: expected (Schedule, duration) pairs, got {wrong!r}")
+            raise TypeError(f"join: parts must be (Schedule, duration) pairs, got {wrong!r}")
     return found
 
 
@@ -164,7 +164,7 @@ class Cyclic(Schedule):
         )
 
     def _cycle(self, t: Array) -> Array:
-        """Give the number of restarts by each time, those at the time itself included."""
+        """Return the number of restarts by each time, those at the time itself included."""
         cycle = np.floor(t / self.period)
         cycle -= cycle * self.period > t  # the quotient may be rounded up to a whole number,
         cycle += (cycle + 1) * self.period <= t  # or down
@@ -172,6 +172,6 @@ class Cyclic(Schedule):
 
 
 def _clock(start: float, local: float) -> float:
-    """Give the time at which the clock that starts at ``start`` shows ``local``, rounded up."""
+    """Return the time at which the clock that starts at ``start`` shows ``local``, rounded up."""
     t = start + local
     return t if t - start >= local else math.nextafter(t, math.inf)

@@ -1,4 +1,4 @@
-r"""What a schedule is, and those of a formula each."""
+r"""The abstract schedule, and schedules of one formula each."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Piecewise(Schedule):
             jumps = jumps[1:]
         if len(values) != len(jumps) + 1:
             raise ValueError(
-                f"Piecewise: rates needs one entry more than there are jumps in times "
+                f"Piecewise: rates must have one entry more than there are jumps in times "
                 f"({len(jumps)}), got {len(values)}"
             )
         if any(b <= a for a, b in zip((0.0, *jumps), jumps, strict=False)):
@@ -280,7 +280,7 @@ def _evaluate(function: Any, t: Any) -> Any:
 
 
 def finite(name: str, value: Any) -> float:
-    """Give ``value`` as a finite float, or an error that names it."""
+    """Return ``value`` as a finite float, or an error that names it."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -291,14 +291,14 @@ def finite(name: str, value: Any) -> float:
 
 
 def _several(name: str, values: Any) -> tuple[float, ...]:
-    """Give the numbers of a sequence."""
+    """Return the numbers of a sequence."""
     if getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
     return tuple(finite(name, value) for value in values)
 
 
 def positive(name: str, value: Any) -> float:
-    """Give ``value`` as a finite float > 0, or an error that names it."""
+    """Return ``value`` as a finite float > 0, or an error that names it."""
     number = finite(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}")

@@ -14,7 +14,7 @@ __all__ = ["schedule_from_dict", "schedule_to_dict"]
 
 
 def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
-    """Give a schedule as plain values, for JSON or YAML; `schedule_from_dict` makes it again.
+    """Return a schedule as plain values, for JSON or YAML; `schedule_from_dict` makes it again.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
     """
     kind = type(schedule).__name__
     if kind not in _makers() and not isinstance(schedule, Joined):
-        raise TypeError(f"{schedule!r} is not one of the schedules {', '.join(_makers())}")
+        raise TypeError(f"schedule must be one of {', '.join(_makers())}, got {schedule!r}")
     match schedule:
         case Constant(level=rate):
             return {"kind": kind, "rate": rate}
@@ -44,7 +44,7 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
         case Cyclic(inner, period, cycles):
             again = schedule_to_dict(inner)
             return {"kind": kind, "schedule": again, "period": period, "cycles": cycles}
-    raise TypeError(f"{schedule!r} only has the name of a schedule of this package")
+    raise TypeError(f"schedule must be of this package, got {schedule!r} of the same name")
 
 
 def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
@@ -68,21 +68,22 @@ def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
     """
     makers = _makers()
     kind = mapping.get("kind") if isinstance(mapping, Mapping) else None
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         raise ValueError(
-            f"a schedule is a mapping whose kind is one of {', '.join(makers)}, got {mapping!r}"
+            f"schedule must be a mapping whose kind is one of {', '.join(makers)}, got {mapping!r}"
         )
     fields = {name: value for name, value in mapping.items() if name != "kind"}
     needed = list(inspect.signature(makers[kind]).parameters)
     if set(fields) != set(needed):
         raise ValueError(
-            f"{kind} needs {' and '.join(needed)}, got {' and '.join(map(str, fields)) or 'none'}"
+            f"{kind}: the fields must be {' and '.join(needed)}, got "
+            f"{' and '.join(map(str, fields)) or 'none'}"
         )
     return makers[kind](**fields)
 
 
 def _makers() -> dict[Any, Callable[..., Schedule]]:
-    """Name what makes each schedule from plain values."""
+    """Return the function that makes each kind of schedule from plain values."""
     return {
         "Constant": Constant,
         "SwitchOff": SwitchOff,

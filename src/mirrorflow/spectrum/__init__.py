@@ -3,19 +3,28 @@
 - `product_spectrum` measures one product, or a batch, from its factors.
 - `SpectralTracker` finds the products in a model and measures them while it trains.
 - `audit` measures those of a checkpoint on disk.
+- `truncate` replaces them by their best approximations of lower rank.
 """
 
 from .audit import audit
 from .product import ProductSpectrum, product_spectrum
 from .records import Measurement, Record, table
 from .tracker import SpectralTracker
+from .truncate import TruncationPlan, plan_truncation, truncate
+from .truncation import Truncation, TruncationReport, truncated_product
 
 __all__ = [
     "Measurement",
     "ProductSpectrum",
     "Record",
     "SpectralTracker",
+    "Truncation",
+    "TruncationPlan",
+    "TruncationReport",
     "audit",
+    "plan_truncation",
     "product_spectrum",
     "table",
+    "truncate",
+    "truncated_product",
 ]

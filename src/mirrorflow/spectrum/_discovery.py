@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ._attention import Projections, caveats, outputs, projections
+from ._attention import Projections, forward_notes, outputs, projections
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
@@ -134,8 +134,8 @@ def _scores(found: Projections, shapes: Shapes, facts: Facts) -> Pair | str:
             f"Q has {queries} rows, K has {keys}, and the number of heads is unknown: it is read "
             "from the module, or from the config.json beside a file"
         )
-    told, _ = caveats(found.prefix, shapes, facts)
-    notes = (*found.notes, *_shared(heads, key_heads), *told)
+    acted, _ = forward_notes(found.prefix, shapes, facts)
+    notes = (*found.notes, *_shared(heads, key_heads), *acted)
     name, shape = module or "attention", (n, queries, m)
     return Pair(name, "attention", left, right, shape, heads, key_heads, notes=notes)
 
@@ -155,8 +155,8 @@ def _values(found: Projections, scores: Pair, shapes: Shapes, facts: Facts) -> P
         if not heads or not key_heads or r % heads or rows * heads != r * key_heads:
             heads = key_heads = None
         if heads or r == rows:
-            _, told = caveats(found.prefix, shapes, facts)
-            notes = (*found.notes, *_shared(heads, key_heads), *told)
+            _, acted = forward_notes(found.prefix, shapes, facts)
+            notes = (*found.notes, *_shared(heads, key_heads), *acted)
             shape = (n, r, m)
             return Pair(
                 scores.name, "value-output", left, value, shape, heads, key_heads, notes=notes

@@ -20,13 +20,16 @@ from ._shards import Rows, is_sharded
 
 __all__ = [
     "CHUNK",
+    "ROUNDING",
     "Entry",
     "ProductSpectrum",
     "double",
     "gram",
+    "lost_of",
     "of_grams",
     "of_matrix",
     "product_spectrum",
+    "smallest_rank",
     "spectrum_of_grams",
     "spectrum_of_products",
     "trace",
@@ -82,12 +85,51 @@ class ProductSpectrum:
         p = self.singular_values / self.nuclear[..., None]
         return torch.exp(-torch.xlogy(p, p).sum(-1))
 
+    def rank_for(self, energy: float) -> Tensor:
+        r"""Return the smallest rank that holds a share of the energy, the squared singular values.
+
+        It is the least k with ``sum_{i > k} s_i^2 <= (1 - energy) sum_i s_i^2``: the rank that the
+        truncated SVD keeps for a relative Frobenius error of ``sqrt(1 - energy)``. Singular values
+        that are rounding, below some ``1e-13 r |A| |B|``, count as 0, so that ``rank_for(1)`` is
+        the numerical rank.
+
+        Parameters
+        ----------
+        energy : float
+            In (0, 1], as 0.9, 0.95 and 0.99.
+
+        Returns
+        -------
+        Tensor of shape (...)
+            Float64: whole numbers; 0 where A B = 0, which nothing holds, and NaN where a factor is
+            not finite.
+
+        Raises
+        ------
+        ValueError
+            If the energy is outside (0, 1].
+
+        Examples
+        --------
+        >>> diagonal = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
+        >>> spectrum = product_spectrum(diagonal, torch.eye(3))
+        >>> [spectrum.rank_for(energy).item() for energy in (0.9, 0.95, 1)]
+        [1.0, 2.0, 2.0]
+        """
+        if not 0 < energy <= 1:
+            raise ValueError(
+                f"energy must be in (0, 1], got {energy}. Name a share, as in rank_for(0.99)."
+            )
+        size = (trace(self.gram_a) * trace(self.gram_b)).sqrt()
+        rounding = ROUNDING * self.gram_a.shape[-1] * size
+        return smallest_rank(self.singular_values, lost_of(energy), rounding)
+
     @property
     def imbalance(self) -> Tensor:
         """``A^T A - B B^T``, of shape (..., r, r).
 
-        Under gradient flow with decay it is e^{2a} times its value at the start, for any loss, so
-        that its size says how much decay has been absorbed.
+        Along the gradient flow with decay it is e^{2a} times its value at the start, for any loss.
+        With minibatches, momentum or Adam it is not: `mirrorflow.balance` has the exact account.
         """
         return self.gram_a - self.gram_b
 
@@ -162,6 +204,26 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
     return _spectrum(_detached(A).mT, _detached(B), group)
+
+
+def lost_of(energy: float) -> float:
+    """Return the share of the energy that may be lost, with the rounding of ``1 - energy`` on top.
+
+    So 0.9 of 9 + 1 is held by the 9.
+    """
+    return 1 - energy + EPS if energy < 1 else 0.0
+
+
+def smallest_rank(values: Tensor, lost: float, rounding: Tensor) -> Tensor:
+    """Return how many singular values to keep, that no more than a share of the energy is lost.
+
+    ``values`` (..., k) descend; those up to ``rounding`` (...) count as 0. What is kept of NaN is
+    NaN.
+    """
+    squares = torch.where(values > rounding[..., None], values / values[..., :1], 0.0) ** 2
+    tails = squares.flip(-1).cumsum(-1).flip(-1)  # tails[k]: what a rank of k loses
+    kept = (tails > lost * (1 + 1e-12) * tails[..., :1]).sum(-1).to(torch.float64)
+    return torch.where(torch.isnan(values[..., 0]), torch.nan, kept)
 
 
 def _detached(factor: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Record:
     gap : float
         ``(|A|_F^2 + |B|_F^2) / 2 - |A B|_*``, of the factors as they are stored, without the scale.
     imbalance : float
-        ``|A^T A - B B^T|_F``, likewise: under gradient flow with decay e^{2a} times its start.
+        ``|A^T A - B B^T|_F``, likewise. Decay shrinks it, the optimizer and the noise of
+        minibatches make it grow: `mirrorflow.balance` tells them apart.
     scale : float
         The model adds scale A B.
     """

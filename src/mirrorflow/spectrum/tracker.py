@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ._attention import NORMS
+from ._attention import normalizations
 from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows
@@ -267,7 +267,9 @@ class _Modules:
 
     def normalized(self, module: str) -> bool:
         """Whether there is a normalization of Q: some have no weights."""
-        norms = [getattr(m, n, None) for m in self._modules.get(module, ()) for n in NORMS]
+        norms = [
+            getattr(m, n, None) for m in self._modules.get(module, ()) for n in normalizations()
+        ]
         return any(isinstance(n, Module) and not isinstance(n, torch.nn.Identity) for n in norms)
 
     def adapter(self, module: str, name: str, rank: int) -> Adapter:

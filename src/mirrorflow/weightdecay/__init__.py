@@ -12,11 +12,12 @@
 - `convert`, `budget` and `scale_to_budget` translate between the units of a decay.
 """
 
+from ._lint_file import lint_file
 from .adapters import WeightDecayLR, WeightDecaySchedulers
 from .controllers import HoldRatio, PerLayer
 from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
-from .lint import Finding, lint, lint_file
+from .lint import Finding, lint
 from .preview import Preview, preview, table
 from .scheduler import WeightDecayScheduler
 from .units import Scaled, ScaledFunction, budget, convert, learning_rates, scale_to_budget

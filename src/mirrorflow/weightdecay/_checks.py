@@ -1,4 +1,4 @@
-"""What is refused or warned of before a schedule takes an optimizer over."""
+"""Checks and warnings before a schedule takes an optimizer over."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from ..schedule import Constant, Schedule
+from ._group_state import INITIAL
 from ._targets import Target
 from .coupling import COUNTED, CoupledDecayWarning
 from .feedback import Feedback, OffAtBudget
@@ -19,7 +19,6 @@ __all__ = [
     "check_decay",
     "check_exact_off",
     "check_free",
-    "check_not_captured",
     "check_schedules",
     "inner",
     "one_of",
@@ -30,12 +29,31 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def inner(optimizer: Any) -> Optimizer:
-    """Give the optimizer inside the wrappers of accelerate and Lightning."""
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = wrapped
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer
+    """Return the optimizer inside the wrappers of accelerate, Lightning and DeepSpeed.
+
+    DeepSpeed's ZeRO optimizers are not torch optimizers, but hold one.
+
+    Raises
+    ------
+    TypeError
+        If there is none that steps, and calls hooks.
+    """
+    found, seen = optimizer, [optimizer]
+    while (wrapped := getattr(seen[-1], "optimizer", None)) is not None and len(seen) < _DEEPEST:
+        seen.append(wrapped)
+        found = wrapped if isinstance(wrapped, Optimizer) else found
+    if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_pre_hooks"):
+        return found
+    if isinstance(found, Optimizer):
+        raise TypeError(
+            f"optimizer must be one that calls step hooks, got a {type(found).__name__} around "
+            f"{type(seen[-1]).__name__}, which holds no torch.optim.Optimizer. Give the optimizer "
+            "that takes the steps"
+        )
+    raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+_DEEPEST = 8  # wrappers, around one another
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> None:
@@ -44,13 +62,13 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def check_free(optimizer: Optimizer, kind: type) -> None:
-    """Raise if an object of this kind has its hooks in the optimizer already."""
+def check_free(optimizer: Optimizer, owner: type) -> None:
+    """Raise if a scheduler has its hooks, methods of ``owner``, in the optimizer already."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
-        if isinstance(getattr(inspect.unwrap(hook), "__self__", None), kind):
+        if isinstance(getattr(inspect.unwrap(hook), "__self__", None), owner):
             raise ValueError(
-                f"this {type(optimizer).__name__} has a {kind.__name__} already: close() it first, "
-                "or give one scheduler several schedules with groups="
+                f"this {type(optimizer).__name__} has a WeightDecayScheduler already: close() it "
+                "first, or give one scheduler several schedules with groups="
             )
 
 
@@ -59,6 +77,7 @@ def check_decay(
 ) -> None:
     """Raise if there is nothing to schedule, and say how to change that."""
     groups = optimizer.param_groups
+    _check_trained(optimizer)
     if not decoupled and not all("weight_decay" in group for group in groups):
         raise ValueError(
             f"{type(optimizer).__name__} has no weight_decay in its parameter groups: "
@@ -69,64 +88,96 @@ def check_decay(
             f"relative=True multiplies the decay of each group, and {type(optimizer).__name__} has "
             "no weight_decay: with relative=False the schedule gives the decay itself"
         )
-    if not any(t.schedule is not None and t.params(groups[t.group]) for t in targets):
+    _check_scheduled(groups, targets)
+
+
+def _check_trained(optimizer: Optimizer) -> None:
+    """Raise if an optimizer without decay holds nothing that is trained: it is a stand-in."""
+    groups = optimizer.param_groups
+    params = [p for group in groups for p in group["params"]]
+    if any("weight_decay" in group for group in groups) or any(p.requires_grad for p in params):
+        return
+    if params:
         raise ValueError(
-            "nothing to schedule: every parameter group has weight_decay 0, the default of "
-            "TrainingArguments and of most optimizers, and such groups stay without decay. Make "
-            "the optimizer with weight_decay > 0 (TrainingArguments(weight_decay=0.1); for LoRA+ "
-            "loraplus_weight_decay=0.1), or name what shall decay: groups=[(0, schedule)]"
+            f"optimizer must hold tensors that are trained, got a {type(optimizer).__name__} whose "
+            "tensors need no gradient. If it stands in for others that step in the backward pass, "
+            "as the Trainer's layer-wise optimizers do, give each of those its scheduler"
         )
 
 
-def check_exact_off(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
+def _check_scheduled(groups: Groups, targets: Sequence[Target]) -> None:
+    """Raise if no tensor follows a schedule, and say why; ZeRO-3 fills the groups step by step."""
+    scheduled = {t.group for t in targets if t.schedule is not None}
+    if any(groups[i]["params"] for i in scheduled):
+        return
+    if scheduled and not any(group["params"] for group in groups):
+        return
+    decays = [float(group.get(INITIAL, 0.0)) for group in groups]
+    if scheduled:
+        reason = (
+            f"no tensor is in the parameter groups that have a schedule, {sorted(scheduled)}, "
+            "and the others have weight_decay 0"
+        )
+    elif any(decays):
+        raise ValueError(
+            "nothing to schedule: schedule is None, and no rule of groups= chooses a parameter "
+            f"whose decay may be scheduled. The parameter groups have weight_decay {decays}. Give "
+            "a schedule, or rules that choose parameters by their index, name or module"
+        )
+    else:
+        reason = (
+            "every parameter group has weight_decay 0, the default of TrainingArguments and of "
+            "most optimizers, and such groups stay without decay"
+        )
+    raise ValueError(
+        f"nothing to schedule: {reason}. Make the optimizer with weight_decay > 0 "
+        "(TrainingArguments(weight_decay=0.1); for LoRA+ loraplus_weight_decay=0.1), or name what "
+        "shall decay: groups=[(0, schedule)]"
+    )
+
+
+def check_exact_off(
+    optimizer: Optimizer, targets: Sequence[Target], couplings: Sequence[str]
+) -> None:
     """Raise where the decay cannot be taken out of what the optimizer remembers."""
-    for target, kind in zip(targets, kinds, strict=True):
-        if target.schedule is not None and kind == "averaged":
+    for target, coupling in zip(targets, couplings, strict=True):
+        if target.schedule is not None and coupling == "averaged":
             raise ValueError(
                 "exact_off takes L2 out of the momentum of torch.optim.SGD, and "
-                f"{type(optimizer).__name__} moves the weights to copies or averages that it keeps "
-                "of them, which have absorbed the decay, too: leave exact_off out"
+                f"{type(optimizer).__name__} moves the weights to copies or averages of them, "
+                "which have absorbed the decay as well: leave exact_off out"
             )
-        if target.schedule is not None and kind in ("coupled", "unknown"):
+        if target.schedule is not None and coupling in ("coupled", "unknown"):
             raise ValueError(
-                f"exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in "
-                f"it. That of {type(optimizer).__name__} is not known to be (Adam's moments are "
-                "not), and what it holds of the decay cannot be told from the gradients then. "
-                "decoupled=True keeps the decay out of them from the start"
+                "exact_off takes L2 out of the momentum of torch.optim.SGD, which is linear in it. "
+                f"The state of {type(optimizer).__name__} is not (Adam's moments are not), so its "
+                "decay cannot be separated from its gradients. decoupled=True keeps the decay out "
+                "from the start"
             )
-
-
-def check_not_captured() -> None:
-    """Raise while a CUDA graph records, which would keep the decay of this moment."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
-            "of this moment for ever. Capture forward and backward, and step outside of the graph"
-        )
 
 
 def warn_if_coupled(
-    optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str], exact_off: bool
+    optimizer: Optimizer, targets: Sequence[Target], couplings: Sequence[str], exact_off: bool
 ) -> None:
     """Warn of a decay that a schedule cannot switch off, or that no ledger can count."""
     name = type(optimizer).__name__
     found = set()
-    for target, kind in zip(targets, kinds, strict=True):
-        if target.schedule is None or kind not in _ADVICE:
+    for target, coupling in zip(targets, couplings, strict=True):
+        if target.schedule is None or coupling not in _ADVICE:
             continue
-        if kind == "sgd" and exact_off:
+        if coupling == "sgd" and exact_off:
             continue
         momentum = optimizer.param_groups[target.group].get("momentum", 0)
-        if kind != "sgd" or (momentum != 0 and not isinstance(target.schedule, Constant)):
-            found.add(kind)
-    for kind in sorted(found):
-        warnings.warn(_ADVICE[kind].format(name=name), CoupledDecayWarning, stacklevel=4)
+        if coupling != "sgd" or (momentum != 0 and not isinstance(target.schedule, Constant)):
+            found.add(coupling)
+    for coupling in sorted(found):
+        warnings.warn(_ADVICE[coupling].format(name=name), CoupledDecayWarning, stacklevel=4)
 
 
 _ADVICE = {
     "sgd": (
         "{name} with momentum takes weight decay into the gradient: its buffer goes on decaying "
-        "after the schedule has reached 0 (`pending` says how much). exact_off=True takes it out "
+        "after the schedule has reached 0 (by `pending`). exact_off=True takes it out "
         "of the buffer then; decoupled=True decays from outside and never puts it there"
     ),
     "coupled": (
@@ -135,16 +186,15 @@ _ADVICE = {
         "decoupled=True decays from outside and ends exactly"
     ),
     "unknown": (
-        "how {name} decays could not be found out, so `accumulated` is NaN: say it with "
+        "a trial step of {name} failed, so its coupling is unknown and `accumulated` is NaN. Set "
         'coupling="decoupled", "fixed", "scaled", "averaged" or "coupled", or use decoupled=True'
     ),
 }
 
 
-# What a scheduler looks for in its schedules, and what it tells those that answer to it.
-
-
-def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequence[str]) -> None:
+def check_schedules(
+    optimizer: Optimizer, targets: Sequence[Target], couplings: Sequence[str]
+) -> None:
     """Raise or warn where a schedule cannot do what it was made for.
 
     Raises
@@ -152,11 +202,12 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
     ValueError
         If a budget is to be kept of which no account exists.
     """
-    for target, kind in zip(targets, kinds, strict=True):
-        if isinstance(target.schedule, OffAtBudget) and kind not in COUNTED:
+    for target, coupling in zip(targets, couplings, strict=True):
+        if isinstance(target.schedule, OffAtBudget) and coupling not in COUNTED:
             raise ValueError(
                 f"OffAtBudget counts lr x decay, and no such sum describes the decay of "
-                f"{type(optimizer).__name__}, which is {kind}: {_INSTEAD.get(kind, _OUTSIDE)}"
+                f"{type(optimizer).__name__}, which is {coupling}: "
+                f"{_INSTEAD.get(coupling, _OUTSIDE)}"
             )
     for schedule in {id(t.schedule): t.schedule for t in targets}.values():
         points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
@@ -170,9 +221,9 @@ def check_schedules(optimizer: Optimizer, targets: Sequence[Target], kinds: Sequ
         if isinstance(schedule, Feedback) and schedule.log:
             last = schedule.log[-1]
             warnings.warn(
-                f"this {type(schedule).__name__} has decided before, at step {last['step']} the "
-                f"last time ({last['reason']}), and goes on from there with a rate of "
-                f"{schedule.current:g}: for a new run make a new one",
+                f"this {type(schedule).__name__} has decided before, at step {last['step']} last "
+                f"({last['reason']}), and continues with a rate of {schedule.current:g}. Make a "
+                "new one for a new run",
                 stacklevel=4,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from ._checks import one_of
 from ._group_state import INITIAL, own_decay, separated
-from ._ledger import Account, begun
+from ._ledger import Account, Entry
 from ._targets import (
     Rule,
     Target,
@@ -24,17 +25,18 @@ from ._targets import (
     warn_if_unused,
 )
 from .conventions import CONVENTIONS, lr_of
-from .coupling import KINDS, asks_again, coupling
+from .coupling import COUPLINGS, asks_again, coupling, needs_no_gradient
+from .feedback import Feedback
 
-__all__ = ["Coverage", "Plan"]
+__all__ = ["Coverage", "CoveragePlan"]
 
 _ON_CHANGE = ("warn", "error", "program")
 _SGD = ("momentum", "dampening", "nesterov")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What was asked for, as for `WeightDecayScheduler`."""
+class CoveragePlan:
+    """The settings of a `WeightDecayScheduler`, checked."""
 
     schedule: Any
     relative: bool
@@ -56,17 +58,17 @@ class Plan:
         if self.convention is not None:
             one_of("convention", self.convention, CONVENTIONS)
         if self.coupling is not None:
-            one_of("coupling", self.coupling, KINDS)
+            one_of("coupling", self.coupling, COUPLINGS)
         one_of("on_change", self.on_change, _ON_CHANGE)
 
 
 class Coverage:
-    """Which tensors follow which schedule, kept up to date with the optimizer's groups.
+    """The schedule of each tensor, kept up to date with the optimizer's groups.
 
     Parameters
     ----------
-    plan : Plan
-        What was asked for.
+    plan : CoveragePlan
+        The settings of the scheduler.
 
     Attributes
     ----------
@@ -74,26 +76,37 @@ class Coverage:
         The sets of tensors, in the order of the account's entries.
     own : list of float
         The decay of each group before it was taken over.
+    sizes : list of int
+        The number of tensors in each group, by which a change is noticed.
+    schedules : dict of int to schedule
+        The schedules, each once, by their ids.
+    loops : dict of int to list of Feedback
+        The loops that act on each group, in the order of its sets of tensors.
     asks_again : bool
         Whether decay from outside has to come before the step, not after the closure's gradient.
+    ungated : set of int
+        The groups whose optimizer decays weights without a gradient as well.
 
     Examples
     --------
     >>> from mirrorflow import Constant
-    >>> plan = Plan(Constant(0.1), relative=False, rules=())
+    >>> plan = CoveragePlan(Constant(0.1), relative=False, rules=())
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], weight_decay=0.3)
     >>> coverage, account = Coverage(plan), Account()
     >>> coverage.update(optimizer, account)
-    >>> coverage.own, coverage.targets[0].schedule, account.entries[0].kind
+    >>> coverage.own, coverage.targets[0].schedule, account.entries[0].coupling
     ([0.3], Constant(0.1), 'decoupled')
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: CoveragePlan) -> None:
         self.plan = plan
         self.targets: list[Target] = []
         self.own: list[float] = []
         self.asks_again = False
-        self._sizes: list[int] = []
+        self.ungated: set[int] = set()
+        self.sizes: list[int] = []
+        self.loops: dict[int, list[Feedback]] = {}
+        self.schedules: dict[int, Any] = {}
 
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
@@ -102,9 +115,9 @@ class Coverage:
     def warn_if_scaled(self, optimizer: Optimizer, account: Account) -> None:
         """Warn of a decay that the schedule rules, but whose strength no sum describes."""
         pairs = zip(self.targets, account.entries, strict=True)
-        found = {entry.kind for t, entry in pairs if t.schedule is not None}
-        for kind in sorted(found & set(_NO_SUM)):
-            warnings.warn(_NO_SUM[kind].format(type(optimizer).__name__), stacklevel=4)
+        found = {entry.coupling for t, entry in pairs if t.schedule is not None}
+        for name in sorted(found & set(_NO_SUM)):
+            warnings.warn(_NO_SUM[name].format(type(optimizer).__name__), stacklevel=4)
 
     def update(self, optimizer: Optimizer, account: Account) -> None:
         """Take over the groups, and the tensors in them, that are new.
@@ -112,7 +125,7 @@ class Coverage:
         Raises
         ------
         RuntimeError
-            If a group is gone: what is left cannot be told from what was there.
+            If a group is gone: what is left cannot be matched to the ledgers.
         """
         groups = optimizer.param_groups
         if len(groups) < len(self.own):
@@ -124,11 +137,26 @@ class Coverage:
         for index, group in enumerate(groups):
             if index >= len(self.own):
                 self._open(index, optimizer, account)
-            elif len(group["params"]) != self._sizes[index]:
+            elif len(group["params"]) != self.sizes[index]:
                 self._grow(index, group)
+        self._index()
+
+    def _index(self) -> None:
+        """Collect the schedules, and the loops among them by group, once for all steps."""
+        scheduled = [target for target in self.targets if target.schedule is not None]
+        self.schedules = {id(target.schedule): target.schedule for target in scheduled}
+        self.loops = {}
+        for target in scheduled:
+            if isinstance(target.schedule, Feedback):
+                self.loops.setdefault(target.group, []).append(target.schedule)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Collect the schedules of a copy, which have ids of their own."""
+        self.__dict__.update(state)
+        self._index()
 
     def names(self, optimizer: Optimizer) -> list[str]:
-        """Name the sets of tensors."""
+        """Return the names of the sets of tensors."""
         known, found = names_of(self.plan.model), []
         for index, group in enumerate(optimizer.param_groups[: len(self.own)]):
             found += labels([t for t in self.targets if t.group == index], group, known)
@@ -141,17 +169,20 @@ class Coverage:
         group, plan = optimizer.param_groups[index], self.plan
         own = own_decay(group)
         found = [settled(t, group, own, plan.relative) for t in self._divided(index, group)]
-        kind = self._outside(optimizer, group) if plan.decoupled else plan.coupling
-        if kind == "sgd" and not all(key in group for key in _SGD):
+        how = self._outside(optimizer, group) if plan.decoupled else plan.coupling
+        how = how or coupling(optimizer, group)
+        if how == "sgd" and not all(key in group for key in _SGD):
             raise ValueError(
-                f'coupling="sgd" is that of torch.optim.SGD, with {", ".join(_SGD)} in its groups; '
-                f"{type(optimizer).__name__} has not all of them there"
+                f'coupling="sgd" needs the settings of torch.optim.SGD, {", ".join(_SGD)}, in the '
+                f"groups, and {type(optimizer).__name__} does not have them all"
             )
-        entries = [begun(optimizer, group, kind) for _ in found]
+        entries = [_begin_entry(optimizer, group, how) for _ in found]
+        if not plan.decoupled and needs_no_gradient(optimizer, group):
+            self.ungated.add(index)
         group[INITIAL] = own
         separated(optimizer.param_groups, optimizer.defaults)
         self.own.append(own)
-        self._sizes.append(len(group["params"]))
+        self.sizes.append(len(group["params"]))
         self.targets += found
         for entry in entries:
             account.open(entry, index)
@@ -163,13 +194,13 @@ class Coverage:
         before = [self.targets[i] for i in places]
         if [_rule(t) for t in now] != [_rule(t) for t in before]:
             raise RuntimeError(
-                f"the tensors of parameter group {index} were {self._sizes[index]} and are "
+                f"the tensors of parameter group {index} were {self.sizes[index]} and are "
                 f"{len(group['params'])}, which the rules of groups= divide in another way: add "
                 "them as a group of their own, with optimizer.add_param_group"
             )
         for i, old, new in zip(places, before, now, strict=True):
             self.targets[i] = Target(index, new.positions, old.schedule, old.asked)
-        self._sizes[index] = len(group["params"])
+        self.sizes[index] = len(group["params"])
 
     def _divided(self, index: int, group: dict[str, Any]) -> list[Target]:
         """Divide a group by the rules."""
@@ -178,7 +209,7 @@ class Coverage:
         return targets(index, group, plan.rules, plan.schedule, names, plan.decoupled)
 
     def _outside(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
-        """Say how decay from outside acts on a group, or that it would not do.
+        """Return how decay from outside acts on a group.
 
         Raises
         ------
@@ -186,13 +217,13 @@ class Coverage:
             If the weights would move back, or lr x rate is not what such an optimizer steps by.
         """
         name, fixed = type(optimizer).__name__, self.plan.convention == "fixed"
-        kind = coupling(optimizer, group)
-        if kind == "averaged":
+        how = coupling(optimizer, group)
+        if how == "averaged":
             raise ValueError(
                 f"decoupled=True would shrink the weights, and {name} moves them back to copies or "
                 "averages that it keeps of them: use its own weight_decay, and decoupled=False"
             )
-        if not fixed and kind == "scaled":
+        if not fixed and how == "scaled":
             raise ValueError(
                 f"decoupled=True shrinks by lr x rate, and {name} steps by a size of its own, to "
                 "which lr is a factor: its own weight_decay follows that size and ends exactly, so "
@@ -212,6 +243,11 @@ _NO_SUM = {
         "{} shrinks weights by the decay times a step size that it finds itself: the schedule "
         "acts, and 0 is off, but no sum of lr x decay describes it, so `accumulated` is NaN"
     ),
+    "masked": (
+        "{} decays a weight only where its gradient allows it, as cautious decay does: the "
+        "schedule acts, and 0 is off, but no sum of lr x decay describes it, so `accumulated` is "
+        "NaN. decoupled=True decays all weights from outside, and is counted"
+    ),
     "averaged": (
         "{} moves the weights to copies or averages that it keeps of them: the schedule rules its "
         "own weight_decay, and at 0 no more decay comes in, but what has come in still reaches the "
@@ -221,5 +257,11 @@ _NO_SUM = {
 
 
 def _rule(target: Target) -> tuple[bool, bool]:
-    """Give what has to be the same for a set of tensors to be the same set, grown."""
+    """Return what stays the same where a set of tensors has only grown."""
     return target.asked, target.positions is None
+
+
+def _begin_entry(optimizer: Optimizer, group: Mapping[str, Any], coupling: str) -> Entry:
+    """Return the new ledger of a group; a buffer that SGD has filled already holds no decay."""
+    buffers = any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"])
+    return Entry(coupling, held=0.0 if buffers else None)

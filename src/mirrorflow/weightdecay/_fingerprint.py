@@ -1,7 +1,7 @@
-"""What a schedule is, in plain numbers and strings: a resumed run tells whether it is still that.
+"""Fingerprints of schedules in plain numbers and strings, for a resumed run to compare.
 
-The schedule is in no checkpoint: it is that of the program. A schedule of mirrorflow is known by
-its parameters, a function by its values at some steps, and a closed loop by its kind.
+A checkpoint does not hold the schedule, which the program gives. The fingerprint of a schedule of
+mirrorflow is its parameters; of a function its values at some steps; of a closed loop its class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..schedule import Schedule
-from ._targets import Target, rate_at
+from ._targets import Target
+from .conventions import rate_at
 from .feedback import Feedback
 
 __all__ = ["Fingerprints", "changes", "fingerprint"]
@@ -23,7 +24,7 @@ _ROUNDING = 1e-9
 
 
 class Fingerprints:
-    """What the schedules of sets of tensors are; each is described once, since none may change.
+    """The fingerprints of the schedules of sets of tensors, each taken once: none may change.
 
     Examples
     --------
@@ -32,14 +33,14 @@ class Fingerprints:
     >>> was
     {'schedules': [{'name': 'Constant(0.1)'}], 'follows': [0]}
     >>> Fingerprints().change(was, [Target(0, None, Constant(0.2), False)])[:51]
-    'the schedule is not that of the checkpoint: Constan'
+    "the schedule differs from the checkpoint's: Constan"
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, dict[str, Any]]] = {}  # by id, which the schedule keeps
 
     def state(self, targets: Sequence[Target]) -> dict[str, Any]:
-        """Describe the schedules, and say which of them each set of tensors follows."""
+        """Return the fingerprints, and which of them each set of tensors follows."""
         for schedule in (target.schedule for target in targets):
             if id(schedule) not in self._known:
                 self._known[id(schedule)] = schedule, fingerprint(schedule)
@@ -50,13 +51,13 @@ class Fingerprints:
         }
 
     def change(self, state: Mapping[str, Any], targets: Sequence[Target]) -> str:
-        """Say how the schedules differ from those of a state, as far as it knows them."""
+        """Return how the schedules differ from those of a state, as far as it knows them."""
         now = self.state(targets)
         if not isinstance(state, Mapping) or len(state.get("follows", ())) != len(targets):
             return ""  # a state without them, or of other sets, which is refused elsewhere
         was, new = ([s["schedules"][i] for i in s["follows"]] for s in (state, now))
-        said = changes(was, new)
-        return said and f"the schedule is not that of the checkpoint: {said}"
+        found = changes(was, new)
+        return found and f"the schedule differs from the checkpoint's: {found}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the ids, which a copy does not have."""
@@ -64,7 +65,7 @@ class Fingerprints:
 
 
 def fingerprint(schedule: Any) -> dict[str, Any]:
-    """Describe a schedule.
+    """Return the fingerprint of a schedule.
 
     Parameters
     ----------
@@ -85,7 +86,9 @@ def fingerprint(schedule: Any) -> dict[str, Any]:
     [0.3, 0.2, None]
     """
     by_value = schedule is None or isinstance(schedule, Schedule)
-    if by_value and " at 0x" not in repr(schedule):  # which is no description, and never the same
+    if by_value and " at 0x" not in repr(
+        schedule
+    ):  # an address is not a description, and never the same
         return {"name": repr(schedule)}
     if isinstance(schedule, Feedback):
         return {"name": type(schedule).__qualname__}
@@ -96,7 +99,7 @@ def fingerprint(schedule: Any) -> dict[str, Any]:
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
-    """Say how schedules differ from those of a checkpoint; nothing, if they do not.
+    """Return how schedules differ from those of a checkpoint; nothing, if they do not.
 
     Examples
     --------
@@ -107,12 +110,12 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
     >>> changes([was], [fingerprint(Constant(0.2))])
     'Constant(0.1) is Constant(0.2)'
     """
-    said = [_change(a, b) for a, b in zip(before, now, strict=True)]
-    return "; ".join(dict.fromkeys(filter(None, said)))
+    found = [_change(a, b) for a, b in zip(before, now, strict=True)]
+    return "; ".join(dict.fromkeys(filter(None, found)))
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how a schedule differs."""
+    """Return how a schedule differs."""
     old, new = before.get("values"), now.get("values")
     if old is None or new is None or len(old) != len(new):
         same = before["name"] == now["name"] and old is new
@@ -124,13 +127,13 @@ def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _steps() -> list[int]:
-    """Give the steps at which a function is asked."""
+    """Return the steps at which a function is asked."""
     count = math.ceil(math.log(_LAST, _RATIO))
     return sorted({0} | {round(_RATIO**k) for k in range(count + 1)})
 
 
 def _value(schedule: Any, step: int) -> float | None:
-    """Ask a function of a user for a step that may lie outside of its domain."""
+    """Return the value of a function of a user for a step that may lie outside of its domain."""
     try:
         return rate_at(schedule, step)
     except Exception:  # it may fail in any way there; that it does so is what is compared
@@ -138,12 +141,12 @@ def _value(schedule: Any, step: int) -> float | None:
 
 
 def _equal(a: float | None, b: float | None) -> bool:
-    """Compare two values, up to rounding on another machine."""
+    """Return whether two values are equal, up to rounding on another machine."""
     if a is None or b is None:
         return a is b
     return math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=0.0)
 
 
 def _shown(value: float | None) -> str:
-    """Write a value."""
+    """Return a value as text."""
     return "without a value" if value is None else f"{value:g}"

@@ -16,11 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
-
-from .coupling import coupling
-
-__all__ = ["TOTALS", "Account", "Entry", "Piece", "begun"]
+__all__ = ["TOTALS", "Account", "Entry", "Piece"]
 
 _MOST_PIECES = 64
 _ROUNDING = 1e-7  # of sums in another order, relative to the sum
@@ -45,7 +41,7 @@ class Piece:
         self.absorbed += other.absorbed
 
     def constant(self, decay: float) -> bool:
-        """Tell whether the decay has this value all along."""
+        """Return whether the decay has this value all along."""
         return self.decay == self.decay_end == decay
 
 
@@ -55,8 +51,8 @@ class Entry:
 
     Parameters
     ----------
-    kind : str
-        How the decay acts, one of ``coupling.KINDS``.
+    coupling : str
+        How the decay acts, one of ``COUPLINGS``.
     taken : int
         The number of steps in which the optimizer updated the group.
     absorbed : float
@@ -78,7 +74,7 @@ class Entry:
     (-0.375, [(0, 3, 0.5), (3, 4, 0.0)])
     """
 
-    kind: str
+    coupling: str
     taken: int = 0
     absorbed: float = 0.0
     held: float | None = None
@@ -100,17 +96,17 @@ class Entry:
 
     def rest(self, group: Mapping[str, Any]) -> None:
         """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
-        if self.kind == "sgd" and float(group["momentum"]) != 0 and self.held is None:
+        if self.coupling == "sgd" and float(group["momentum"]) != 0 and self.held is None:
             self.held = 0.0
 
     def pending(self, group: Mapping[str, Any], removed: bool = False) -> float:
-        """Give what the momentum would still absorb if the decay were 0 from now on.
+        """Return what the momentum would still absorb if the decay were 0 from now on.
 
         Nothing, if it were removed then.
         """
-        if self.kind in ("coupled", "averaged", "unknown"):
+        if self.coupling in ("coupled", "averaged", "unknown"):
             return math.nan if math.isnan(self.absorbed) else 0.0
-        if self.kind != "sgd":
+        if self.coupling != "sgd":
             return 0.0
         momentum = float(group["momentum"])
         if removed or not self.held or momentum == 0:
@@ -120,22 +116,24 @@ class Entry:
         return float(group["lr"]) * self.held * left * passed
 
     def _share(self, decay: float, lr: float, group: Mapping[str, Any]) -> float:
-        """Give the part of the sum that acts on the weights in this step."""
-        if self.kind == "decoupled":
+        """Return the part of the sum that acts on the weights in this step."""
+        if self.coupling == "decoupled":
             return lr * decay
-        if self.kind == "fixed":
+        if self.coupling == "fixed":
             return decay
-        if self.kind == "sgd":
+        if self.coupling == "sgd":
             return lr * self._through_momentum(decay, group)
         return math.nan if decay != 0 or math.isnan(self.absorbed) else 0.0
 
     def _through_momentum(self, decay: float, group: Mapping[str, Any]) -> float:
-        """Move the coefficient in SGD's buffer by a step, and give the one that acts."""
+        """Move the coefficient in SGD's buffer by a step, and return the one that acts."""
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
         if momentum == 0:
             return decay
         fresh = self.held is None
+        # c <- momentum c + (1 - dampening) decay; torch takes the first gradient in whole
         self.held = decay if fresh else momentum * (self.held or 0.0) + (1 - dampening) * decay
+        # a step takes lr c, with Nesterov lr (decay + momentum c)
         return decay + momentum * self.held if group["nesterov"] else self.held
 
     def _append(self, new: Piece) -> None:
@@ -149,7 +147,7 @@ class Entry:
             self._coarsen()
 
     def _joins(self, last: Piece, new: Piece) -> bool:
-        """Tell whether a short piece takes in the next: not across a switch."""
+        """Return whether a short piece takes in the next: not across a switch."""
         return last.stop - last.start < self.span and (last.decay_end != 0) == (new.decay != 0)
 
     def _coarsen(self) -> None:
@@ -161,17 +159,18 @@ class Entry:
             self.pieces = _joined(self.pieces, lambda last, new: last.stop - last.start < short)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Give the record as rows of a table, with the sum at the end of each."""
+        """Return the record as rows of a table, with the sum at the end of each."""
         total, rows = 0.0, []
         for piece in self.pieces:
             total += piece.absorbed
-            rows.append({"group": name, "kind": self.kind} | vars(piece) | {"a": 0.0 - total})
+            rows.append({"group": name, "kind": self.coupling} | vars(piece) | {"a": 0.0 - total})
         return rows
 
     def state(self) -> dict[str, Any]:
-        """Give everything, in plain numbers, strings and lists."""
+        """Return everything, in plain numbers, strings and lists."""
         values = asdict(self)
-        return values | {"pieces": [list(p.values()) for p in values["pieces"]]}
+        pieces = [list(piece.values()) for piece in values["pieces"]]
+        return {"kind": values.pop("coupling")} | values | {"pieces": pieces}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
@@ -180,12 +179,12 @@ class Entry:
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
     def totals(self) -> tuple[str, int, float, float]:
-        """Give the kind and the numbers, without the record, as they travel in the groups."""
+        """Return the coupling and the numbers, without the record, as they travel in the groups."""
         held = _NONE if self.held is None else self.held
-        return self.kind, self.taken, self.absorbed, held
+        return self.coupling, self.taken, self.absorbed, held
 
     def fits(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> bool:
-        """Tell whether the totals of step ``theirs`` can be those of this record's own run.
+        """Return whether the totals of step ``theirs`` can be those of this record's own run.
 
         What a step takes is >= 0, so that a later sum is not smaller; an earlier one has to be
         that of the record up to there, or lie within a piece of it.
@@ -202,9 +201,9 @@ class Entry:
         return taken <= self.taken and _between(least, absorbed, most)
 
     def _part(self, piece: Piece, step: int) -> tuple[float, float]:
-        """Bound what a piece had absorbed at a step within it."""
+        """Return bounds of what a piece had absorbed at a step within it."""
         even = piece.constant(piece.decay) and piece.lr == piece.lr_end
-        if not even or self.kind == "sgd":  # whose buffer fills by and by
+        if not even or self.coupling == "sgd":  # whose buffer fills by and by
             return 0.0, piece.absorbed
         part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
         return part, part
@@ -240,7 +239,7 @@ class Entry:
 
 
 def _between(low: float, value: float, high: float) -> bool:
-    """Tell whether a sum lies between two others, up to rounding; of NaN nothing is known."""
+    """Return whether a sum lies between two others, up to rounding; of NaN nothing is known."""
     if math.isnan(low) or math.isnan(value) or math.isnan(high):
         return True
     slack = _ROUNDING * max(abs(low), abs(value))
@@ -248,13 +247,13 @@ def _between(low: float, value: float, high: float) -> bool:
 
 
 def _unknown(start: int, stop: int, absorbed: float) -> Piece:
-    """Make a piece of which only the sum is known."""
+    """Return a piece of which only the sum is known."""
     nan = math.nan
     return Piece(start, stop, nan, nan, nan, nan, absorbed)
 
 
 def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
-    """Join neighbours where ``joins`` says so."""
+    """Return the pieces, with neighbours joined where ``joins`` allows it."""
     result: list[Piece] = []
     for piece in pieces:
         if result and joins(result[-1], piece):
@@ -264,14 +263,12 @@ def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
     return result
 
 
-# The ledgers of an optimizer, which agree with the checkpoint that the optimizer loads.
-#
-# The numbers travel twice: with the record in the scheduler's state, and as plain numbers in the
-# optimizer's parameter groups, whose checkpoint therefore knows the step that it belongs to.
+# The ledgers agree with the checkpoint that the optimizer loads. Their numbers travel twice: with
+# the record in the scheduler's state, and as plain numbers in the optimizer's parameter groups,
+# whose checkpoint therefore knows the step that it belongs to.
 
-TOTALS = (
-    "weight_decay_ledger"  # the key in a group: (steps, kind, taken, absorbed, held, kind, ...)
-)
+# The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
+TOTALS = "weight_decay_ledger"
 
 Groups = Sequence[Mapping[str, Any]]
 Totals = tuple[str, int, float, float]
@@ -285,7 +282,7 @@ class Account:
     steps : int
         The optimizer's steps, skipped ones not counted.
     fresh : bool
-        Whether a step has been taken since somebody set this to False, or since a state was loaded.
+        Whether a step has been taken since this was set to False, or since a state was loaded.
     alone : bool
         Whether a state was loaded whose step the optimizer has not heard of: it is new, or it will
         load its own yet.
@@ -308,7 +305,7 @@ class Account:
         self.entries: list[Entry] = []
         self._group_of: list[int] = []
         self._loaded: Mapping[str, Any] | None = None  # since the last step
-        self._shared: list[tuple[Any, ...]] = []  # what the groups hold while nobody loads them
+        self._shared: list[tuple[Any, ...]] = []  # what the groups hold until a load
         self._missing: tuple[int, int] | None = None
 
     def open(self, entry: Entry, group: int) -> None:
@@ -329,13 +326,13 @@ class Account:
             group[TOTALS] = values
 
     def _totals(self, count: int) -> list[tuple[Any, ...]]:
-        """Give what travels in each of the groups."""
+        """Return what travels in each of the groups."""
         totals: list[list[Any]] = [[self.steps] for _ in range(count)]
         for entry, index in zip(self.entries, self._group_of, strict=True):
             totals[index].extend(entry.totals())
         return [tuple(values) for values in totals]
 
-    # What the optimizer knows counts: it is that of the weights
+    # The optimizer's knowledge counts, which belongs to the weights
 
     def agree(self, groups: Sequence[dict[str, Any]]) -> None:
         """Move to the step and the totals of the optimizer's groups, if they are others."""
@@ -348,13 +345,13 @@ class Account:
             self._adopt(groups)
 
     def _is_that_of(self, groups: Groups) -> bool:
-        """Tell whether the groups know these totals; new groups know none yet."""
+        """Return whether the groups know these totals; new groups know none yet."""
         mine = self._totals(len(groups))
         pairs = zip((group.get(TOTALS) for group in groups), mine, strict=True)
         return all(theirs is None or _same(theirs, ours) for theirs, ours in pairs)
 
     def _is_that_loaded(self, groups: Groups) -> bool:
-        """Go back to the state that was loaded last, and tell whether the groups know its totals.
+        """Go back to the state that was loaded last; return whether the groups know its totals.
 
         A state loaded before the optimizer's own has moved to the step where the optimizer was.
         """
@@ -382,7 +379,7 @@ class Account:
                     f"{TOTALS!r} from the param_groups of the checkpoint to begin at step 0"
                 )
             for entry, totals in zip(ours, theirs, strict=False):
-                _check_kind(entry.kind, totals[0], totals[1], f"group {index}")
+                _check_coupling(entry.coupling, totals[0], totals[1], f"group {index}")
 
     def _adopt(self, groups: Groups) -> None:
         """Take over the totals of the groups."""
@@ -405,7 +402,7 @@ class Account:
         self._missing = (0, steps)
 
     def warn_if_missing(self) -> None:
-        """Say, once, which steps the record lacks."""
+        """Warn, once, of the steps that the record lacks."""
         if self._missing is None:
             return
         (start, stop), self._missing = self._missing, None
@@ -422,7 +419,7 @@ class Account:
     # The scheduler's own state
 
     def state(self) -> dict[str, Any]:
-        """Give everything in plain numbers, strings and lists."""
+        """Return everything in plain numbers, strings and lists."""
         return {"steps": self.steps, "entries": [entry.state() for entry in self.entries]}
 
     def load(self, state: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
@@ -435,7 +432,9 @@ class Account:
         """
         entries = _checked(state, len(self.entries))
         for i, (entry, saved) in enumerate(zip(self.entries, entries, strict=True)):
-            _check_kind(entry.kind, saved.get("kind", entry.kind), saved["taken"], f"ledger {i}")
+            _check_coupling(
+                entry.coupling, saved.get("kind", entry.coupling), saved["taken"], f"ledger {i}"
+            )
         self._loaded = {"steps": state["steps"], "entries": entries}
         self._take(self._loaded)
         if any(group.get(TOTALS, (0,))[0] for group in groups):
@@ -452,14 +451,8 @@ class Account:
         self.steps, self.fresh, self._missing = int(state["steps"]), False, None
 
 
-def begun(optimizer: Optimizer, group: Mapping[str, Any], kind: str | None) -> Entry:
-    """Begin the ledger of a group, whose kind of decay is tried out if it is not given."""
-    buffers = any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"])
-    return Entry(kind or coupling(optimizer, group), held=0.0 if buffers else None)
-
-
 def _divided(values: Sequence[Any]) -> list[Totals]:
-    """Divide (steps, kind, taken, absorbed, held, ...) into its (kind, taken, absorbed, held)."""
+    """Return (steps, kind, taken, absorbed, held, ...) as tuples (kind, taken, absorbed, held)."""
     if len(values) % 4 != bool(values):
         raise ValueError(
             f"the optimizer's checkpoint holds {TOTALS}={tuple(values)!r}, which this version did "
@@ -470,13 +463,13 @@ def _divided(values: Sequence[Any]) -> list[Totals]:
 
 
 def _same(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
-    """Compare totals, in which NaN stands for what is not known."""
+    """Return whether totals are the same, in which NaN stands for what is not known."""
     if len(theirs) != len(ours):
         return False
     return all(a == b or (a != a and b != b) for a, b in zip(theirs, ours, strict=True))
 
 
-def _check_kind(ours: str, theirs: str, taken: int, where: str) -> None:
+def _check_coupling(ours: str, theirs: str, taken: int, where: str) -> None:
     """Raise if what was taken so far acted in another way than the decay acts here."""
     if ours == theirs or not taken:
         return
@@ -490,11 +483,12 @@ def _check_kind(ours: str, theirs: str, taken: int, where: str) -> None:
 
 
 def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
-    """Give the entries of a state, or say why they are not those of this scheduler."""
+    """Return the entries of a state; raise if they are not those of this scheduler."""
     if not isinstance(state, Mapping) or not {"steps", "entries"} <= set(state):
         known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            f"not a state of WeightDecayScheduler: expected the keys steps and entries, got {known}"
+            "not a state of WeightDecayScheduler: it must have the keys steps and entries, got "
+            f"{known}"
         )
     entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
     if len(entries) != count:

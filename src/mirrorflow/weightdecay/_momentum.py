@@ -1,7 +1,7 @@
-r"""What L2 has put into the momentum buffers of SGD: followed tensor by tensor, and taken out.
+r"""The part of SGD's momentum buffers that L2 has put there, followed and taken out.
 
 SGD's buffer is linear in what enters it, gradient + decay x w, so that it is the sum of two
-buffers: that of the gradients and that of the decay. The second is kept beside the first, by the
+buffers, of the gradients and of the decay. The second is kept beside the first, by the
 same recursion ``s <- momentum s + (1 - dampening) decay w``, and subtracted when the decay ends.
 It lies in the state of the optimizer, because it has to be saved, loaded and sharded with the
 buffer that it is a part of.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ._group_state import INITIAL, shrink
+from ._group_state import INITIAL
 from ._ledger import Entry
-from ._targets import Target
+from .conventions import shrink
 from .coupling import CoupledDecayWarning
 
 __all__ = ["STORED", "follow", "forget", "keep_apart", "remove"]
@@ -29,8 +29,9 @@ STORED = "stored_decay"  # the key in the state of a tensor, beside momentum_buf
 
 def keep_apart(
     optimizer: Optimizer,
-    ledgers: Iterable[tuple[Target, Entry]],
+    sets: Iterable[tuple[int, Entry, list[torch.Tensor]]],
     rates: Sequence[float | None],
+    again: bool = False,
 ) -> None:
     """Before a step: follow the decay where there is some, and take it out where it is off.
 
@@ -38,22 +39,25 @@ def keep_apart(
     ----------
     optimizer : torch.optim.Optimizer
         Its groups hold the decay of the step.
-    ledgers : iterable of (Target, Entry)
-        What is scheduled; only SGD's momentum is followed, and emptied in the ledger, too.
+    sets : iterable of (group, Entry, tensors)
+        The index of the group, the ledger and the tensors of each set; only SGD's momentum is
+        followed, and emptied in the ledger as well.
     rates : sequence of float or None
         Off is a rate of 0, not a decay that is 0 for a while because the learning rate is.
+    again : bool
+        Whether other tensors of the same step went before.
     """
-    for (target, entry), rate in zip(ledgers, rates, strict=True):
-        if entry.kind != "sgd":
+    for (index, entry, params), rate in zip(sets, rates, strict=True):
+        if entry.coupling != "sgd":
             continue
-        group = optimizer.param_groups[target.group]
+        group = optimizer.param_groups[index]
         if rate != 0:
-            new = follow(optimizer, group, target.params(group), float(group["weight_decay"]))
+            new = follow(optimizer, group, params, float(group["weight_decay"]))
             held = entry.held or 0.0
             if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
                 _warn_of_unknown(new)
-        elif entry.held:
-            remove(optimizer, target.params(group))
+        elif entry.held or again:
+            remove(optimizer, params)
             entry.held = 0.0
 
 
@@ -137,10 +141,10 @@ def remove(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> None:
 
 
 def _warn_of_unknown(count: int) -> None:
-    """Say that some buffers hold decay that was not followed."""
+    """Warn of buffers that hold decay which was not followed."""
     warnings.warn(
-        f"exact_off: the decay in {count} momentum buffers was put there without exact_off=True, "
-        "so that it cannot be told from the gradients, and stays",
+        f"exact_off: {count} momentum buffers were filled without exact_off=True, so their decay "
+        "cannot be separated from their gradients, and stays",
         CoupledDecayWarning,
         stacklevel=3,
     )

@@ -1,63 +1,82 @@
-"""What goes on at an optimizer's steps and loads: the decay is written or applied, and noted."""
+"""The hooks of an optimizer: its decay is written or applied before a step, and noted after it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from ._checks import check_not_captured
-from ._coverage import Coverage, Plan
-from ._group_state import INITIAL, followed, recall, remember, separated, shrink, skipped, write
+from ._coverage import Coverage, CoveragePlan
+from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
 from ._momentum import follow, forget, keep_apart
-from ._targets import NoValueError, Target, rate_at
-from .conventions import Acting, UnknownPeakError, decay_of, lr_of, noted, strength
-from .feedback import Feedback, OffAtBudget
+from ._targets import Target
+from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
+from .conventions import (
+    EffectiveDecay,
+    NoValueError,
+    UnknownPeakError,
+    decay_of,
+    rate_at,
+    read_effective,
+    shrink,
+    strength,
+)
+from .feedback import feed
 
-__all__ = ["Clock", "Stepping", "Taking", "only_makes_state", "stands"]
+__all__ = ["StepContext", "StepCounter", "Stepping"]
 
 
 class Stepping:
     """The work of a `WeightDecayScheduler`, in the hooks of its optimizer.
 
+    One step enters this file, `_ledger`, `conventions` and the schedule's own, and no other unless
+    the groups of the optimizer have changed.
+
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Whose groups are written to.
-    plan : Plan
-        What was asked for.
+        The optimizer whose groups are written to.
+    plan : CoveragePlan
+        The settings of the scheduler.
     """
 
-    def __init__(self, optimizer: Optimizer, plan: Plan) -> None:
+    def __init__(self, optimizer: Optimizer, plan: CoveragePlan) -> None:
         self.optimizer, self.plan = optimizer, plan
         self.coverage, self.account = Coverage(plan), Account()
-        self.clock = Clock(optimizer)
+        self.counter, self.counts = StepCounter(), CountComparison(optimizer)
+        self.ledgers: list[tuple[Target, Entry]] = []
         self.rates: list[float | None] = []
         self.last: list[float] = []
-        self._taking: Taking | None = None  # the step that has begun
+        self._context: StepContext | None = None  # of the step that has begun
         self._acted = False  # from outside, in a step that has not been taken yet
         self._rests = False  # a step that does not count has begun
+        self._again = False  # the call steps other tensors of the step that was counted last
+        self._recorded: set[int] = set()  # the places of the ledgers that have this step
+        self._watchdog: GradientWatchdog | None = GradientWatchdog()
         self._warned = False
 
-    @property
-    def ledgers(self) -> list[tuple[Target, Entry]]:
-        """Pair each set of tensors with its ledger."""
-        return list(zip(self.coverage.targets, self.account.entries, strict=True))
+    def cover(self) -> None:
+        """Take over what is new in the optimizer's groups."""
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        if sizes == self.coverage.sizes and self.ledgers:
+            return
+        self.coverage.update(self.optimizer, self.account)
+        self.ledgers = list(zip(self.coverage.targets, self.account.entries, strict=True))
 
     def begin(self) -> None:
-        """Continue from what the optimizer knows; a schedule has to have a first value."""
+        """Continue from what the optimizer knows; a schedule needs a first value."""
         self.account.agree(self.optimizer.param_groups)
-        recall(self.coverage.targets, self.optimizer.param_groups)
+        recall(self.coverage.loops, self.optimizer.param_groups)
         try:
             self.write(strict=self.account.steps == 0)
-        except UnknownPeakError:  # a learning-rate scheduler that is made later says it
+        except UnknownPeakError:  # a learning-rate scheduler that is made later writes it
             self.write()
         if not self.plan.exact_off:
-            forget(self.optimizer)  # what nobody follows from here on would be wrong later
+            forget(self.optimizer)  # a part that is not followed from here on would be wrong later
 
     # The decay of a step
 
@@ -67,15 +86,27 @@ class Stepping:
         Parameters
         ----------
         strict : bool
-            Whether that step will be taken: a schedule that has no value there is an error then,
+            Whether that step will be taken: a schedule without a value there is an error then,
             and leaves everything as it is otherwise, since the run may end before.
         """
-        self.coverage.update(self.optimizer, self.account)
-        tell(self.ledgers, self.account.steps)
+        self.cover()
+        if self.coverage.loops:
+            self._feed()
+        self._write(self.account.steps, strict)
+
+    def _feed(self) -> None:
+        """Feed the loops the account of their decay, and save what they remember in the groups."""
+        pairs = ((target.schedule, entry.absorbed) for target, entry in self.ledgers)
+        feed(pairs, self.account.steps)
+        for index, loops in self.coverage.loops.items():
+            memory = tuple(loop.memory() for loop in loops)
+            self.optimizer.param_groups[index][MEMORY] = memory
+
+    def _write(self, step: int, strict: bool) -> None:
+        """Write the decay of a step to the groups."""
         groups = self.optimizer.param_groups
-        remember(self.coverage.targets, groups)
         try:
-            rates = self.rates_at(self.account.steps)
+            rates = self.rates_at(step)
             last = self.decays(rates, groups)
         except (NoValueError, UnknownPeakError):
             if strict:
@@ -83,104 +114,119 @@ class Stepping:
             self._keep(groups)
             return
         self.rates, self.last = rates, last
-        for target, rate, decay in zip(self.coverage.targets, self.rates, self.last, strict=True):
-            if self.plan.decoupled:
-                write(groups[target.group], 0.0)
-            elif rate is not None:
-                write(groups[target.group], decay)
+        outside = self.plan.decoupled
+        for (target, _), rate, decay in zip(self.ledgers, rates, last, strict=True):
+            if outside or rate is not None:
+                _set_decay(groups[target.group], 0.0 if outside else decay)
 
     def _keep(self, groups: Sequence[dict[str, Any]]) -> None:
         """Leave the decay as it is, where none is known of a step that may never come."""
-        self.rates = [None] * len(self.coverage.targets)
+        self.rates = [None] * len(self.ledgers)
         now = self.decays(self.rates, groups)
         if self.plan.decoupled:
             for group in groups:
-                write(group, 0.0)
+                _set_decay(group, 0.0)
             now = [*self.last, *now[len(self.last) :]]
         self.last = now
 
     def rates_at(self, step: int) -> list[float | None]:
-        """Give the rate of each set of tensors at a step; None where nothing schedules it."""
-        targets = self.coverage.targets
-        schedules = {id(t.schedule): t.schedule for t in targets if t.schedule is not None}
-        found = {key: rate_at(schedule, step) for key, schedule in schedules.items()}
-        return [found.get(id(t.schedule)) for t in targets]
+        """Return the rate of each set of tensors at a step; None where nothing schedules it."""
+        found = {key: rate_at(schedule, step) for key, schedule in self.coverage.schedules.items()}
+        return [found.get(id(target.schedule)) for target, _ in self.ledgers]
 
     def decays(
         self, rates: Sequence[float | None], groups: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """Turn rates into decays, for the settings of the groups."""
+        """Return the decays that the rates come to, with the settings of the groups."""
         pairs = zip(rates, self.ledgers, strict=True)
-        return [self._decay(rate, groups[t.group], entry.kind) for rate, (t, entry) in pairs]
+        return [self._decay(rate, groups[t.group], entry.coupling) for rate, (t, entry) in pairs]
 
-    def _decay(self, rate: float | None, group: Mapping[str, Any], kind: str) -> float:
-        """Turn a rate into the decay of a group; without a rate it keeps its own."""
+    def _decay(self, rate: float | None, group: Mapping[str, Any], coupling: str) -> float:
+        """Return the decay that a rate comes to in a group; without a rate it keeps its own."""
         own = float(group.get(INITIAL, 0.0))
         if rate is None:
             return own if self.plan.decoupled else float(group["weight_decay"])
         value = rate * own if self.plan.relative else rate
-        return decay_of(value, group, kind, self.plan.convention, self.plan.peak)
+        if self.plan.convention is None:
+            return value
+        return decay_of(value, group, coupling, self.plan.convention, self.plan.peak)
 
     # A step
 
-    def before_step(self, args: Any, kwargs: Any) -> Any:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Write the decay that acts in this step, or apply it."""
-        check_not_captured()
+        _check_not_captured()
         groups = self.optimizer.param_groups
-        self.coverage.update(self.optimizer, self.account)
+        self.cover()
         self.account.agree(groups)
-        # The step of a superclass, called within it, is not told that there is no closure.
-        within = self._rests and stands(self.optimizer)
-        self._rests = within or only_makes_state(self.optimizer, kwargs)
+        # The step of a superclass, called within it, does not pass closure=None on.
+        within = self._rests and stands_still(self.optimizer)
+        self._rests = within or ("closure" in kwargs and only_makes_state(self.optimizer, kwargs))
         if self._rests:
             return self._rest()
         self.account.warn_if_missing()
-        self.write(strict=True)
-        self.clock.begins(self.optimizer)
-        self._taking = Taking(self.ledgers, groups, self.last if self.plan.decoupled else None)
-        self._warned = self._warned or self._taking.warn_if_too_much(self.account.steps)
-        changed = followed(self._gradients_are_there, args, kwargs)
+        self._again = self.counter.continues(groups)
+        if self._again:
+            self._write(self.account.steps - 1, strict=True)
+        else:
+            self.write(strict=True)
+            if self.counts.due or self.account.alone:
+                self.counts.begins(self.optimizer)
+        outside = self.last if self.plan.decoupled else None
+        self._context = StepContext(self.ledgers, groups, outside, self.coverage.ungated)
+        self._warned = self._warned or self._context.warn_if_too_much(self.account.steps)
+        changed = _followed(self._gradients_are_there, args, kwargs)
         if changed is None or self.coverage.asks_again:
             self._act()
         return changed
 
     def _gradients_are_there(self) -> None:
-        """Note what acts by the gradients that the closure has computed."""
-        assert self._taking is not None
-        self._taking.note()
+        """Read what acts by the gradients that the closure has computed."""
+        assert self._context is not None
+        self._context.read()
         self._act()
 
     def _act(self) -> None:
         """Do before the update, once in a step, what the optimizer's own decay does not do."""
         if self._acted or not (self.plan.decoupled or self.plan.exact_off):
             return
-        if skipped(self.optimizer):
+        if _skipped(self.optimizer):
             return
-        assert self._taking is not None
+        assert self._context is not None
         self._acted = True
         if self.plan.decoupled:
-            self._taking.shrink(everything=self.coverage.asks_again)
+            self._context.shrink(everything=self.coverage.asks_again)
         else:
-            keep_apart(self.optimizer, self.ledgers, self.rates)
+            keep_apart(self.optimizer, self._context.pairs(), self.rates, self._again)
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Enter the step into the ledger, if it was taken.
 
         A class whose step calls that of its superclass runs the hooks of both.
         """
-        taking = self._taking
-        if taking is None or skipped(self.optimizer):
+        context = self._context
+        if context is None or _skipped(self.optimizer):
             return
-        self._taking, self._acted = None, False
+        self._context, self._acted = None, False
         if self._rests:
             self._rests = False
-            taking.rest()
-            self.clock.rested()
+            context.rest()
+            self.counts.rested()
             self.write()
             return
-        taking.record(self.account.steps)
-        self.account.close_step(self.optimizer.param_groups)
-        self.clock.ends(self.optimizer, self.account)
+        groups = self.optimizer.param_groups
+        if self._again:
+            context.record(self.account.steps - 1, self._recorded)
+            self.account.share(groups)
+        else:
+            self._recorded = set()
+            context.record(self.account.steps, self._recorded)
+            self.account.close_step(groups)
+            if self.counts.due or self.account.alone:
+                self.counts.ends(self.optimizer, self.account)
+        self.counter.counted(groups)
+        if self._watchdog and self._watchdog.sees(self._recorded, context.idle, self._again):
+            self._watchdog = None
 
     def _rest(self) -> None:
         """Keep decay out of a step that only makes the optimizer's state, and does not count."""
@@ -188,74 +234,71 @@ class Stepping:
         for target, entry in self.ledgers:
             group = groups[target.group]
             if target.schedule is not None:
-                write(group, 0.0)
-            if self.plan.exact_off and entry.kind == "sgd":  # its state has a part that is ours
+                _set_decay(group, 0.0)
+            if self.plan.exact_off and entry.coupling == "sgd":  # its state has a part that is ours
                 follow(self.optimizer, group, target.params(group), 0.0)
-        self._taking = Taking(self.ledgers, groups, [0.0] * len(self.ledgers))
+        self._context = StepContext(self.ledgers, groups, [0.0] * len(self.ledgers))
 
     # A load
 
-    def before_load(self, state: Mapping[str, Any]) -> None:
+    def before_load(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Refuse, before anything is changed, what these ledgers cannot go on from."""
         saved = state["param_groups"]
         if len(saved) != len(self.optimizer.param_groups):
             return  # which torch refuses itself
         self.account.check(saved)
-        recall(self.coverage.targets, saved, only_try=True)
-        said = [
+        recall(self.coverage.loops, saved, only_try=True)
+        notes = [
             f"group {index} had {group[INITIAL]:g} and has {own:g}"
             for index, (group, own) in enumerate(zip(saved, self.coverage.own, strict=False))
             if self._matters(index) and float(group.get(INITIAL, own)) != own
         ]
-        if said and self.plan.on_change != "program":
+        if notes and self.plan.on_change != "program":
             self.object_to(
-                f"the groups' own decay is not that of the checkpoint: {'; '.join(said)}",
-                "That of the checkpoint counts",
+                f"the groups' own decay differs from the checkpoint's: {'; '.join(notes)}",
+                "The checkpoint's value counts",
             )
 
     def object_to(self, change: str, effect: str) -> None:
-        """Say that the program is not what the checkpoint was written by, or refuse it."""
+        """Warn that another program wrote the checkpoint, or raise, as ``on_change`` asks."""
         if self.plan.on_change == "error":
-            raise ValueError(f'{change}. It is refused because of on_change="error"')
+            raise ValueError(f'{change}. This load is refused because of on_change="error"')
         if self.plan.on_change == "warn":
             warnings.warn(
-                f'{change}. {effect}; on_change="error" refuses this, on_change="program" takes '
-                "what the program says, and says nothing",
+                f'{change}. {effect}; on_change="error" refuses such a load, on_change="program" '
+                "takes the program's values without a warning",
                 stacklevel=3,
             )
 
     def _matters(self, index: int) -> bool:
-        """Tell whether a group's own decay acts."""
+        """Return whether a group's own decay acts."""
         own = [t for t in self.coverage.targets if t.group == index]
         if self.plan.relative:
             return any(t.schedule is not None for t in own)
         return self.plan.decoupled and any(t.schedule is None for t in own)
 
-    def after_load(self) -> None:
+    def after_load(self, optimizer: Optimizer) -> None:
         """Take over what the loaded groups know."""
         groups = self.optimizer.param_groups
         for group, own in zip(groups, self.coverage.own, strict=False):
             if self.plan.on_change == "program" or INITIAL not in group:
                 group[INITIAL] = own
         separated(groups, self.optimizer.defaults)
-        self.clock.loaded(self.optimizer)
+        self.counts.loaded(self.optimizer)
         self.account.alone = self.account.alone and not any(TOTALS in group for group in groups)
         self.account.agree(groups)
-        recall(self.coverage.targets, groups)
+        recall(self.coverage.loops, groups)
         self.write()
         if not self.plan.exact_off:
             forget(self.optimizer)
 
 
-# One step of an optimizer: what acts in it is noted beforehand, and done from outside if asked.
+class StepContext:
+    """A step that an optimizer is about to take, with what acts in it.
 
-
-class Taking:
-    """A step that an optimizer is about to take.
-
-    What acts is read before it, and once more when the closure has computed the gradients, if
-    there is one; never after it, when hooks of others may have changed the learning rate, or have
-    set the gradients to None. What pre-step hooks of others change later is not seen.
+    The context is read before the step, and once more when the closure has computed the gradients,
+    if there is one; never after it, when hooks of others may have changed the learning rate, or
+    have set the gradients to None. It does not see what later pre-step hooks of others change.
 
     Parameters
     ----------
@@ -265,6 +308,8 @@ class Taking:
         The live groups.
     decays : sequence of float, optional
         The decay of each set, from outside; without it, it is the optimizer's own.
+    ungated : collection of int
+        The groups that decay without a gradient as well.
 
     Examples
     --------
@@ -272,9 +317,9 @@ class Taking:
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> w.grad = torch.zeros(2)
     >>> entry, groups = Entry("decoupled"), [{"params": [w], "lr": 0.5}]
-    >>> taking = Taking([(Target(0, None, None, True), entry)], groups, [0.5])
-    >>> taking.shrink()
-    >>> taking.record(0)
+    >>> context = StepContext([(Target(0, None, None, True), entry)], groups, [0.5])
+    >>> context.shrink()
+    >>> context.record(0, set())
     >>> w.detach(), entry.accumulated
     (tensor([0.7500, 0.7500]), -0.25)
     """
@@ -284,164 +329,172 @@ class Taking:
         ledgers: Sequence[tuple[Target, Entry]],
         groups: Sequence[Mapping[str, Any]],
         decays: Sequence[float] | None = None,
+        ungated: Collection[int] = (),
     ) -> None:
-        self._ledgers, self._groups = ledgers, groups
+        self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
-        self.note()
+        self.read()
 
-    def note(self) -> None:
+    def read(self) -> None:
         """Read what acts now."""
-        self.acting: list[Acting] = []
-        for (target, _), decay in zip(self._ledgers, self._decays, strict=True):
-            group = self._groups[target.group]
-            self.acting.append(noted(decay, group, target.params(group)))
+        self._effective: list[EffectiveDecay] = [
+            read_effective(decay, self._groups[target.group], target.positions)
+            for (target, _), decay in zip(self._ledgers, self._decays, strict=True)
+        ]
+
+    def pairs(self) -> list[tuple[int, Entry, list[torch.Tensor]]]:
+        """Return the group, the ledger and the tensors of each set."""
+        pairs = zip(self._ledgers, self._effective, strict=True)
+        return [(target.group, entry, found.params) for (target, entry), found in pairs]
 
     def shrink(self, everything: bool = False) -> None:
         """Shrink the weights that have a gradient, or ``everything`` that may get one yet."""
-        for (target, entry), acting in zip(self._ledgers, self.acting, strict=True):
-            params = target.params(self._groups[target.group])
-            moved = [p for p in params if p.grad is not None or (everything and p.requires_grad)]
-            shrink(moved, 1 - strength(acting.decay, acting.settings, entry.kind))
+        for (_, entry), found in zip(self._ledgers, self._effective, strict=True):
+            moved = [
+                p for p in found.params if p.grad is not None or (everything and p.requires_grad)
+            ]
+            # w <- (1 - lr lambda) w, before the step, as AdamW does
+            shrink(moved, 1 - strength(found.decay, found.settings, entry.coupling))
 
-    def record(self, step: int) -> None:
-        """Enter the step into the ledgers of what it has moved."""
-        for (_, entry), acting in zip(self._ledgers, self.acting, strict=True):
-            if acting.moved:
-                entry.record(step, acting.decay, acting.settings)
+    def record(self, step: int, done: set[int]) -> None:
+        """Enter the step into the ledgers of what it has moved, and their places into ``done``.
+
+        Those whose place is there already have the step.
+        """
+        pairs = zip(self._ledgers, self._effective, strict=True)
+        for place, ((target, entry), found) in enumerate(pairs):
+            moved = found.moved or (target.group in self._ungated and found.params)
+            if moved and place not in done:
+                entry.record(step, found.decay, found.settings)
+                done.add(place)
+
+    def idle(self, seen: Collection[int]) -> list[int]:
+        """Return the groups with a schedule and tensors of which no place was ever seen."""
+        pairs = zip(self._ledgers, self._effective, strict=True)
+        return [
+            target.group
+            for place, ((target, _), found) in enumerate(pairs)
+            if target.schedule is not None and found.params and place not in seen
+        ]
 
     def rest(self) -> None:
         """Take note of a step that moves nothing and does not count."""
-        for (_, entry), acting in zip(self._ledgers, self.acting, strict=True):
-            entry.rest(acting.settings)
+        for (_, entry), found in zip(self._ledgers, self._effective, strict=True):
+            entry.rest(found.settings)
 
     def warn_if_too_much(self, step: int) -> bool:
-        """Warn of a decay that takes weights through 0; tell whether there was one."""
-        for (target, entry), acting in zip(self._ledgers, self.acting, strict=True):
-            taken = strength(acting.decay, acting.settings, entry.kind)
-            if taken >= 1 and target.params(self._groups[target.group]):
-                warnings.warn(_TOO_MUCH.format(target.group, step, taken, 1 - taken), stacklevel=4)
+        """Warn of a decay that takes weights through 0, and return whether there was one."""
+        for (target, entry), found in zip(self._ledgers, self._effective, strict=True):
+            taken = strength(found.decay, found.settings, entry.coupling)
+            if taken >= 1 and found.params:
+                product = "weight_decay" if entry.coupling == "fixed" else "lr * weight_decay"
+                effect = "flips the sign of the weights" if taken > 1 else "sets the weights to 0"
+                text = _TOO_MUCH.format(product, taken, target.group, step, effect)
+                warnings.warn(text, stacklevel=4)
                 return True
         return False
 
 
 _TOO_MUCH = (
-    "the decay of group {} at step {} takes {:g} times the weights away, so that {:g} times them "
-    "are left: lr x decay >= 1. The optimizer multiplies a decay by the learning rate: give a "
-    "smaller rate, or say with convention= what it means"
+    "{} = {:g} >= 1 for group {} at step {}: this step {}. Use a smaller rate, or set convention= "
+    "to what the rate means"
 )
 
 
-# Whether a call of ``optimizer.step`` is a step, and whether the optimizer counts as many.
+class StepCounter:
+    """Tells one step from the next, also where a step takes several calls.
 
-
-def only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a step is the one by which torch.distributed.checkpoint makes the state.
-
-    It calls ``step(closure=None)`` with learning rates of 0 and gradients of 0, before it reads or
-    loads an optimizer that has no state yet. The weights stay what they are, so nothing counts.
+    A call of ``optimizer.step`` may step a part of the tensors only, as ZeRO-3 does: it puts each
+    sub-group into the parameter groups in turn.
     """
-    if "closure" not in kwargs or kwargs["closure"] is not None or not stands(optimizer):
-        return False
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return not any(_moves(p.grad) for p in params if p.grad is not None)
+
+    def __init__(self) -> None:
+        self._lists: list[list[torch.Tensor]] = []  # the groups' tensors in the last call
+        # All tensors of the step, where they were not those of one call; and with the call begun
+        self._stepped: dict[int, torch.Tensor] | None = None
+        self._begun: dict[int, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tensors, which a copy does not step."""
+        return {"_lists": [], "_stepped": None, "_begun": None}
+
+    def continues(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a call goes on with the last step: with none of its tensors, but others.
+
+        Where one group begins with the tensor of the last call, it does not, and that is all that
+        an ordinary step costs.
+        """
+        lists = [group["params"] for group in groups]
+        pairs = zip(lists, self._lists, strict=False)
+        if any(now and before and now[0] is before[0] for now, before in pairs):
+            self._begun = None
+            return False
+        stepped = self._by_id(self._lists) if self._stepped is None else self._stepped
+        now = self._by_id(lists)
+        again = bool(now and stepped) and not now.keys() & stepped.keys()
+        self._begun = stepped | now if again else now
+        return again
+
+    def _by_id(self, lists: list[list[torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """Return the tensors by their ids, which they keep as long as they are kept."""
+        return {id(p): p for params in lists for p in params}
+
+    def counted(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the tensors of a call that was counted."""
+        self._lists, self._stepped = [group["params"] for group in groups], self._begun
 
 
-def stands(optimizer: Optimizer) -> bool:
-    """Tell whether all learning rates that there are are 0."""
-    return all(lr_of(group) == 0 for group in optimizer.param_groups if "lr" in group)
+# Whether a call of ``optimizer.step`` is a step
 
 
-class Clock:
-    """Compares the scheduler's count with the optimizer's own, where they can have come apart.
+def _check_not_captured() -> None:
+    """Raise while a CUDA graph records, which would keep the decay of this moment."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
+            "of this moment for ever. Capture forward and backward, and step outside of the graph"
+        )
 
-    Once; where the optimizer's groups say which step they are of, there is nothing to compare.
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Return whether a GradScaler makes a fused optimizer skip this step.
+
+    Other optimizers it does not call at all then.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
+    """Let something follow each call of the closure of a step, if it has one.
 
     Parameters
     ----------
-    optimizer : torch.optim.Optimizer
-        Many count the steps of each tensor in their state.
+    after : callable
+        What follows: the gradients are there then.
+    args, kwargs : tuple and dict
+        Those of ``optimizer.step``, the optimizer first.
+
+    Returns
+    -------
+    None or (args, kwargs)
+        As a step hook of torch returns them, with the closure replaced.
     """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._uncounted = 0  # steps that the optimizer has counted and the scheduler has not
-        self._before: int | None = None
-        self._empty = False  # the optimizer's state, before a step
-        self.loaded(optimizer)
+    def closure_and_after() -> Any:
+        loss = closure()
+        after()
+        return loss
 
-    def loaded(self, optimizer: Optimizer) -> None:
-        """Take note of what the optimizer has loaded."""
-        self._uncounted = 0
-        self._compare = not any(TOTALS in group for group in optimizer.param_groups)
-
-    def rested(self) -> None:
-        """Take note of a step that does not count."""
-        self._uncounted += 1
-
-    def begins(self, optimizer: Optimizer) -> None:
-        """Look at the optimizer's count before a step."""
-        self._empty = not optimizer.state
-        self._before = _own_count(optimizer) if self._compare else None
-
-    def ends(self, optimizer: Optimizer, account: Account) -> None:
-        """Compare after a step, and warn if the counts are not the same."""
-        if self._compare:
-            self._compare = False
-            count = _own_count(optimizer)
-            counts = count is not None and count == (self._before or 0) + 1
-            if counts and count != account.steps + self._uncounted:
-                account.alone = False
-                warnings.warn(_APART.format(_name(optimizer), count, account.steps), stacklevel=4)
-        alone, account.alone = account.alone, False
-        if alone and self._empty and optimizer.state:  # its momentum began anew
-            warnings.warn(_ALONE.format(_name(optimizer), account.steps - 1), stacklevel=4)
+    return (args[0], closure_and_after), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
-_APART = (
-    "{} has taken {} steps by its own count, the decay schedule is at step {}: one of the two was "
-    "not loaded, or the scheduler is new. To begin a schedule here as if at another step, shift "
-    "it: lambda step: schedule.rate(step + ...)"
-)
-_ALONE = (
-    "the state of WeightDecayScheduler was loaded at step {1}, and that of {0} was not: what it "
-    "remembers of the gradients has begun anew. If it was saved, load it, too"
-)
-
-
-def _name(optimizer: Optimizer) -> str:
-    """Name the class."""
-    return type(optimizer).__name__
-
-
-def _moves(gradient: Any) -> bool:
-    """Tell whether a gradient is not 0; of a sharded one this process's part, without data no."""
-    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return not local.is_meta and bool(local.any())
-
-
-def _own_count(optimizer: Optimizer) -> int | None:
-    """Give the number of steps that the optimizer has counted, if it does."""
-    states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
-    counts = [state["step"] for state in states if "step" in state]
-    known = [int(count) for count in counts if isinstance(count, (int, float, torch.Tensor))]
-    return max(known, default=None)
-
-
-def tell(ledgers: Iterable[tuple[Target, Entry]], step: int) -> None:
-    """Tell the loops what the account of their decay says, before the step that comes next."""
-    absorbed: dict[int, tuple[Feedback, float]] = {}
-    for target, entry in ledgers:
-        if isinstance(loop := target.schedule, Feedback):
-            most = max(entry.absorbed, absorbed.get(id(loop), (loop, 0.0))[1])
-            absorbed[id(loop)] = loop, most
-    for loop, most in absorbed.values():
-        if not isinstance(loop, OffAtBudget):
-            loop.acts_at(step)
-        elif loop.current and loop.spent_by(most):
-            loop.update(step, most)
-
-
-def over(targets: Iterable[Target]) -> None:
-    """Tell the loops that the run is over."""
-    loops = [t.schedule for t in targets if isinstance(t.schedule, Feedback)]
-    for loop in {id(loop): loop for loop in loops}.values():
-        loop.over()
+def _set_decay(group: dict[str, Any], decay: float) -> None:
+    """Set the decay of a group that has one; a tensor in place, since a graph may hold it."""
+    if isinstance(group.get("weight_decay"), torch.Tensor):
+        group["weight_decay"].fill_(decay)
+    elif "weight_decay" in group:
+        group["weight_decay"] = decay

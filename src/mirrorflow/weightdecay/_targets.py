@@ -1,8 +1,7 @@
-"""Which tensors of an optimizer follow which schedule."""
+"""Parameter selectors: the tensors of an optimizer that follow a schedule."""
 
 from __future__ import annotations
 
-import math
 import numbers
 import re
 import warnings
@@ -16,31 +15,26 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
 from .controllers import PerLayer
+from .conventions import tensors
 
 __all__ = [
     "WHAT",
-    "NoValueError",
     "Rule",
     "Target",
+    "as_selector",
     "check_schedule",
-    "checked",
     "cleaned",
     "labels",
     "names_of",
     "parameter_names",
-    "places",
-    "rate_at",
     "rules",
+    "selected",
     "settled",
     "targets",
     "warn_if_unused",
 ]
 
 Rule = tuple[Any, Any]
-
-
-class NoValueError(RuntimeError):
-    """A schedule has no value at a step, because it is shorter than the run."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +59,32 @@ class Target:
     asked: bool
 
     def params(self, group: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Give the tensors, from the live group."""
-        params = group["params"]
-        return params if self.positions is None else [params[i] for i in self.positions]
+        """Return the tensors, from the live group."""
+        return tensors(group, self.positions)
 
 
 def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Check the (what, schedule) pairs of a user.
+    """Return the (what, schedule) pairs of a user, checked.
 
     Raises
     ------
     TypeError, ValueError
-        If they are no pairs, or a pair does not say what or how.
+        If they are not pairs, or a pair has no selector or no schedule.
     """
     if isinstance(groups, (Mapping, str)) or not isinstance(groups, Iterable):
         raise TypeError(
-            f"groups: expected a list of (what, schedule) pairs, got {groups!r}"
-            + (": give list(groups.items())" if isinstance(groups, Mapping) else "")
+            f"groups must be a list of (what, schedule) pairs, got {groups!r}"
+            + (". Use list(groups.items())" if isinstance(groups, Mapping) else "")
         )
     found = []
     for pair in groups:
         if not (isinstance(pair, tuple) and len(pair) == 2):
-            raise TypeError(f"groups: expected (what, schedule) pairs, what being {WHAT}: {pair!r}")
+            raise TypeError(
+                f"groups must be a list of (what, schedule) pairs, what being {WHAT}, got {pair!r}"
+            )
         what, schedule = pair
         check_schedule(schedule, optional=True)
-        found.append((checked(what), schedule))
+        found.append((as_selector(what), schedule))
     return tuple(found)
 
 
@@ -101,37 +96,6 @@ def check_schedule(schedule: Any, optional: bool = False) -> None:
     raise TypeError(no_schedule(schedule))
 
 
-def rate_at(schedule: Any, step: int) -> float:
-    """Evaluate a schedule at an optimizer step, as a Python float that is >= 0 and finite.
-
-    Examples
-    --------
-    >>> from mirrorflow import SwitchOff
-    >>> rate_at(SwitchOff(0.1, at=10), 9), rate_at(lambda step: 1 / (step + 1), 3)
-    (0.1, 0.25)
-    """
-    try:
-        value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
-    except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
-        raise NoValueError(
-            f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
-            "the run, let it keep its last value"
-        ) from error
-    try:
-        rate = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a string, or of several elements
-        raise TypeError(
-            f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
-            "number"
-        ) from error
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(
-            f"the decay schedule {schedule!r} gives {rate} at step {step}: "
-            "a weight decay is a finite number >= 0"
-        )
-    return rate
-
-
 def targets(
     index: int,
     group: Mapping[str, Any],
@@ -140,7 +104,7 @@ def targets(
     names: Mapping[int, str],
     per_tensor: bool,
 ) -> list[Target]:
-    """Divide a group by the first rule that chooses each tensor.
+    """Return the parts of a group, divided by the first rule that chooses each tensor.
 
     Parameters
     ----------
@@ -165,7 +129,7 @@ def targets(
     left = set(range(len(group["params"])))
     found = []
     for what, schedule in chosen:
-        mine = tuple(sorted(places(what, index, group, names) & left))
+        mine = tuple(sorted(selected(what, index, group, names) & left))
         if mine or (what == index and isinstance(what, int)):
             left -= set(mine)
             found.append(Target(index, mine, schedule, asked=True))
@@ -184,7 +148,7 @@ def targets(
 
 
 def settled(target: Target, group: Mapping[str, Any], own: float, relative: bool) -> Target:
-    """Leave a group without decay alone, unless a rule asks for it.
+    """Return the target, without its schedule if the group has no decay and no rule asks for it.
 
     Raises
     ------
@@ -206,13 +170,13 @@ def settled(target: Target, group: Mapping[str, Any], own: float, relative: bool
 def labels(
     divided: Sequence[Target], group: Mapping[str, Any], names: Mapping[int, str]
 ) -> list[str]:
-    """Name the sets of tensors that a group is divided into.
+    """Return the names of the sets of tensors that a group is divided into.
 
     Returns
     -------
     list of str
         The group's name or index for all of it; for a part, in brackets, its parameter, the module
-        of its parameters, or their first and how many there are; places where there are no names.
+        of its parameters, or their first and how many there are; places where they have none.
 
     Examples
     --------
@@ -237,7 +201,7 @@ def labels(
 
 
 def _module(names: Sequence[str]) -> str:
-    """Give the innermost module that several parameters lie in; the name of a single one."""
+    """Return the innermost module that several parameters lie in; the name of a single one."""
     if len(names) == 1:
         return names[0]
     common: list[str] = []
@@ -249,7 +213,7 @@ def _module(names: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Give the first of several names, which no other set has, and the number of the others."""
+    """Return the first of several names, which no other set has, and the number of the others."""
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
 
 
@@ -260,8 +224,8 @@ _SINGLE = (int, str, re.Pattern, torch.nn.Module, torch.Tensor)
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-def checked(what: Any) -> Any:
-    """Give a selector in the form that `places` takes; what is iterated once is kept as a list.
+def as_selector(what: Any) -> Any:
+    """Return a selector in the form that `selected` takes; what is iterated once is kept as a list.
 
     Raises
     ------
@@ -271,32 +235,34 @@ def checked(what: Any) -> Any:
     Examples
     --------
     >>> import numpy as np
-    >>> checked(np.int64(2)), checked(iter(["query", "key"]))
+    >>> as_selector(np.int64(2)), as_selector(iter(["query", "key"]))
     (2, [re.compile('query'), re.compile('key')])
     """
     if isinstance(what, numbers.Integral):
         if what < 0:
-            raise ValueError(f"groups: the index of a parameter group is >= 0, got {what}")
+            raise ValueError(f"groups: the index of a parameter group must be >= 0, got {what}")
         return int(what)
     if isinstance(what, str):
         try:
             return re.compile(what)
         except re.error as error:
-            raise ValueError(f"groups: {what!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"groups: a pattern must be a regular expression, got {what!r}: {error}"
+            ) from error
     if isinstance(what, _SINGLE):
         return what
     if isinstance(what, Iterable) and not isinstance(what, Mapping):
-        return [checked(one) for one in what]
-    raise TypeError(f"groups: expected {WHAT}, got {what!r}")
+        return [as_selector(one) for one in what]
+    raise TypeError(f"groups: a selector must be {WHAT}, got {what!r}")
 
 
-def places(what: Any, index: int, group: Mapping[str, Any], names: Mapping[int, str]) -> set[int]:
-    """Give the places of the tensors of a group that a checked selector chooses.
+def selected(what: Any, index: int, group: Mapping[str, Any], names: Mapping[int, str]) -> set[int]:
+    """Return the places of the tensors of a group that a selector chooses.
 
     Parameters
     ----------
     what : int, re.Pattern, Module, Tensor or list of them
-        As `checked` gives it.
+        As `as_selector` gives it.
     index : int
         The place of the group in the optimizer.
     group : mapping
@@ -310,13 +276,13 @@ def places(what: Any, index: int, group: Mapping[str, Any], names: Mapping[int, 
     if isinstance(what, re.Pattern):
         return _named(what, group, names)
     if isinstance(what, list):
-        return set().union(*(places(one, index, group, names) for one in what))
+        return set().union(*(selected(one, index, group, names) for one in what))
     wanted = {id(p) for p in (what.parameters() if isinstance(what, torch.nn.Module) else [what])}
     return {i for i, p in enumerate(params) if id(p) in wanted}
 
 
 def cleaned(name: str) -> str:
-    """Drop what torch.compile, DDP, FSDP and checkpointing insert into names.
+    """Return a name without what torch.compile, DDP, FSDP and checkpointing insert.
 
     Examples
     --------
@@ -328,14 +294,14 @@ def cleaned(name: str) -> str:
 
 
 def names_of(model: torch.nn.Module | None) -> dict[int, str]:
-    """Name the parameters of a model by their ids."""
+    """Return the names of the parameters of a model by their ids."""
     if not isinstance(model, (torch.nn.Module, type(None))):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     return {} if model is None else {id(p): name for name, p in model.named_parameters()}
 
 
 def parameter_names(group: Mapping[str, Any], names: Mapping[int, str]) -> list[str | None]:
-    """Give the names of the tensors of a group, as far as they are known."""
+    """Return the names of the tensors of a group, as far as they are known."""
     known = list(group.get("param_names") or [])
     rest = group["params"][len(known) :]  # what was appended to the group has no name there
     return known + [names.get(id(p)) for p in rest]
@@ -346,7 +312,7 @@ def warn_if_unused(
 ) -> None:
     """Warn of a rule that chooses nothing: it may be misspelt, or wait for a later group."""
     for what, _ in chosen:
-        if any(places(what, i, group, names) or what == i for i, group in enumerate(groups)):
+        if any(selected(what, i, group, names) or what == i for i, group in enumerate(groups)):
             continue
         warnings.warn(
             f"groups: {_shown(what)} chooses no parameter of the optimizer yet", stacklevel=5
@@ -354,7 +320,7 @@ def warn_if_unused(
 
 
 def _shown(what: Any) -> str:
-    """Write a selector as the user did, or name its type."""
+    """Return a selector as the user wrote it, or the name of its type."""
     if isinstance(what, re.Pattern):
         return repr(what.pattern)
     if isinstance(what, list):
@@ -365,7 +331,7 @@ def _shown(what: Any) -> str:
 def _named(
     pattern: re.Pattern[str], group: Mapping[str, Any], names: Mapping[int, str]
 ) -> set[int]:
-    """Give the places of the tensors whose name, or whose group's name, has the pattern in it."""
+    """Return the places of the tensors whose name, or whose group's name, has the pattern in it."""
     params = group["params"]
     if "name" in group and pattern.search(str(group["name"])):
         return set(range(len(params)))
@@ -384,7 +350,7 @@ def _named(
 
 
 def no_schedule(value: Any) -> str:
-    """Say why something is no schedule of decay, and what to write instead."""
+    """Return why something is not a schedule of decay, and what to write instead."""
     if isinstance(value, Real):
         hint = f"for a number use Constant({value!r})"
     elif isinstance(value, str):
@@ -406,4 +372,6 @@ def no_schedule(value: Any) -> str:
     else:
         hint = "Constant, SwitchOff, Linear, Cosine, Piecewise, or lambda step: 0.1 * 0.99**step"
     shown = repr(value) if isinstance(value, (Real, str, type)) else f"a {type(value).__name__}"
-    return f"a schedule is a mirrorflow Schedule or a function step -> float, got {shown}: {hint}"
+    return (
+        f"schedule must be a mirrorflow Schedule or a function step -> float, got {shown}: {hint}"
+    )

@@ -43,7 +43,7 @@ class WeightDecaySchedulers:
             scheduler.step()
 
     def get_last_weight_decay(self) -> list[float]:
-        """Give the decay of the next step, optimizer after optimizer."""
+        """Return the decay of the next step, optimizer after optimizer."""
         return [decay for s in self.schedulers for decay in s.get_last_weight_decay()]
 
     @property
@@ -53,16 +53,16 @@ class WeightDecaySchedulers:
 
     @property
     def accumulated(self) -> list[float]:
-        """Give a_T, one number per group, optimizer after optimizer."""
+        """Return a_T, one number per group, optimizer after optimizer."""
         return [a for scheduler in self.schedulers for a in scheduler.accumulated]
 
     @property
     def pending(self) -> list[float]:
-        """Give what momentum would still absorb, one number per group, as ``accumulated``."""
+        """Return what momentum would still absorb, one number per group, as ``accumulated``."""
         return [a for scheduler in self.schedulers for a in scheduler.pending]
 
     def audit(self) -> list[dict[str, Any]]:
-        """Give what was really applied, as rows, with the index of the ``optimizer`` in each."""
+        """Return what was really applied, as rows, with the index of the ``optimizer`` in each."""
         return [
             {"optimizer": index} | row
             for index, scheduler in enumerate(self.schedulers)
@@ -70,7 +70,7 @@ class WeightDecaySchedulers:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the states."""
+        """Return the states."""
         return {"schedulers": [scheduler.state_dict() for scheduler in self.schedulers]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ class WeightDecaySchedulers:
         states = state.get("schedulers", ())
         if len(states) != len(self.schedulers):
             raise ValueError(
-                f"the state is of {len(states)} schedulers, these are {len(self.schedulers)}"
+                f"the state must hold {len(self.schedulers)} schedulers, got {len(states)}"
             )
         for scheduler, saved in zip(self.schedulers, states, strict=True):
             scheduler.load_state_dict(saved)
@@ -137,12 +137,12 @@ class WeightDecayLR(LRScheduler):
         )
 
     def get_lr(self) -> list[Any]:
-        """Give the learning rates, which are somebody else's."""
+        """Return the learning rates, which another scheduler sets."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in rates]
 
     def get_last_lr(self) -> list[Any]:
-        """Give the learning rates, which are somebody else's."""
+        """Return the learning rates, which another scheduler sets."""
         return self.get_lr()
 
     def step(self, epoch: int | None = None) -> None:
@@ -150,7 +150,7 @@ class WeightDecayLR(LRScheduler):
         self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the scheduler's state."""
+        """Return the scheduler's state."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ class WeightDecayLR(LRScheduler):
 
 
 def _listed(schedulers: Any) -> list[Any]:
-    """Give the schedulers as a list."""
+    """Return the schedulers as a list."""
     if isinstance(schedulers, Iterable):
         return list(schedulers)
     raise TypeError(

@@ -1,4 +1,4 @@
-r"""Hold a measured ratio at a target, by proportional and integral control of the decay."""
+r"""Ratio controllers: proportional and integral control of the decay, for one loop or many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTHORITY = 0.01  # relative change of the value below which a saturated decay h
 
 
 class HoldRatio(Feedback):
-    r"""Hold a measured ratio at a target, by proportional and integral control of the rate.
+    r"""A rate that holds a measured ratio at a target, by proportional and integral control.
 
     .. math:: r = r_0 + K (e + \tfrac{1}{T} \sum e), \quad e = \log(\text{value} / \text{target})
 
@@ -79,7 +79,8 @@ class HoldRatio(Feedback):
         self._saturated, self._since = 0, 0.0  # for so many updates, since the ratio had this value
 
     def _decide(self, value: float) -> tuple[float, str]:
-        """Control the rate."""
+        """Return the controlled rate."""
+        # r = r_0 + K (e + sum e / T),  e = log(value / target)
         error = math.log(number("value", value, 0.0, strict=True) / self.target)
         if self.given_up:
             return self._slewed(self.base), "no authority: given up"
@@ -95,7 +96,7 @@ class HoldRatio(Feedback):
         return acting, self._reason(error, bounded, wanted, acting)
 
     def _held_back(self, error: float, summed: float, wanted: float, acting: float) -> float:
-        """Give the sum where bounds or slew limit keep the rate from what is wanted."""
+        """Return the sum where bounds or slew limit keep the rate from what is wanted."""
         further = (wanted - acting) * error > 0  # the error asks for more of what it does not get
         if acting in (self.low, self.high):
             return self.sum if further else summed
@@ -107,11 +108,11 @@ class HoldRatio(Feedback):
         return alone - error
 
     def _slewed(self, rate: float) -> float:
-        """Give the rate nearest to this one that an update may go to."""
+        """Return the rate nearest to this one that an update may go to."""
         return min(max(rate, self.current - self.slew), self.current + self.slew)
 
     def _reason(self, error: float, bounded: float, wanted: float, acting: float) -> str:
-        """Name what decided."""
+        """Return what decided."""
         if error == 0:
             return "within the deadband"
         if acting != bounded:
@@ -119,7 +120,7 @@ class HoldRatio(Feedback):
         return "at a bound" if bounded != wanted else "held"
 
     def _has_no_authority(self, value: float, saturated: bool) -> bool:
-        """Give up, with a warning, where the highest rate acts and has no effect."""
+        """Return whether the highest rate acts without an effect; warn, and give up, if it does."""
         if not saturated:
             self._saturated = 0
             return False
@@ -142,7 +143,7 @@ class HoldRatio(Feedback):
         return self.given_up
 
     def _memory(self) -> tuple[float, ...]:
-        """Give the sum, and what is known of the authority."""
+        """Return the sum, and what is known of the authority."""
         return self.sum, float(self._saturated), self._since, float(self.given_up)
 
     def _recall(self, *memory: float) -> None:
@@ -152,12 +153,12 @@ class HoldRatio(Feedback):
 
 
 def _ordered(bounds: Any) -> tuple[float, float]:
-    """Give the lowest and the highest rate."""
+    """Return the lowest and the highest rate."""
     if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
-        raise TypeError(f"bounds are the lowest and the highest rate, got {bounds!r}")
+        raise TypeError(f"bounds must be the lowest and the highest rate, got {bounds!r}")
     low, high = (number("bounds", bound, 0.0) for bound in bounds)
     if low > high:
-        raise ValueError(f"bounds are the lowest rate and the highest, in this order, got {bounds}")
+        raise ValueError(f"bounds must ascend, the lowest rate first, got {bounds}")
     return low, high
 
 
@@ -205,7 +206,7 @@ class PerLayer:
     def rules(
         self, layers: Mapping[str, Iterable[torch.Tensor]]
     ) -> list[tuple[list[torch.Tensor], Feedback]]:
-        """Make the loops, and the rules for ``WeightDecayScheduler(groups=..., decoupled=True)``.
+        """Make the loops, and return the rules for ``WeightDecayScheduler(decoupled=True)``.
 
         Parameters
         ----------
@@ -234,7 +235,7 @@ class PerLayer:
         return [(tensors, self.loops[name]) for name, tensors in found.items()]
 
     def _made(self, name: str) -> Feedback:
-        """Make the loop of a layer, and check that it is one."""
+        """Return the loop of a layer; raise if it is not one."""
         loop = self.make(name)
         if not isinstance(loop, Feedback):
             raise TypeError(
@@ -243,7 +244,7 @@ class PerLayer:
         return loop
 
     def update(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Take the measurements of all layers, and give the rates that act from now on.
+        """Take the measurements of all layers, and return the rates that act from now on.
 
         Parameters
         ----------
@@ -258,12 +259,12 @@ class PerLayer:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Give every decision, as rows with the name of the layer."""
+        """Return every decision, as rows with the name of the layer."""
         rows = [{"layer": name} | row for name, loop in self.loops.items() for row in loop.log]
         return sorted(rows, key=lambda row: row["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the states of the loops, in plain numbers and strings."""
+        """Return the states of the loops, in plain numbers and strings."""
         return {name: loop.state_dict() for name, loop in self.loops.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-r"""What the rate of a schedule means: from the rate to the ``weight_decay`` of an optimizer.
+r"""Conventions of a rate: the ``weight_decay`` it stands for, and the decay that acts.
 
 A convention says by which fraction the weights shall shrink in a step; how the optimizer decays
-(`coupling.KINDS`) says which number makes them do so.
+(`coupling.COUPLINGS`) says which number makes them do so.
 
 =============  ==================  ===========================  =====================
 convention     fraction of a step  number, where lr x number    number, where number
@@ -21,49 +21,73 @@ and of Composer, which follows the shape of the learning rate and not its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..schedule import Schedule
 from .coupling import COUNTED
 
 __all__ = [
     "CONVENTIONS",
     "NEED_PEAK",
-    "Acting",
+    "EffectiveDecay",
+    "NoValueError",
     "UnknownPeakError",
-    "acting",
     "decay_of",
-    "has_gradient",
+    "effective_decay",
     "lr_of",
-    "noted",
     "number_for",
     "peak_lr",
+    "rate_at",
+    "read_effective",
+    "shrink",
     "strength",
+    "tensors",
 ]
 
-# The fraction that lr x number shall make, divided by lr: (rate, lr, peak) -> number.
-_NUMBER: dict[str, Callable[[float, float, float], float]] = {
-    "follow-lr": lambda rate, lr, peak: rate,
-    "fixed": lambda rate, lr, peak: rate / lr if lr else 0.0,  # nothing can act where lr is 0
-    "adamc": lambda rate, lr, peak: rate * (lr / peak) if peak else 0.0,
-    "schedule-only": lambda rate, lr, peak: rate / peak if peak else 0.0,
+
+@dataclass(frozen=True)
+class Convention:
+    """What a rate means.
+
+    Parameters
+    ----------
+    number : callable (rate, lr, peak) -> float
+        The number that makes it act where lr x number acts: the fraction of a step, divided by lr.
+    needs_peak : bool
+        Whether the highest learning rate of the run matters.
+    """
+
+    number: Callable[[float, float, float], float]
+    needs_peak: bool = False
+
+
+_BY_NAME = {
+    "follow-lr": Convention(lambda rate, lr, peak: rate),
+    "fixed": Convention(lambda rate, lr, peak: rate / lr if lr else 0.0),  # lr = 0: nothing acts
+    "adamc": Convention(lambda rate, lr, peak: rate * (lr / peak) if peak else 0.0, True),
+    "schedule-only": Convention(lambda rate, lr, peak: rate / peak if peak else 0.0, True),
 }
-NEED_PEAK = ("adamc", "schedule-only")
+NEED_PEAK = tuple(name for name, convention in _BY_NAME.items() if convention.needs_peak)
 _ABOVE = 1 + 1e-6  # a learning rate may exceed its peak by rounding
 
 
+class NoValueError(RuntimeError):
+    """A schedule has no value at a step, because it is shorter than the run."""
+
+
 class UnknownPeakError(ValueError):
-    """Nothing says yet how high the learning rate of the run will be."""
+    """The highest learning rate of the run is not known yet."""
 
 
 def number_for(
-    convention: str | None, rate: float, lr: float, peak: float, kind: str = "decoupled"
+    convention: str | None, rate: float, lr: float, peak: float, coupling: str = "decoupled"
 ) -> float:
-    """Give the ``weight_decay`` that makes a rate act; ``CONVENTIONS[name]`` is this by its name.
+    """Return the ``weight_decay`` that makes a rate act; ``CONVENTIONS[name]`` is this by its name.
 
     Parameters
     ----------
@@ -71,40 +95,40 @@ def number_for(
         One of the rows above; None: the rate is the optimizer's own number.
     rate, lr, peak : float
         The rate of the schedule, the learning rate of this step and its peak, >= 0.
-    kind : str
-        How the decay of the optimizer acts, one of ``coupling.KINDS``. L2 in the gradient is
+    coupling : str
+        How the decay of the optimizer acts, one of ``coupling.COUPLINGS``. L2 in the gradient is
         taken for lr x decay, which is what it comes to in SGD; of "unknown" nothing else is known.
 
     Examples
     --------
-    >>> number_for("fixed", 0.125, lr=0.5, peak=0.5, kind="decoupled")
+    >>> number_for("fixed", 0.125, lr=0.5, peak=0.5, coupling="decoupled")
     0.25
-    >>> number_for("fixed", 0.125, lr=0.5, peak=0.5, kind="fixed")
+    >>> number_for("fixed", 0.125, lr=0.5, peak=0.5, coupling="fixed")
     0.125
     """
     if convention is None:
         return rate
-    if kind != "fixed":
-        return _NUMBER[convention](rate, lr, peak)
-    return rate if convention == "fixed" else lr * _NUMBER[convention](rate, lr, peak)
+    if coupling != "fixed":
+        return _BY_NAME[convention].number(rate, lr, peak)
+    return rate if convention == "fixed" else lr * _BY_NAME[convention].number(rate, lr, peak)
 
 
-CONVENTIONS = {name: partial(number_for, name) for name in _NUMBER}
+CONVENTIONS = {name: partial(number_for, name) for name in _BY_NAME}
 
 
-def acting(number: float, lr: float, kind: str) -> float:
-    """Give the fraction by which a ``weight_decay`` shrinks the weights in a step.
+def effective_decay(number: float, lr: float, coupling: str) -> float:
+    """Return the fraction by which a ``weight_decay`` shrinks the weights in a step.
 
     Examples
     --------
-    >>> acting(0.5, lr=0.25, kind="decoupled"), acting(0.5, lr=0.25, kind="fixed")
-    (0.125, 0.5)
+    >>> [effective_decay(0.5, lr=0.25, coupling=how) for how in ("decoupled", "fixed")]
+    [0.125, 0.5]
     """
-    return number if kind == "fixed" else lr * number
+    return number if coupling == "fixed" else lr * number
 
 
 def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
-    """Give the highest learning rate of the run of a parameter group.
+    """Return the highest learning rate of the run of a parameter group.
 
     Parameters
     ----------
@@ -130,30 +154,61 @@ def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
     found = peak if peak is not None else group.get("max_lr", group.get("initial_lr"))
     if found is None:
         raise UnknownPeakError(
-            f"the peak of the learning rate is not known: no learning-rate scheduler has written "
-            f"it to the parameter group. Give it: peak={lr:g} if the learning rate never rises "
-            "above what it is now, or make the learning-rate scheduler first"
+            "the peak of the learning rate is not known: no learning-rate scheduler has written it "
+            f"to the parameter group. Set peak={lr:g} if the learning rate never rises above its "
+            "present value, or make the learning-rate scheduler first"
         )
     if not (math.isfinite(float(found)) and found > 0 and lr <= _ABOVE * float(found)):
         raise ValueError(
             f"the learning rate {lr:g} is above its peak {float(found):g}, by which this "
-            "convention divides: give the highest learning rate of the run, "
+            "convention divides. Set the highest learning rate of the run, "
             "peak=max(learning_rates(lr_scheduler, steps))"
         )
     return float(found)
 
 
-# What a rate comes to in a group: the number that is written to it, and what shrinks the weights.
+def rate_at(schedule: Any, step: int) -> float:
+    """Return the rate of a schedule at an optimizer step, a Python float >= 0.
+
+    Examples
+    --------
+    >>> from mirrorflow import SwitchOff
+    >>> rate_at(SwitchOff(0.1, at=10), 9), rate_at(lambda step: 1 / (step + 1), 3)
+    (0.1, 0.25)
+    """
+    try:
+        value = schedule.rate(float(step)) if isinstance(schedule, Schedule) else schedule(step)
+    except (LookupError, StopIteration) as error:  # a list, table or iterator that has ended
+        raise NoValueError(
+            f"the decay schedule {schedule!r} has no value at step {step}: if it is shorter than "
+            "the run, let it keep its last value"
+        ) from error
+    try:
+        rate = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a string, or of several elements
+        raise TypeError(
+            f"the decay schedule {schedule!r} gives {value!r} at step {step}: a weight decay is a "
+            "number"
+        ) from error
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"the decay schedule {schedule!r} gives {rate} at step {step}: "
+            "a weight decay is a finite number >= 0"
+        )
+    return rate
+
+
+# The number that a rate comes to in a group, and the decay that acts.
 #
 # An optimizer that shrinks by lr x decay and one that shrinks by the decay alone need different
 # numbers for the same effect, so that a convention about what the rate means has to know the
-# kind.
+# coupling.
 
 _SETTINGS = ("momentum", "dampening", "nesterov")  # what the ledger of SGD depends on, beside lr
 
 
 def lr_of(group: Mapping[str, Any]) -> float:
-    """Give the learning rate of a group; NaN where the optimizer makes its own.
+    """Return the learning rate of a group; NaN where the optimizer makes its own.
 
     Examples
     --------
@@ -167,11 +222,11 @@ def lr_of(group: Mapping[str, Any]) -> float:
 def decay_of(
     rate: float,
     group: Mapping[str, Any],
-    kind: str,
+    coupling: str,
     convention: str | None,
     peak: float | None = None,
 ) -> float:
-    r"""Turn a rate into the number that an optimizer takes as its decay.
+    r"""Return the number that makes a rate act as the decay of an optimizer.
 
     Parameters
     ----------
@@ -179,8 +234,8 @@ def decay_of(
         What the schedule gives, >= 0.
     group : mapping
         The settings of the group.
-    kind : str
-        How the decay of the group acts, one of ``coupling.KINDS``.
+    coupling : str
+        How the decay of the group acts, one of ``coupling.COUPLINGS``.
     convention : str or None
         What the rate means; None: the optimizer's own number.
     peak : float, optional
@@ -193,7 +248,7 @@ def decay_of(
 
     Examples
     --------
-    An optimizer of the kind "fixed" shrinks by its decay, whatever the learning rate:
+    An optimizer whose coupling is "fixed" shrinks by its decay, whatever the learning rate:
 
     >>> group = {"lr": 0.5}
     >>> [decay_of(0.1, group, "decoupled", c) for c in (None, "follow-lr", "fixed")]
@@ -201,7 +256,7 @@ def decay_of(
     >>> [decay_of(0.1, group, "fixed", c) for c in (None, "follow-lr", "fixed")]
     [0.1, 0.05, 0.1]
     """
-    if convention is None or (convention == "fixed" and kind == "fixed"):
+    if convention is None or (convention == "fixed" and coupling == "fixed"):
         return rate
     lr = lr_of(group)
     if math.isnan(lr):
@@ -210,53 +265,99 @@ def decay_of(
             "(lr=None: the optimizer finds its own step size): leave convention= out"
         )
     top = peak_lr(group, peak) if convention in NEED_PEAK else lr
-    return number_for(convention, rate, lr, top, kind)
+    return number_for(convention, rate, lr, top, coupling)
 
 
-def strength(decay: float, group: Mapping[str, Any], kind: str) -> float:
-    """Give the part of the weights that a step takes away; NaN where that is not known.
+def strength(decay: float, group: Mapping[str, Any], coupling: str) -> float:
+    """Return the part of the weights that a step takes away; NaN where that is not known.
 
     Examples
     --------
     >>> strength(0.1, {"lr": 0.5}, "decoupled"), strength(0.1, {"lr": 0.5}, "fixed")
     (0.05, 0.1)
     """
-    return acting(decay, lr_of(group), kind) if kind in COUNTED else math.nan
+    return effective_decay(decay, lr_of(group), coupling) if coupling in COUNTED else math.nan
 
 
 @dataclass(frozen=True)
-class Acting:
-    """What acts on one set of tensors in a step, read before the optimizer takes it.
+class EffectiveDecay:
+    """The decay that acts on one set of tensors in a step, read before the optimizer takes it.
 
     Parameters
     ----------
     decay : float
-        The decay, by the optimizer or from outside.
+        The decay, the optimizer's own or from outside.
     settings : mapping
         lr, and for SGD momentum, dampening and nesterov.
+    params : list of Tensor
+        The tensors.
     moved : bool
-        Whether any of the tensors has a gradient; the others are left alone.
+        Whether any of the tensors has a gradient; the step leaves the others alone.
     """
 
     decay: float
     settings: Mapping[str, Any]
+    params: list[torch.Tensor]
     moved: bool
 
 
-def noted(decay: float | None, group: Mapping[str, Any], params: Iterable[torch.Tensor]) -> Acting:
-    """Note what acts now: the decay given, or that of the group.
+def read_effective(
+    decay: float | None, group: Mapping[str, Any], positions: Sequence[int] | None = None
+) -> EffectiveDecay:
+    """Return what acts now on tensors of a group: the decay given, or the group's own.
+
+    Parameters
+    ----------
+    decay : float or None
+        The decay from outside; None for the group's own.
+    group : mapping
+        The live group.
+    positions : sequence of int, optional
+        The places of the tensors in the group; all of them by default.
+
+    Examples
+    --------
+    >>> found = read_effective(None, {"params": [], "lr": 0.5, "weight_decay": torch.tensor(0.25)})
+    >>> found.decay, found.settings, found.moved
+    (0.25, {'lr': 0.5}, False)
+    """
+    settings = {"lr": lr_of(group)}
+    for key in _SETTINGS:
+        if key in group:
+            settings[key] = group[key]
+    acts = float(group["weight_decay"]) if decay is None else decay
+    params = tensors(group, positions)
+    return EffectiveDecay(acts, settings, params, any(p.grad is not None for p in params))
+
+
+def tensors(group: Mapping[str, Any], positions: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """Return the tensors of a live group at these places, or all of them."""
+    params = group["params"]
+    return params if positions is None else [params[i] for i in positions]
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def shrink(params: list[torch.Tensor], factor: float) -> None:
+    """Multiply parameters, in place: w <- factor w.
 
     Examples
     --------
     >>> w = torch.ones(2)
-    >>> noted(None, {"lr": 0.5, "weight_decay": torch.tensor(0.25)}, [w])
-    Acting(decay=0.25, settings={'lr': 0.5}, moved=False)
+    >>> shrink([w], 0.5)
+    >>> w
+    tensor([0.5000, 0.5000])
     """
-    settings = {"lr": lr_of(group)} | {k: group[k] for k in _SETTINGS if k in group}
-    acts = float(group["weight_decay"]) if decay is None else decay
-    return Acting(acts, settings, has_gradient(params))
-
-
-def has_gradient(params: Iterable[torch.Tensor]) -> bool:
-    """Tell whether a step moves any of the tensors."""
-    return any(p.grad is not None for p in params)
+    if factor == 1:
+        return
+    # On a CPU foreach rounds the factor to the precision of the weights: in bfloat16 0.99 is
+    # 0.98828, and decay is a sixth more than it should be. mul_ computes in float32.
+    half, rest = [], []
+    for p in params:
+        (half if p.dtype in _HALF and p.device.type == "cpu" else rest).append(p)
+    for p in half:
+        p.mul_(factor)
+    if rest:
+        torch._foreach_mul_(rest, factor)  # pyright: ignore[reportPrivateImportUsage]

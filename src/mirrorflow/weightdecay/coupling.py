@@ -1,7 +1,8 @@
-"""How an optimizer's weight decay enters its step, found by trying it.
+"""The way in which the weight decay of an optimizer enters its step.
 
-The ledger needs to know it: a decay of the weights adds up, an L2 term in the gradient goes
-through whatever the optimizer does with gradients.
+The ledger depends on it: a decay of the weights adds up, an L2 term in the gradient goes through
+whatever the optimizer does with gradients. A table knows the optimizers of torch; a probe tries
+the others on a small weight.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import copy
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,24 +20,24 @@ from torch.optim import LBFGS, Optimizer
 
 __all__ = [
     "COUNTED",
-    "KINDS",
-    "LR_AND_DECAY",
+    "COUPLINGS",
     "CoupledDecayWarning",
+    "OptimizerProbe",
     "asks_again",
     "coupling",
-    "in_two_runs",
-    "moves_back",
-    "without_gradient",
+    "known_coupling",
+    "needs_no_gradient",
 ]
 
-KINDS = {
+COUPLINGS = {
     "decoupled": "the weights shrink by lr x decay",
     "fixed": "the weights shrink by the decay, whatever the learning rate",
     "scaled": "the weights shrink by the decay times a step size that the optimizer finds itself",
+    "masked": "the weights shrink where the gradient allows it, as in cautious decay",
     "sgd": "L2 in the gradient of SGD, spread over later steps by its momentum",
     "coupled": "L2 in a gradient that is rescaled: no sum of lr x decay describes it",
     "averaged": "the weights follow copies or averages that the optimizer keeps, and decays",
-    "unknown": "the optimizer could not be tried: say which it is with coupling=...",
+    "unknown": "the probe of the optimizer failed: name the coupling with coupling=...",
 }
 COUNTED = ("decoupled", "fixed", "sgd")  # those that a sum of lr x decay, or of decay, describes
 
@@ -44,8 +46,8 @@ class CoupledDecayWarning(UserWarning):
     """A decay that lives in the gradient is not off when its number is 0."""
 
 
-def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
-    """Name the way in which the decay of a group acts.
+def coupling(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
+    """Return the name of the way in which the decay of a group acts.
 
     Parameters
     ----------
@@ -57,7 +59,7 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        A key of ``KINDS``.
+        A key of ``COUPLINGS``.
 
     Examples
     --------
@@ -70,189 +72,298 @@ def coupling(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
     SGD sgd
     Adam coupled
     """
-    if _steps_as_sgd(optimizer):
-        return "sgd"
-    own = f"{type(optimizer).__module__}.".startswith("torch.optim.")  # which average nothing
-    if not own and moves_back(optimizer, group):
-        return "averaged"
-    try:
-        factors = without_gradient(optimizer, group)
-        if _same(factors, 1.0):  # some do nothing at all where there is no gradient
-            return _kind(*in_two_runs(optimizer, group))
-    except Exception:
-        # Any class may be tried, on groups and state that it did not make itself, and may fail in
-        # any way. Nothing is hidden by this: "unknown" is said to the user, with what to do.
-        return "unknown"
-    taken = 1 - factors[1]
-    return _kind(taken, taken) if _same(factors[[0, 2, 3]], 1.0) else "coupled"
+    return known_coupling(optimizer, group) or OptimizerProbe(optimizer, group).coupling()
 
 
-def _steps_as_sgd(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a step is that of torch's SGD: it wraps each class's once more."""
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.SGD.step)
+# The optimizers of torch: the coupling, or where it lies in the group the default of its flag.
+_FLAG = "decoupled_weight_decay"
+_TABLE: dict[str, str | bool] = {
+    "SGD": "sgd",
+    "AdamW": True,
+    "Adam": False,
+    "NAdam": False,
+    "RAdam": False,
+    "Muon": "decoupled",
+    "Adafactor": "decoupled",
+    "Adamax": "coupled",
+    "Adagrad": "coupled",
+    "Adadelta": "coupled",
+    "RMSprop": "coupled",
+    "ASGD": "coupled",
+    "Rprop": "unknown",  # this one and the next two have no decay
+    "SparseAdam": "unknown",
+    "LBFGS": "unknown",
+}
 
 
-def _kind(taken: torch.Tensor, later: torch.Tensor) -> str:
-    """Name the kind by what a step takes from four weights, and by what is gone a step later."""
-    size = taken.abs().max()
-    if size < 1e-12:
-        return "unknown"  # a decay that does nothing here
-    if not torch.allclose(taken, taken.mean().expand_as(taken), rtol=0, atol=1e-3 * float(size)):
-        return "coupled"
-    if not torch.allclose(later, taken, rtol=0, atol=1e-3 * float(size)):
-        return "coupled"
-    lr, decay = LR_AND_DECAY
-    if _same(taken, lr * decay):
-        return "decoupled"
-    return "fixed" if _same(taken, decay) else "scaled"
+def known_coupling(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
+    """Return what the table of torch's own optimizers says; None for others.
 
+    A subclass that keeps the step of its class decays as the class does.
 
-def _same(factors: torch.Tensor, value: float) -> bool:
-    """Tell whether all factors have the value, up to rounding."""
-    return torch.allclose(factors, torch.full_like(factors, value), rtol=0, atol=1e-6)
-
-
-# An optimizer tried out on one small weight, to see what it does with a decay.
-#
-# A twin of the same class and settings steps instead of it; neither the optimizer nor its
-# parameters
-# are touched.
-
-LR_AND_DECAY = (0.25, 0.5)
-_WEIGHTS = ((1.0, 2.0), (3.0, 5.0))
-_GRADIENT = ((0.3, -0.2), (0.1, 0.4))
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
-_LONG = 12  # steps, more than what averages weights now and then waits for
-
-
-def without_gradient(optimizer: Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
-    """Give the factors on the weights of steps at gradient 0, of which the second has decay.
-
-    The second, because what averages weights has nothing to average with in the first.
-
-    Returns
-    -------
-    Tensor of shape (4, 4)
-        How each of the four steps has scaled each of four weights.
+    Examples
+    --------
+    >>> optimizer = torch.optim.NAdam([torch.zeros(1)], decoupled_weight_decay=True)
+    >>> known_coupling(optimizer, optimizer.param_groups[0])
+    'decoupled'
     """
-    weight = _weight(torch.float32)
-    twin = _twin(optimizer, group, weight)
-    factors = []
-    for decay in (0.0, LR_AND_DECAY[1], 0.0, 0.0):
-        before = weight.detach().clone()
-        _step(twin, weight, torch.zeros_like(weight), decay)
-        factors.append((weight.detach() / before).ravel())
-    return torch.stack(factors)
+    step = _step_of(type(optimizer))
+    for cls in type(optimizer).__mro__:
+        entry = _TABLE.get(cls.__name__)
+        if entry is None or cls is not getattr(torch.optim, cls.__name__, None):
+            continue
+        if step is not _step_of(cls):
+            return None
+        if isinstance(entry, str):
+            return entry
+        return "decoupled" if group.get(_FLAG, entry) else "coupled"
+    return None
 
 
-def in_two_runs(optimizer: Optimizer, group: Mapping[str, Any]) -> torch.Tensor:
-    """Give what a step with decay, and one without after it, take from the weights.
-
-    For optimizers that do nothing where there is no gradient: the difference of two runs, of which
-    one never has decay.
-
-    Returns
-    -------
-    Tensor of shape (2, 4)
-        The difference so far, relative to the weights before.
-    """
-    runs = []
-    for first in (LR_AND_DECAY[1], 0.0):
-        weight = _weight(torch.float64)
-        twin = _twin(optimizer, group, weight)
-        path = []
-        for decay in (first, 0.0):
-            _step(twin, weight, torch.tensor(_GRADIENT, dtype=torch.float64), decay)
-            path.append(weight.detach().clone().ravel())
-        runs.append(torch.stack(path))
-    return (runs[1] - runs[0]) / torch.tensor(_WEIGHTS, dtype=torch.float64).ravel()
-
-
-def moves_back(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Tell whether weights that are shrunk from outside move back, as to an average of their own.
-
-    False also where it could not be tried.
-    """
-    try:
-        weight = _weight(torch.float32)
-        twin = _twin(optimizer, group, weight)
-        _step(twin, weight, torch.zeros_like(weight), 0.0)
-        with torch.no_grad():
-            weight.mul_(0.5)
-        shrunk = weight.detach().clone()
-        for _ in range(_LONG):
-            _step(twin, weight, torch.zeros_like(weight), 0.0)
-    except Exception:  # as in `coupling`: any class may be tried, and may fail in any way
-        return False
-    return bool((weight.detach() > shrunk * 1.001).any())  # a few shrink them further
+def _step_of(cls: type[Optimizer]) -> Callable[..., Any]:
+    """Return the step of a class, out of what torch wraps around each class's once more."""
+    return inspect.unwrap(cls.step)
 
 
 def asks_again(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Tell whether a step calls its closure more than once, as a line search does."""
-    if isinstance(optimizer, LBFGS):  # a twin of it would hold the optimizer's own parameters
-        return True
-    calls = []
-    try:
-        weight = _weight(torch.float32)
-        twin = _twin(optimizer, group, weight)
+    """Return whether a step calls its closure more than once, as a line search does."""
+    if known_coupling(optimizer, group) is not None:
+        return isinstance(optimizer, LBFGS)
+    return OptimizerProbe(optimizer, group).asks_again()
 
-        def closure() -> Any:
-            calls.append(1)
-            twin.zero_grad()
-            loss = weight.square().sum()
-            loss.backward()
-            return loss
 
-        twin.step(closure)
-    except Exception:  # as above
+def needs_no_gradient(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Return whether a step decays weights that have no gradient as well; torch's own do not."""
+    if known_coupling(optimizer, group) is not None:
         return False
-    return len(calls) > 1
+    return OptimizerProbe(optimizer, group).needs_no_gradient()
 
 
-def _weight(dtype: torch.dtype) -> torch.nn.Parameter:
-    """Make the small weight."""
-    return torch.nn.Parameter(torch.tensor(_WEIGHTS, dtype=dtype))
+_LR, _DECAY = 0.25, 0.5
+_WEIGHTS = ((2.0, -3.0, 5.0, -7.0), (4.0, 9.0, -6.0, 3.0), (-8.0, 2.5, -4.5, 6.5))
+_GRADIENT = ((0.3, -0.2, -0.5, 0.1), (0.4, 0.7, -0.6, -0.9), (0.8, 0.25, -0.35, -0.15))
+_SIZES = (1.0, 0.01, 30.0, 1.0)  # of the gradient in a run
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
+_LONG = 12  # steps, more than an optimizer waits for that averages weights now and then
+_CLOSE = 1e-3  # relative, of two effects that are taken for equal
+
+
+class OptimizerProbe:
+    """An optimizer tried out on one small weight, to see what it does with a decay.
+
+    A twin of the same class and settings steps instead of the optimizer, with real gradients: of
+    both signs and changing size, so that a decay shows up that depends on them. Neither the
+    optimizer nor its parameters are touched, nor the state of the random numbers.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Any optimizer.
+    group : mapping
+        One of its parameter groups.
+
+    Examples
+    --------
+    >>> class Cautious(torch.optim.SGD):
+    ...     def step(self, closure=None):
+    ...         for group in self.param_groups:
+    ...             for p in group["params"]:
+    ...                 mask = (p.grad * p >= 0).to(p.dtype)
+    ...                 p.data.mul_(1 - group["lr"] * group["weight_decay"] * mask)
+    >>> optimizer = Cautious([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> OptimizerProbe(optimizer, optimizer.param_groups[0]).coupling()
+    'masked'
+    """
+
+    def __init__(self, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+        self._optimizer, self._group = optimizer, group
+
+    def coupling(self) -> str:
+        """Return the coupling that the twins show; "unknown" where they fail."""
+        if self.moves_back():
+            return "averaged"
+        for dtype in (torch.float64, torch.float32):  # few take the second only
+            try:
+                return self._coupling(dtype)
+            except Exception:
+                # Any class may be tried, on groups and state that it did not make itself, and may
+                # fail in any way. Nothing is hidden: the user reads of "unknown", and what to do.
+                continue
+        return "unknown"
+
+    def _coupling(self, dtype: torch.dtype) -> str:
+        """Return the coupling, from weights of a precision."""
+        rest = self._at_rest()
+        base = self._path(dtype, decay_at=None)
+        paths = [self._path(dtype, decay_at=t) for t in range(len(_SIZES))]
+        if _same(rest, 1.0):  # some do nothing at all where there is no gradient
+            taken, later = base[1] - paths[0][1], base[2] - paths[0][2]
+            remembers = not _close(taken, later)
+        else:
+            remembers = not _same(rest[[0, 2, 3]], 1.0)
+        if remembers:
+            return "coupled"
+        taken = torch.stack([base[t + 1] - path[t + 1] for t, path in enumerate(paths)])
+        # As a part of the weights before the step, or of those after it, for those that decay last
+        return _shape(taken / base[:-1]) or _shape(taken / base[1:]) or "coupled"
+
+    def _at_rest(self) -> torch.Tensor:
+        """Return the factors on the weights of four steps at gradient 0, the second with decay.
+
+        The second, because what averages weights has nothing to average with in the first.
+        """
+        weight, twin = self._twin(torch.float32)
+        factors = []
+        for decay in (0.0, _DECAY, 0.0, 0.0):
+            before = weight.detach().clone()
+            _step(twin, weight, torch.zeros_like(weight), decay)
+            factors.append((weight.detach() / before).ravel())
+        return torch.stack(factors)
+
+    def _path(self, dtype: torch.dtype, decay_at: int | None) -> torch.Tensor:
+        """Return the weights of a run with real gradients, and with decay in one step at most."""
+        weight, twin = self._twin(dtype)
+        gradient, path = torch.tensor(_GRADIENT, dtype=dtype), [weight.detach().clone().ravel()]
+        for t, size in enumerate(_SIZES):
+            _step(twin, weight, size * gradient, _DECAY if t == decay_at else 0.0)
+            path.append(weight.detach().clone().ravel())
+        return torch.stack(path)
+
+    def moves_back(self) -> bool:
+        """Return whether weights shrunk from outside move back, as to an average of their own.
+
+        False also where the twin fails.
+        """
+        try:
+            weight, twin = self._twin(torch.float32)
+            _step(twin, weight, torch.zeros_like(weight), 0.0)
+            with torch.no_grad():
+                weight.mul_(0.5)
+            shrunk = weight.detach().abs()
+            for _ in range(_LONG):
+                _step(twin, weight, torch.zeros_like(weight), 0.0)
+        except Exception:  # as above
+            return False
+        return bool((weight.detach().abs() > shrunk * 1.001).any())  # a few shrink them further
+
+    def asks_again(self) -> bool:
+        """Return whether a step calls its closure more than once; False where the twin fails."""
+        calls = []
+        try:
+            weight, twin = self._twin(torch.float32)
+
+            def closure() -> Any:
+                calls.append(1)
+                twin.zero_grad()
+                loss = weight.square().sum()
+                loss.backward()
+                return loss
+
+            with _own_random_numbers():
+                twin.step(closure)
+        except Exception:  # as above
+            return False
+        return len(calls) > 1
+
+    def needs_no_gradient(self) -> bool:
+        """Return whether a weight without a gradient decays; False where the twin fails."""
+        try:
+            ends = []
+            for decay in (0.0, _DECAY):
+                weight, twin = self._twin(torch.float32)
+                _step(twin, weight, None, decay)
+                ends.append(weight.detach().clone())
+        except Exception:  # as above
+            return False
+        return not torch.equal(*ends)
+
+    def _twin(self, dtype: torch.dtype) -> tuple[torch.nn.Parameter, Optimizer]:
+        """Return the small weight, and an optimizer of the same class and settings for it."""
+        weight = torch.nn.Parameter(torch.tensor(_WEIGHTS, dtype=dtype))
+        group = self._group
+        settings = {
+            k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")
+        }
+        settings |= {k: False for k in ("capturable", "fused", "foreach") if k in settings}
+        # Schedule-free optimizers refuse to step otherwise
+        settings |= {k: True for k in ("train_mode",) if k in settings}
+        settings |= {"params": [weight], "lr": _LR, "weight_decay": _DECAY}
+        cls = type(self._optimizer)
+        twin = cls.__new__(cls)
+        # What covers a method stays out: an LR scheduler puts a `step` there that steps the
+        # original.
+        own = {
+            k: v for k, v in vars(self._optimizer).items() if not callable(getattr(cls, k, None))
+        }
+        twin.__dict__.update({k: copy.deepcopy(v) for k, v in own.items() if _is_plain(v)})
+        defaults = dict(self._optimizer.defaults)
+        twin.__setstate__(
+            {"defaults": defaults, "state": defaultdict(dict), "param_groups": [settings]}
+        )
+        return weight, twin
 
 
 def _step(
-    twin: Optimizer, weight: torch.nn.Parameter, gradient: torch.Tensor, decay: float
+    twin: Optimizer, weight: torch.nn.Parameter, gradient: torch.Tensor | None, decay: float
 ) -> None:
     """Let the twin take a step."""
     twin.param_groups[0]["weight_decay"] = decay
 
     def closure() -> Any:
-        weight.grad = gradient.clone()
+        weight.grad = None if gradient is None else gradient.clone()
         return weight.new_zeros(())
 
     closure()
     given = inspect.signature(twin.step).parameters.get("closure")
-    twin.step(*([closure] if given and given.default is given.empty else []))  # few require one
+    needed = given is not None and given.default is given.empty  # few require one
+    with _own_random_numbers():
+        twin.step(*([closure] if needed else []))
 
 
-def _twin(optimizer: Optimizer, group: Mapping[str, Any], weight: torch.nn.Parameter) -> Optimizer:
-    """Make an optimizer of the same class and settings, without hooks, for one small weight."""
-    settings = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
-    settings |= {k: False for k in ("capturable", "fused", "foreach") if k in settings}
-    settings |= {
-        k: True for k in ("train_mode",) if k in settings
-    }  # schedule-free ones refuse else
-    settings |= {"params": [weight], "lr": LR_AND_DECAY[0], "weight_decay": LR_AND_DECAY[1]}
-    cls = type(optimizer)
-    twin = cls.__new__(cls)
-    # What covers a method is left out: an LR scheduler puts a `step` there that steps the original.
-    own = {k: v for k, v in vars(optimizer).items() if not callable(getattr(cls, k, None))}
-    twin.__dict__.update({k: copy.deepcopy(v) for k, v in own.items() if _is_plain(v)})
-    defaults = dict(optimizer.defaults)
-    twin.__setstate__(
-        {"defaults": defaults, "state": defaultdict(dict), "param_groups": [settings]}
-    )
-    return twin
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Draw the same random numbers in each step of a twin, and leave the program's alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
+        yield
+
+
+def _shape(effects: torch.Tensor) -> str | None:
+    """Return the coupling by the part of each weight that each step's decay took; None if none.
+
+    Parameters
+    ----------
+    effects : Tensor of shape (steps, weights)
+        1 - w_decayed / w_free.
+    """
+    top = effects.abs().amax(dim=1, keepdim=True)
+    if float(top.max()) < 1e-12:
+        return "unknown"  # a decay that does nothing here
+    slack = _CLOSE * top.clamp(min=1e-6 * float(top.max()))
+    if bool(((effects - effects.mean(dim=1, keepdim=True)).abs() <= slack).all()):
+        by_step = effects.mean(dim=1)
+        if _close(by_step, torch.full_like(by_step, _LR * _DECAY)):
+            return "decoupled"
+        return "fixed" if _close(by_step, torch.full_like(by_step, _DECAY)) else "scaled"
+    # lambda_i in {0, lambda}: a mask from the gradient
+    masked = (effects.abs() <= slack) | ((effects - top).abs() <= slack)
+    return "masked" if bool(masked.all()) else None
+
+
+def _same(factors: torch.Tensor, value: float) -> bool:
+    """Return whether all factors have the value, up to rounding."""
+    return torch.allclose(factors, torch.full_like(factors, value), rtol=0, atol=1e-6)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two effects are the same, up to a small part of the largest."""
+    return torch.allclose(one, other, rtol=0, atol=_CLOSE * float(other.abs().max()))
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether a value can belong to two optimizers: it holds nothing of the first.
+    """Return whether a value can belong to two optimizers: it holds nothing of the first.
 
-    A function that closes over something may hold it, and an object of an unknown class, too.
+    A function that closes over something may hold it, as may an object of an unknown class.
     """
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
         holder = getattr(value, "__self__", None)

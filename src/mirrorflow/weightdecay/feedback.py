@@ -1,8 +1,8 @@
-"""Decay that answers to what is measured; here: it is switched off when there is reason to.
+"""Closed-loop schedules: a decay that measurements switch off.
 
 Each is a callable step -> rate for `WeightDecayScheduler`, fed by ``update(step, value)`` as often
 as something is measured. What it remembers travels in the optimizer's groups, and is there again
-when the optimizer has loaded its checkpoint; ``state_dict()`` has the log of decisions, too.
+when the optimizer has loaded its checkpoint; ``state_dict()`` has the log of decisions as well.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 __all__ = [
+    "FeedWatchdog",
     "Feedback",
     "OffAtBudget",
     "OffBelow",
     "OffWhenLevel",
-    "Unfed",
     "as_float",
+    "feed",
     "number",
     "whole",
 ]
@@ -37,21 +38,21 @@ class Feedback(ABC):
     log : list of dict
         step, value, rate and reason of each update.
     fed_every : int
-        After how many steps somebody has undertaken to feed it; 0 if that is not known.
+        The number of steps between two measurements, as announced; 0 if that is not known.
     """
 
     def __init__(self, rate: float) -> None:
         self.current = number("rate", rate, 0.0)
         self.log: list[dict[str, Any]] = []
         self.fed_every, self._resumed = 0, False
-        self._unfed: Unfed | None = None  # from when it first sets the decay
+        self._watchdog: FeedWatchdog | None = None  # from when it first sets the decay
 
     def __call__(self, step: int) -> float:
-        """Give the rate: the last decision's, whatever the step."""
+        """Return the rate of the last decision, whatever the step."""
         return self.current
 
     def update(self, step: int, value: float) -> float:
-        """Take a measurement, and give the rate that acts from now on.
+        """Take a measurement, and return the rate that acts from now on.
 
         Parameters
         ----------
@@ -69,12 +70,12 @@ class Feedback(ABC):
         else:
             self.current, reason = self._decide(value)
         self.log.append({"step": step, "value": value, "rate": self.current, "reason": reason})
-        if self._unfed:
-            self._unfed.fed()
+        if self._watchdog:
+            self._watchdog.fed()
         return self.current
 
     def acts_at(self, step: int) -> None:
-        """Warn, once, if this sets the decay and nobody feeds it.
+        """Warn, once, if this sets the decay and never receives a measurement.
 
         After 1,000 steps, or three times ``fed_every``; in a shorter run when it is over: when the
         scheduler is closed, this is dropped, or the program ends.
@@ -86,25 +87,25 @@ class Feedback(ABC):
         """
         if self.log:
             return
-        if self._unfed is None:
-            self._unfed = Unfed(self, step, self._resumed)
-        self._unfed.acts_at(step, self.fed_every)
+        if self._watchdog is None:
+            self._watchdog = FeedWatchdog(self, step, self._resumed)
+        self._watchdog.acts_at(step, self.fed_every)
 
     def over(self) -> None:
-        """Warn, once, if the run ends and nobody has fed this."""
-        if self._unfed and not self.log:
-            self._unfed.over()
+        """Warn, once, if the run ends without a measurement."""
+        if self._watchdog and not self.log:
+            self._watchdog.over()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what watches over this one, and not over a copy."""
-        return vars(self) | {"_unfed": None}
+        return vars(self) | {"_watchdog": None}
 
     @abstractmethod
     def _decide(self, value: float) -> tuple[float, str]:
-        """Give the new rate and the reason for it."""
+        """Return the new rate and the reason for it."""
 
     def _memory(self) -> tuple[float, ...]:
-        """Give what the next decision depends on, beside the rate; here nothing."""
+        """Return what the next decision depends on, beside the rate; here nothing."""
         return ()
 
     def _recall(self, *memory: float) -> None:
@@ -113,7 +114,7 @@ class Feedback(ABC):
             raise ValueError(f"{type(self).__name__} remembers nothing but its rate: {memory}")
 
     def memory(self) -> tuple[Any, ...]:
-        """Give what the next decision depends on: the name of the kind, and a few numbers."""
+        """Return what the next decision depends on: the name of the class, and a few numbers."""
         return (type(self).__name__, self.current, *self._memory())
 
     def recall(self, memory: Sequence[Any]) -> None:
@@ -122,19 +123,19 @@ class Feedback(ABC):
         Raises
         ------
         ValueError
-            If it is the memory of another kind.
+            If it is the memory of another class.
         """
         kind, current, *rest = memory
         if kind != type(self).__name__:
             raise ValueError(f"this is the state of {kind}, not of {type(self).__name__}")
         self.current, self._resumed = float(current), True
-        if self._unfed:
-            self._unfed.fed()  # perhaps: the checkpoint does not say
-            self._unfed = None
+        if self._watchdog:
+            self._watchdog.fed()  # perhaps: the checkpoint does not say
+            self._watchdog = None
         self._recall(*map(float, rest))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs and the log, in plain numbers and strings."""
+        """Return what a resumed run needs and the log, in plain numbers and strings."""
         return {"memory": list(self.memory()), "log": [dict(row) for row in self.log]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -144,7 +145,7 @@ class Feedback(ABC):
 
 
 class OffWhenLevel(Feedback):
-    """Switch off, for good, when a measured quantity has levelled off.
+    """A rate that is off, for good, when a measured quantity has levelled off.
 
     Parameters
     ----------
@@ -172,7 +173,7 @@ class OffWhenLevel(Feedback):
         self._last: tuple[float, ...] = ()  # and the last of them
 
     def _decide(self, value: float) -> tuple[float, str]:
-        """Compare the last values."""
+        """Return the rate by how far the last values differ."""
         if self.current == 0:
             return 0.0, "off"
         self._count += 1
@@ -184,7 +185,7 @@ class OffWhenLevel(Feedback):
         return self.current, "still moving"
 
     def _memory(self) -> tuple[float, ...]:
-        """Give the window."""
+        """Return the window."""
         return float(self._count), *self._last
 
     def _recall(self, *memory: float) -> None:
@@ -194,7 +195,7 @@ class OffWhenLevel(Feedback):
 
 
 class OffBelow(Feedback):
-    """Switch off, for good, once a measured quantity has fallen to a target.
+    """A rate that is off, for good, once a measured quantity has fallen to a target.
 
     Parameters
     ----------
@@ -202,6 +203,14 @@ class OffBelow(Feedback):
         The rate until then, >= 0.
     target : float
         Off with the first value that is not above it; what it does later changes nothing.
+    lowest : float
+        The lowest value that the quantity can have, which the target may not be below: 1 for the
+        ratio and for ranks. Of another quantity, such as a loss, give its own, or ``-math.inf``.
+
+    Raises
+    ------
+    ValueError
+        If no value could ever reach the target.
 
     Examples
     --------
@@ -210,12 +219,18 @@ class OffBelow(Feedback):
     [0.1, 0.0, 0.0]
     """
 
-    def __init__(self, rate: float, target: float) -> None:
+    def __init__(self, rate: float, target: float, *, lowest: float = 1.0) -> None:
         super().__init__(rate)
         self.target = number("target", target, -math.inf)
+        if not self.target >= as_float("lowest", lowest):
+            raise ValueError(
+                f"target must be >= {lowest:g}, the lowest value that a ratio or a rank can have, "
+                f"got {target!r}. Of another quantity, such as a loss, give the lowest value, "
+                "lowest=0.0 or -math.inf"
+            )
 
     def _decide(self, value: float) -> tuple[float, str]:
-        """Compare with the target."""
+        """Return the rate by the target."""
         if self.current == 0:
             return 0.0, "off"
         if value <= self.target:
@@ -224,7 +239,7 @@ class OffBelow(Feedback):
 
 
 class OffAtBudget(Feedback):
-    """Switch off, for good, once a budget has been absorbed.
+    """A rate that is off, for good, once a budget has been absorbed.
 
     A `WeightDecayScheduler` feeds it what its own account says, before every step.
 
@@ -247,11 +262,11 @@ class OffAtBudget(Feedback):
         self.budget = number("budget", budget, 0.0, strict=True)
 
     def spent_by(self, absorbed: float) -> bool:
-        """Tell whether this is the budget, or misses it by the rounding of a long sum only."""
+        """Return whether this is the budget, or misses it by the rounding of a long sum only."""
         return absorbed >= self.budget * (1 - 1e-9)
 
     def _decide(self, value: float) -> tuple[float, str]:
-        """Compare with the budget."""
+        """Return the rate by the budget."""
         if self.current == 0:
             return 0.0, "off"
         if self.spent_by(value):
@@ -259,20 +274,41 @@ class OffAtBudget(Feedback):
         return self.current, "within the budget"
 
 
-# What a closed loop that nobody feeds says: while it acts, once it is late, and in the end.
+def feed(absorbed: Iterable[tuple[Any, float]], step: int) -> None:
+    """Feed the closed loops among schedules the account of their decay, before a step.
 
-_LONG = 1000  # steps that a loop may wait, where nobody has said how long it will have to
+    Parameters
+    ----------
+    absorbed : iterable of (schedule, float)
+        What each set of tensors has absorbed; of a loop that has several the largest counts.
+    step : int
+        The optimizer step that comes next.
+    """
+    most: dict[int, tuple[Feedback, float]] = {}
+    for loop, value in absorbed:
+        if isinstance(loop, Feedback):
+            most[id(loop)] = loop, max(value, most.get(id(loop), (loop, 0.0))[1])
+    for loop, value in most.values():
+        if not isinstance(loop, OffAtBudget):
+            loop.acts_at(step)
+        elif loop.current and loop.spent_by(value):
+            loop.update(step, value)
+
+
+# Warn when a closed-loop schedule never receives measurements: once late, or when the run ends.
+
+_LONG = 1000  # steps that a loop may wait, where no interval was announced
 _INTERVALS = 3  # of those that were announced
 _SHORT = 20  # steps: a run that ends before is a trial
 
 
-class Unfed:
-    """The steps for which a loop has set the decay, and nobody has fed it.
+class FeedWatchdog:
+    """Warns when a loop has set the decay for many steps without a measurement.
 
     Parameters
     ----------
     loop : Feedback
-        Not kept, so that it ends when nobody else keeps it; in the end that is looked at, too.
+        Kept weakly: when the program drops the loop, the run is over, and the watch ends.
     step : int
         The optimizer step that comes next.
     resumed : bool
@@ -281,15 +317,15 @@ class Unfed:
     Examples
     --------
     >>> from mirrorflow.weightdecay import OffBelow
-    >>> unfed = Unfed(OffBelow(0.1, target=2.0), step=0, resumed=False)
-    >>> unfed.acts_at(500, every=0)
-    >>> unfed.fed()
+    >>> watchdog = FeedWatchdog(OffBelow(0.1, target=2.0), step=0, resumed=False)
+    >>> watchdog.acts_at(500, every=0)
+    >>> watchdog.fed()
     """
 
     def __init__(self, loop: Any, step: int, resumed: bool) -> None:
         self.name, self.rate = type(loop).__name__, loop.current
         self.start, self.step, self.every = step, step, 0
-        self.resumed, self.said = resumed, False
+        self.resumed, self.warned = resumed, False
         self._end = weakref.finalize(loop, self.over)
 
     def acts_at(self, step: int, every: int) -> None:
@@ -300,40 +336,40 @@ class Unfed:
         step : int
             The optimizer step that comes next.
         every : int
-            After how many steps somebody feeds it, as far as that was announced; else 0.
+            The number of steps between two measurements, as announced; else 0.
         """
         if step not in (self.step, self.step + 1):  # a run that is taken up at a later step
             self.start = step
         self.step, self.every = step, every
         longest = max(_SHORT, _INTERVALS * every) if every else _LONG
         if self.step - self.start >= longest:
-            self._say(stacklevel=6)
+            self._warn(stacklevel=6)
 
     def over(self) -> None:
         """Warn if the run is over, and the loop was not fed in it."""
         if not self.resumed and self.step - self.start >= _SHORT:
-            self._say(stacklevel=2)
+            self._warn(stacklevel=2)
 
     def fed(self) -> None:
-        """Take note that it is fed: nothing remains to be said."""
-        self.said = True
+        """Take note of a measurement: the watch is over."""
+        self.warned = True
         self._end.detach()
 
-    def _say(self, stacklevel: int) -> None:
+    def _warn(self, stacklevel: int) -> None:
         """Warn, unless that was done."""
-        if self.said:
+        if self.warned:
             return
         self.fed()
         how = (
             f"ControlledDecay feeds it every {self.every} steps (track_every), by its own step(), "
             "which has to follow each optimizer.step()"
             if self.every
-            else "call its update(step, value) with what is measured, or let "
-            "mirrorflow.control.loop.ControlledDecay measure"
+            else "call its update(step, value) with each measurement, or let "
+            "mirrorflow.ControlledDecay measure"
         )
         warnings.warn(
             f"{self.name} has set the decay of steps {self.start} to {self.step} and was never "
-            f"fed, so that it stays at {self.rate}: {how}",
+            f"fed a measurement, so its rate stays at {self.rate}: {how}",
             stacklevel=stacklevel,
         )
 
@@ -342,7 +378,7 @@ class Unfed:
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:
-    """Give a whole number that is not too small.
+    """Return a whole number that is not too small.
 
     Examples
     --------
@@ -357,7 +393,7 @@ def whole(name: str, value: Any, low: int = 1) -> int:
 
 
 def number(name: str, value: Any, low: float, strict: bool = False) -> float:
-    """Give a finite number that is not too small."""
+    """Return a finite number that is not too small."""
     number = as_float(name, value)
     if not math.isfinite(number) or number < low or (strict and number == low):
         raise ValueError(
@@ -367,7 +403,7 @@ def number(name: str, value: Any, low: float, strict: bool = False) -> float:
 
 
 def as_float(name: str, value: Any) -> float:
-    """Give a Python float."""
+    """Return a Python float."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements

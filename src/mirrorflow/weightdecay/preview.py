@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from ._ledger import Entry
-from ._targets import Target, rate_at
+from ._targets import Target
+from .conventions import rate_at
 from .feedback import Feedback, OffAtBudget, whole
 from .scheduler import WeightDecayScheduler
 from .units import ahead, shadow
@@ -27,7 +28,7 @@ _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_en
 
 @dataclass(frozen=True)
 class Preview:
-    """What a scheduler will do in a run.
+    """The decay that a scheduler will apply in a run.
 
     Parameters
     ----------
@@ -44,11 +45,11 @@ class Preview:
     remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Give the table, and the remarks."""
+        """Return the table, and the remarks."""
         return "\n".join([table(self.rows), *self.remarks])
 
     def plot(self) -> Figure:
-        """Draw decay, lr x decay, and the accumulated sum."""
+        """Return a figure of decay, lr x decay, and the accumulated sum."""
         try:
             from matplotlib.figure import Figure  # pyright: ignore[reportPrivateImportUsage]
         except ModuleNotFoundError as error:
@@ -78,10 +79,10 @@ def preview(
     steps: int,
     lr: LRScheduler | Iterable[float] | None = None,
 ) -> Preview:
-    """Run the scheduler without a model, from where it is, and keep the account.
+    """Return what a scheduler will do from where it is, run without a model.
 
     `OffAtBudget` is fed after each step what has been absorbed by then, as `ControlledDecay` does.
-    What answers to measurements keeps its rate, and is named in the remarks.
+    A loop that answers to measurements keeps its rate; the remarks name it.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ def preview(
     Raises
     ------
     ValueError
-        If the learning-rate scheduler is that of another optimizer, or needs a metric to step
+        If the learning-rate scheduler belongs to another optimizer, or needs a metric to step
         (ReduceLROnPlateau), or there are fewer learning rates than steps.
 
     Examples
@@ -132,18 +133,19 @@ def preview(
         _feed(schedules, entries, step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
-    return Preview(rows, dict(zip(names, curves, strict=True)), _remarks(schedules))
+    remarks = [*_remarks(schedules), *_unspent(schedules, entries, scheduler.steps + steps)]
+    return Preview(rows, dict(zip(names, curves, strict=True)), remarks)
 
 
 def _copied_loops(targets: Sequence[Target]) -> list[Any]:
-    """Give the schedule of each target; of loops copies, which may be fed."""
+    """Return the schedule of each target; of loops copies, which may be fed."""
     loops = {id(t.schedule): t.schedule for t in targets if isinstance(t.schedule, Feedback)}
     copies = {key: copy.deepcopy(loop) for key, loop in loops.items()}
     return [copies.get(id(t.schedule), t.schedule) for t in targets]
 
 
 def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None:
-    """Tell each `OffAtBudget` what has been absorbed: all that is known without a model."""
+    """Feed each `OffAtBudget` what has been absorbed: all that is known without a model."""
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
         pairs = zip(schedules, entries, strict=True)
         spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
@@ -152,13 +154,27 @@ def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None
 
 
 def _remarks(schedules: Sequence[Any]) -> list[str]:
-    """Name the loops whose decisions nobody knows before the run."""
+    """Return remarks on the loops whose decisions depend on measurements."""
     unknown = {type(s).__name__ for s in schedules if isinstance(s, Feedback)} - {"OffAtBudget"}
     return [f"{n} answers to measurements: shown as if it kept its rate" for n in sorted(unknown)]
 
 
+def _unspent(schedules: Sequence[Any], entries: Sequence[Entry], end: int) -> list[str]:
+    """Return remarks on the budgets that the run does not absorb: their decay never ends."""
+    remarks = []
+    for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
+        pairs = zip(schedules, entries, strict=True)
+        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        if loop.current and not loop.spent_by(spent):
+            remarks.append(
+                f"OffAtBudget never switches off: by step {end} it absorbs {spent:.4g} of its "
+                f"budget of {loop.budget:g}"
+            )
+    return remarks
+
+
 def _names(scheduler: WeightDecayScheduler) -> list[str]:
-    """Name each set of tensors; where two groups have one name, by their places too."""
+    """Return the name of each set of tensors; with the place of its group where two share one."""
     names = [scheduler.name(target) for target in scheduler.targets]
     return [
         name if names.count(name) == 1 else f"{name} (group {target.group})"
@@ -167,7 +183,7 @@ def _names(scheduler: WeightDecayScheduler) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Make text of the rows of a preview or an audit.
+    """Return the rows of a preview or an audit as text.
 
     Examples
     --------
@@ -183,7 +199,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Show a value."""
+    """Return a value as text."""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 

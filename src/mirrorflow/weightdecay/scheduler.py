@@ -1,4 +1,4 @@
-"""`WeightDecayScheduler`: the decay of a schedule, at every step that an optimizer really takes."""
+"""The scheduler: the decay of a schedule, at every step that an optimizer really takes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from ._checks import (
     inner,
     warn_if_coupled,
 )
-from ._coverage import Plan
+from ._coverage import CoveragePlan
 from ._fingerprint import Fingerprints
 from ._group_state import cleared, undone_if_it_fails
 from ._ledger import Account
 from ._momentum import forget
-from ._step import Stepping, over
+from ._step import Stepping
 from ._targets import Rule, Target, rules
+from .feedback import Feedback
 
 __all__ = ["WeightDecayScheduler"]
 
 
 class WeightDecayScheduler:
-    r"""Give an optimizer the weight decay of a schedule, and keep the account of it.
+    r"""A weight decay that follows a schedule, with the account of what it has absorbed.
 
     Before each ``optimizer.step()`` the decay ``rate(t)`` is written to every parameter group
     whose own decay is not 0, ``t`` being the number of steps that the optimizer has really taken:
@@ -57,28 +58,30 @@ class WeightDecayScheduler:
         for optimizers that keep averages of the weights, or that find their own step size.
     exact_off : bool
         For SGD with momentum, which takes L2 into its buffer: follow the decay's part of each
-        buffer, and take it out when the rate becomes 0, so that the next steps are those of a
+        buffer, and take it out when the rate becomes 0, so that the next steps are as with a
         buffer that never saw decay. It costs as much memory as the momentum, and is saved with
         the optimizer's state.
-    convention : {"follow-lr", "fixed", "adamc", "schedule-only"}, optional
-        What the rate means: lr x rate acts; the rate itself; lr^2 / peak x rate, as in AdamC; or
-        lr / peak x rate, as in the AdamW paper; however the optimizer counts its decay. Without it
-        the rate is the optimizer's own number, which most multiply by the learning rate.
+    convention : str, optional
+        What the rate means, however the optimizer counts its decay, one of
+        ``mirrorflow.weightdecay.conventions.CONVENTIONS``: with "follow-lr" lr x rate acts; with
+        "fixed" the rate itself; with "adamc" lr^2 / peak x rate; with "schedule-only"
+        lr / peak x rate, as in the AdamW paper. Without it the rate is the optimizer's own number,
+        which most multiply by the learning rate.
     peak : float, optional
         The highest learning rate of the run, for "adamc" and "schedule-only", where it is not what
         the learning-rate scheduler has written to the groups: ``max(learning_rates(lr, steps))``.
     model : torch.nn.Module, optional
         Names the parameters, if the optimizer was not made from ``named_parameters()``.
     coupling : str, optional
-        How the optimizer's decay acts, where trying it on a small weight fails: "decoupled", the
+        How the optimizer's decay acts, where a trial step on a small weight fails: "decoupled", the
         weights shrink by lr x decay; "fixed", by the decay; "scaled", by a step size of its own
-        times the decay; "sgd", as in torch.optim.SGD; "coupled", in a rescaled gradient;
-        "averaged", on what the weights are an average of.
+        times the decay; "masked", where the gradient allows it; "sgd", as in torch.optim.SGD;
+        "coupled", in a rescaled gradient; "averaged", on what the weights are an average of.
     on_change : {"warn", "error", "program"}
         What to do about a checkpoint that was written with another schedule, or with another decay
-        of groups where that is what is multiplied: the schedule is always that of the program, the
-        groups' own decay that of the checkpoint; "program" takes that of the program, too, and says
-        nothing.
+        of groups where ``relative`` multiplies it. The schedule is always the program's, the
+        groups' own decay the checkpoint's; "program" takes the program's for both, without a
+        warning.
 
     Attributes
     ----------
@@ -104,9 +107,9 @@ class WeightDecayScheduler:
     -----
     A small summary travels in the parameter groups (``initial_weight_decay``,
     ``weight_decay_ledger``), so that the optimizer's checkpoint knows the step it belongs to and
-    has the totals; the record of `audit` is in `state_dict`. The schedule is in neither: it is
-    that of the program which resumes. What acts is read by a pre-step hook, with a closure after
-    it has given the gradients: what later pre-step hooks of others change in that step is not seen.
+    has the totals; the record of `audit` is in `state_dict`. The schedule is in neither: the
+    program that resumes gives it. A pre-step hook reads what acts, with a closure after it has
+    given the gradients; it does not see what later pre-step hooks of others change in that step.
     """
 
     def __init__(
@@ -125,9 +128,9 @@ class WeightDecayScheduler:
         on_change: str = "warn",
     ) -> None:
         self.optimizer = inner(optimizer)
-        check_free(self.optimizer, WeightDecayScheduler)
+        check_free(self.optimizer, Stepping)
         chosen = rules(groups)
-        self.plan = Plan(
+        self.plan = CoveragePlan(
             schedule,
             relative,
             chosen,
@@ -149,13 +152,13 @@ class WeightDecayScheduler:
         """Take the optimizer over."""
         coverage = self._stepping.coverage
         coverage.warn_if_unused(self.optimizer)
-        coverage.update(self.optimizer, self.account)
-        kinds = [entry.kind for entry in self.account.entries]
+        self._stepping.cover()
+        couplings = [entry.coupling for entry in self.account.entries]
         check_decay(self.optimizer, self.targets, self.decoupled, self.plan.relative)
-        check_schedules(self.optimizer, self.targets, kinds)
+        check_schedules(self.optimizer, self.targets, couplings)
         if self.exact_off:
-            check_exact_off(self.optimizer, self.targets, kinds)
-        warn_if_coupled(self.optimizer, self.targets, kinds, self.exact_off)
+            check_exact_off(self.optimizer, self.targets, couplings)
+        warn_if_coupled(self.optimizer, self.targets, couplings, self.exact_off)
         coverage.warn_if_scaled(self.optimizer, self.account)
         self._stepping.begin()
 
@@ -169,7 +172,7 @@ class WeightDecayScheduler:
         self._stepping.write()
 
     def get_last_weight_decay(self) -> list[float]:
-        """Give the decay of the step that comes next, in the order of ``accumulated``."""
+        """Return the decay of the step that comes next, in the order of ``accumulated``."""
         return list(self._stepping.last)
 
     @property
@@ -204,7 +207,7 @@ class WeightDecayScheduler:
 
     @property
     def accumulated(self) -> list[float]:
-        """Give a_T, one number per group; NaN where L2 is rescaled by the optimizer.
+        """Return a_T, one number per group; NaN where L2 is rescaled by the optimizer.
 
         With rules within groups (``decoupled=True``), one number for each set of tensors.
         """
@@ -212,12 +215,12 @@ class WeightDecayScheduler:
 
     @property
     def pending(self) -> list[float]:
-        """Give what momentum would still absorb of the past decay, if it were 0 from now on."""
+        """Return what momentum would still absorb of the past decay, if it were 0 from now on."""
         groups, exact = self.optimizer.param_groups, self.exact_off
         return [0.0 - entry.pending(groups[t.group], exact) for t, entry in self._stepping.ledgers]
 
     def audit(self) -> list[dict[str, Any]]:
-        """Give what was really applied, as rows: a run of steps of one group each.
+        """Return what really acted, as rows: a run of steps of one group each.
 
         Returns
         -------
@@ -231,12 +234,12 @@ class WeightDecayScheduler:
         return [row for name, entry in pairs for row in entry.rows(name)]
 
     def name(self, target: Target) -> str:
-        """Name a set of tensors by its group, and by what is in it if it is not all of it."""
+        """Return the name of a set of tensors: its group, and what is in it if it is a part."""
         names = self._stepping.coverage.names(self.optimizer)
         return names[self.targets.index(target)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state in plain numbers; safe under ``torch.load(weights_only=True)``."""
+        """Return the state in plain numbers; safe under ``torch.load(weights_only=True)``."""
         return self.account.state() | self._fingerprints.state(self.targets)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +250,7 @@ class WeightDecayScheduler:
         Raises
         ------
         ValueError
-            If it is the state of other groups, rules or kinds of decay, or with
+            If it is the state of other groups, rules or couplings, or with
             ``on_change="error"`` of another schedule; nothing is changed then.
         """
         change = self._fingerprints.change(state, self.targets)
@@ -265,7 +268,9 @@ class WeightDecayScheduler:
             handle.remove()
         cleared(self.optimizer.param_groups)
         forget(self.optimizer)
-        over(self.targets)
+        for loop in {id(t.schedule): t.schedule for t in self.targets}.values():
+            if isinstance(loop, Feedback):
+                loop.over()
 
     def __enter__(self) -> Self:
         """Close at the end of a with block."""
@@ -278,13 +283,13 @@ class WeightDecayScheduler:
     # What a preview asks
 
     def rates(self, step: int) -> list[float | None]:
-        """Give the rate of each set of tensors at a step; None where nothing schedules it."""
+        """Return the rate of each set of tensors at a step; None where nothing schedules it."""
         return self._stepping.rates_at(step)
 
     def decays(
         self, rates: Sequence[float | None], groups: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """Turn rates into decays, for the settings of the groups."""
+        """Return the decays that rates come to, for the settings of the groups."""
         return self._stepping.decays(rates, groups)
 
     # The hooks of the optimizer
@@ -292,24 +297,13 @@ class WeightDecayScheduler:
     def _attach(self) -> None:
         """Register the hooks, outside what torch.compile traces."""
         opaque: Any = torch.compiler.disable
+        stepping = self._stepping
         self._handles = [
-            self.optimizer.register_step_pre_hook(opaque(self._before_step)),
-            self.optimizer.register_step_post_hook(opaque(self._after_step)),
-            self.optimizer.register_load_state_dict_pre_hook(self._before_load),
-            self.optimizer.register_load_state_dict_post_hook(self._after_load),
+            self.optimizer.register_step_pre_hook(opaque(stepping.before_step)),
+            self.optimizer.register_step_post_hook(opaque(stepping.after_step)),
+            self.optimizer.register_load_state_dict_pre_hook(stepping.before_load),
+            self.optimizer.register_load_state_dict_post_hook(stepping.after_load),
         ]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        return self._stepping.before_step(args, kwargs)
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepping.after_step()
-
-    def _before_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        self._stepping.before_load(state)
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._stepping.after_load()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks, as the optimizer leaves its own."""

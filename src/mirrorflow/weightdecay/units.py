@@ -23,8 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
 from ._checks import inner, one_of
-from ._targets import check_schedule, rate_at
-from .conventions import CONVENTIONS, NEED_PEAK, acting, number_for, peak_lr
+from ._targets import check_schedule
+from .conventions import (
+    CONVENTIONS,
+    NEED_PEAK,
+    effective_decay,
+    number_for,
+    peak_lr,
+    rate_at,
+)
 from .feedback import Feedback, whole
 
 __all__ = [
@@ -59,7 +66,7 @@ UNITS = tuple(_TO_STEP)
 
 
 def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> float:
-    """Say a constant decay in another unit.
+    """Return a constant decay in another unit.
 
     Parameters
     ----------
@@ -82,13 +89,15 @@ def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> f
     """
     for name in (unit, to):
         if name not in UNITS:
-            raise ValueError(f"a unit of decay is one of {', '.join(UNITS)}, got {name!r}")
+            raise ValueError(f"a unit of decay must be one of {', '.join(UNITS)}, got {name!r}")
     for name, number in (("value", value), ("lr", lr), ("steps", steps)):
         if not (math.isfinite(number) and number > 0):
             raise ValueError(f"convert: {name} must be positive and finite, got {number}")
     per_step = _TO_STEP[unit](value, lr, steps)
     if to == "half-life" and per_step >= 1:
-        raise ValueError(f"lr x decay = {per_step} >= 1: no half-life, a step already overshoots 0")
+        raise ValueError(
+            f"lr x decay must be < 1 for a half-life, got {per_step}: a step overshoots 0"
+        )
     return _FROM_STEP[to](per_step, lr, steps)
 
 
@@ -102,7 +111,7 @@ def budget(
     momentum: float = 0.0,
     peak: float | None = None,
 ) -> float:
-    """Sum what acts over a run, lr x decay for most optimizers.
+    """Return the sum of what acts over a run, lr x decay for most optimizers.
 
     Parameters
     ----------
@@ -127,7 +136,7 @@ def budget(
     Raises
     ------
     TypeError
-        If the schedule is a closed loop: it decides in the run, so that nobody knows its sum.
+        If the schedule is a closed loop, which decides in the run.
 
     Examples
     --------
@@ -148,7 +157,7 @@ def budget(
     for step, lr in enumerate(rates):
         decay = number_for(convention, rate_at(schedule, step), lr, top, kind)
         held = momentum * held + decay
-        acts.append(acting(held, lr, kind))
+        acts.append(effective_decay(held, lr, kind))
     return math.fsum(acts)
 
 
@@ -171,7 +180,7 @@ def scale_to_budget(
 def scale_to_budget(
     schedule: Any, other: Any, lrs: Any, steps: int | None = None, **settings: Any
 ) -> Scaled | ScaledFunction:
-    """Scale a schedule so that it spends what another does.
+    """Return a schedule scaled so that it spends what another does.
 
     A comparison of two schedules of different budgets compares budgets.
 
@@ -266,7 +275,7 @@ class ScaledFunction:
     factor: float
 
     def __call__(self, step: int) -> float:
-        """Evaluate it at an optimizer step."""
+        """Return its value at an optimizer step."""
         return self.factor * rate_at(self.function, step)
 
 
@@ -275,8 +284,8 @@ def _check_known(schedule: Any) -> None:
     check_schedule(schedule)
     if isinstance(schedule, Feedback):
         raise TypeError(
-            f"{type(schedule).__name__} decides in the run, so that nobody knows before it what it "
-            "will spend: run it first, and compare with what its scheduler has accumulated"
+            f"{type(schedule).__name__} decides in the run, so what it will spend is not known "
+            "before. Run it first, and compare with what its scheduler has accumulated"
         )
 
 
@@ -286,13 +295,13 @@ def _check_momentum(momentum: Any, kind: str) -> None:
         raise ValueError(f"momentum must be a number >= 0 and < 1, got {momentum!r}")
     if momentum and kind != "sgd":
         raise ValueError(
-            f'momentum={momentum} is that of kind="sgd", where decay acts through it, and kind is '
-            f"{kind!r}"
+            f'momentum must be 0 unless kind="sgd", where decay acts through it, got '
+            f"momentum={momentum} with kind={kind!r}"
         )
 
 
 def _peak(lrs: Any, rates: list[float], convention: str | None, peak: float | None) -> float:
-    """Give the peak as `WeightDecayScheduler` knows it, or the highest learning rate."""
+    """Return the peak as `WeightDecayScheduler` knows it, or the highest learning rate."""
     top, scheduler = max(rates, default=0.0), as_scheduler(lrs)
     if convention not in NEED_PEAK or (peak is None and scheduler is None):
         return top
@@ -301,7 +310,7 @@ def _peak(lrs: Any, rates: list[float], convention: str | None, peak: float | No
 
 
 def _lrs(lrs: Any, steps: int | None) -> list[float]:
-    """Give the learning rate of each step as a list."""
+    """Return the learning rate of each step as a list."""
     number = isinstance(lrs, Real) or getattr(lrs, "ndim", None) == 0
     scheduler = None if number else as_scheduler(lrs)
     if (number or scheduler is not None) and steps is None:
@@ -318,13 +327,13 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
         rates = [float(lr) for lr in lrs]
     else:
         raise TypeError(
-            "lrs: a number, the learning rate of each step, or a torch learning-rate scheduler is "
-            f"needed, got {lrs!r}"
+            "lrs must be a number, the learning rate of each step, or a torch learning-rate "
+            f"scheduler, got {lrs!r}"
         )
     if steps is not None and steps != len(rates):
         raise ValueError(f"steps={steps}, but there are {len(rates)} learning rates")
     if bad := [lr for lr in rates if not (math.isfinite(lr) and lr >= 0)]:
-        raise ValueError(f"a learning rate is a finite number >= 0, got {bad[0]}")
+        raise ValueError(f"a learning rate must be a finite number >= 0, got {bad[0]}")
     return rates
 
 
@@ -332,7 +341,7 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
 
 
 def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[float]:
-    """Give the learning rates of a parameter group over the next steps of a scheduler.
+    """Return the learning rates of a parameter group over the next steps of a scheduler.
 
     Parameters
     ----------
@@ -346,7 +355,7 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
     Raises
     ------
     TypeError
-        If it is no learning-rate scheduler.
+        If it is not a learning-rate scheduler.
     ValueError
         If it needs a metric to step (ReduceLROnPlateau).
 
@@ -368,14 +377,14 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
 
 
 def as_scheduler(lr: Any) -> LRScheduler | None:
-    """Give a torch scheduler, out of accelerate's wrapper too; None if it is none."""
+    """Return a torch scheduler, also out of accelerate's wrapper; None if it is not one."""
     while not isinstance(lr, LRScheduler) and hasattr(lr, "scheduler"):
         lr = lr.scheduler
     return lr if isinstance(lr, LRScheduler) else None
 
 
 def shadow(optimizer: Optimizer) -> Optimizer:
-    """Make an optimizer with the settings of each group, and a single number for its weights."""
+    """Return an optimizer with the settings of each group, and a single number for its weights."""
     groups = []
     for group in optimizer.param_groups:
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -413,10 +422,10 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
 
 
 def _rates(lr: Any, steps: int) -> list[float]:
-    """Give the learning rates of the steps, from what the user gave."""
+    """Return the learning rates of the steps, from what the user gave."""
     if not isinstance(lr, Iterable) or isinstance(lr, (str, bytes)):
         raise TypeError(
-            f"lr: a learning-rate scheduler or the learning rate of each step is needed, got {lr!r}"
+            f"lr must be a learning-rate scheduler or the learning rate of each step, got {lr!r}"
         )
     rates = [float(rate) for _, rate in zip(range(steps), lr, strict=False)]
     if len(rates) < steps:
@@ -425,10 +434,12 @@ def _rates(lr: Any, steps: int) -> list[float]:
 
 
 def _copied(scheduler: LRScheduler, optimizer: Optimizer, copied: Optimizer) -> LRScheduler:
-    """Copy a scheduler, with the shadow in the place of its optimizer."""
+    """Return a copy of a scheduler, with the shadow in the place of its optimizer."""
     name, theirs = type(scheduler).__name__, scheduler.optimizer
     if inner(theirs) is not optimizer:
-        raise ValueError(f"this {name} belongs to another optimizer: give the one of this")
+        raise ValueError(
+            f"this {name} belongs to another optimizer. Give the scheduler of this one"
+        )
     needed = [
         parameter.name
         for parameter in inspect.signature(scheduler.step).parameters.values()
@@ -437,7 +448,7 @@ def _copied(scheduler: LRScheduler, optimizer: Optimizer, copied: Optimizer) -> 
     ]
     if needed:
         raise ValueError(
-            f"{name} answers to {', '.join(needed)}, which nobody knows before the run: give the "
+            f"{name} answers to {', '.join(needed)}, which only the run can give. Give the "
             "learning rates that you expect, one for each step, instead of the scheduler"
         )
     return copy.deepcopy(scheduler, {id(optimizer): copied, id(theirs): copied})

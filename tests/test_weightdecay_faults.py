@@ -1,0 +1,279 @@
+"""Optimizers that step in parts, stand in for others or come wrapped, and schedules of nothing."""
+
+import warnings
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+
+import mirrorflow as mf
+from mirrorflow.weightdecay import WeightDecayScheduler, coupling, lint, preview
+from optimizers import OFF, named, pull, quiet, weights
+
+# Steps in parts, as of the sub-groups of ZeRO-3
+
+
+def in_parts(make, parts, steps, scheduler=None, groups=1, empty=True, **options):
+    """Step each tensor alone, as ZeRO-3 does; return the scheduler and the tensors."""
+    params = weights(parts)
+    optimizer = make([{"params": params[g::groups]} for g in range(groups)])
+    if empty:
+        for group in optimizer.param_groups:
+            group["params"] = []
+    scheduler = WeightDecayScheduler(optimizer, scheduler or OFF, **options)
+    for group in optimizer.param_groups:
+        group["params"] = []
+    for _ in range(steps):
+        for place, p in enumerate(params):
+            optimizer.param_groups[place % groups]["params"] = [p]
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.param_groups[place % groups]["params"] = []
+        scheduler.step()
+    return scheduler, params
+
+
+@quiet
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda g: AdamW(g, lr=0.1, weight_decay=0.3), {}),
+        (lambda g: AdamW(g, lr=0.1, weight_decay=0.3), {"decoupled": True}),
+        (lambda g: SGD(g, lr=0.1, momentum=0.9, weight_decay=0.3), {}),
+        (lambda g: SGD(g, lr=0.1, momentum=0.9, weight_decay=0.3), {"exact_off": True}),
+    ],
+    ids=["adamw", "outside", "sgd", "exact"],
+)
+def test_a_step_in_parts_is_one_step(make, options, parts, groups, empty):
+    scheduler, params = in_parts(make, parts, 9, groups=groups, empty=empty, **options)
+    whole = weights(parts)
+    optimizer = make([{"params": whole[g::groups]} for g in range(groups)])
+    expected = WeightDecayScheduler(optimizer, OFF, **options)
+    for _ in range(9):
+        for p in whole:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert scheduler.steps == 9
+    assert scheduler.accumulated == pytest.approx(expected.accumulated, rel=1e-12)
+    torch.testing.assert_close(params, whole)
+
+
+def test_a_part_that_failed_is_tried_again_in_the_same_step():
+    params = weights(2)
+    optimizer = AdamW(params, lr=0.1, weight_decay=0.3)
+    scheduler = WeightDecayScheduler(optimizer, OFF)
+
+    def closure(p, good):
+        if not good:
+            raise KeyboardInterrupt
+        p.grad = torch.zeros_like(p)
+
+    for _ in range(3):
+        for p in params:
+            optimizer.param_groups[0]["params"] = [p]
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(lambda p=p: closure(p, False))
+            optimizer.step(lambda p=p: closure(p, True))
+    assert scheduler.steps == 3
+    assert scheduler.accumulated == [pytest.approx(-0.1 * sum(map(OFF.rate, range(3))))]
+
+
+def test_one_tensor_after_another_in_turn_is_a_step_each():
+    """Experts that are routed in turn: the groups do not change, so each call is a step."""
+    a, b = weights()
+    optimizer = AdamW([{"params": [a]}, {"params": [b]}], lr=0.1, weight_decay=0.3)
+    scheduler = WeightDecayScheduler(optimizer, OFF)
+    for step in range(6):
+        a.grad, b.grad = (torch.zeros_like(a), None) if step % 2 else (None, torch.zeros_like(b))
+        optimizer.step()
+    assert scheduler.steps == 6
+
+
+def test_a_group_that_is_added_begins_no_part_of_the_last_step():
+    a, b = weights()
+    optimizer = AdamW([a], lr=0.1, weight_decay=0.3)
+    scheduler = WeightDecayScheduler(optimizer, OFF)
+    for step in range(4):
+        if step == 2:
+            optimizer.add_param_group({"params": [b]})
+        a.grad, b.grad = (torch.zeros_like(a), None) if step < 2 else (None, torch.zeros_like(b))
+        optimizer.step()
+    assert scheduler.steps == 4
+
+
+# Nothing to schedule, and why
+
+
+def test_rules_that_match_nothing_are_named_as_the_reason():
+    model = named("query", "key")
+    optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    with (
+        pytest.warns(UserWarning, match="'lora_' chooses no parameter"),
+        pytest.raises(ValueError, match=r"no rule of groups= chooses .* weight_decay \[0\.1\]"),
+    ):
+        WeightDecayScheduler(optimizer, None, groups=[("lora_", OFF)], model=model)
+    assert "initial_weight_decay" not in optimizer.param_groups[0]
+
+
+def test_groups_without_tensors_are_named_as_the_reason():
+    groups = [{"params": weights(), "weight_decay": 0.0}, {"params": []}]
+    with pytest.raises(ValueError, match=r"nothing to schedule: no tensor is in .*\[1\]"):
+        WeightDecayScheduler(AdamW(groups, weight_decay=0.1), OFF)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.0, -1.0, 0.999])
+def test_a_target_that_no_ratio_reaches_is_refused(target):
+    with pytest.raises(ValueError, match=rf"target must be >= 1, .* got {target}\. .*lowest="):
+        mf.OffBelow(0.1, target=target)
+    off = mf.OffBelow(0.1, target=target, lowest=target)  # of a loss, say
+    assert [off.update(k, target + v) for k, v in enumerate((1.0, 0.0))] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("budget", [0.05, 5.0])
+def test_the_preview_says_that_a_budget_is_never_absorbed(budget):
+    optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
+    seen = preview(WeightDecayScheduler(optimizer, mf.OffAtBudget(0.1, budget)), 20)
+    assert [r.startswith("OffAtBudget never switches off") for r in seen.remarks] == [True] * (
+        budget == 5.0
+    )
+
+
+# Optimizers that stand in for others, or are wrapped
+
+
+class StandIn(torch.optim.Optimizer):
+    """The Trainer's layer-wise optimizer: one tensor that nothing trains, and an empty step."""
+
+    def __init__(self, **settings):
+        super().__init__([torch.randn(1, 1)], {"lr": 0.1, **settings})
+
+    def step(self, closure=None):
+        pass
+
+
+def test_a_stand_in_is_not_advised_to_decay_its_dummy():
+    with pytest.raises(ValueError, match=r"StandIn whose tensors need no gradient") as refused:
+        WeightDecayScheduler(StandIn(), OFF)
+    assert "decoupled" not in str(refused.value)
+    with pytest.raises(ValueError, match="stands in for others"):
+        WeightDecayScheduler(StandIn(), OFF, decoupled=True)
+
+
+def silent_steps(optimizer, steps, **options):
+    """Return the warnings of a run without gradients."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WeightDecayScheduler(optimizer, OFF, coupling="decoupled", **options)
+        for _ in range(steps):
+            optimizer.step()
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("steps", [4, 5, 12])
+def test_a_schedule_whose_tensors_never_get_a_gradient_warns_once_by_step_5(steps):
+    (*said,) = silent_steps(AdamW(weights(), lr=0.1, weight_decay=0.1), steps)
+    assert len(said) == (steps >= 5)
+    assert all("group 0 had a gradient in the first 5 steps" in text for text in said)
+    assert len(silent_steps(StandIn(weight_decay=0.1), steps)) == (steps >= 5)
+
+
+def test_a_gradient_now_and_then_is_no_reason_to_warn():
+    a, b = weights()
+    optimizer = AdamW([{"params": [a]}, {"params": [b], "weight_decay": 0.0}], weight_decay=0.1)
+    WeightDecayScheduler(optimizer, OFF)
+    for step in range(9):
+        a.grad = torch.zeros_like(a) if step == 3 else None
+        optimizer.step()  # the second group has no schedule, and no gradient
+
+
+class Zero:
+    """DeepSpeed's ZeRO optimizer, which is not a torch optimizer and holds one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+class Wrapper(torch.optim.Optimizer):
+    """accelerate's wrapper: an Optimizer by its class, made without its constructor."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def test_wrappers_are_unwrapped_down_to_what_steps():
+    optimizer = AdamW(weights(), weight_decay=0.1)
+    wrapped = Wrapper(Zero(Wrapper(optimizer)))
+    assert WeightDecayScheduler(wrapped, OFF).optimizer is optimizer
+    assert lint(wrapped) == []
+
+
+@pytest.mark.parametrize("what", [Wrapper(Zero(None)), Wrapper(Zero(object()))])
+def test_a_wrapper_around_nothing_that_steps_is_refused_in_a_sentence(what):
+    with pytest.raises(TypeError, match="holds no torch"):
+        WeightDecayScheduler(what, OFF)
+
+
+# Lint
+
+
+class Marked(torch.nn.Module):
+    def __init__(self, mark):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3, bias=False)
+        self.table = torch.nn.Parameter(torch.ones(4, 3))
+        if mark:
+            self.table._no_weight_decay = True
+
+    def no_weight_decay(self):
+        return {"module.table"}
+
+
+def found(model, *code, make=AdamW):
+    finding = lint(make(model.parameters(), weight_decay=0.1), model)
+    return [(f.code, f.level) for f in finding if not code or f.code in code]
+
+
+def test_tensors_whose_model_asks_for_no_decay_are_found():
+    marked = Marked(mark=True)
+    assert found(marked) == [("decayed-marked", "warning")]
+    assert [f.code for f in lint(AdamW(marked.parameters(), weight_decay=0.1))] == [
+        "decayed-marked"
+    ]
+    listed = Marked(mark=False)
+    (only,) = lint(AdamW(listed.parameters(), weight_decay=0.1), listed)
+    assert only.code == "decayed-marked" and "(table)" in str(only)
+    groups = [
+        {"params": [listed.linear.weight]},
+        {"params": [listed.table], "weight_decay": 0.0},
+    ]
+    assert lint(AdamW(groups, weight_decay=0.1), listed) == []
+
+
+def test_scales_of_shape_c_1_1_are_vectors():
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.ones(3, 3, 2, 2))
+    model.scale = torch.nn.Parameter(torch.ones(3, 1, 1))
+    assert found(model) == [("decayed-vectors", "warning")]
+    model.scale = torch.nn.Parameter(torch.ones(3, 2, 1, 1))  # a convolution of one by one
+    assert found(model) == []
+
+
+def test_embeddings_that_decay_are_noted():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 3, bias=False))
+    assert found(model) == [("decayed-embedding", "note")]
+    groups = [
+        {"params": model[0].parameters(), "weight_decay": 0.0},
+        {"params": model[1].parameters()},
+    ]
+    assert lint(AdamW(groups, weight_decay=0.1), model) == []
+
+
+def test_a_flat_parameter_is_noted():
+    model = torch.nn.Module()
+    model._flat_param = torch.nn.Parameter(torch.ones(50))
+    assert found(model) == [("flat-parameter", "note")]
+    assert coupling(AdamW(model.parameters()), {"params": []}) == "decoupled"
+    pull(model.parameters())
