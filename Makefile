@@ -8,6 +8,9 @@ THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 # What differs between machines: vector instructions, threads, the order of the tests, neighbours.
 MACHINES := on-old-instructions on-two-threads in-any-order beside-a-busy-process
 SEED ?= $(shell date +%s)
+# A file's tests go to one process, so that what they share is made once; in the order of the files,
+# so that the two processes end together.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # What the core alone can run; the other tests need frameworks.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture schedule conditions legendre \
@@ -27,10 +30,10 @@ demo: .venv/.installed-lab ## run the main experiment and make a page with the p
 	$(BIN)/mirrorflow demo --out demo
 
 test: .venv/.installed-test ## run the tests (minutes)
-	$(THREADS) $(BIN)/pytest -q -n 2
+	$(THREADS) $(PYTEST)
 
 test-slow: .venv/.installed-cluster ## run the slow tests, those of a Ray cluster too
-	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow and not gpu and not download"
+	$(THREADS) $(PYTEST) -m "slow and not gpu and not download"
 
 test-machines: ## run the tests as on other machines; says on which of them they fail (an hour)
 	@failed=; for machine in $(MACHINES); do \
@@ -38,18 +41,18 @@ test-machines: ## run the tests as on other machines; says on which of them they
 	done; if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi; echo "passed: $(MACHINES)"
 
 on-old-instructions: .venv/.installed-test
-	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(THREADS) $(BIN)/pytest -q -n 2
+	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(THREADS) $(PYTEST)
 
 on-two-threads: .venv/.installed-test
-	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(subst =1,=2,$(THREADS)) $(BIN)/pytest -q -n 2
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(subst =1,=2,$(THREADS)) $(PYTEST)
 
 # Repeat an order that fails by SEED=... The tests seed themselves, so the plugin need not.
 in-any-order: .venv/.installed-test
-	$(THREADS) $(BIN)/pytest -q -n 2 -p randomly --randomly-seed=$(SEED) --randomly-dont-reset-seed
+	$(THREADS) $(PYTEST) -p randomly --randomly-seed=$(SEED) --randomly-dont-reset-seed
 
 beside-a-busy-process: .venv/.installed-test
 	@$(BIN)/python -c "while True: pass" & busy=$$!; trap "kill $$busy" EXIT INT TERM; \
-		$(THREADS) $(BIN)/pytest -q -n 2
+		$(THREADS) $(PYTEST)
 
 test-lowest: ## run the tests of the core on the lowest versions that pyproject.toml admits
 	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest

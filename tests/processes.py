@@ -1,9 +1,8 @@
-"""Two real processes for the tests, started once however many workers run the tests."""
+"""Real processes for the tests, and what is made once however many workers run the tests."""
 
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,18 +24,32 @@ def one_thread():
         torch.set_num_threads(before)
 
 
+def shared_folder(tmp_path_factory, name):
+    """Return a folder that the workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
+
+
+@contextmanager
+def one_at_a_time(path):
+    """Wait for the workers before this one."""
+    import fcntl  # not on Windows
+
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def launched(tmp_path_factory, script):
-    """Return what each process of a script found, and the folder of its checkpoints."""
-    name = Path(script).stem
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tmp_path_factory.mktemp(name)
-        return _launch(folder, script), folder
-    folder = tmp_path_factory.getbasetemp().parent / name  # shared by the workers
-    try:
-        folder.mkdir()
-    except FileExistsError:  # another worker is at it
-        return _waited(folder), folder
-    return _launch(folder, script), folder
+    """Return what each of two processes of a script found, and the folder of its checkpoints."""
+    folder = shared_folder(tmp_path_factory, Path(script).stem)
+    with one_at_a_time(folder / "lock"):
+        if not (folder / "rank0.pt").exists():
+            _launch(folder, script)
+    return _found(folder), folder
 
 
 def _launch(folder, script):
@@ -57,16 +70,6 @@ def _launch(folder, script):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(said)
-    return _found(folder)
-
-
-def _waited(folder):
-    """Return what another worker's processes find."""
-    limit = time.monotonic() + LIMIT
-    while not all((folder / f"rank{rank}.pt").exists() for rank in range(WORLD)):
-        assert time.monotonic() < limit, "the processes of another worker have found nothing"
-        time.sleep(0.1)
-    return _found(folder)
 
 
 def _found(folder):

@@ -14,10 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mirrorflow as mf
 from mirrorflow.control import ControlledDecay
+from mirrorflow.spectrum import product_spectrum
 from mirrorflow.weightdecay import PerLayer
 
 STEPS, STOP, EVERY, LR = 8, 5, 2, 0.02
@@ -140,6 +142,29 @@ def fsdp(rank, world, folder, schedule, optimizer):
     return expected, account(second[0], second[2], [])
 
 
+def low_rank():
+    """Return A and B of a product of three heads; 31 rows, so that the shards are unequal."""
+    generator = torch.Generator().manual_seed(10)
+    return [torch.randn(shape, generator=generator) for shape in ((3, 31, 4), (3, 4, 20))]
+
+
+def spectra(rank, world):
+    """Measure a product from shards: with a process group, and as DTensors of all placements."""
+    A, B = low_rank()
+    parts = A.chunk(world, 1)[rank], B.chunk(world, 2)[rank]
+    found = [product_spectrum(*parts, dist.group.WORLD)]
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for a, b in [
+        (Shard(1), Shard(2)),  # the long dimensions: only Gram matrices travel
+        (Shard(2), Shard(1)),  # the inner dimension, as FSDP2 shards lora_A
+        (Shard(0), Shard(0)),  # the heads
+        (Replicate(), Shard(2)),
+    ]:
+        pair = distribute_tensor(A, mesh, [a]), distribute_tensor(B, mesh, [b])
+        found.append(product_spectrum(*pair))
+    return [(spectrum.singular_values, spectrum.imbalance.norm()) for spectrum in found]
+
+
 CASES = [("switch", "adamw"), ("switch", "sgd"), ("overall", "adamw"), ("per layer", "adamw")]
 
 
@@ -152,15 +177,13 @@ def main():
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=timedelta(minutes=10),
     )  # fmt: skip
-    found = {}
+    found = {("spectra",): spectra(rank, world)}
     for name, run in (("ddp", ddp), ("fsdp", fsdp)):
         for schedule, optimizer in CASES:
             place = folder / name / f"{schedule} {optimizer}"
             place.mkdir(parents=True, exist_ok=True)
             found[name, schedule, optimizer] = run(rank, world, place, schedule, optimizer)
-    draft = folder / f"draft{rank}.pt"
-    torch.save(found, draft)
-    draft.replace(folder / f"rank{rank}.pt")  # at once, for who waits for it
+    torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 

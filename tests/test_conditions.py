@@ -53,9 +53,8 @@ def test_pairs_that_the_theory_covers(case, seed=1):
     assert report.explain().startswith(f"{case.g} with {case.h}: Theorem 3.2 applies.\n  yes ")
 
 
-@pytest.mark.parametrize("seed", (0, 1))
 @pytest.mark.parametrize("case", FAIL, ids=str)
-def test_pairs_that_the_theory_does_not_cover(case, seed):
+def test_pairs_that_the_theory_does_not_cover(case, seed=0):
     report = mf.check(case.g, case.h, case.start(seed), seed=seed)
     assert not report and not report.applies and not report.commuting and not report.contracting
     worst = max(c.size for c in report.conditions if c.name == "commuting" and not c.ok)
@@ -400,7 +399,7 @@ def test_whether_ones_own_penalty_is_bounded_below(fn, bounded, seed):
 TINY = tuple(vector(*f) for f in ((1.0, 2.0), (3.0, -1.0)))
 
 
-@pytest.mark.parametrize("size", (1e-40, 1e-80, 1e-200, 1e-300))
+@pytest.mark.parametrize("size", (1e-80, 1e-300))
 @pytest.mark.parametrize(
     ("g", "h", "applies", "power"),
     [

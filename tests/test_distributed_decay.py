@@ -7,7 +7,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
 import processes
-from ranks import CASES, SCHEDULES, STEPS, STOP, account, assemble, full, train
+from mirrorflow.spectrum import product_spectrum
+from ranks import CASES, SCHEDULES, STEPS, STOP, account, assemble, full, low_rank, train
 
 cases = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
@@ -104,3 +105,13 @@ def test_a_checkpoint_goes_on_in_another_world_size(ranks, case):
     for mine, other in zip(full(net), whole["weights"], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
     assert control.scheduler.accumulated == pytest.approx(whole["a"], rel=1e-3)
+
+
+def test_two_processes_measure_the_spectra_that_one_measures(launched):
+    """From unequal shards, by a process group and by all placements of DTensors."""
+    whole = product_spectrum(*low_rank())
+    for found in launched[0]:
+        assert len(found["spectra",]) == 5
+        for values, imbalance in found["spectra",]:
+            torch.testing.assert_close(values, whole.singular_values, rtol=1e-6, atol=0)
+            torch.testing.assert_close(imbalance, whole.imbalance.norm(), rtol=1e-10, atol=0)

@@ -25,23 +25,6 @@ from mirrorflow.lab.framework.contract import Config
 NAMES = list(ex.experiments())
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """Run the smoke preset of an experiment once, and give (module, folder, result, curves)."""
-    out, made = tmp_path_factory.mktemp("results"), {}
-
-    def run(name):
-        if name not in made:
-            module = ex.load(name)
-            folder = ex.execute(module, ex.config_from(module, "smoke"), out)
-            result = json.loads((folder / "result.json").read_text())
-            made[name] = module, folder, result, ex.trajectory(folder)
-        return made[name]
-
-    run.out = out
-    return run
-
-
 # --- The contract, over all experiments -----------------------------------------------------------
 
 

@@ -44,13 +44,11 @@ def section(**changes):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """Run both experiments small, and make their page by the command line's own function."""
-    folder = tmp_path_factory.mktemp("results")
+def page(tmp_path_factory, smoke):
+    """Make the page of all experiments by the command line's own function."""
     for name in NAMES:
-        module = framework.load(name)
-        framework.execute(module, framework.config_from(module, "smoke"), folder)
-    return cli._build(folder, folder / "index.html")
+        smoke(name)
+    return cli._build(smoke.out, tmp_path_factory.mktemp("page") / "index.html")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirrorflow.spectrum import SpectralTracker, product_spectrum
@@ -244,43 +243,3 @@ def test_the_start_of_lora_keeps_its_stored_geometry():
 def test_gradients_are_not_tracked():
     A, B = factors(9, 6, 2, 6)
     assert not product_spectrum(A.requires_grad_(), B).ratio.requires_grad
-
-
-def _sharded(rank, world, file, queue):
-    """Measure a product from shards: with a process group, and as DTensors of all placements."""
-    from torch.distributed import destroy_process_group, group, init_device_mesh, init_process_group
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    A, B = factors(10, 31, 4, 20, batch=(3,), dtype=torch.float32)  # 31: the shards are unequal
-    mine = product_spectrum(A.chunk(world, 1)[rank], B.chunk(world, 2)[rank], group.WORLD)
-    found = [mine.singular_values, mine.imbalance.norm()]
-    mesh = init_device_mesh("cpu", (world,))
-    for a, b in [
-        (Shard(1), Shard(2)),  # the long dimensions: only Gram matrices travel
-        (Shard(2), Shard(1)),  # the inner dimension, as FSDP2 shards lora_A
-        (Shard(0), Shard(0)),  # the heads
-        (Replicate(), Shard(2)),
-    ]:
-        spectrum = product_spectrum(
-            distribute_tensor(A, mesh, [a]), distribute_tensor(B, mesh, [b])
-        )
-        found += [spectrum.singular_values, spectrum.imbalance.norm()]
-    queue.put((rank, [tensor.tolist() for tensor in found]))
-    destroy_process_group()
-
-
-def test_two_processes_measure_what_one_measures(tmp_path):
-    A, B = factors(10, 31, 4, 20, batch=(3,), dtype=torch.float32)
-    whole = product_spectrum(A, B)
-    queue = mp.get_context("spawn").SimpleQueue()
-    processes = mp.start_processes(
-        _sharded, (2, str(tmp_path / "store"), queue), nprocs=2, join=False
-    )
-    found = dict(queue.get() for _ in range(2))
-    while not processes.join():
-        pass
-    for ours in found.values():
-        for values, imbalance in zip(ours[::2], ours[1::2], strict=True):
-            assert torch.allclose(torch.tensor(values).double(), whole.singular_values, rtol=1e-6)
-            assert imbalance == pytest.approx(whole.imbalance.norm().item(), rel=1e-10)
