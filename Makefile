@@ -56,7 +56,7 @@ beside-a-busy-process: .venv/.installed-test
 
 test-lowest: ## run the tests of the core on the lowest versions that pyproject.toml admits
 	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python tests/lowest.py pyproject.toml > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python .ci/lowest.py pyproject.toml > .venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt torch
 	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test-core]'
 	$(THREADS) .venv-lowest/bin/pytest -q -n 2 $(CORE_TESTS)
@@ -79,7 +79,7 @@ wheel: .venv/.installed ## build the wheel, install it into an empty environment
 	rm -rf dist .venv-wheel && $(BIN)/pip wheel -q --no-deps -w dist . && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch
 	.venv-wheel/bin/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) dist/*.whl
-	cd .venv-wheel && bin/python ../tests/wheel.py
+	cd .venv-wheel && bin/python ../.ci/wheel.py
 
 docs: .venv/.installed-docs ## build the documentation into docs/_build
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
