@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from scipy.optimize import nnls
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_selection import SelectFromModel
 from sklearn.model_selection import KFold
 
 import mirrorflow as mf
@@ -71,7 +72,10 @@ def test_sparse_is_dense_where_columns_have_unequal_scales(shape):
     rng = np.random.default_rng(0)
     X = rng.standard_normal(shape) * (rng.random(shape) < 0.1) * np.geomspace(1e-2, 1e2, shape[1])
     y = X @ rng.standard_normal(shape[1]) + 0.1 * rng.standard_normal(len(X)) + 2
-    dense, sparse = Regressor().fit(X, y), Regressor().fit(sp.csr_array(X), y)
+    with pytest.warns(UserWarning, match="standardize=True"):
+        dense = Regressor().fit(X, y)
+    with pytest.warns(UserWarning, match="standardize=True"):
+        sparse = Regressor().fit(sp.csr_array(X), y)
     assert abs(sparse.A_ / dense.A_ - 1) < 1e-6
     np.testing.assert_allclose(sparse.coef_, dense.coef_, atol=1e-5 * np.abs(dense.coef_).max())
 
@@ -116,14 +120,51 @@ def test_tall_data_are_compressed_without_a_change(options, monkeypatch):
     np.testing.assert_allclose(path[1], mf.flow_path(X, y, ts=[1.0, 2.0], **options)[1], atol=1e-9)
 
 
-def test_unequal_scales_that_leave_an_error_are_said():
+def test_an_error_that_still_falls_at_the_last_time_is_warned_of():
     X, y = problem(300, 8)
-    X[:, 0] *= 100
-    with pytest.warns(UserWarning, match=r"still falling at the largest t, 30.*StandardScaler"):
-        RegressorCV().fit(X, X[:, 1:].sum(axis=1) + 0.1 * y)
+    X[:, 0] *= 9
+    with pytest.warns(UserWarning, match=r"still falling at the largest t, 0.7.*StandardScaler"):
+        RegressorCV(ts=[0.5, 0.6, 0.7]).fit(X, X[:, 1:].sum(axis=1) + 0.1 * y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RegressorCV().fit(X / X.std(0), X[:, 1:].sum(axis=1) + 0.1 * y)
+
+
+@pytest.mark.parametrize("model", [Regressor(), RegressorCV((-2.0, -12.0), 8)])
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_array])
+def test_unequal_scales_are_warned_of_and_standardizing_makes_up_for_them(model, kind):
+    X, y = problem(100, 30)
+    scales = np.ones(30)
+    scales[3] = 100.0
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        clone(model).fit(kind(X * scales), y)
+    said = [w for w in found if "standardize=True" in str(w.message)]
+    assert len(said) == 1 and said[0].filename == __file__
+    assert "factor of" in str(said[0].message) and "(columns 3 and" in str(said[0].message)
+    equal = clone(model).set_params(standardize=True).fit(kind(X), y)
+    unequal = clone(model).set_params(standardize=True).fit(kind(X * scales), y)
+    np.testing.assert_allclose(unequal.coef_ * scales, equal.coef_, atol=1e-8)
+    assert unequal.score(kind(X * scales), y) > 0.9
+    by_hand = clone(model).fit((X - X.mean(0)) / X.std(0), y)
+    np.testing.assert_allclose(equal.coef_ * X.std(0), by_hand.coef_, atol=1e-4)
+
+
+def test_standardized_coefficients_follow_from_the_dual_variables():
+    X, y = problem(40, 10)
+    X = X * np.geomspace(1, 1e3, 10)
+    for options in ({}, {"interpolate": True}, {"fit_intercept": False}):
+        model = Regressor(standardize=True, zero_tol=0, **options).fit(X, y)
+        size = X.std(0) if options.get("fit_intercept", True) else np.sqrt((X**2).mean(0))
+        flow = model.A_ * np.sinh(2 * X.T @ model.dual_coef_ / size)
+        np.testing.assert_allclose(model.coef_ * size, flow, atol=1e-8)
+
+
+def test_feature_selection_by_its_default_keeps_the_support():
+    X, y = problem()
+    selector = SelectFromModel(RegressorCV((-12.0,), 8)).fit(X, y)
+    np.testing.assert_array_equal(selector.get_support(), selector.estimator_.support_)
+    assert 2 <= selector.get_support().sum() < 100
 
 
 @pytest.mark.parametrize("log_A", [20.0, -1000.0, -3000.0])

@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
 from mirrorflow.estimator._alternating import Observed, alternate, solve_rows
-from mirrorflow.estimator._measured import Measured, descend
+from mirrorflow.estimator._sensing_solver import MeasurementProblem, descend
 from mirrorflow.lab.experiments.matrix_sensing._problem import SensingProblem
 
 
@@ -320,7 +320,7 @@ def test_a_thousand_by_a_thousand_in_reasonable_memory(rank, known):
 def test_descent_never_raises_the_objective_and_stays_balanced():
     X, rng = low_rank(6, 5)
     A = rng.standard_normal((40, 30))
-    f = Measured.of(A, A @ X.ravel(), (6, 5))
+    f = MeasurementProblem.of(A, A @ X.ravel(), (6, 5))
     U, V = rng.standard_normal((6, 3)), rng.standard_normal((5, 3))
     values = [f.value(U, V)]
     for steps in (1, 3, 10, 30):

@@ -8,6 +8,7 @@ from .conditions import check as check
 from .control import ControlledDecay as ControlledDecay
 from .descent import descend as descend
 from .estimator import MatrixCompletion as MatrixCompletion
+from .estimator import MatrixCompletionCV as MatrixCompletionCV
 from .estimator import MatrixSensing as MatrixSensing
 from .estimator import MirrorFlowCoder as MirrorFlowCoder
 from .estimator import MirrorFlowCVDisplay as MirrorFlowCVDisplay

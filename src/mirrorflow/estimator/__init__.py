@@ -3,12 +3,14 @@
 from ._base import TurnOff
 from .coding import MirrorFlowCoder
 from .completion import MatrixCompletion
+from .completion_cv import MatrixCompletionCV
 from .paths import MirrorFlowCVDisplay, entropy_path, flow_path
 from .regression import MirrorFlowRegressor, MirrorFlowRegressorCV
 from .sensing import MatrixSensing
 
 __all__ = [
     "MatrixCompletion",
+    "MatrixCompletionCV",
     "MatrixSensing",
     "MirrorFlowCVDisplay",
     "MirrorFlowCoder",

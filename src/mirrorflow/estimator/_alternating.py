@@ -8,6 +8,7 @@ equality where the factors are balanced; then alpha is set to 0, from where they
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,17 +22,19 @@ from sklearn.utils.extmath import randomized_svd
 __all__ = [
     "ABOVE",
     "DEAD",
-    "CentredObserved",
     "Observed",
+    "OffsetObserved",
     "SymmetricObserved",
     "Trained",
     "alternate",
     "balanced",
     "distance",
-    "like",
+    "entries",
+    "path",
     "product_at",
-    "solve_centred",
     "solve_rows",
+    "solve_with_offsets",
+    "with_values",
 ]
 
 Array = NDArray[np.float64]
@@ -68,20 +71,11 @@ class Observed:
 
     @classmethod
     def of(cls, M: Any) -> Observed:
-        """Take what is not NaN, of a sparse M what is stored (zeros too) and not NaN."""
-        if issparse(M):
-            stored = csr_array(M, copy=True)
-            stored.sum_duplicates()
-            stored = stored.tocoo()
-            rows, columns, values = *stored.coords, stored.data
-        else:
-            rows, columns = np.nonzero(~np.isnan(M))
-            values = M[rows, columns]
-        known = ~np.isnan(values)
-        return cls.at(rows[known], columns[known], values[known].astype(np.float64), M.shape)
+        """Take what is not NaN, of a sparse M what is stored (zeros included) and not NaN."""
+        return cls.from_entries(*entries(M), M.shape)
 
     @classmethod
-    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> Observed:
+    def from_entries(cls, rows: Any, columns: Any, values: Array, shape: Any) -> Observed:
         """Take values at their places."""
         Y = csr_array((values, (rows, columns)), shape=shape)
         return cls(Y, csr_array((np.ones_like(Y.data), Y.indices, Y.indptr), shape=shape))
@@ -92,18 +86,18 @@ class Observed:
 
     def times(self, unit: float) -> Observed:
         """Return the problem of ``unit`` times X."""
-        return replace(self, Y=like(self.Y, unit * self.Y.data))
+        return replace(self, Y=with_values(self.Y, unit * self.Y.data))
 
-    def pull(self, U: Array, V: Array) -> Any:
-        """Give -grad f(U V^T), which is sparse."""
-        return like(self.Y, self.Y.data - product_at(self.Y, U, V))
+    def negative_gradient(self, U: Array, V: Array) -> Any:
+        """Return -grad f(U V^T), which is sparse."""
+        return with_values(self.Y, self.Y.data - product_at(self.Y, U, V))
 
     def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
         """Return the k largest singular values of -grad f(U V^T), and (k, q) right vectors."""
-        decomposed: Any = randomized_svd(self.pull(U, V), k, random_state=0)
+        decomposed: Any = randomized_svd(self.negative_gradient(U, V), k, random_state=0)
         return decomposed[1], decomposed[2]
 
-    def settle(
+    def fit(
         self, U: Array, V: Array, alpha: float, steps: int, tol: float
     ) -> tuple[Array, Array, int, bool]:
         """Alternate at one alpha; give the factors, the steps, and whether they have settled."""
@@ -118,7 +112,21 @@ class Observed:
         return U, V, steps, False
 
 
-def like(pattern: Any, values: Array) -> Any:
+def entries(M: Any) -> tuple[Any, Any, Array]:
+    """Return rows, columns and values of what is known of M, row by row."""
+    if issparse(M):
+        stored = csr_array(M, copy=True)
+        stored.sum_duplicates()
+        stored = stored.tocoo()
+        rows, columns, values = *stored.coords, stored.data
+    else:
+        rows, columns = np.nonzero(~np.isnan(M))
+        values = M[rows, columns]
+    known = ~np.isnan(values)
+    return rows[known], columns[known], values[known].astype(np.float64)
+
+
+def with_values(pattern: Any, values: Array) -> Any:
     """Return a matrix with the pattern of another, zeros included."""
     return csr_array((values, pattern.indices, pattern.indptr), shape=pattern.shape)
 
@@ -162,15 +170,26 @@ def alternate(
     ``max_rank``: with none left the product minimizes f + alpha |X|_*. Without decay (a last alpha
     of 0) the directions are those that the decay has left: the fit of that rank.
     """
+    count, left_out, decay = 0, False, 0.0
+    found = Trained(np.zeros((problem.Y.shape[0], 0)), np.zeros((problem.Y.shape[1], 0)), 0, True)
+    for (alpha, _), found in zip(stages, path(problem, max_rank, stages, steps), strict=True):
+        count, decay = count + found.steps, alpha or decay
+        U, V = found.U, found.V
+        left_out = left_out or (found.settled and _left_out(problem, U, V, decay, max_rank))
+    if not found.V.shape[1]:  # decay allows nothing
+        U, V = np.zeros((len(found.U), 1)), np.zeros((len(found.V), 1))
+        return Trained(U, V, count, True)
+    return replace(found, steps=count, left_out=left_out)
+
+
+def path(
+    problem: Any, max_rank: int, stages: list[tuple[float, float]], steps: int
+) -> Iterator[Trained]:
+    """Train at one (alpha, tol) after the other, each from where the one before has ended."""
     U, V = np.zeros((problem.Y.shape[0], 0)), np.zeros((problem.Y.shape[1], 0))
-    count, settled, left_out, decay = 0, True, False, 0.0
     for alpha, tol in stages:
         U, V, taken, settled = _stage(problem, U, V, alpha, max_rank, steps, tol)
-        count, decay = count + taken, alpha or decay
-        left_out = left_out or (settled and _left_out(problem, U, V, decay, max_rank))
-    if not V.shape[1]:  # decay allows nothing
-        return Trained(np.zeros((len(U), 1)), np.zeros((len(V), 1)), count, True)
-    return Trained(U, V, count, settled, left_out)
+        yield Trained(U, V, taken, settled)
 
 
 def _stage(
@@ -183,7 +202,7 @@ def _stage(
         V, added = _extended(problem, U, V, alpha, max_rank)
         if not V.shape[1] or (number and not added):
             break
-        U, V, taken, settled = problem.settle(U, V, alpha, steps, tol)
+        U, V, taken, settled = problem.fit(U, V, alpha, steps, tol)
         count += taken
         if not settled or (number and V.shape[1] <= rank):
             break
@@ -210,7 +229,7 @@ def _left_out(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> 
 
 
 def distance(before: Array, after: Array) -> float:
-    """Give |before - after| of factors with as many columns; infinity otherwise."""
+    """Return |before - after| of factors with as many columns; infinity otherwise."""
     if before.shape != after.shape:
         return np.inf
     signs = np.sign(np.einsum("ij,ij->j", before, after))
@@ -227,13 +246,14 @@ def balanced(U: Array, V: Array) -> tuple[Array, Array]:
     return (QU @ left[:, keep]) * root, (QV @ right.T[:, keep]) * root
 
 
-# Training factors beside offsets of rows and columns that are not penalized.
+# Training factors beside offsets of rows and columns.
 #
-# .. math:: X_{ij} = (U V^T)_{ij} + a_i + b_j
+# .. math:: X_{ij} = (U V^T)_{ij} + a_i + b_j, \quad
+#    \text{penalty} \; \tfrac{\beta}{2} \sum_i a_i^2 + \tfrac{\beta}{2} \sum_j (b_j - m)^2
 #
-# The offsets are one more column of each factor, beside a column of ones in the other: each step
-# of
-# the alternation solves for both.
+# with m the mean of the entries; beta counts entries: a_i alone is the mean of what is known of
+# its row, times n_i / (n_i + beta). The offsets are one more column of each factor, beside a column
+# of ones in the other: each step of the alternation solves for both.
 
 
 TOL = 1e-12  # of the offsets before there are factors, relative to the largest entry
@@ -242,13 +262,25 @@ STEPS = 1000  # at most for them: the factors' own steps go on with them
 
 @dataclass
 class Offsets:
-    """a of the rows, with mean 0, and b of the columns; they change with the factors."""
+    """a of the rows and b of the columns; they change with the factors.
+
+    Without a penalty a has mean 0: only the sums a_i + b_j matter.
+    """
 
     a: Array
     b: Array
+    penalty: float = 0.0
+    level: float = 0.0
+
+    def times(self, unit: float) -> Offsets:
+        """Return the offsets of ``unit`` times X."""
+        return Offsets(unit * self.a, unit * self.b, self.penalty, unit * self.level)
 
     def keep(self, a: Array, b: Array, seen: Any) -> None:
         """Take new ones; a row without an entry gets 0, such a column the mean of the others."""
+        if self.penalty > 0:  # which has decided both
+            self.a, self.b = a, b
+            return
         rows, columns = (np.asarray(seen.sum(axis=axis)).ravel() > 0 for axis in (1, 0))
         level = a[rows].mean()
         self.a = np.where(rows, a - level, 0.0)
@@ -256,20 +288,22 @@ class Offsets:
 
 
 @dataclass(frozen=True)
-class CentredObserved(Observed):
+class OffsetObserved(Observed):
     """f(X) of what the offsets leave; they start at their fit without factors."""
 
     offsets: Offsets = field(default_factory=lambda: Offsets(np.zeros(0), np.zeros(0)))
 
     @classmethod
-    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> CentredObserved:
-        """Take values at their places, and fit the offsets alone."""
-        plain = Observed.at(rows, columns, values, shape)
-        start = Offsets(np.zeros(shape[0]), np.zeros(shape[1]))
-        problem = cls(plain.Y, plain.seen, start)
+    def penalized(cls, M: Any, penalty: float) -> OffsetObserved:
+        """Take what is known of M, and fit the offsets alone."""
+        plain = Observed.of(M)
+        values = plain.Y.data
+        level = float(values.mean()) if len(values) else 0.0
+        p, q = M.shape
+        problem = cls(plain.Y, plain.seen, Offsets(np.zeros(p), np.full(q, level), penalty, level))
         if not len(values):
             return problem
-        empty, size = np.zeros((shape[1], 0)), float(np.abs(values).max(initial=0.0))
+        start, empty, size = problem.offsets, np.zeros((q, 0)), float(np.abs(values).max())
         for _ in range(STEPS):
             before = start.a
             problem.alternated(empty, 0.0)
@@ -277,24 +311,25 @@ class CentredObserved(Observed):
                 break
         return problem
 
-    def times(self, unit: float) -> CentredObserved:
+    def times(self, unit: float) -> OffsetObserved:
         """Return the problem of ``unit`` times X."""
-        scaled = Offsets(unit * self.offsets.a, unit * self.offsets.b)
-        return replace(self, Y=like(self.Y, unit * self.Y.data), offsets=scaled)
+        scaled = with_values(self.Y, unit * self.Y.data)
+        return replace(self, Y=scaled, offsets=self.offsets.times(unit))
 
-    def pull(self, U: Array, V: Array) -> Any:
-        """Give -grad f, which is sparse."""
+    def negative_gradient(self, U: Array, V: Array) -> Any:
+        """Return -grad f, which is sparse."""
         left, right = _beside(U, self.offsets.a), _beside(V, 1.0)
-        return Observed.pull(without(self, self.offsets.b), left, right)
+        return Observed.negative_gradient(without(self, self.offsets.b), left, right)
 
     def alternated(self, V: Array, alpha: float) -> tuple[Array, Array]:
         """Solve for U and a, then for V and b."""
-        U, a = solve_centred(self, V, self.offsets.b, alpha)
-        V, b = solve_centred(self.transposed(), U, a, alpha)
-        self.offsets.keep(a, b, self.seen)
+        penalty, level = self.offsets.penalty, self.offsets.level
+        U, a = solve_with_offsets(self, V, self.offsets.b, alpha, penalty)
+        V, b = solve_with_offsets(self.transposed(), U, a + level, alpha, penalty)
+        self.offsets.keep(a, b + level, self.seen)
         return U, V
 
-    def settle(
+    def fit(
         self, U: Array, V: Array, alpha: float, steps: int, tol: float
     ) -> tuple[Array, Array, int, bool]:
         """Alternate at one alpha; give the factors, the steps, and whether all have settled."""
@@ -310,7 +345,7 @@ class CentredObserved(Observed):
 
 def without(problem: Observed, b: Array) -> Observed:
     """Return the problem without offsets of its columns."""
-    return Observed(like(problem.Y, problem.Y.data - b[problem.Y.indices]), problem.seen)
+    return Observed(with_values(problem.Y, problem.Y.data - b[problem.Y.indices]), problem.seen)
 
 
 def _beside(U: Array, column: Array | float) -> Array:
@@ -318,9 +353,11 @@ def _beside(U: Array, column: Array | float) -> Array:
     return np.column_stack([U, np.broadcast_to(column, len(U))])
 
 
-def solve_centred(problem: Observed, V: Array, b: Array, alpha: float) -> tuple[Array, Array]:
-    """Return the U and a that minimize f(U V^T + a + b) + alpha/2 |U|^2."""
-    penalties = np.r_[np.full(V.shape[1], alpha), 0.0]
+def solve_with_offsets(
+    problem: Observed, V: Array, b: Array, alpha: float, penalty: float = 0.0
+) -> tuple[Array, Array]:
+    """Return the U and a that minimize f(U V^T + a + b) + alpha/2 |U|^2 + penalty/2 |a|^2."""
+    penalties = np.r_[np.full(V.shape[1], alpha), penalty]
     found = solve_rows(without(problem, b), _beside(V, 1.0), penalties)
     return found[:, :-1], found[:, -1]
 
@@ -343,7 +380,7 @@ class SymmetricObserved(Observed):
     """
 
     @classmethod
-    def at(cls, rows: Any, columns: Any, values: Array, shape: Any) -> SymmetricObserved:
+    def from_entries(cls, rows: Any, columns: Any, values: Array, shape: Any) -> SymmetricObserved:
         """Take values at their places and at the mirrored ones."""
         places = np.r_[rows, columns], np.r_[columns, rows]
         sums: Any = csr_array((np.r_[values, values], places), shape=shape)
@@ -351,14 +388,14 @@ class SymmetricObserved(Observed):
         Y = csr_array((sums.data / counts.data, sums.indices, sums.indptr), shape=shape)
         return cls(Y, csr_array((counts.data / 2, sums.indices, sums.indptr), shape=shape))
 
-    def pull(self, U: Array, V: Array) -> Any:
-        """Give -grad f(U V^T), which is sparse and, where V is U, symmetric."""
+    def negative_gradient(self, U: Array, V: Array) -> Any:
+        """Return -grad f(U V^T), which is sparse and, where V is U, symmetric."""
         values = self.seen.data * (self.Y.data - product_at(self.Y, U, V))
         return csr_array((values, self.Y.indices, self.Y.indptr), shape=self.Y.shape)
 
     def strongest(self, U: Array, V: Array, k: int) -> tuple[Array, Array]:
         """Return the k largest eigenvalues of -grad f(U V^T), and (k, q) eigenvectors."""
-        G, n = self.pull(U, V), self.Y.shape[0]
+        G, n = self.negative_gradient(U, V), self.Y.shape[0]
         if n <= max(DENSE, k + 1):
             s, L = np.linalg.eigh(G.toarray())
         else:
@@ -366,7 +403,7 @@ class SymmetricObserved(Observed):
         largest = np.argsort(s)[::-1][:k]
         return s[largest], L[:, largest].T
 
-    def settle(
+    def fit(
         self, U: Array, V: Array, alpha: float, steps: int, tol: float
     ) -> tuple[Array, Array, int, bool]:
         """Minimize at one alpha from V; give U twice, the steps, and whether it has settled."""
@@ -375,7 +412,7 @@ class SymmetricObserved(Observed):
             W = flat.reshape(V.shape)
             residual = self.Y.data - product_at(self.Y, W, W)
             value = 0.5 * float(self.seen.data @ residual**2) + alpha * float(flat @ flat)
-            return value, 2 * (alpha * W - self.pull(W, W) @ W).ravel()
+            return value, 2 * (alpha * W - self.negative_gradient(W, W) @ W).ravel()
 
         limits: Any = {"maxiter": steps, "maxfun": 5 * steps, "ftol": 0.0, "gtol": 0.1 * tol}
         found = minimize(objective, V.ravel(), jac=True, method="L-BFGS-B", options=limits)

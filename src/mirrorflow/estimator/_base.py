@@ -1,4 +1,4 @@
-"""What the regressors share: the run of one flow to its time or to its end, and prediction."""
+"""Base class of the regressors: one flow to its time or to its end, zeros, and prediction."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from ._chebyshev import Columns, integrate
+from ..schedule import Constant, SwitchOff
+from ._chebyshev import BatchedFlows, integrate
 from ._data import Data
 from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
 from ._row_space import row_space
 
 __all__ = [
+    "DECAY",
     "LOG_A",
+    "Decay",
+    "FlowPoint",
     "FlowRegressor",
-    "Run",
     "TurnOff",
     "check_decay",
     "choose_zeros",
     "finish",
     "least_squares",
+    "rate_and_end",
     "validated",
     "weights_of",
     "without_small",
@@ -35,57 +39,96 @@ Array = NDArray[np.float64]
 LOG_A = (-10_000, 20)  # of log A; larger ones would be differences of large numbers
 
 
-@dataclass(frozen=True)
-class TurnOff:
-    """Weight decay ``alpha`` from the start until time ``t``, then none.
+class TurnOff(SwitchOff):
+    """`SwitchOff` by its former name: weight decay ``alpha`` until time ``t``, then none.
 
     Parameters
     ----------
     alpha : float
-        The decay rate, >= 0.
+        The decay rate, >= 0: `SwitchOff`'s ``rate``.
     t : float
-        When it is switched off, in the units of the estimator's ``t``; > 0, infinity to keep it.
+        When it is switched off, in the units of the estimator's ``t``; > 0: `SwitchOff`'s ``at``.
+        Infinity keeps it, as `Constant` does.
     """
 
-    alpha: float
-    t: float
-
-    def __post_init__(self) -> None:
-        """Refuse what is not a rate and a time."""
-        for name, value in (("alpha", self.alpha), ("t", self.t)):
+    def __init__(self, alpha: float, t: float) -> None:
+        for name, value in (("alpha", alpha), ("t", t)):
             if not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 <= self.alpha < np.inf:
-            raise ValueError(f"alpha must be a number >= 0, got {self.alpha!r}")
-        if not self.t > 0:
-            raise ValueError(f"t must be a number > 0, got {self.t!r}")
+        if not 0 <= alpha < np.inf:
+            raise ValueError(f"alpha must be a number >= 0, got {alpha!r}")
+        if not t > 0:
+            raise ValueError(f"t must be a number > 0, got {t!r}")
+        object.__setattr__(self, "level", float(alpha))
+        object.__setattr__(self, "at", float(t))
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with a `SwitchOff` of any name."""
+        if not isinstance(other, SwitchOff):
+            return NotImplemented
+        return (self.level, self.at) == (other.level, other.at)
+
+    def __hash__(self) -> int:
+        """Return the hash of the `SwitchOff` that it equals."""
+        return hash((self.level, self.at))
+
+    @property
+    def alpha(self) -> float:
+        """The decay rate."""
+        return self.level
+
+    @property
+    def t(self) -> float:
+        """When it is switched off."""
+        return self.at
+
+    @property
+    def breakpoints(self) -> tuple[float, ...]:
+        """The time of the switch, if there is one."""
+        return (self.at,) if np.isfinite(self.at) else ()
 
 
-def check_decay(decay: TurnOff | None, last: float) -> None:
-    """Refuse a decay that would be switched off after the training, whose last time is ``last``."""
-    if decay and np.isinf(decay.t) and np.isinf(last):
+DECAY: list[Any] = [SwitchOff, Constant, None]  # what ``decay`` may be
+Decay = SwitchOff | Constant | None
+
+
+def rate_and_end(decay: Decay) -> tuple[float, float]:
+    """Return the rate of decay, and when it ends: at infinity where it is kept."""
+    if decay is None:
+        return 0.0, 1.0
+    return decay.level, decay.at if isinstance(decay, SwitchOff) else np.inf
+
+
+def check_decay(decay: Decay, last: float) -> None:
+    """Refuse decay that would end after the training, whose last time is ``last``, or is < 0."""
+    if decay is None:
+        return
+    rate, end = rate_and_end(decay)
+    if rate < 0:
+        raise ValueError(f"decay must have a rate >= 0, got {decay}")
+    if np.isinf(end) and np.isinf(last):
         raise ValueError(f"{decay}: with interpolate=True the decay has to be switched off")
-    if decay and last < decay.t < np.inf:
+    if last < end < np.inf:
         raise ValueError(
-            f"{decay} would be switched off after the training, which ends at t={last:g}; "
-            "TurnOff(alpha, numpy.inf) keeps it on"
+            f"{decay} would be switched off after the training, which ends at t={last:g}. "
+            f"Constant({rate:g}) keeps it on"
         )
 
 
 @dataclass(frozen=True)
-class Run:
-    """The flow that is to be fitted: from where, to when (perhaps infinity), how exactly."""
+class FlowPoint:
+    """A point of a flow, to be fitted: its scale, its time (perhaps infinity), its accuracy."""
 
     log_A: float  # noqa: N815
     t: float
-    decay: TurnOff | None
+    decay: Decay
     tol: float
     zero_tol: float  # what is smaller, relative to the largest, is 0
     refit: bool  # whether the others are fitted again
 
 
 class FlowRegressor(RegressorMixin, BaseEstimator):
-    """What the regressors share: the run of the flow, and prediction."""
+    """A regressor by the flow: the run of the flow, and prediction."""
 
     coef_: Array
     intercept_: Any
@@ -94,7 +137,15 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
     refit: bool
     max_iter: int
 
-    def _fit(self, data: Data, run: Run, dtype: Any, single: bool) -> None:
+    @property
+    def penalty(self) -> str:
+        """The kind of sparsity, by which `sklearn.feature_selection.SelectFromModel` goes.
+
+        Where it is "l1", the default threshold keeps all coefficients of at least 1e-5.
+        """
+        return "l1"
+
+    def _fit(self, data: Data, run: FlowPoint, dtype: Any, single: bool) -> None:
         """Run the flow to its time, perhaps infinity, and keep its end."""
         end = np.isinf(run.t)
         coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
@@ -104,7 +155,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         coef = finish(coef, data, run.zero_tol, run.refit)
         unit = data.unit(run.log_A, self.positive)
         values = {
-            "coef_": coef.astype(dtype),
+            "coef_": (coef / data.units).astype(dtype),
             "intercept_": data.intercept(coef).astype(dtype),
             "dual_coef_": data.dual(nu),
             "A_": np.exp(log_A),
@@ -135,18 +186,20 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             gaps[k] = gap(x, predictions[:, k] @ nu[:, k], mu[:, k], positive)
         return kkts, gaps
 
-    def _stopped(self, data: Data, run: Run) -> tuple[Array, Array, float]:
+    def _stopped(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
         """Integrate the flow to its time; also give how far log A has fallen."""
-        decay, K = run.decay or TurnOff(0.0, 1.0), data.y.shape[1]
+        (rate, end), K = rate_and_end(run.decay), data.y.shape[1]
         data = data.compressed()
         coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
         active = np.flatnonzero(data.pull > 0)
         self.n_iter_ = 1
         for k in active:  # each output has its own unit of time, in which decay is given
-            coef[k], nus[:, k] = self._one(data, int(k), run, decay)
-        return coef, data.all_rows(nus), -2 * decay.alpha * min(run.t, decay.t)
+            coef[k], nus[:, k] = self._one(data, int(k), run, rate, end)
+        return coef, data.all_rows(nus), -2 * rate * min(run.t, end)
 
-    def _one(self, data: Data, k: int, run: Run, decay: TurnOff) -> tuple[Array, Array]:
+    def _one(
+        self, data: Data, k: int, run: FlowPoint, rate: float, end: float
+    ) -> tuple[Array, Array]:
         """Integrate one output."""
         found: dict[str, Array] = {}
         unit = data.unit(run.log_A, self.positive)[k]
@@ -154,26 +207,27 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         def save(_: Any, __: Any, nu: Array, x: Array, ___: Any) -> None:
             found.update(nu=nu[:, 0], x=x[:, 0])
 
-        columns = Columns(
+        flows = BatchedFlows(
             data.X,
             data.y[:, [k]],
             data.weights[:, None],
             data.log_A(run.log_A)[[k]],
-            np.array([decay.alpha / unit]),
-            np.array([decay.t * unit]),
+            np.array([rate / unit]),
+            np.array([end * unit]),
             data.center,
             self.positive,
         )
         times = np.array([[run.t * unit]])
-        reached, steps = integrate(columns, times, save, run.tol, int(self.max_iter))
+        reached, steps = integrate(flows, times, save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
         if not reached[0]:
             warn_unfinished(self.max_iter)
         return found["x"], found["nu"]
 
-    def _interpolated(self, data: Data, run: Run) -> tuple[Array, Array, float]:
+    def _interpolated(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
         """Solve for the end of the flow of each output."""
-        drop = -2 * run.decay.alpha * run.decay.t if run.decay else 0.0
+        rate, end = rate_and_end(run.decay)
+        drop = -2 * rate * end
         scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
         space, y = row_space(root * data.X, data.rounding), root * data.y
         found = [

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..legendre._kernels import shared_sinh_cosh
 
-__all__ = ["MAX_STAGES", "Columns", "Saved", "Stages", "integrate", "stages", "stages_for"]
+__all__ = ["MAX_STAGES", "BatchedFlows", "Saved", "Stages", "integrate", "stages", "stages_for"]
 
 MAX_STAGES = 25
 DAMPING = 2 / 13
@@ -104,7 +104,7 @@ GROWTH = (0.2, 3.0)
 
 
 @dataclass(frozen=True)
-class Columns:
+class BatchedFlows:
     """The problems: X (n, d), dense or sparse, and for each of K columns y, weights and log A.
 
     Attributes
@@ -179,7 +179,7 @@ Saved = Callable[[NDArray[np.intp], NDArray[np.intp], Array, Array, Array], None
 
 
 def integrate(
-    columns: Columns, times: Array, save: Saved, tol: float = 1e-3, max_steps: int = 10_000
+    columns: BatchedFlows, times: Array, save: Saved, tol: float = 1e-3, max_steps: int = 10_000
 ) -> tuple[NDArray[np.intp], int]:
     """Integrate every column through its times (K, m), increasing, and hand over what is there.
 
@@ -188,7 +188,7 @@ def integrate(
 
     Parameters
     ----------
-    columns : Columns
+    columns : BatchedFlows
         The problems.
     times : array of shape (K, m)
         When to save.
@@ -220,7 +220,7 @@ def integrate(
 class _Run:
     """The state of all columns."""
 
-    def __init__(self, columns: Columns, times: Array, save: Saved, tol: float) -> None:
+    def __init__(self, columns: BatchedFlows, times: Array, save: Saved, tol: float) -> None:
         self.c, self.times, self.save, self.tol = columns, times, save, tol
         n, count = columns.y.shape
         self.reached = np.zeros(count, dtype=np.intp)
@@ -237,6 +237,7 @@ class _Run:
     def _power(self) -> None:
         """Improve the estimate of the largest eigenvalue by one power iteration."""
         size = self.c.norm(self.v)
+        # v <- J v / |v| with J = w X diag(dx/dmu) X^T; |J v| / |v| tends to J's largest eigenvalue
         self.v = self.c.apply(self.v / np.where(size > 0, size, 1.0), self.slope)
         self.largest = SAFETY * self.c.norm(self.v)
 
@@ -262,9 +263,11 @@ class _Run:
     def _advance(self) -> Array:
         """Go through the stages."""
         plan = stages_for(float((self.h * self.largest).max()))
-        hf = self.h * self.f
-        before, last = self.nu, self.nu + plan.first * hf
+        hf = self.h * self.f  # h f(Y_0), with Y_0 = nu
+        before, last = self.nu, self.nu + plan.first * hf  # Y_1 = Y_0 + mu~_1 h f(Y_0)
         for (mu, nu, mu_tilde, gamma), at in zip(plan.rest, plan.times, strict=False):
+            # Y_j = (1 - mu_j - nu_j) Y_0 + mu_j Y_{j-1} + nu_j Y_{j-2}
+            #       + mu~_j h f(Y_{j-1}) + gamma~_j h f(Y_0)
             y = self.c.velocity(last, self.t + at * self.h)
             y *= mu_tilde * self.h
             y += (1 - mu - nu) * self.nu + mu * last + nu * before + gamma * hf
@@ -273,9 +276,10 @@ class _Run:
 
     def _error(self, new: Array, x: Array, slope: Array, f: Array) -> Array:
         """Return the error estimate of x for each column, in units of the tolerance."""
+        # RKC's estimate 0.8 (nu_n - nu_{n+1}) + 0.4 h (f_n + f_{n+1}), times d x / d nu.
         error = self.c.XT @ (0.8 * (self.nu - new) + 0.4 * self.h * (self.f + f))
         size = np.abs(x).max(axis=0)
-        # The slope at the start of the step, too: a step too far can end where all slopes are 0.
+        # The slope at the start of the step as well: a step too far can end where all slopes are 0.
         steep = np.maximum(slope, self.slope)
         found = (steep * np.abs(error)).max(axis=0) / (self.tol * np.maximum(size, 1e-300))
         return np.where(np.isfinite(found), found, 1e9)
@@ -287,7 +291,7 @@ class _Run:
             h = (t - self.t)[k]
             for i in range(int(self.reached[k[0]]), int(due[k[0]])):
                 at = self.times[k, i]
-                s = (at - self.t[k]) / h
+                s = (at - self.t[k]) / h  # Hermite: nu and f = nu' at both ends, s in [0, 1]
                 nu = (1 + 2 * s) * (1 - s) ** 2 * self.nu[:, k] + s**2 * (3 - 2 * s) * new[:, k]
                 nu += h * (s * (1 - s) ** 2 * self.f[:, k] - s**2 * (1 - s) * f[:, k])
                 self.save(k, np.array([i]), nu, self.c.primal(nu, at, k)[0], at)

@@ -98,7 +98,7 @@ def settled_codes(
     """
     curvature = lipschitz(dictionary)
     size = sizes(X, dictionary) if form == "power" else np.ones(len(X))  # log u - log v has no unit
-    problem = Problem(
+    problem = CodingProblem(
         X / (size * np.sqrt(curvature))[:, None],
         dictionary / np.sqrt(curvature),
         form, k, alpha / (size * curvature),
@@ -112,7 +112,7 @@ def settled_codes(
 
 
 @dataclass(frozen=True)
-class Point:
+class CodeState:
     """u and v of each signal, w of shape (n_samples, 2, n_components), and what is known there."""
 
     w: Array
@@ -120,18 +120,18 @@ class Point:
     gradient: Array
     distance: Array
 
-    def rows(self, rows: Array) -> Point:
+    def rows(self, rows: Array) -> CodeState:
         """Keep some signals."""
-        return Point(*(part[rows] for part in vars(self).values()))
+        return CodeState(*(part[rows] for part in vars(self).values()))
 
-    def moved(self, moves: Array, to: Point) -> Point:
+    def moved(self, moves: Array, to: CodeState) -> CodeState:
         """Go to another point, where ``moves``."""
         pairs = zip(vars(self).values(), vars(to).values(), strict=True)
-        return Point(*(np.where(moves[(..., *[None] * (a.ndim - 1))], b, a) for a, b in pairs))
+        return CodeState(*(np.where(moves[(..., *[None] * (a.ndim - 1))], b, a) for a, b in pairs))
 
 
 @dataclass(frozen=True)
-class Problem:
+class CodingProblem:
     """|x - g(u, v) D|^2 / 2 + alpha h(u, v) for each row x of X; one alpha for each."""
 
     X: Array
@@ -140,7 +140,7 @@ class Problem:
     k: int
     alpha: Array
 
-    def rows(self, rows: Array) -> Problem:
+    def rows(self, rows: Array) -> CodingProblem:
         """Keep some signals."""
         return replace(self, X=self.X[rows], alpha=self.alpha[rows])
 
@@ -149,7 +149,7 @@ class Problem:
         parts = w ** (2 * self.k) if self.form == "power" else np.log(w)
         return parts[:, 0] - parts[:, 1]
 
-    def at(self, w: Array) -> Point:
+    def state(self, w: Array) -> CodeState:
         """Return value, gradient and distance from rest."""
         power, k, alpha = self.form == "power", self.k, self.alpha
         h = w ** (2 * k) if power else np.log(w)
@@ -160,15 +160,15 @@ class Problem:
         value = 0.5 * (residual**2).sum(axis=1) + alpha * _sums(h)
         gradient = slope * (np.stack([g, -g], axis=1) + alpha[:, None, None])
         distance = self._gap(z, residual, g) if alpha.any() else self._force(g)
-        return Point(w, value, gradient, distance)
+        return CodeState(w, value, gradient, distance)
 
-    def longest(self, point: Point) -> Array:
+    def longest(self, point: CodeState) -> Array:
         """Return the longest step that leaves every u^k and v^k about LONGEST of what it was."""
         relative = self.k * np.abs(point.gradient / point.w).max(axis=(1, 2))
         return LONGEST / np.maximum(relative, SMALLEST)
 
-    def next_step(self, old: Point, new: Point) -> Array:
-        """Give <s, y> / <y, y> for the change s of w and y of the gradient; not too long a step."""
+    def next_step(self, old: CodeState, new: CodeState) -> Array:
+        """Return <s, y> / <y, y>, s and y the changes of w and of the gradient; not too long."""
         s, y = new.w - old.w, new.gradient - old.gradient
         along, squares = _sums(s * y), _sums(y**2)
         curved = (along > 0) & (squares > 0)
@@ -193,13 +193,13 @@ class Problem:
         return np.abs(g).max(axis=1) / np.where(first > 0, first, 1.0)
 
 
-def settle(problem: Problem, w: Array, tol: float, n_steps: int) -> tuple[Array, Array]:
+def settle(problem: CodingProblem, w: Array, tol: float, n_steps: int) -> tuple[Array, Array]:
     """Descend until each signal is within ``tol`` of rest; give u and v, and the distances.
 
     The steps are of Barzilai and Borwein's length, which follows the curvature; one that does not
     bring the value down is taken back and made shorter.
     """
-    w, now, rows = w.copy(), problem.at(w), np.arange(len(w))
+    w, now, rows = w.copy(), problem.state(w), np.arange(len(w))
     distance, step, bound = now.distance.copy(), problem.longest(now), now.value
     for _ in range(n_steps):
         moving = now.distance > tol
@@ -209,7 +209,7 @@ def settle(problem: Problem, w: Array, tol: float, n_steps: int) -> tuple[Array,
             step, bound = step[moving], bound[moving]
         if not len(rows):
             break
-        trial = problem.at(np.maximum(now.w - step[:, None, None] * now.gradient, SMALLEST))
+        trial = problem.state(np.maximum(now.w - step[:, None, None] * now.gradient, SMALLEST))
         better = trial.value <= bound - DECREASE * step * _sums(now.gradient**2)
         step = np.where(better, problem.next_step(now, trial), step / 4)
         bound = np.where(better, MEMORY * bound + (1 - MEMORY) * trial.value, bound)

@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator, lsqr
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.sparsefuncs import mean_variance_axis
+from sklearn.utils.sparsefuncs import inplace_column_scale, mean_variance_axis
 
 from ..legendre._kernels import arcsinh_ratio
 
-__all__ = ["Data", "centered", "growth", "prepare", "triangle"]
+__all__ = ["Data", "centered", "growth", "prepare", "triangle", "warn_of_scales"]
 
 Array = NDArray[np.float64]
 DAMPING = 1e-5  # of the shortest solution, relative to the largest singular value
 FEW = 2000  # rows or columns of a sparse X up to which its Gram matrix is formed
 ROUNDING = 1e-13  # eigenvalues, relative to the largest, that are 0 up to rounding
+UNEQUAL = 10  # ratio of the scales of columns from which there is a warning
 CONSTANT = 1e-13  # spread, relative to the size, below which numbers count as constant
 
 
@@ -31,7 +32,8 @@ class Data:
     Attributes
     ----------
     X : array or sparse matrix of shape (n, d)
-        float64; where there is an intercept, a dense one has been centred.
+        float64; where there is an intercept, a dense one has been centred. Divided by ``spreads``
+        where columns are standardized.
     y : array of shape (n, K)
         One column for each output, centred where there is an intercept.
     weights : array of shape (n,)
@@ -47,7 +49,12 @@ class Data:
     samples : int
         How many samples were given.
     means, targets : arrays of shape (d,) and (K,)
-        The weighted means of X and y as they were given; 0 without an intercept.
+        The weighted means of X, in the units of its columns, and of y; 0 without an intercept.
+    spreads : array of shape (d,)
+        The weighted standard deviations of the columns of X as they were given, or their root mean
+        squares without an intercept.
+    units : array of shape (d,)
+        What the columns of X were divided by: ``spreads``, or 1.
     rounding : array of shape (d,)
         The length, weighted, of the rounding of each column as it was given.
     back : array of shape (n, m), optional
@@ -64,6 +71,8 @@ class Data:
     samples: int
     means: Array
     targets: Array
+    spreads: Array
+    units: Array
     rounding: Array
     back: Array | None = None
 
@@ -116,8 +125,10 @@ def growth(relative: float, positive: bool) -> float:
     return 0.5 * float(arcsinh_ratio(np.ones(()), relative))  # x = A sinh(2 mu) = scale
 
 
-def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: bool) -> Data:
-    """Drop rows without weight, center, and measure scale and pull."""
+def prepare(
+    X: Any, y: Array, weights: Array | None, center: bool, positive: bool, standardize: bool = False
+) -> Data:
+    """Drop rows without weight, center, standardize, and measure scale and pull."""
     given = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
     rows, samples = np.flatnonzero(given > 0), len(y)
     v = given / given.sum()
@@ -137,10 +148,18 @@ def prepare(X: Any, y: Array, weights: Array | None, center: bool, positive: boo
             means, spread = found
         else:
             X, means = centered(X, v)
-    pull = _pull(X, y, v, spread, positive)
+    squares: Array = _squares(X, v) if spread is None else spread
+    spreads = np.sqrt(np.maximum(squares, 0.0))
+    units = np.where((spreads > 0) & standardize, spreads, 1.0)
+    if standardize:
+        X, means, rounding = _divided(X, units), means / units, rounding / units
+        squares = squares / units**2
+    pull = _pull(X, y, v, squares, positive)
     sizes = np.abs(_shortest(X, y, v, means, pull)).max(axis=0, initial=0.0)
     scale = np.where(pull > 0, sizes, 0.0)
-    return Data(X, y, v, rows, scale, pull, center, samples, means, targets, rounding)
+    return Data(
+        X, y, v, rows, scale, pull, center, samples, means, targets, spreads, units, rounding
+    )
 
 
 def centered(values: Array, weights: Array) -> tuple[Array, Array]:
@@ -161,12 +180,38 @@ def _squares(X: Any, weights: Array) -> Array:
     return np.asarray(X.multiply(X).T @ weights if issparse(X) else weights @ X**2)
 
 
-def _pull(X: Any, y: Array, weights: Array, spread: Array | None, positive: bool) -> Array:
+def _divided(X: Any, units: Array) -> Any:
+    """Return X with its columns divided by their units."""
+    if not issparse(X):
+        return X / units
+    X = X.copy()
+    inplace_column_scale(X, 1 / units)
+    return X
+
+
+def warn_of_scales(data: Data, above: int = 0) -> None:
+    """Warn where the columns of X are on unequal scales: the flow grows the large ones first.
+
+    ``above`` is the number of calls between the user's and this one's caller.
+    """
+    spreads = np.where(data.spreads > 0, data.spreads, np.nan)
+    if np.isnan(spreads).all() or (data.units != 1).any():
+        return
+    large, small = int(np.nanargmax(spreads)), int(np.nanargmin(spreads))
+    ratio = spreads[large] / spreads[small]
+    if ratio > UNEQUAL:
+        warnings.warn(
+            f"the scales of the columns of X differ by a factor of {ratio:.3g} (columns {large} "
+            f"and {small}), and coefficients of columns on a large scale grow first. Set "
+            "standardize=True, or bring the columns to a common scale (StandardScaler)",
+            UserWarning,
+            stacklevel=3 + above,
+        )
+
+
+def _pull(X: Any, y: Array, weights: Array, squares: Array, positive: bool) -> Array:
     """Return the largest gradient at 0 of each target, 0 where it is rounding alone."""
     gradient = X.T @ (weights[:, None] * y)
-    squares: Any = spread
-    if spread is None:
-        squares = _squares(X, weights)
     largest = float(squares.max(initial=0.0))
     noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)

@@ -18,8 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.parallel import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
-from ._base import TurnOff, least_squares, without_small
-from ._chebyshev import Columns, Saved, integrate
+from ._base import Decay, least_squares, rate_and_end, without_small
+from ._chebyshev import BatchedFlows, Saved, integrate
 from ._data import Data, centered, triangle
 
 __all__ = ["Folds", "one_thread"]
@@ -71,7 +71,7 @@ class Folds:
     data: Data
     train: Array
     test: Array
-    decay: TurnOff | None
+    decay: Decay
     positive: bool
     tol: float
     max_iter: int
@@ -193,8 +193,8 @@ class Folds:
             self._run(part, k, log_A, shrinkage, ts, save)
         else:
             nus = np.ascontiguousarray(known[:, j])
-        columns, unit = self._columns(part, k, log_A, shrinkage)
-        return columns.primal(nus, np.full(folds, unit * ts[j]))[0]
+        flows, unit = self._flows(part, k, log_A, shrinkage)
+        return flows.primal(nus, np.full(folds, unit * ts[j]))[0]
 
     def _run(
         self, part: _Part, k: int, log_A: float, shrinkage: float, ts: Array, save: Saved
@@ -206,27 +206,27 @@ class Folds:
             for fold, index in np.ndindex(folds, len(ts)):
                 save(np.array([fold]), np.array([index]), nu, x, np.zeros(1))
             return np.full(folds, len(ts))
-        columns, unit = self._columns(part, k, log_A, shrinkage)
-        return integrate(columns, np.tile(unit * ts, (folds, 1)), save, self.tol, self.max_iter)[0]
+        flows, unit = self._flows(part, k, log_A, shrinkage)
+        return integrate(flows, np.tile(unit * ts, (folds, 1)), save, self.tol, self.max_iter)[0]
 
-    def _columns(
+    def _flows(
         self, part: _Part, k: int, log_A: float, shrinkage: float
-    ) -> tuple[Columns, float]:
+    ) -> tuple[BatchedFlows, float]:
         """Return a flow on the folds of a part, one column each, and its unit of time."""
         unit, one = float(self.data.unit(log_A, self.positive)[k]), np.ones(part.train.shape[1])
-        decay = self.decay or TurnOff(0.0, 1.0)
+        rate, end = rate_and_end(self.decay)
         stays = shrinkage > 0
-        columns = Columns(
+        flows = BatchedFlows(
             part.X,
             np.tile(part.y[:, [k]], (1, len(one))),
             part.train,
             self.data.log_A(log_A)[k] * one,
-            (shrinkage * self.data.pull[k] if stays else decay.alpha / unit) * one,
-            (np.inf if stays else decay.t * unit) * one,
+            (shrinkage * self.data.pull[k] if stays else rate / unit) * one,
+            (np.inf if stays else end * unit) * one,
             part.center,
             self.positive,
         )
-        return columns, unit
+        return flows, unit
 
     def _thresholded(self, coef: Array, k: int, f: int, zero_tols: Array, refit: bool) -> Array:
         """Return the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""

@@ -1,4 +1,4 @@
-"""What the estimators of low-rank matrices share: completion, and what they keep of it."""
+"""Base class of the estimators of low-rank matrices: completion, its results and its score."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import r2_score
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from ._alternating import Observed, Trained, alternate
 
-__all__ = ["LowRank", "filled"]
+__all__ = ["LowRank", "filled", "left_out_errors"]
 
 Array = NDArray[Any]
 PATH = (0.5, 0.2)  # stronger decay that comes first,
 ROUGH = 1e-3  # and the tolerance there
+FREE = 1e-6  # 1 - h below it: the entry itself has decided its prediction
 NOTHING = 1e-10  # a largest singular value below it, relative to the data, is rounding
 
 
@@ -32,6 +34,7 @@ class LowRank(BaseEstimator):
     max_iter: int
     tol: float
     n_features_in_: int
+    decay_: float
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "max_rank": [Interval(Integral, 1, None, closed="left"), None],
@@ -49,12 +52,12 @@ class LowRank(BaseEstimator):
             raise ValueError(f"max_rank={self.max_rank} is above the dimension of X, {shape}")
         return self.max_rank
 
-    def _complete(self, M: Any, kind: type[Observed] = Observed) -> tuple[Trained, float, Any]:
-        """Find the factors from the entries that are known; give the last decay, and the problem.
+    def _complete(self, M: Any, problem: Observed) -> tuple[Trained, float, Any]:
+        """Find the factors from the entries that are known.
 
-        ``kind`` says what is completed, and how.
+        Return them with the decay at the end, and with the problem as it then is.
         """
-        columns, problem = self._columns(M.shape), kind.of(M)
+        columns = self._columns(M.shape)
         _check_seen(problem.seen)
         empty = np.zeros((M.shape[0], 0)), np.zeros((M.shape[1], 0))
         top = float(problem.strongest(*empty, 1)[0].max())
@@ -94,6 +97,15 @@ class LowRank(BaseEstimator):
         self.rank_ = int((values > max(1e-6 * values.max(initial=0.0), 1e-300)).sum())
         self.n_iter_ = max(1, found.steps)
 
+    def _row_score(self, M: Any, b: Array, penalty: float | None) -> float:
+        """Return R2 of the known entries, each from the others of its row."""
+        known = Observed.of(M)
+        if not known.seen.nnz:
+            raise ValueError("X must have a known entry to be scored, got none")
+        V, decay = self.V_.astype(np.float64), float(self.decay_)
+        missed = left_out_errors(known, V, b.astype(np.float64), decay, penalty)
+        return float(r2_score(known.Y.data, known.Y.data - missed))
+
     def matrix(self) -> Array:
         """Form X.
 
@@ -103,6 +115,35 @@ class LowRank(BaseEstimator):
         """
         check_is_fitted(self)
         return self.U_ @ self.V_.T
+
+
+def left_out_errors(
+    problem: Observed, V: Array, b: Array, decay: float, penalty: float | None
+) -> Array:
+    r"""Return Y_ij minus its prediction from the other entries of row i, with V and b as they are.
+
+    A row is a ridge regression, so that nothing has to be fitted again:
+
+    .. math:: y_j - \hat y_j^{(-j)} = (y_j - \hat y_j) / (1 - h_j), \quad
+        h_j = w_j^T (W^T W + \operatorname{diag}(\alpha))^{-1} w_j
+
+    ``penalty`` is that of the row's offset, None without offsets. An entry without which the row
+    would not be determined is predicted by b alone.
+    """
+    W, ridge = V, np.full(V.shape[1], decay)
+    if penalty is not None:
+        W, ridge = np.column_stack([V, np.ones(len(V))]), np.r_[ridge, penalty]
+    ridge = np.diag(ridge + 1e-12 * float((W**2).sum()) / len(W))
+    Y, found = problem.Y, np.empty(problem.Y.nnz)
+    for i in range(Y.shape[0]):
+        part = slice(Y.indptr[i], Y.indptr[i + 1])
+        rows, y = W[Y.indices[part]], Y.data[part] - b[Y.indices[part]]
+        solved = np.linalg.solve(rows.T @ rows + ridge, rows.T)
+        free = 1 - np.einsum("ij,ji->i", rows, solved)  # 1 - h
+        known = free > FREE
+        missed = (y - rows @ (solved @ y)) / np.where(known, free, 1.0)
+        found[part] = np.where(known, missed, y)
+    return found
 
 
 def _check_seen(seen: Any) -> None:

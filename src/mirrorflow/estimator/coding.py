@@ -3,6 +3,7 @@ r"""Sparse coding by gradient descent on u and v, z = u^{2k} - v^{2k} or log u -
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -17,7 +18,6 @@ from sklearn.utils.validation import validate_data
 
 from ._base import without_small
 from ._codes import codes, lipschitz, settled_codes, sizes
-from ._transaction import all_or_nothing
 
 __all__ = ["MirrorFlowCoder", "codes", "lipschitz"]
 
@@ -158,9 +158,10 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self
         """
         self._check_parameters()
-        with all_or_nothing(self):
-            X = validate_data(self, X, dtype=[np.float64, np.float32])
-            self.n_components_ = len(self._atoms(X))
+        fitted = copy(self)  # a refused X leaves self as it was
+        X = validate_data(fitted, X, dtype=[np.float64, np.float32])
+        fitted.n_components_ = len(self._atoms(X))
+        self.__dict__ = fitted.__dict__
         return self
 
     def _check_parameters(self) -> None:

@@ -1,24 +1,141 @@
-"""An imputer that fills the missing entries of rows by a low-rank model of them."""
+"""Imputers that fill the missing entries of rows by a low-rank model of them."""
 
 from __future__ import annotations
 
+from copy import copy
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import OneToOneFeatureMixin, TransformerMixin
+from sklearn.metrics import r2_score
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._alternating import CentredObserved, Observed, Offsets, Trained, solve_centred, solve_rows
+from ._alternating import Observed, OffsetObserved, Offsets, Trained, solve_rows, solve_with_offsets
 from ._lowrank import LowRank, filled
-from ._transaction import all_or_nothing
 
-__all__ = ["MatrixCompletion"]
+__all__ = ["MatrixCompletion", "RowCompletion", "observed"]
 
 Array = NDArray[Any]
 
 
-class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
+class RowCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
+    """An imputer of rows by factors and, perhaps, offsets."""
+
+    row_offset_: Array
+    column_offset_: Array
+    offset_penalty_: float | None  # None without offsets
+
+    def matrix(self) -> Array:
+        """Form X, offsets included.
+
+        Returns
+        -------
+        array of shape (n_samples, n_features)
+        """
+        return super().matrix() + self.row_offset_[:, None] + self.column_offset_
+
+    def predict_pairs(self, pairs: Any) -> Array:
+        """Return entries of X, offsets included, without forming it.
+
+        Parameters
+        ----------
+        pairs : array of shape (m, 2)
+            The row, of those that were fitted, and the column of each entry.
+
+        Returns
+        -------
+        array of shape (m,)
+
+        Raises
+        ------
+        ValueError
+            If there are not two whole numbers for each entry, or X has no such row or column.
+        """
+        check_is_fitted(self)
+        i, j = _places(pairs, (len(self.U_), len(self.V_)))
+        inner = np.einsum("ij,ij->i", self.U_[i], self.V_[j])
+        return inner + self.row_offset_[i] + self.column_offset_[j]
+
+    def score_pairs(self, pairs: Any, y: Any) -> float:
+        """Return R2 of entries that were hidden in training.
+
+        Parameters
+        ----------
+        pairs : array of shape (m, 2)
+            Rows and columns, as for `predict_pairs`.
+        y : array of shape (m,)
+            The entries.
+
+        Returns
+        -------
+        float
+        """
+        return float(r2_score(y, self.predict_pairs(pairs)))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return R2 of the known entries of rows, each predicted from the others of its row.
+
+        By it `sklearn.model_selection.GridSearchCV` chooses. It says something about rows that were
+        not fitted.
+
+        Parameters
+        ----------
+        X : array, frame or sparse matrix of shape (n_rows, n_features)
+            Rows with at least one known entry.
+        y : ignored
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        M = self._checked(X, reset=False)
+        return self._row_score(M, self.column_offset_, self.offset_penalty_)
+
+    def transform(self, X: Any) -> Array:
+        """Fill the missing entries of rows; what is known is left as it is.
+
+        Parameters
+        ----------
+        X : array, frame or sparse matrix of shape (n_rows, n_features)
+            Any rows. One without a known entry becomes 0, with offsets those of the columns.
+
+        Returns
+        -------
+        array of shape (n_rows, n_features)
+        """
+        check_is_fitted(self)
+        M = self._checked(X, reset=False)
+        V, b, problem = self.V_.astype(np.float64), self.column_offset_, Observed.of(M)
+        if self.offset_penalty_ is None:
+            return filled(M, solve_rows(problem, V, self.decay_) @ V.T)
+        U, a = solve_with_offsets(problem, V, b, self.decay_, self.offset_penalty_)
+        return filled(M, U @ V.T + a[:, None] + b)
+
+    def _checked(self, X: Any, reset: bool) -> Any:
+        """Check X as scikit-learn does."""
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            accept_sparse="csr",
+            dtype=[np.float64, np.float32],
+            ensure_all_finite="allow-nan",
+        )
+
+    def __sklearn_tags__(self) -> Any:
+        """Take NaN and what is not stored for what is not known; keep float32."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+class MatrixCompletion(RowCompletion):
     r"""Fill the missing entries of rows, in training and later, by a matrix of low rank.
 
     With Y the entries that are known, the factors of X = U V^T minimize
@@ -44,9 +161,13 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         makes the fit of a matrix that is nearly of low rank exact, and is harmful elsewhere: what
         decay leaves of images or ratings, free, fits the known entries and not the others.
     center : bool, default=False
-        Whether to fit offsets a_i of the rows and b_j of the columns beside U V^T, without
-        penalty. Right where the entries have a level of their own, as ratings and most tables: a
-        level far from 0 is a direction that decay shrinks, and that hides the others.
+        Whether to fit offsets a_i of the rows and b_j of the columns beside U V^T. Right where the
+        entries have a level of their own, as ratings and most tables: a level far from 0 is a
+        direction that decay shrinks, and that hides the others.
+    offset_penalty : float, default=0.0
+        The strength beta, >= 0, of a penalty on the offsets, in numbers of entries: the offset of a
+        row with n known entries is drawn to 0, that of a column to the mean of all entries, as if
+        by beta more entries. Right where rows or columns have few entries; 5 suits ratings.
     max_iter : int, default=2000
         The largest number of alternations at each strength of the decay.
     tol : float, default=1e-6
@@ -61,7 +182,9 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     rank_ : int
         How many of them exceed 1e-6 times the largest.
     row_offset_, column_offset_ : arrays of shape (n_samples,) and (n_features,)
-        a, with mean 0, and b; 0 unless ``center``.
+        a, with mean 0 where it is not penalized, and b; 0 unless ``center``.
+    offset_penalty_ : float or None
+        The penalty; None without offsets.
     decay_ : float
         The decay at the end, in the units of X; 0 where it was switched off.
     n_iter_ : int
@@ -71,6 +194,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
 
     See Also
     --------
+    MatrixCompletionCV : chooses ``alpha`` and the offsets by cross-validation.
     MatrixSensing : completes one matrix, symmetric ones too, and recovers it from measurements.
 
     Notes
@@ -96,6 +220,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **LowRank._parameter_constraints,
         "center": ["boolean"],
+        "offset_penalty": [Interval(Real, 0, None, closed="left")],
     }
 
     def __init__(
@@ -105,6 +230,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         *,
         switch_off: bool = False,
         center: bool = False,
+        offset_penalty: float = 0.0,
         max_iter: int = 2000,
         tol: float = 1e-6,
     ) -> None:
@@ -112,6 +238,7 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         self.alpha = alpha
         self.switch_off = switch_off
         self.center = center
+        self.offset_penalty = offset_penalty
         self.max_iter = max_iter
         self.tol = tol
 
@@ -130,66 +257,38 @@ class MatrixCompletion(OneToOneFeatureMixin, TransformerMixin, LowRank):
         self
         """
         self._validate_params()
-        with all_or_nothing(self):
-            found, dtype = self._from_entries(X)
-            self._keep(found, dtype)
+        fitted = copy(self)  # an interrupted fit leaves self as it was
+        found, dtype = fitted._from_entries(X)
+        fitted._keep(found, dtype)
+        self.__dict__ = fitted.__dict__
         return self
 
     def _from_entries(self, X: Any) -> tuple[Trained, Any]:
         """Alternate on the entries that are known."""
         M = self._checked(X, reset=True)
-        found, self.decay_, problem = self._complete(
-            M, CentredObserved if self.center else Observed
-        )
+        self.offset_penalty_ = float(self.offset_penalty) if self.center else None
+        found, self.decay_, problem = self._complete(M, observed(M, self.offset_penalty_))
         p, q = M.shape
         offsets = problem.offsets if self.center else Offsets(np.zeros(p), np.zeros(q))
         self.row_offset_, self.column_offset_ = (o.astype(M.dtype) for o in (offsets.a, offsets.b))
         return found, M.dtype
 
-    def matrix(self) -> Array:
-        """Form X, offsets included.
 
-        Returns
-        -------
-        array of shape (n_samples, n_features)
-        """
-        return super().matrix() + self.row_offset_[:, None] + self.column_offset_
-
-    def transform(self, X: Any) -> Array:
-        """Fill the missing entries of rows; what is known is left as it is.
-
-        Parameters
-        ----------
-        X : array, frame or sparse matrix of shape (n_rows, n_features)
-            Any rows. One without a known entry becomes 0, with ``center`` the columns' offsets.
-
-        Returns
-        -------
-        array of shape (n_rows, n_features)
-        """
-        check_is_fitted(self)
-        M = self._checked(X, reset=False)
-        V, b, problem = self.V_.astype(np.float64), self.column_offset_, Observed.of(M)
-        if not self.center:
-            return filled(M, solve_rows(problem, V, self.decay_) @ V.T)
-        U, a = solve_centred(problem, V, b, self.decay_)
-        return filled(M, U @ V.T + a[:, None] + b)
-
-    def _checked(self, X: Any, reset: bool) -> Any:
-        """Check X as scikit-learn does."""
-        return validate_data(
-            self,
-            X,
-            reset=reset,
-            accept_sparse="csr",
-            dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan",
+def _places(pairs: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """Return rows and columns, checked."""
+    found = np.asarray(pairs)
+    if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"pairs must be whole numbers of shape (m, 2), got {found.dtype} of shape {found.shape}"
         )
+    if (found < 0).any() or (found >= np.array(shape)).any():
+        raise ValueError(
+            f"pairs must lie within X, of shape {shape}, got {found.min(axis=0)} "
+            f"to {found.max(axis=0)}"
+        )
+    return found[:, 0], found[:, 1]
 
-    def __sklearn_tags__(self) -> Any:
-        """Take NaN and what is not stored for what is not known; keep float32."""
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.input_tags.sparse = True
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        return tags
+
+def observed(M: Any, penalty: float | None) -> Observed:
+    """Return the problem of what is known of M, with offsets unless their penalty is None."""
+    return Observed.of(M) if penalty is None else OffsetObserved.penalized(M, penalty)

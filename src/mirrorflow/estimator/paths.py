@@ -11,8 +11,8 @@ from sklearn.utils import check_X_y as sklearn_check_X_y
 from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
-from ._base import LOG_A, TurnOff, check_decay, weights_of
-from ._chebyshev import Columns, integrate
+from ._base import DECAY, LOG_A, Decay, check_decay, rate_and_end, weights_of
+from ._chebyshev import BatchedFlows, integrate
 from ._data import prepare
 from ._endpoints import endpoints, warn_unfinished
 from ._row_space import row_space
@@ -34,7 +34,7 @@ checked: Any = sklearn_check_X_y  # its defaults mislead type checkers
 
 
 @validate_params(
-    {"log_A": [Interval(Real, *LOG_A, closed="both")], "decay": [TurnOff, None], **SHARED,
+    {"log_A": [Interval(Real, *LOG_A, closed="both")], "decay": DECAY, **SHARED,
      "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
      "tol": [Interval(Real, 0, 1, closed="neither")]},
     prefer_skip_nested_validation=True,
@@ -46,7 +46,7 @@ def flow_path(
     ts: Any = 20,
     *,
     sample_weight: Any = None,
-    decay: TurnOff | None = None,
+    decay: Decay = None,
     positive: bool = False,
     fit_intercept: bool = True,
     tol: float = 1e-3,
@@ -84,7 +84,7 @@ def flow_path(
     array([0.01, 3.  ])
     """
     X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=FLOATS, y_numeric=True)
-    at, off = times(ts), decay or TurnOff(0.0, 1.0)
+    at, (rate, end) = times(ts), rate_and_end(decay)
     check_decay(decay, at[-1])
     data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive).compressed()
     coefs = np.zeros((X.shape[1], len(at)))
@@ -94,11 +94,11 @@ def flow_path(
             coefs[:, index] = x
 
         unit = data.unit(log_A, positive)
-        columns = Columns(
-            data.X, data.y, data.weights[:, None], data.log_A(log_A), off.alpha / unit,
-            off.t * unit, data.center, positive,
+        flows = BatchedFlows(
+            data.X, data.y, data.weights[:, None], data.log_A(log_A), rate / unit,
+            end * unit, data.center, positive,
         )  # fmt: skip
-        reached, _ = integrate(columns, unit[:, None] * at, save, tol, int(max_iter))
+        reached, _ = integrate(flows, unit[:, None] * at, save, tol, int(max_iter))
         if reached[0] < len(at):
             warn_unfinished(max_iter)
     return at, coefs.astype(X.dtype), data.intercept(coefs.T, repeat=True).astype(X.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -14,10 +15,19 @@ from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 
-from ._base import LOG_A, FlowRegressor, Run, TurnOff, check_decay, choose_zeros, validated
-from ._data import growth, prepare
+from ..schedule import SwitchOff
+from ._base import (
+    DECAY,
+    LOG_A,
+    Decay,
+    FlowPoint,
+    FlowRegressor,
+    check_decay,
+    choose_zeros,
+    validated,
+)
+from ._data import growth, prepare, warn_of_scales
 from ._folds import Folds, one_thread
-from ._transaction import all_or_nothing
 
 __all__ = [
     "MirrorFlowRegressor",
@@ -52,13 +62,19 @@ class MirrorFlowRegressor(FlowRegressor):
         Go to the end of the flow (t is not used): of all solutions the one of least R_a; with
         ``positive`` and none that is >= 0, of all least-squares solutions that are. Under noise
         this is the worst choice. Needs a dense X.
-    decay : TurnOff or None, default=None
+    decay : SwitchOff, Constant or None, default=None
         Weight decay on the way, from ``log_A`` at the start; it has to end before the training, or
         never.
     positive : bool, default=False
         Force the coefficients to be >= 0: m = w = sqrt(A) at the start, x = A exp(2 X^T nu).
     fit_intercept : bool, default=True
         Whether to fit an intercept; it is not penalized.
+    standardize : bool, default=False
+        Whether to run the flow on the columns of X divided by their standard deviations (by their
+        root mean squares without an intercept), so that their units decide nothing. ``coef_`` is in
+        the units of X; ``zero_tol``, ``A_``, ``dual_coef_`` and the certificates belong to the
+        divided columns. Without it, a flow that is stopped
+        warns of columns on unequal scales.
     zero_tol : float, default=1e-3
         Coefficients smaller than ``zero_tol`` times the largest are set to exactly 0: the flow
         itself makes them small, never 0. With 0 they are left as they are.
@@ -120,9 +136,10 @@ class MirrorFlowRegressor(FlowRegressor):
         "log_A": [Interval(Real, *LOG_A, closed="both")],
         "t": [Interval(Real, 0, None, closed="neither")],
         "interpolate": ["boolean"],
-        "decay": [TurnOff, None],
+        "decay": DECAY,
         "positive": ["boolean"],
         "fit_intercept": ["boolean"],
+        "standardize": ["boolean"],
         "zero_tol": [Interval(Real, 0, 1, closed="left")],
         "refit": ["boolean"],
         "tol": [Interval(Real, 0, 1, closed="neither")],
@@ -135,9 +152,10 @@ class MirrorFlowRegressor(FlowRegressor):
         t: float = 2.0,
         *,
         interpolate: bool = False,
-        decay: TurnOff | None = None,
+        decay: Decay = None,
         positive: bool = False,
         fit_intercept: bool = True,
+        standardize: bool = False,
         zero_tol: float = 1e-3,
         refit: bool = False,
         tol: float = 1e-3,
@@ -149,6 +167,7 @@ class MirrorFlowRegressor(FlowRegressor):
         self.decay = decay
         self.positive = positive
         self.fit_intercept = fit_intercept
+        self.standardize = standardize
         self.zero_tol = zero_tol
         self.refit = refit
         self.tol = tol
@@ -173,13 +192,16 @@ class MirrorFlowRegressor(FlowRegressor):
         self._validate_params()
         t = np.inf if self.interpolate else float(self.t)
         check_decay(self.decay, t)
-        run = Run(float(self.log_A), t, self.decay, self.tol, self.zero_tol, self.refit)
-        with all_or_nothing(self):
-            if self.interpolate and issparse(X):
-                raise ValueError("interpolate=True needs a dense X, got a sparse one")
-            X, y, sample_weight = validated(self, X, y, sample_weight)
-            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
-            self._fit(data, run, X.dtype, y.ndim == 1)
+        run = FlowPoint(float(self.log_A), t, self.decay, self.tol, self.zero_tol, self.refit)
+        if self.interpolate and issparse(X):
+            raise ValueError("interpolate=True needs a dense X, got a sparse one")
+        fitted = copy(self)  # an interrupted fit leaves self as it was
+        X, y, sample_weight = validated(fitted, X, y, sample_weight)
+        data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
+        if not self.interpolate:  # in infinite time all of them have grown
+            warn_of_scales(data)
+        fitted._fit(data, run, X.dtype, y.ndim == 1)
+        self.__dict__ = fitted.__dict__
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -214,7 +236,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         the others. None is (0.2,), and no flow where ``decay`` is given.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
-    decay : TurnOff or None, default=None
+    decay : SwitchOff, Constant or None, default=None
         Weight decay on the way of all flows, as for `MirrorFlowRegressor`; not beyond the last of
         ``ts``, or for ever.
     zero_tols : array of floats in [0, 1), default=None
@@ -223,8 +245,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         exceeds the least error of all candidates by at most half a standard error of the
         difference. The intercept alone is a candidate, so that no coefficient may be left. None is
         25 between 1e-3 and 0.7.
-    positive, fit_intercept
-        As for `MirrorFlowRegressor`.
+    positive, fit_intercept, standardize
+        As for `MirrorFlowRegressor`; the standard deviations are those of all samples.
     refit : bool, default=False
         Whether the coefficients that are not 0, fitted again by least squares, are candidates as
         well; they are taken only where they predict at least as well.
@@ -239,7 +261,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     ----------
     best_log_A_, best_t_ : float
         The candidates of least error.
-    best_decay_ : TurnOff or None
+    best_decay_ : SwitchOff, Constant or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
     best_zero_tol_ : float
         The threshold that was taken; infinity for the intercept alone.
@@ -288,9 +310,10 @@ class MirrorFlowRegressorCV(FlowRegressor):
         "shrinkages": ["array-like", None],
         "zero_tols": ["array-like", None],
         "cv": ["cv_object"],
-        "decay": [TurnOff, None],
+        "decay": DECAY,
         "positive": ["boolean"],
         "fit_intercept": ["boolean"],
+        "standardize": ["boolean"],
         "refit": ["boolean"],
         "tol": [Interval(Real, 0, 1, closed="neither")],
         "max_iter": [Interval(Real, 1, None, closed="left")],
@@ -305,9 +328,10 @@ class MirrorFlowRegressorCV(FlowRegressor):
         shrinkages: Any = None,
         zero_tols: Any = None,
         cv: Any = None,
-        decay: TurnOff | None = None,
+        decay: Decay = None,
         positive: bool = False,
         fit_intercept: bool = True,
+        standardize: bool = False,
         refit: bool = False,
         tol: float = 1e-2,
         max_iter: int = 10_000,
@@ -321,6 +345,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.decay = decay
         self.positive = positive
         self.fit_intercept = fit_intercept
+        self.standardize = standardize
         self.refit = refit
         self.tol = tol
         self.max_iter = max_iter
@@ -345,20 +370,25 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self
         """
         self._validate_params()
-        with all_or_nothing(self), one_thread():
-            self.log_As_, self.shrinkages_ = self._flows()
-            self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
-            check_decay(self.decay, self.ts_[-1])
-            X, y, sample_weight = validated(self, X, y, sample_weight)
-            split = self._split(X, y, sample_weight, params)
-            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive)
-            train, test = (part[data.rows] for part in split)
-            folds = Folds(
-                data, train, test, self.decay, self.positive, self.tol, int(self.max_iter)
-            )
-            self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, self.n_jobs)
-            self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
+        fitted = copy(self)  # an interrupted fit leaves self as it was
+        with one_thread():
+            fitted._choose(X, y, sample_weight, params)
+        self.__dict__ = fitted.__dict__
         return self
+
+    def _choose(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> None:
+        """Choose among the candidates, and fit to all samples."""
+        self.log_As_, self.shrinkages_ = self._flows()
+        self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
+        check_decay(self.decay, self.ts_[-1])
+        X, y, sample_weight = validated(self, X, y, sample_weight)
+        split = self._split(X, y, sample_weight, params)
+        data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
+        warn_of_scales(data, above=1)
+        train, test = (part[data.rows] for part in split)
+        folds = Folds(data, train, test, self.decay, self.positive, self.tol, int(self.max_iter))
+        self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, self.n_jobs)
+        self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
 
     def _flows(self) -> tuple[Array, Array]:
         """Return log A and shrinkage of each flow."""
@@ -374,7 +404,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
         return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
 
-    def _best(self, folds: Folds) -> Run:
+    def _best(self, folds: Folds) -> FlowPoint:
         """Return the flow of least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = np.unravel_index(np.argmin(mean), mean.shape)
@@ -390,8 +420,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.best_zero_tol_, self.best_refit_ = zeros.zero_tol, zeros.refit
         self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
         if shrinkage > 0:
-            self.best_decay_ = TurnOff(shrinkage * growth(log_A, self.positive), t)
-        return Run(
+            self.best_decay_ = SwitchOff(shrinkage * growth(log_A, self.positive), t)
+        return FlowPoint(
             log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_, self.best_refit_
         )
 

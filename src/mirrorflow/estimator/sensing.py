@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -19,8 +20,7 @@ from sklearn.utils.validation import (
 
 from ._alternating import Observed, SymmetricObserved, Trained
 from ._lowrank import LowRank, filled
-from ._measured import Measured, flat, matrices, sense
-from ._transaction import all_or_nothing
+from ._sensing_solver import MeasurementProblem, flat, matrices, sense
 
 __all__ = ["MatrixSensing"]
 
@@ -54,7 +54,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         and not the others.
     symmetric : bool, default=False
         X = U U^T, symmetric and positive semi-definite. An entry that is known stands for its
-        mirror image, too; where both are known, and differ, for their mean.
+        mirror image as well; where both are known, and differ, for their mean.
     shape : (int, int) or None, default=None
         Of X, where measurements are given as rows of p * q numbers; not for entries.
     init : float, default=0.01
@@ -73,6 +73,8 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         Of X, falling.
     rank_ : int
         How many of them exceed 1e-6 times the largest.
+    decay_ : float
+        After a fit to entries, the decay at the end, in the units of X.
     n_iter_ : int
         Steps taken.
     n_features_in_ : int
@@ -162,12 +164,14 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         self
         """
         self._validate_params()
-        with all_or_nothing(self):
-            if y is None:
-                found, dtype = self._from_entries(X, sample_weight)
-            else:
-                found, dtype = self._from_measurements(X, y, sample_weight)
-            self._keep(found, dtype)
+        fitted = copy(self)  # an interrupted fit leaves self as it was
+        if y is None:
+            found, dtype = fitted._from_entries(X, sample_weight)
+        else:
+            vars(fitted).pop("decay_", None)
+            found, dtype = fitted._from_measurements(X, y, sample_weight)
+        fitted._keep(found, dtype)
+        self.__dict__ = fitted.__dict__
         return self
 
     def _from_entries(self, X: Any, sample_weight: Any) -> tuple[Trained, Any]:
@@ -179,7 +183,9 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             self, X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan"
         )
         self._check_square(M.shape)
-        return self._complete(M, SymmetricObserved if self.symmetric else Observed)[0], M.dtype
+        problem = (SymmetricObserved if self.symmetric else Observed).of(M)
+        found, self.decay_, _ = self._complete(M, problem)
+        return found, M.dtype
 
     def _from_measurements(self, X: Any, y: Any, sample_weight: Any) -> tuple[Trained, Any]:
         """Descend on the factors."""
@@ -187,7 +193,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         A: Any = validate_data(self, flat(X), accept_sparse="csr", dtype=FLOATS)
         y, weights = _values(A, y, sample_weight)
         fitting = self._fitting(shape, A.shape[1])
-        f = Measured.of(A.astype(np.float64, copy=False), y, fitting, weights)
+        f = MeasurementProblem.of(A.astype(np.float64, copy=False), y, fitting, weights)
         off = self.max_iter // 2 if self.switch_off else None
         found = sense(
             f, self._columns(fitting), self.symmetric, self.alpha, self.init, off, self.max_iter,
@@ -250,6 +256,40 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
                 "input"
             )
         return A @ self.matrix().ravel()
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Return R2 of the values of measurements, or of the known entries of rows.
+
+        Parameters
+        ----------
+        X : array, frame or sparse matrix
+            With ``y`` measurements, as for `predict`. Without it rows of shape (n_rows, q), other
+            than those that were fitted: each known entry is predicted from the others of its row.
+        y : array of shape (m,), default=None
+            The values of the measurements.
+        sample_weight : array of shape (m,), default=None
+            Weights of the measurements.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        ValueError
+            Without ``y``, after a fit to measurements, whose rows are not data.
+        """
+        check_is_fitted(self)
+        if y is not None:
+            return float(super().score(X, y, sample_weight))
+        if not hasattr(self, "decay_"):
+            raise ValueError("y must be given to score a fit to measurements, got None")
+        M = check_array(
+            X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan", input_name="X"
+        )
+        if M.shape[1] != len(self.V_):
+            raise ValueError(f"X must have {len(self.V_)} columns, got {M.shape[1]}")
+        return self._row_score(M, np.zeros(len(self.V_)), None)
 
     def transform(self, X: Any) -> Array:
         """Fill the unknown entries of the matrix that was fitted.

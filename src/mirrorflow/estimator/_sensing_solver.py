@@ -17,7 +17,7 @@ from scipy.sparse import issparse
 
 from ._alternating import ABOVE, Trained
 
-__all__ = ["Measured", "descend", "flat", "matrices", "sense"]
+__all__ = ["MeasurementProblem", "descend", "flat", "matrices", "sense"]
 
 Array = NDArray[np.float64]
 NOTHING = 1e-13  # a first gradient below it, in its natural units, is rounding
@@ -35,7 +35,7 @@ def matrices(X: Any) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasurementProblem:
     """f(X) = sum_i w_i (<A_i, X> / a - y_i)^2 / 2, with weights whose sum is 1.
 
     A has shape (m, p * q) and may be sparse; it stays as it is given, only a is taken out of it.
@@ -50,7 +50,9 @@ class Measured:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, A: Any, y: Array, shape: tuple[int, int], weights: Array | None = None) -> Measured:
+    def of(
+        cls, A: Any, y: Array, shape: tuple[int, int], weights: Array | None = None
+    ) -> MeasurementProblem:
         """Take the units out of A and y."""
         w = np.ones(len(y)) if weights is None else weights
         w = w / w.sum()
@@ -60,7 +62,7 @@ class Measured:
         return cls(A, y / b, w, a, b / a, shape)
 
     def residual(self, U: Array, V: Array) -> Array:
-        """Give <A_i, U V^T> / a - y_i."""
+        """Return <A_i, U V^T> / a - y_i."""
         return self.A @ (U @ V.T).ravel() / self.a - self.y
 
     def value(self, U: Array, V: Array) -> float:
@@ -73,7 +75,7 @@ class Measured:
 
 
 def sense(
-    f: Measured,
+    f: MeasurementProblem,
     columns: int,
     symmetric: bool,
     alpha: float,
@@ -104,7 +106,7 @@ def sense(
 
 
 def descend(
-    f: Measured,
+    f: MeasurementProblem,
     U: Array,
     V: Array,
     symmetric: bool,
@@ -128,7 +130,7 @@ def descend(
     return Trained(U, V, count, settled, left_out)
 
 
-def _left_out(f: Measured, U: Array, V: Array, symmetric: bool, alpha: float) -> bool:
+def _left_out(f: MeasurementProblem, U: Array, V: Array, symmetric: bool, alpha: float) -> bool:
     """Whether f pulls harder than alpha in a direction that the factors do not have."""
     if alpha == 0 or U.shape[1] == min(f.shape):
         return False
@@ -141,7 +143,7 @@ def _left_out(f: Measured, U: Array, V: Array, symmetric: bool, alpha: float) ->
 
 
 def _settle(
-    f: Measured, U: Array, V: Array, symmetric: bool, rate: float, steps: int, tol: float
+    f: MeasurementProblem, U: Array, V: Array, symmetric: bool, rate: float, steps: int, tol: float
 ) -> tuple[Array, Array, int, bool]:
     """Descend at one rate of decay; give the factors, the steps, and whether they have settled.
 
@@ -157,9 +159,9 @@ def _settle(
 
 
 def _step(
-    f: Measured, U: Array, V: Array, symmetric: bool, rate: float, eta: float
+    f: MeasurementProblem, U: Array, V: Array, symmetric: bool, rate: float, eta: float
 ) -> tuple[Array, Array, float, float]:
-    """Take a step that lowers the objective; give its length in time and in space, too."""
+    """Take a step that lowers the objective; return its length in time and in space as well."""
     G, value, size = f.gradient(U, V), _objective(f, U, V, rate), _size(U, V)
     GU = (G + G.T) @ U / 2 + rate * U if symmetric else G @ V + rate * U
     GV = GU if symmetric else G.T @ U + rate * V
@@ -178,6 +180,6 @@ def _size(U: Array, V: Array) -> float:
     return float(np.sqrt((U**2).sum() + (V**2).sum()))
 
 
-def _objective(f: Measured, U: Array, V: Array, rate: float) -> float:
+def _objective(f: MeasurementProblem, U: Array, V: Array, rate: float) -> float:
     """Return f(U V^T) + rate/2 (|U|^2 + |V|^2)."""
     return f.value(U, V) + 0.5 * rate * _size(U, V) ** 2
