@@ -140,7 +140,8 @@ class MatrixCompletionCV(RowCompletion):
         M = fitted._checked(X, reset=True)
         with one_thread():
             fitted.mse_path_ = fitted._errors(M, penalties)
-            i, j = np.unravel_index(fitted.mse_path_.mean(axis=2).argmin(), (len(penalties), -1))
+            mean = fitted.mse_path_.mean(axis=2)
+            i, j = np.unravel_index(mean.argmin(), mean.shape)
             fitted.best_alpha_ = float(fitted.alphas_[j])
             fitted.best_offset_penalty_ = penalties[i]
             model = fitted._model(penalties[i], fitted.best_alpha_).fit(X)
