@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class RowSpace:
 
     def targets(self, y: Array) -> Array:
         """Return b (r,) for which Q^T x = b holds exactly for the least-squares solutions x."""
-        return np.asarray(solve_triangular(self.R, (self.U.T @ y) / self.s, trans="T"))
+        return np.asarray(solve_triangular(self.R.T, (self.U.T @ y) / self.s, lower=True))
 
     def shortest(self, y: Array) -> Array:
         """Return the shortest least-squares solution (d,) of Zx = y."""
@@ -77,7 +78,8 @@ def row_space(Z: Array, rounding: Array) -> RowSpace:
     # Householder's QR is exact row by row, also where rows differ in size, if these come in order
     # of size and columns are pivoted (Cox and Higham, BIT 38, 1998).
     order = np.argsort(-np.abs(G).max(axis=1, initial=0.0), kind="stable")
-    ordered, R, pivots = qr(G[order], mode="economic", pivoting=True)
+    factored: Any = qr(G[order], mode="economic", pivoting=True)
+    ordered, R, pivots = factored
     Q = np.empty_like(ordered)
     Q[order] = ordered
     return RowSpace(Z, U[:, pivots], s[pivots], Q, R, lengths)

@@ -103,6 +103,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     array([[1., 0., 0., 0.]])
     """
 
+    n_components_: int
+
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "dictionary": ["array-like"],
         "form": [StrOptions({"power", "log"})],

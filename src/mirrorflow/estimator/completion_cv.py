@@ -89,6 +89,11 @@ class MatrixCompletionCV(RowCompletion):
     (True, True)
     """
 
+    alphas_: Array
+    mse_path_: Array
+    best_alpha_: float
+    best_offset_penalty_: float | None
+
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "alphas": ["array-like", None],
         "offset_penalties": [tuple, list],
@@ -214,8 +219,10 @@ def _alphas(values: Any) -> Array:
 
 def _penalties(values: Any) -> list[float | None]:
     """Return the candidates for the penalty on offsets."""
-    found = [None if v is None else v for v in values]
-    if not found or not all(v is None or (isinstance(v, Real) and 0 <= v < np.inf) for v in found):
+    found: list[Any] = list(values)
+    if not found or not all(
+        v is None or (isinstance(v, Real) and 0 <= float(v) < np.inf) for v in found
+    ):
         raise ValueError(
             "offset_penalties must be a non-empty sequence of None and numbers >= 0, got "
             f"{values!r}"
