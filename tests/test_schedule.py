@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import inspect
 import json
 import math
 import pickle
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 import mirrorflow as mf
+from mirrorflow.schedule import Joined, serialization
 
 EVERY = {
     "constant": mf.Constant(0.3),
@@ -55,12 +57,23 @@ def joins(parts):
     return st.lists(st.tuples(parts, times), min_size=1, max_size=3).map(mf.join)
 
 
+STRENGTHS = {"rate", "start", "end"}  # the parameters of a schedule that are strengths, not times
+FORMULAS = [
+    cls
+    for cls in vars(mf.schedule).values()
+    if isinstance(cls, type) and issubclass(cls, mf.Schedule) and cls is not mf.Schedule
+]
+
+
+def built(cls):
+    """Draw schedules of a class by the names of its parameters."""
+    names = inspect.signature(cls).parameters
+    return st.builds(cls, *(strengths if name in STRENGTHS else times for name in names))
+
+
+# Of a new schedule with such parameters every law below is tested without an entry here.
 simple = st.one_of(
-    st.builds(mf.Constant, strengths),
-    st.builds(mf.SwitchOff, strengths, times),
-    st.builds(mf.Linear, strengths, strengths, times),
-    st.builds(mf.Cosine, strengths, strengths, times),
-    pieces(),
+    pieces(), *(built(c) for c in FORMULAS if c not in (mf.Piecewise, mf.Cyclic, Joined))
 )
 
 
@@ -360,7 +373,12 @@ def test_plain_values_as_a_configuration_object_has_them():
     assert hash(found) == hash(mf.join([(pieces, 30), (pieces, None)]))
 
 
-KNOWN = "Constant, SwitchOff, Piecewise, Linear, Cosine, join, Cyclic"
+def test_every_schedule_has_plain_values():
+    names = {"join" if cls is Joined else cls.__name__ for cls in FORMULAS}
+    assert names | {"join"} == set(serialization._makers())
+
+
+KNOWN = ", ".join(serialization._makers())
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from .combinators import Cyclic, Joined
-from .schedules import Constant, Cosine, Linear, Piecewise, Schedule, SwitchOff, finite
+from . import combinators, schedules
+from .combinators import Joined
+from .schedules import Schedule, finite
 
 __all__ = ["schedule_from_dict", "schedule_to_dict"]
 
@@ -23,28 +25,24 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
 
     Examples
     --------
+    >>> from mirrorflow import SwitchOff
     >>> schedule_to_dict(SwitchOff(0.1, at=600))
     {'kind': 'SwitchOff', 'rate': 0.1, 'at': 600.0}
     """
-    kind = type(schedule).__name__
-    if kind not in _makers() and not isinstance(schedule, Joined):
-        raise TypeError(f"schedule must be one of {', '.join(_makers())}, got {schedule!r}")
-    match schedule:
-        case Constant(level=rate):
-            return {"kind": kind, "rate": rate}
-        case SwitchOff(level=rate, at=at):
-            return {"kind": kind, "rate": rate, "at": at}
-        case Piecewise(times=times, rates=rates):
-            return {"kind": kind, "times": list(times), "rates": list(rates)}
-        case Linear(start, end, duration) | Cosine(start, end, duration):
-            return {"kind": kind, "start": start, "end": end, "duration": duration}
-        case Joined(schedules, starts):
-            parts = [schedule_to_dict(part) for part in schedules]
-            return {"kind": "join", "schedules": parts, "starts": list(starts)}
-        case Cyclic(inner, period, cycles):
-            again = schedule_to_dict(inner)
-            return {"kind": kind, "schedule": again, "period": period, "cycles": cycles}
-    raise TypeError(f"schedule must be of this package, got {schedule!r} of the same name")
+    makers = _makers()
+    kind = next((name for name, cls in _classes().items() if type(schedule) is cls), None)
+    if kind is None:
+        raise TypeError(f"schedule must be one of {', '.join(makers)}, got {schedule!r}")
+    names = inspect.signature(makers[kind]).parameters
+    values = (_plain(getattr(schedule, field.name)) for field in fields(schedule))
+    return {"kind": kind, **dict(zip(names, values, strict=True))}
+
+
+def _plain(value: Any) -> Any:
+    """Return a parameter of a schedule as plain values."""
+    if isinstance(value, Schedule):
+        return schedule_to_dict(value)
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
@@ -72,27 +70,34 @@ def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
         raise ValueError(
             f"schedule must be a mapping whose kind is one of {', '.join(makers)}, got {mapping!r}"
         )
-    fields = {name: value for name, value in mapping.items() if name != "kind"}
+    given = {name: value for name, value in mapping.items() if name != "kind"}
     needed = list(inspect.signature(makers[kind]).parameters)
-    if set(fields) != set(needed):
+    if set(given) != set(needed):
         raise ValueError(
             f"{kind}: the fields must be {' and '.join(needed)}, got "
-            f"{' and '.join(map(str, fields)) or 'none'}"
+            f"{' and '.join(map(str, given)) or 'none'}"
         )
-    return makers[kind](**fields)
+    return makers[kind](**{name: _made(value) for name, value in given.items()})
 
 
-def _makers() -> dict[Any, Callable[..., Schedule]]:
-    """Return the function that makes each kind of schedule from plain values."""
-    return {
-        "Constant": Constant,
-        "SwitchOff": SwitchOff,
-        "Piecewise": Piecewise,
-        "Linear": Linear,
-        "Cosine": Cosine,
-        "join": _joined,
-        "Cyclic": _cyclic,
-    }
+def _made(value: Any) -> Any:
+    """Return a parameter, made if it is a schedule as plain values."""
+    return schedule_from_dict(value) if isinstance(value, Mapping) else value
+
+
+def _classes() -> dict[str, type[Schedule]]:
+    """Return the schedules of this package by the names that they have in a file.
+
+    They are what the modules define, so that a new one needs no entry here.
+    """
+    found = [cls for module in (schedules, combinators) for cls in vars(module).values()]
+    kinds = [cls for cls in found if isinstance(cls, type) and issubclass(cls, Schedule)]
+    return {"join" if cls is Joined else cls.__name__: cls for cls in kinds if cls is not Schedule}
+
+
+def _makers() -> dict[str, Callable[..., Schedule]]:
+    """Return what makes each schedule from plain values."""
+    return {**_classes(), "join": _joined}
 
 
 def _joined(schedules: Sequence[Any], starts: Sequence[Any]) -> Joined:
@@ -105,8 +110,3 @@ def _joined(schedules: Sequence[Any], starts: Sequence[Any]) -> Joined:
             f"got {starts!r}"
         )
     return Joined(tuple(map(schedule_from_dict, schedules)), times)
-
-
-def _cyclic(schedule: Any, period: float, cycles: int) -> Cyclic:
-    """Make a cyclic schedule."""
-    return Cyclic(schedule_from_dict(schedule), period, cycles)
