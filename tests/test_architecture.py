@@ -18,6 +18,7 @@ ALLOWED = {
     "optim": (),
     "spectrum": (),
     "balance": (),
+    "optim": (),
     "reparam": (),
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),
