@@ -18,7 +18,6 @@ ALLOWED = {
     "optim": (),
     "spectrum": (),
     "balance": (),
-    "optim": (),
     "reparam": (),
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),

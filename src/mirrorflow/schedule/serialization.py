@@ -34,7 +34,8 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
     if kind is None:
         raise TypeError(f"schedule must be one of {', '.join(makers)}, got {schedule!r}")
     names = inspect.signature(makers[kind]).parameters
-    values = (_plain(getattr(schedule, field.name)) for field in fields(schedule))
+    given: Any = schedule  # a dataclass, which the abstract class does not say
+    values = (_plain(getattr(given, field.name)) for field in fields(given))
     return {"kind": kind, **dict(zip(names, values, strict=True))}
 
 

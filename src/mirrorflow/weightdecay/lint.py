@@ -248,7 +248,8 @@ def _marked(
 ) -> Iterable[Finding]:
     """Look for tensors that decay though their model asks for none, as timm and Mamba do."""
     asked: Any = getattr(model, "no_weight_decay", None)
-    listed = {cleaned(str(name)) for name in asked()} if callable(asked) else set()
+    named: Any = asked() if callable(asked) else ()
+    listed = {cleaned(str(name)) for name in named}
     for i, group in enumerate(groups):
         if decay_of(group, i) == 0:
             continue
