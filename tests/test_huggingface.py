@@ -241,7 +241,7 @@ def test_a_closed_loop_needs_measurements(tmp_path):
 def test_an_interval_longer_than_the_run_is_said_at_its_start(tmp_path):
     made = trainer(tmp_path)
     control_decay(made, mf.OffWhenLevel(0.1), track_every=STEPS + 1)
-    with pytest.warns(UserWarning, match="track_every=13, and the run has 12 steps"):
+    with pytest.warns(UserWarning, match="track_every=13 exceeds the run's 12 steps"):
         made.train()
     control_decay(quiet := trainer(tmp_path), mf.SwitchOff(0.1, at=6), track_every=STEPS + 1)
     train(quiet)

@@ -73,7 +73,7 @@ def test_a_schedule_for_the_length_of_the_run(length):
 
 def test_a_run_without_an_end_has_no_length():
     control = DecayCallback(schedule_for=lambda total: mf.SwitchOff(0.5, at=0.5 * total))
-    with pytest.raises(ValueError, match="this run has no end that is known"):
+    with pytest.raises(ValueError, match="the end of this run is unknown"):
         fit(Net(), [control], steps=-1, max_epochs=-1, limit_train_batches=3)
 
 
@@ -84,7 +84,7 @@ def test_an_interval_that_is_longer_than_the_run_is_said(length):
     said = []
     control = DecayCallback(mf.OffBelow(0.5, target=1.0), track_every=6)
     fit(Net(), [control], said=said, **length)
-    assert [text for text in said if "track_every=6, and the run has 5 steps" in text]
+    assert [text for text in said if "track_every=6 exceeds the run's 5 steps" in text]
     said.clear()
     fit(
         Net(),

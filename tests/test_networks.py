@@ -163,7 +163,7 @@ def test_a_patch_that_does_not_fit_is_refused():
 def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path):
     config = ex.config_from(tab03, "smoke", None, {"lr": 1e6, "seeds": (0,)})
     with (
-        pytest.warns(UserWarning, match="lr x decay >= 1"),  # which is why
+        pytest.warns(UserWarning, match=r"lr \* weight_decay = \d+ >= 1"),  # which is why
         pytest.raises(ArithmeticError, match=r"training loss is (nan|inf) in step"),
     ):
         ex.execute(tab03, config, tmp_path)
