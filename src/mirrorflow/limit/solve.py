@@ -45,7 +45,8 @@ class LimitStats:
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
         without coordinates that underflow.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
-        of X, or squares of w, to rounding, |x - primal(Z^T theta, a)| / |x| instead.
+        of X, or squares of w, to rounding, and for `Inversion`, whose mirror map costs more than
+        the solution, |x - primal(Z^T theta, a)| / |x| instead.
     residual : float or array
         |Zx - y| / |y| (|Zx| for y = 0).
     gap : float or array
