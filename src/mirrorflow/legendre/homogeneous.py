@@ -13,7 +13,8 @@ from .dual import Array, DualProblem, NewtonProblem
 
 __all__ = ["RescaledFunction"]
 
-FAR = 690.0  # |ka| up to which e^{ka} leaves some room in float64
+FAR = 690.0  # exponents up to which e^{...} leaves some room in float64
+FAINT = 1e-250  # |x| that says nothing about nu any more
 LARGEST = 1e300  # of e^{-ka} x, at which nu has rounded to an end of its range
 
 
@@ -46,7 +47,7 @@ class RescaledFunction(LegendreFunction):
     -----
     The inverse metric is e^{(2-k) a} J J^T at the w of the flow, J J^T in units of the clock.
     For k = 0 (`LogRatio`) R_a is R_0 up to a constant: decay changes the clock alone.
-    ``|ka|`` and ``|(k-2) a|`` must be at most 690, so that their exponentials are numbers.
+    Scales that grow, as e^{-ka} for k <= 2 and the clock for k < 2, must stay below e^{690}.
 
     Examples
     --------
@@ -127,8 +128,16 @@ class RescaledFunction(LegendreFunction):
         return self.start.rescaled_problem(general, self.degree)
 
     def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
-        """Return that of R_0 at e^{-ka} x."""
-        return self.start.kkt_residual(self._unscaled(x, a), mu, 0.0)
+        """Return that of R_0 at e^{-ka} x, without the coordinates that underflow."""
+        z, faint = self._unscaled(x, a), x.abs() < FAINT
+        if self.elementwise and bool(faint.any()):
+            try:
+                image = self.start.primal(torch.where(faint, mu, 0.0), 0.0)
+            except RangeError:
+                return math.inf
+            faint = faint & ((self._grown(a, self.degree) * image).abs() < FAINT)
+            z = torch.where(faint, image, z)  # as good as it gets: no residual
+        return self.start.kkt_residual(z, mu, 0.0)
 
     def sparsity_norm(self, x: Array) -> float:
         """Return that of R_0."""
@@ -142,7 +151,7 @@ class RescaledFunction(LegendreFunction):
         """Return e^{rate a}, a number or a tensor as ``a`` is."""
         if isinstance(a, Tensor):
             return torch.exp(rate * a)
-        if abs(rate * a) > FAR:
+        if rate * a > FAR:
             raise RangeError(
                 f"a must keep e^({rate:g} a) within float64, got a = {a}. Use an a nearer to 0."
             )
@@ -150,8 +159,13 @@ class RescaledFunction(LegendreFunction):
 
     def _unscaled(self, x: Tensor, a: Scalar) -> Tensor:
         """Return e^{-ka} x, cut off for k > 2 where nu has rounded to an end of its range."""
-        z = x * self._grown(a, -self.degree)
-        return z.clamp(-LARGEST, LARGEST) if self.degree > 2 else z
+        if self.degree <= 2:
+            return x * self._grown(a, -self.degree)
+        # e^{2 FAR} takes every x beyond LARGEST: halves of it are numbers.
+        least = -2 * FAR / self.degree
+        low = a.clamp(min=least) if isinstance(a, Tensor) else max(a, least)
+        half = self._grown(low, -self.degree / 2)
+        return ((x * half).clamp(-LARGEST, LARGEST) * half).clamp(-LARGEST, LARGEST)
 
     def _one(self, a: Scalar) -> Scalar:
         """Return ``a`` for a sum over the coordinates: one number, or one per row of a batch."""

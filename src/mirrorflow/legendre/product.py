@@ -82,7 +82,7 @@ class ProductEntropy(LegendreFunction):
                 "HyperbolicEntropy for 2."
             )
         self.w0, self.shape, self.dtype = w0, w0.shape[1:], w0.dtype
-        w = w0.detach().to(torch.float64).numpy()
+        w = _numpy(w0)
         size = np.sort(np.abs(w), axis=0)
         if (size[1] == 0).any():
             raise ValueError(
@@ -91,7 +91,7 @@ class ProductEntropy(LegendreFunction):
             )
         self.k = len(w)
         self.c = (size - size[0]) * (size + size[0])
-        self.q0 = np.copysign(size[0], w.prod(0) if len(w) else size[0])
+        self.q0 = np.copysign(size[0], w.prod(0))
         self._place_range()
 
     @classmethod
@@ -267,7 +267,7 @@ class _ProductCurve(Curve):
 
 
 def _numpy(value: Tensor) -> Array:
-    return value.detach().to(torch.float64).numpy()
+    return value.detach().cpu().to(torch.float64).numpy()
 
 
 class _FromDual(torch.autograd.Function):

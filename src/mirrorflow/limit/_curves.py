@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from ..legendre import RangeError
 from ..legendre._curves import Curve, CurveProblem, Place
 from ._constraints import Constraints, length
 from ._continuation import GOOD, VERTEX, DualPoint
@@ -33,6 +35,8 @@ STRIDE = 2.0  # the first, in tau; it grows by GROWTH after an easy step
 GROWTH = 3.0
 EASY, HARD = 4, 6  # Newton steps up to which the stride grows, or stays
 SHORTEST = 1e-4
+LARGEST, SMALLEST = 600.0, -600.0  # tau, between which e^tau is a number
+FAINT = 1e-130  # x at SMALLEST below which a coordinate fades
 APART = 1e-9  # distance from b to the x in the domain at which there is no solution
 
 
@@ -40,13 +44,25 @@ def solve_along_curves(
     problem: CurveProblem, constraints: Constraints, a: Sequence[float], max_steps: int
 ) -> list[DualPoint]:
     """Solve for each ``a`` along one path, from an easy scale down."""
+    for ai in a:
+        if problem.degree * ai > LARGEST:
+            raise RangeError(
+                f"a must keep x within float64, got a = {ai}: x has the scale "
+                f"e^{problem.degree * ai:.0f}. Note that a is -int alpha dt, negative for decay."
+            )
     size = length(constraints.b)
     unit = size if size > 0 else 1.0
-    taus = problem.degree * np.asarray(a) - math.log(unit)
+    # Long before SMALLEST all is at a vertex, where nothing changes any more.
+    wanted = problem.degree * np.asarray(a) - math.log(unit)
+    taus = np.maximum(wanted, SMALLEST)
     walker = _Walker(problem.curve, constraints.Q, constraints.b / unit, max_steps)
     order = np.argsort(-taus, kind="stable")
     walker.begin(float(taus[order[0]]))
     points = [walker.go(float(taus[i]), unit) for i in order]
+    for place, i in enumerate(order):
+        if taus[i] > wanted[i]:  # what fades goes on fading
+            x = points[place].x
+            points[place] = replace(points[place], x=np.where(abs(x) < FAINT * unit, 0.0, x))
     return [points[i] for i in np.argsort(order)]
 
 
