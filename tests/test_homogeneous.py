@@ -273,7 +273,7 @@ def test_the_tail_is_the_integral(k):
         assert value == pytest.approx(sum(parts), rel=1e-10)
 
 
-def test_thetrapezoidal_rule_agrees_with_carlson():
+def test_the_trapezoidal_rule_agrees_with_carlson():
     w = np.sort(10 ** np.random.default_rng(0).uniform(-6, 0, (3, 50)), axis=0)
     np.testing.assert_allclose(trapezoid(w), elliprf(*(w * w)), rtol=1e-13)
 
@@ -385,12 +385,14 @@ def test_degrees_need_not_be_integers():
 
 # Ends.
 
+ENDS = ("depth-3", "depth-4", "power-4", "power-3")
+
 
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        *((n, s) for n in ("depth-3", "depth-4", "power-4") for s in (0, 1)),
-        *((n, 0) for n in ("depth-5", "power-3", "log-ratio", "own")),
+        *((n, 0) for n in MODELS if n != "depth-2"),
+        *(pytest.param(n, s, marks=pytest.mark.slow) for n in ENDS for s in (1, 2, 3)),
     ],
 )
 def test_training_ends_in_the_limit(name, seed):
@@ -503,6 +505,60 @@ def test_limits_of_awkward_designs_are_optimal(name, kind, seed):
         assert (np.abs(R.mirror(x, a).numpy() - Z.T @ theta) <= 1e-9 * bounds).all()
 
 
+@pytest.mark.parametrize("name", ("depth-3", "depth-4", "power-4", "power-3"))
+def test_ends_stay_where_they_are_when_what_fades_is_below_float64(name):
+    w0, (Z, y) = start(name, 2, 20), problem(2, 8, 20)
+    R = mf.legendre(MODELS[name][0], DECAY, tensors(w0))
+    path = mf.limit(R, Z, y, [-60.0, -190.0, -1000.0])
+    assert path.status is mf.Status.vertex and path.stats.kkt.max() < 1e-11
+    assert gap(path.value[1], path.value[0]) < 1e-11 and gap(path.value[2], path.value[0]) < 1e-11
+    assert (path.value[2] == 0).sum() == 12
+    with pytest.raises(mf.RangeError, match="a must keep x within float64"):
+        mf.limit(R, Z, y, 250.0)
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("balanced", (False, True))
+def test_the_gap_is_a_certificate_for_the_signs_that_x_can_have(seed, balanced):
+    """No x in the domain with Zx = y has an L1 norm below (1 - gap) times that of the end."""
+    w0, (Z, y) = start("depth-3", seed, 12), problem(seed, 4, 12)
+    rng = np.random.default_rng(seed)
+    if balanced:
+        w0 = np.abs(w0[:1]) * rng.choice([-1.0, 1.0], (3, 12))
+    signs = np.sign(w0.prod(0))
+    y = Z @ (signs * rng.random(12)) if balanced else y
+    end = mf.limit(mf.legendre(mf.Depth(3), DECAY, tensors(w0)), Z, y, -4.0)
+    columns = Z * signs if balanced else np.hstack([Z, -Z])
+    least = linprog(np.ones(columns.shape[1]), A_eq=columns, b_eq=y).fun
+    norm = float(end.value.abs().sum())
+    assert 0 <= end.stats.gap < 1 and norm * (1 - end.stats.gap) <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ("depth-3", "depth-5", "power-4", "log-ratio"))
+def test_an_a_for_each_coordinate_is_a_start_scaled_per_coordinate(name):
+    g, _, _, _, _ = MODELS[name]
+    w0, (Z, y) = start(name, 6), problem(6)
+    a = np.array([-0.9, 0.2, -0.1, -0.5])
+    R, scaled = (mf.legendre(g, DECAY, tensors(w)) for w in (w0, np.exp(a) * w0))
+    found, wanted = mf.limit(R, Z, y, a, per_coordinate=True), mf.limit(scaled, Z, y, 0.0)
+    assert found.status.ok and gap(found.value, wanted.value) < 1e-10
+    x, at, tilt = found.value, torch.from_numpy(a), 0.05 * torch.ones(D, dtype=torch.float64)
+    folded = R.folded(at, tilt)
+    assert gap(folded.mirror(x, 0.0), (R.mirror(x, at) - tilt) / R.clock(at)) < 1e-10
+    # Its energy is |w|^2/2 at its start: d R_a / d a = -e^{(k-2) a} h(w).
+    centre = R.folded(at).centre(0.0)
+    now = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (change,) = torch.autograd.grad(R.folded(at).value(centre, now), now)
+    assert float(change) == pytest.approx(-((np.exp(a) * w0) ** 2).sum() / 2, rel=1e-9)
+
+
+def test_a_clock_beyond_float64_is_refused():
+    R = mf.legendre(mf.LogRatio(), DECAY, tensors(start("log-ratio", 0)))
+    with pytest.raises(mf.RangeError, match="a must keep e"):
+        R.clock(-400.0)
+
+
 def test_signs_that_no_start_can_reach_are_reported():
     w0 = np.full((3, 2), 0.5)  # balanced: x stays positive
     R = mf.legendre(mf.Depth(3), DECAY, tensors(w0))
@@ -532,11 +588,10 @@ def test_the_limit_of_ones_own_product_is_that_of_the_closed_form():
     Z = rng.standard_normal((3, 8))
     y = Z @ rng.standard_normal(8)
     assert isinstance(R, Inversion)
-    for a in (0.0, -1.5):
-        end, expected = mf.limit(R, Z, y, a), mf.limit(closed, Z, y, a)
-        assert end.status.ok and end.stats.kkt < 1e-10
-        assert gap(end.value, expected.value) < 1e-12
-        assert gap(Z.T @ end.aux["theta"].numpy(), Z.T @ expected.aux["theta"].numpy()) < 1e-11
+    end, expected = mf.limit(R, Z, y, -1.5), mf.limit(closed, Z, y, -1.5)
+    assert end.status.ok and end.stats.kkt < 1e-10
+    assert gap(end.value, expected.value) < 1e-12
+    assert gap(Z.T @ end.aux["theta"].numpy(), Z.T @ expected.aux["theta"].numpy()) < 1e-11
 
 
 def deep(w):
@@ -554,6 +609,29 @@ def test_the_limit_of_ones_own_deep_product_is_that_of_the_closed_form():
     end, expected = (mf.limit(R, Z, y, -1.5) for R in (own, closed))
     assert gap(end.value, expected.value) < 1e-12
     assert gap(Z.T @ end.aux["theta"].numpy(), Z.T @ expected.aux["theta"].numpy()) < 1e-11
+
+
+def test_coordinates_that_share_parameters_have_a_clock_as_well():
+    """x = M w^3, dense: the law, and the end of training."""
+    rng = np.random.default_rng(4)
+    mix = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    M, w0 = torch.from_numpy(mix), rng.uniform(0.6, 1.0, 3)
+    field = oracles.Field(lambda w: mix @ w**3, lambda w, s: 3 * w**2 * (mix.T @ s), lambda w: w)
+    R = mf.legendre(mf.CustomReparam(lambda w: M @ w**3), DECAY, torch.from_numpy(w0))
+    assert isinstance(R, RescaledFunction) and R.degree == 3 and not R.elementwise
+    Z = rng.standard_normal((2, 3))
+    y = Z @ mix @ rng.uniform(0.1, 0.8, 3)
+
+    def slope(x):
+        return Z.T @ (Z @ x - y)
+
+    w, x, nu, _, a = trained(field, w0[None], slope, 3, mf.Piecewise((0.5,), (0.6, 0.1)), 1.0)
+    assert gap(R.mirror(torch.from_numpy(x), a), nu) < 1e-9
+    late = solve_ivp(
+        lambda _, w: -field.pull(w, slope(field.g(w))), (0, 2000), w, "LSODA",
+        rtol=1e-12, atol=1e-14,
+    ).y[:, -1]  # fmt: skip
+    assert gap(mf.limit(R, Z, y, a).value, field.g(late)) < 1e-7
 
 
 def test_coordinates_that_share_parameters_end_where_training_does():
