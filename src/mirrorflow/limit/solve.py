@@ -92,7 +92,9 @@ def limit(
         The targets.
     a : float, 1-d sequence of k floats, or array of shape R.shape
         The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
-        the cost of a few single solves where all coordinates decay at the same rate.
+        the cost of a few single solves where all coordinates decay at the same rate. With
+        `WeightDecay` and a homogeneous g, a is also the logarithm of the initialization scale: the
+        end is that of training from e^a w0 without decay.
     max_steps : int
         The limit on Newton steps, for a whole path or for one point.
     per_coordinate : bool, optional
