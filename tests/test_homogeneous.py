@@ -1,6 +1,8 @@
 """Weight decay with any homogeneous model: the same ends on another clock."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -647,3 +649,18 @@ def test_coordinates_that_share_parameters_end_where_training_does():
         rtol=1e-12, atol=1e-14,
     ).y[:, -1]  # fmt: skip
     assert gap(mf.limit(R, Z, y, -0.4).value, field.g(late)) < 1e-8
+
+
+def test_the_table_of_scales_in_the_docs_is_what_limit_gives():
+    page = (Path(__file__).parents[1] / "docs" / "beyond.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:`Depth\((\d)\)`|scale, \$e\^a\$) \| (.*) \|$", page, re.M)
+    (_, scales), *printed = [(k, [float(v) for v in row.split("|")]) for k, row in rows]
+    torch.manual_seed(0)
+    Z, truth = torch.randn(40, 100, dtype=torch.float64), torch.zeros(100, dtype=torch.float64)
+    truth[:5] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    zero, one = torch.zeros_like(truth), torch.ones_like(truth)
+    for k, expected in printed:
+        R = mf.legendre(mf.Depth(int(k)), DECAY, (zero, *[one] * (int(k) - 1)))
+        ends = mf.limit(R, Z, Z @ truth, a=np.log(scales)).value
+        np.testing.assert_allclose(ends.abs().sum(1) / 5 - 1, expected, rtol=0.03)
+    assert [k for k, _ in printed] == ["2", "3", "4"]
