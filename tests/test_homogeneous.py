@@ -336,6 +336,18 @@ def test_batches_and_rates_of_their_own():
         R.value(x[0], own)
 
 
+@pytest.mark.parametrize("name", ("depth-3", "depth-5", "power-4", "power-3", "log-ratio"))
+def test_single_precision_starts_are_right_to_single_precision(name):
+    w0, (Z, y) = tensors(start(name, 3)), problem(3)
+    R, low = (mf.legendre(MODELS[name][0], DECAY, w) for w in (w0, tuple(f.float() for f in w0)))
+    x = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64)
+    assert low.mirror(x.float(), -0.5).dtype == torch.float32
+    assert gap(low.mirror(x.float(), -0.5), R.mirror(x, -0.5)) < 1e-5
+    assert gap(low.metric(x.float(), -0.5), R.metric(x, -0.5)) < 1e-5
+    end = mf.limit(low, Z, y, -0.5)
+    assert end.status.ok and gap(end.value, mf.limit(R, Z, y, -0.5).value) < 1e-5
+
+
 def test_two_factors_that_are_zero_are_no_start():
     zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="at most one factor of a coordinate may be 0"):

@@ -165,7 +165,9 @@ class RescaledFunction(LegendreFunction):
         least = -2 * FAR / self.degree
         low = a.clamp(min=least) if isinstance(a, Tensor) else max(a, least)
         half = self._grown(low, -self.degree / 2)
-        return ((x * half).clamp(-LARGEST, LARGEST) * half).clamp(-LARGEST, LARGEST)
+        z = (x.double() * half).clamp(-LARGEST, LARGEST) * half
+        end = min(LARGEST, torch.finfo(x.dtype).max / 4)
+        return z.clamp(-end, end).to(x.dtype)
 
     def _one(self, a: Scalar) -> Scalar:
         """Return ``a`` for a sum over the coordinates: one number, or one per row of a batch."""
