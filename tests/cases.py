@@ -17,6 +17,7 @@ from mirrorflow.legendre import (
     OneSidedEntropy,
     PowerEntropy,
     QuadraticEntropy,
+    RescaledFunction,
 )
 
 
@@ -48,6 +49,7 @@ class Case:
     field: oracles.Field
     form: type = Inversion
     commutes: bool = True
+    degree: float | None = None  # of a g that commutes with weight decay up to a change of clock
     span: np.ndarray | None = None
     lowest_a: float = -np.inf
     largest_x: float = np.inf
@@ -243,16 +245,36 @@ EVERY = (
         single(0.6, 1.2, 2),
         oracles.squares(MIX),
     ),
-    # What the theory does not cover.
-    Case("depth-3", mf.Depth(3), DECAY, gaussian(3, 3, 3), oracles.depth(3), commutes=False),
-    Case("identity", mf.Identity(), DECAY, gaussian(3), oracles.identity(False), commutes=False),
+    # What commutes up to a change of clock.
+    Case(
+        "depth-3",
+        mf.Depth(3),
+        DECAY,
+        gaussian(3, 3, 3),
+        oracles.depth(3),
+        RescaledFunction,
+        False,
+        3.0,
+    ),
+    Case(
+        "identity",
+        mf.Identity(),
+        DECAY,
+        gaussian(3),
+        oracles.identity(False),
+        RescaledFunction,
+        False,
+        1.0,
+    ),
     Case(
         "power-2-decay",
         mf.PowerDifference(2),
         DECAY,
         PLANE,
         oracles.power(2, plain=True),
-        commutes=False,
+        RescaledFunction,
+        False,
+        4.0,
     ),
     Case(
         "log-ratio-decay",
@@ -260,8 +282,11 @@ EVERY = (
         DECAY,
         POSITIVE,
         oracles.log_ratio(plain=True),
-        commutes=False,
+        RescaledFunction,
+        False,
+        0.0,
     ),
+    # What the theory does not cover.
     Case(
         "quadratic-general",
         mf.CommutingQuadratic(torch.from_numpy(GENERAL)),
@@ -290,7 +315,8 @@ EVERY = (
 )
 COMMUTE = [c for c in EVERY if c.commutes]
 FAST = [c for c in COMMUTE if not c.slow]
-FAIL = [c for c in EVERY if not c.commutes]
+CLOCKED = [c for c in EVERY if c.degree is not None]
+FAIL = [c for c in EVERY if not c.commutes and c.degree is None]
 
 SCHEDULES = {
     "constant": mf.Constant(0.2),

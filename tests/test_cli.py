@@ -21,7 +21,8 @@ GOOD = """
 import torch, mirrorflow as mf
 w0 = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
 pair = (mf.Hadamard(), mf.WeightDecay(), w0)
-bad = (mf.Depth(3), mf.WeightDecay(), (w0[1], 0.5 * w0[1], 0.3 * w0[1]))
+norm = mf.CustomRegularizer(lambda w: sum(f.abs().sum() for f in w))
+bad = (mf.Depth(3), norm, (w0[1], 0.5 * w0[1], 0.3 * w0[1]))
 number = 3
 def make():
     return pair
@@ -122,7 +123,7 @@ def test_report_of_nothing_says_what_to_do(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"), [("pair", 0, ""), ("make", 0, ""), ("bad", 1, "D.2")]
+    ("name", "code", "said"), [("pair", 0, ""), ("make", 0, ""), ("bad", 1, "WeightDecay()")]
 )
 def test_check_tells_a_good_pair_from_a_bad_one(monkeypatch, capsys, file, name, code, said):
     assert call(monkeypatch, "check", f"{file}:{name}") == code

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from .reparam import Parameters, Reparam, SeparableReparam, factors
 
-__all__ = ["CustomRegularizer", "Regularizer", "Separable", "WeightDecay", "require_pair"]
+__all__ = [
+    "CustomRegularizer",
+    "Regularizer",
+    "Separable",
+    "WeightDecay",
+    "detached_gradient",
+    "require_pair",
+]
 
 
 class Regularizer(ABC):
@@ -190,6 +197,18 @@ class CustomRegularizer(Regularizer):
     def __repr__(self) -> str:
         """Show the function's name."""
         return f"CustomRegularizer({getattr(self.fn, '__name__', 'fn')})"
+
+
+def detached_gradient(h: Regularizer, w: Parameters, g: Reparam) -> Parameters:
+    """Return h.gradient(w, g) without a graph; see `detached_pullback`."""
+    if type(h).gradient is not Regularizer.gradient:
+        with torch.no_grad():
+            return h.gradient(w, g)
+    parts = tuple(f.detach().requires_grad_() for f in factors(w))
+    with torch.enable_grad():
+        value = h.value(parts[0] if isinstance(w, Tensor) else parts, g)
+        moved = torch.autograd.grad(value, parts, materialize_grads=True)
+    return moved[0] if isinstance(w, Tensor) else moved
 
 
 def require_pair(caller: str, g: Any, h: Any, w0: Parameters) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "Reparam",
     "SeparableReparam",
     "SymmetricFactor",
+    "detached_pullback",
     "factors",
     "flatten",
     "unflatten",
@@ -178,6 +179,21 @@ class Reparam(ABC):
         return f"{type(self).__name__}()"
 
 
+def detached_pullback(g: Reparam, w: Parameters, dx: Tensor) -> Parameters:
+    r"""Return g.pullback(w, dx) without a graph.
+
+    Integrators call it thousands of times: torch.func costs three times as much as autograd.
+    """
+    if type(g).pullback is not Reparam.pullback:
+        with torch.no_grad():
+            return g.pullback(w, dx)
+    parts = tuple(f.detach().requires_grad_() for f in factors(w))
+    with torch.enable_grad():
+        x = g(parts[0] if isinstance(w, Tensor) else parts)
+        moved = torch.autograd.grad(x, parts, dx, materialize_grads=True)
+    return moved[0] if isinstance(w, Tensor) else moved
+
+
 class SeparableReparam(Reparam):
     """x_i = sum_j g_ij(w_ij): each factor contributes a term of its own (Corollary 3.7).
 
@@ -255,17 +271,19 @@ class Identity(SeparableReparam):
     def penalty_advice(self, h: Any, mixed: bool) -> str:
         """Return Corollary D.1: only a linear h commutes."""
         return (
-            "Corollary D.1: without overparametrization only a linear h commutes; none is positive."
+            "Corollary D.1: without overparametrization only a linear h commutes, and none is "
+            "positive; WeightDecay() commutes up to a change of clock."
         )
 
 
 class PowerDifference(SeparableReparam):
-    r"""x = u^{2k} - v^{2k}, for an integer k >= 1 (Section 4; k = 1 is a quadratic).
+    r"""x = u^{2k} - v^{2k}, for an integer 2k >= 2 (Section 4; k = 1 is a quadratic).
 
     Parameters
     ----------
-    k : int
-        Half the power; 2k is a proxy of the depth of a network.
+    k : int or float
+        Half the power; 2k is a proxy of the depth of a network. For an odd power (k = 3/2, say)
+        u and v start positive, and stay so.
     """
 
     names = ("u", "v")
@@ -275,21 +293,29 @@ class PowerDifference(SeparableReparam):
     bounds = ((0.0, inf), (-inf, 0.0))
     unbounded = "a term of h has a negative coefficient, and falls without bound"
 
-    def __init__(self, k: int) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"PowerDifference: k must be an integer >= 1, got {k!r}")
-        self.k, self.formulas = k, (f"u^{2 * k}", f"v^{2 * k}")
+    def __init__(self, k: float) -> None:
+        number = isinstance(k, int | float) and not isinstance(k, bool)
+        if not (number and 1 <= k < inf and 2 * k == int(2 * k)):
+            raise ValueError(f"PowerDifference: 2k must be an integer >= 2, got k = {k!r}")
+        self.k, self.power = (int(k) if k == int(k) else k), int(2 * k)
+        self.formulas = (f"u^{self.power}", f"v^{self.power}")
 
     def terms(self, w: Parameters) -> tuple[Tensor, ...]:
         """Return u^{2k} and -v^{2k}."""
         u, v = w
-        return u ** (2 * self.k), -(v ** (2 * self.k))
+        return u**self.power, -(v**self.power)
 
     def slopes(self, w: Parameters) -> tuple[Tensor, ...]:
         """Return 2k u^{2k-1} and -2k v^{2k-1}."""
         u, v = w
-        power = 2 * self.k
+        power = self.power
         return power * u ** (power - 1), -power * v ** (power - 1)
+
+    def validate(self, w: Parameters) -> None:
+        """Require u and v to be positive for an odd power."""
+        super().validate(w)
+        if self.power % 2:
+            _require_positive(self, w)
 
     def __repr__(self) -> str:
         """Show k."""
@@ -321,9 +347,14 @@ class LogRatio(SeparableReparam):
     def validate(self, w: Parameters) -> None:
         """Require u and v to be positive."""
         super().validate(w)
-        for name, f in zip(self.names, factors(w), strict=True):
-            if not (f > 0).all():
-                raise ValueError(f"LogRatio(): {name} must be positive, got a minimum of {f.min()}")
+        _require_positive(self, w)
+
+
+def _require_positive(g: Reparam, w: Parameters) -> None:
+    """Raise an error that names the factor that is not positive."""
+    for name, f in zip(g.names, factors(w), strict=True):
+        if not (f > 0).all():
+            raise ValueError(f"{g}: {name} must be positive, got a minimum of {f.min()}")
 
 
 class _Products(Reparam):
@@ -333,11 +364,11 @@ class _Products(Reparam):
     alike = True
 
     def penalty_advice(self, h: Any, mixed: bool) -> str:
-        """Return what commutes with a product of two factors, or Theorem D.2 for more."""
+        """Return what commutes with a product: for more than two factors, up to a clock."""
         if len(self.names) > 2:
             return (
-                "Theorem D.2: a product of more than two factors does not commute with weight "
-                "decay; multiples of its coordinates are all that is known to."
+                "A product of more than two factors commutes with multiples of its coordinates "
+                "and, up to a change of clock, with WeightDecay()."
             )
         return (
             "h must commute with every coordinate of g: WeightDecay() does, and so do multiples of "

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..regularizer import Regularizer, require_pair
+from ..regularizer import Regularizer, WeightDecay, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from ._homogeneity import homogeneity_degree
 from ._probe import Probe, lengths, norm
 from .report import Condition, Report, advice
 
@@ -33,6 +34,10 @@ def check(
     probability one). They are computed by automatic differentiation at w0 and at points along the
     flow; penalties with kinks are caught by following the flow of g and of h in both orders.
 
+    With `WeightDecay` and a g that is homogeneous of degree k, [grad g_i, w] = (2-k) grad g_i: the
+    pair commutes up to a change of clock, and everything holds with nu = -int e^{(k-2) a} grad f dt
+    for mu = -int grad f dt (see `RescaledFunction`). ``degree`` is k then.
+
     Parameters
     ----------
     g : Reparam
@@ -49,8 +54,8 @@ def check(
     Returns
     -------
     Report
-        With ``.regular``, ``.commuting``, ``.well_posed``, ``.contracting``, ``.applies`` and
-        ``.explain()``.
+        With ``.regular``, ``.commuting``, ``.well_posed``, ``.contracting``, ``.applies``,
+        ``.degree`` and ``.explain()``.
 
     Raises
     ------
@@ -63,21 +68,24 @@ def check(
     >>> w0 = (torch.ones(3, dtype=torch.float64), 2 * torch.ones(3, dtype=torch.float64))
     >>> check(PowerDifference(2), Separable(), w0).applies
     True
-    >>> print(check(PowerDifference(2), WeightDecay(), w0).advice)
-    Corollary 3.7: h must be a combination of the terms of g; use Separable(), h = u^4 + v^4.
+    >>> report = check(PowerDifference(2), WeightDecay(), w0)
+    >>> report.applies, report.degree
+    (True, 4.0)
     """
     require_pair("check", g, h, w0)
     whole = _double(w0)
     _require_finite(g, h, whole)
     _validate_sensing(sensing, g(whole).shape)
     probe = Probe(g, h, _sampled(g, h, whole), sensing, seed)
+    degree = homogeneity_degree(g, probe.w0, seed) if isinstance(h, WeightDecay) else None
+    turn = 0.0 if degree is None else 2.0 - degree  # [grad g_i, w] = turn grad g_i
     regular, promise = _regular(g, whole, probe), _promise(probe)
-    commuting = [*promise, *_brackets(probe), _paths(probe)]
+    commuting = [*promise, *_brackets(probe, turn), _paths(probe, turn)]
     conditions = [regular, *commuting, _well_posed(probe)]
     failed = not all(c.ok for c in (regular, *commuting))
     conditions.append(_contracting(probe, failed))
     remedy = advice(g, h, conditions, _ranks(probe)) if failed else ""
-    return Report(f"{g} with {h}", tuple(conditions), remedy)
+    return Report(f"{g} with {h}", tuple(conditions), remedy, None if failed else degree)
 
 
 def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:
@@ -187,8 +195,8 @@ def _crosstalk(
     return Condition("commuting", size < BRACKET_TOLERANCE, size, detail)
 
 
-def _brackets(probe: Probe) -> list[Condition]:
-    """Measure [grad g_i, grad g_j] and [grad g_i, grad h] at every point."""
+def _brackets(probe: Probe, turn: float) -> list[Condition]:
+    """Measure [grad g_i, grad g_j] and [grad g_i, grad h] - turn grad g_i at every point."""
     found = []
     # Distinct coordinates of an elementwise g share no parameter, and [grad g, grad g] = 0.
     if not probe.g.elementwise and probe.shape.numel() > 1:
@@ -200,9 +208,11 @@ def _brackets(probe: Probe) -> list[Condition]:
         )
         found.append(_condition("[grad g_i, grad g_j]", size, _worst_pair(probe, size)))
     size = max(
-        _bracket(probe, w, probe.field(probe.direction()), probe.penalty()) for w in probe.points
+        _bracket(probe, w, probe.field(probe.direction()), probe.penalty(), turn)
+        for w in probe.points
     )
-    found.append(_condition("[grad g_i, grad h]", size, ""))
+    clock = f" {'-' if turn > 0 else '+'} {abs(turn):g} grad g_i" if turn else ""
+    found.append(_condition(f"[grad g_i, grad h]{clock}", size, ""))
     return found
 
 
@@ -218,16 +228,18 @@ def _bracket(
     w: Parameters,
     X: Callable[[Parameters], Parameters],
     Y: Callable[[Parameters], Parameters],
+    turn: float = 0.0,
 ) -> float:
-    """Return the size of [X, Y] = DY X - DX Y relative to its two terms.
+    """Return the size of [X, Y] - turn X, [X, Y] = DY X - DX Y, relative to its two terms.
 
     Both terms may be 0 up to rounding, as DX X is for g = |w|: then |X| |Y| / |w| is their scale.
     """
     at_x, at_y = X(w), Y(w)
     one = _stacked(probe, torch.func.jvp(Y, (w,), (at_x,))[1])
     two = _stacked(probe, torch.func.jvp(X, (w,), (at_y,))[1])
+    rest = turn * _stacked(probe, at_x) if turn else torch.zeros_like(one)
     # Per coordinate if elementwise, so that many good coordinates do not hide a bad one.
-    bracket, terms = lengths(one - two), lengths(one) + lengths(two)
+    bracket, terms = lengths(one - two - rest), lengths(one) + lengths(two)
     sizes = [lengths(_stacked(probe, v)) for v in (at_x, at_y, w)]
     natural = torch.where(sizes[2] > 0, sizes[0] * (sizes[1] / sizes[2]), 0.0)
     scale = terms.max() * 1e-6 + torch.finfo(terms.dtype).tiny
@@ -253,13 +265,16 @@ def _worst_pair(probe: Probe, size: float) -> str:
     return f"; largest at w0 for i = {j}, j = {i} ({sizes[i, j]:.2g})"
 
 
-def _paths(probe: Probe) -> Condition:
-    """Follow g and h in both orders: the flows of commuting fields end in the same point."""
+def _paths(probe: Probe, turn: float) -> Condition:
+    """Follow g and h in both orders: the flows of commuting fields end in the same point.
+
+    With a clock, mu before the decay does what e^{turn a} mu does after it.
+    """
     gaps = []
     for scale in (0.01, 0.3, 2.0):
         step, a = probe.steps(scale)
         for mu in (step, -step):
-            gaps.append(_gap_of_orders(probe, mu, a * min(1.0, 0.1 / scale)))
+            gaps.append(_gap_of_orders(probe, mu, a * min(1.0, 0.1 / scale), turn))
     sizes = [gap for gap in gaps if gap is not None]
     size = max(sizes, default=np.nan)
     ok = size < PATH_TOLERANCE  # if there is none to compare, nothing is known: not ok
@@ -268,10 +283,10 @@ def _paths(probe: Probe) -> Condition:
     return Condition("commuting", ok, size, detail)
 
 
-def _gap_of_orders(probe: Probe, mu: Tensor, a: float) -> float | None:
+def _gap_of_orders(probe: Probe, mu: Tensor, a: float, turn: float) -> float | None:
     """Return the relative distance of the two ends; None where one of the flows ends before."""
-    zero, ends = torch.zeros_like(mu), []
-    for first, second in (((mu, 0.0), (zero, a)), ((zero, a), (mu, 0.0))):
+    zero, late, ends = torch.zeros_like(mu), mu * np.exp(turn * a), []
+    for first, second in (((mu, 0.0), (zero, a)), ((zero, a), (late, 0.0))):
         middle = probe.move(probe.w0, *first)
         end = None if middle is None else probe.move(middle, *second)
         if end is None:

@@ -34,11 +34,15 @@ class Report:
         In the order of the argument.
     advice : str
         What would work, where the theory says so; empty if nothing failed.
+    degree : float or None
+        The degree k of a homogeneous g with `WeightDecay`, if the theory applies; the pair commutes
+        for k = 2, else up to the clock nu = -int e^{(k-2) a} grad f dt.
     """
 
     pair: str
     conditions: tuple[Condition, ...]
     advice: str = ""
+    degree: float | None = None
 
     def _all(self, name: str) -> bool:
         return all(c.ok for c in self.conditions if c.name == name)
@@ -50,7 +54,7 @@ class Report:
 
     @property
     def commuting(self) -> bool:
-        """Return whether all Lie brackets vanish (Definition A.5)."""
+        """Return whether all Lie brackets vanish (Definition A.5), up to a change of clock."""
         return self._all("commuting")
 
     @property
@@ -75,6 +79,11 @@ class Report:
     def explain(self) -> str:
         """Return in words which conditions hold, by how much others fail, and what would work."""
         verdict = "applies" if self.applies else "does not apply"
+        if self.applies and self.degree not in (None, 2.0):
+            verdict += (
+                f" up to a change of clock (g has degree k = {self.degree:g}): its dual variable "
+                "is nu = -int e^{(k-2) a} grad f dt"
+            )
         lines = [f"{self.pair}: Theorem 3.2 {verdict}."]
         for c in self.conditions:
             size = "" if np.isnan(c.size) else f" ({c.size:.2g})"

@@ -23,6 +23,7 @@ __all__ = [
     "Array",
     "ArrayMirrorView",
     "ArrayParameterView",
+    "ClockedView",
     "Coordinates",
     "Loss",
     "MirrorView",
@@ -178,6 +179,32 @@ class MirrorView(Coordinates):
         return Path(torch.from_numpy(t), x, mu, a)
 
 
+class ClockedView(MirrorView):
+    r"""State (nu, mu), for an R whose dual variable runs on a clock of its own.
+
+    x = primal(nu, a_t), dnu = clock(a_t) dmu and dmu = -grad f dt, or theta and theta' with
+    nu = Z^T theta, mu = Z^T theta'. mu is carried along, so that it is in the path of every view.
+    """
+
+    def start(self) -> Array:
+        """Return nu = mu = 0."""
+        return np.zeros(2 * self.duals)
+
+    def scales(self, a: float) -> Array:
+        """Return 1 in nu and in mu."""
+        return np.tile(self.dual_scales(), 2)
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Return -clock(a_t) grad f and -grad f at x = primal(nu, a_t)."""
+        slope = super().velocity(t, y[: self.duals], schedule)
+        return np.concatenate([self.R.clock(schedule.accumulated(t)) * slope, slope])
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read x = primal(nu, a_t) and mu."""
+        clocked = super().path(t, y[:, : self.duals], schedule)
+        return Path(clocked.t, clocked.x, self.mu(self.tensor(y[:, self.duals :])), clocked.a)
+
+
 class ArrayMirrorView(MirrorView):
     """The mirror view with least squares, in NumPy, of an R that knows x and d x / d mu there."""
 
@@ -220,9 +247,10 @@ class PrimalView(Coordinates):
 
     def scales(self, a: float) -> Array:
         """Return what 1 in mu changes in x where that is least, and 1 in mu."""
-        # That is J J^T, which decays like e^{2a}, or e^{4a}.
+        # That is J J^T, which decays like e^{2a}, or e^{4a}, or e^{(2k-2) a} for degree k.
         pulled = flatten(self.g.pullback(self.w0, torch.ones(self.shape, dtype=self.dtype)))
-        size = np.exp(4 * a) * _smallest(pulled) ** 2
+        decay = min(np.exp(4 * a), np.exp(2 * a) * self.R.clock(a) ** 2)
+        size = decay * _smallest(pulled) ** 2
         return np.concatenate([np.full(self.size, size), self.dual_scales()])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
@@ -230,7 +258,8 @@ class PrimalView(Coordinates):
         rate, a = schedule.rate(t), schedule.accumulated(t)
         x = self.tensor(y[: self.size]).reshape(self.shape)
         slope, carried = self.slope(x)
-        dx = self._pushed(self.R.mirror(x, a), a, self.g.project(slope), rate)
+        dmu = self.g.project(slope) * self.R.clock(a)
+        dx = self._pushed(self.R.mirror(x, a), a, dmu, rate)
         return -np.concatenate([_numpy(dx).reshape(-1), _numpy(carried).reshape(-1)])
 
     def _pushed(self, mu: Tensor, a: float, dmu: Tensor, da: float) -> Tensor:
@@ -265,6 +294,11 @@ def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> C
     R = legendre(g, h, w0)
     if view == "primal":
         return PrimalView(loss, g, w0, R)
+    if R.integrates_weights:
+        # w(mu, a) is carried along: to integrate it anew from w0 at every step costs 50 times more.
+        return ParameterView(loss, g, h, w0)
+    if R.clocked:
+        return ClockedView(loss, g, w0, R)
     primal = R.array_primal() if linear else None
     if linear and primal is not None:
         return ArrayMirrorView(linear, g, w0, R, primal)

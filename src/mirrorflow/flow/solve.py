@@ -57,6 +57,10 @@ def flow(
       n dual numbers theta with ``mu = Z^T theta``.
     - ``"primal"``: ``dx = (hess R_a)^{-1} dmu + d primal/da da``, the Riemannian flow of Eq. (7).
 
+    Where R_a has a clock (`RescaledFunction`), dnu = clock(a_t) dmu takes the place of dmu in the
+    last two; ``path.mu`` is mu = -int grad f dt in all three. Where R_a has no closed form
+    (`Inversion`), the mirror view carries w along, as the first does.
+
     Parameters
     ----------
     loss : callable

@@ -6,12 +6,14 @@ from .dual import DualProblem as DualProblem
 from .dual import ExponentialDual as ExponentialDual
 from .dual import ExponentialProblem as ExponentialProblem
 from .dual import NewtonProblem as NewtonProblem
+from .homogeneous import RescaledFunction as RescaledFunction
 from .hyperbolic import HyperbolicEntropy as HyperbolicEntropy
 from .hyperbolic import OneSidedEntropy as OneSidedEntropy
 from .logcosh import LogCoshEntropy as LogCoshEntropy
 from .matrix import MatrixEntropy as MatrixEntropy
 from .numerical import Inversion as Inversion
 from .power import PowerEntropy as PowerEntropy
+from .product import ProductEntropy as ProductEntropy
 from .quadratic import QuadraticEntropy as QuadraticEntropy
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "NewtonProblem",
     "OneSidedEntropy",
     "PowerEntropy",
+    "ProductEntropy",
     "QuadraticEntropy",
     "RangeError",
+    "RescaledFunction",
     "legendre",
 ]

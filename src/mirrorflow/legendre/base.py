@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,15 @@ class LegendreFunction(ABC):
         Whether R_a is a sum over coordinates. Then every map broadcasts over leading dimensions,
         and the metric is a diagonal, given as a vector. ``a`` broadcasts as well: a vector of the
         length of x is one number for each coordinate, k numbers for a batch have shape (k, 1).
+    clocked : bool
+        Whether `clock` differs from 1: mirror(x_t, a_t) is not mu = -int grad f dt.
+    integrates_weights : bool
+        Whether the maps integrate w from w0. `flow` then carries w along in its mirror view.
     """
 
     elementwise: bool = False
+    clocked: bool = False
+    integrates_weights: bool = False
     shape: torch.Size
     dtype: torch.dtype = torch.float64
 
@@ -76,6 +83,14 @@ class LegendreFunction(ABC):
         mu = self.mirror(x, a)
         return self._sum(x * mu) - self.conjugate(mu, a)
 
+    def clock(self, a: Scalar) -> Any:
+        r"""Return d nu / d mu at ``a``, nu the dual variable: mirror(x_t, a_t) = nu_t.
+
+        It is 1, and nu is mu = -int grad f dt, for pairs that commute. `RescaledFunction`, for
+        pairs that commute up to a change of clock, has e^{(k-2) a}.
+        """
+        return 1.0
+
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         r"""Evaluate the divergence R_a(x) - R_a(y) - <mirror(y, a), x - y> >= 0."""
         checked(self, "x", x, a)
@@ -95,7 +110,8 @@ class LegendreFunction(ABC):
         r"""Return R_a(x) - <tilt, x>, up to a constant, as the Legendre function R_0 of a start.
 
         That start is w(tilt, a), where the flow has taken w0. Where R_a is a sum over coordinates,
-        ``a`` and ``tilt`` may hold one number for each.
+        ``a`` and ``tilt`` may hold one number for each. Where R_a has a clock, each coordinate of
+        R_a(x) - <tilt, x> is divided by clock(a).
 
         Raises
         ------
@@ -125,6 +141,33 @@ class LegendreFunction(ABC):
         """
         primal = self.array_primal()
         return _Differentiated(self, Z) if primal is None else _InArrays(self, Z, primal)
+
+    # What `RescaledFunction` asks for, of R_0.
+
+    def shrunk(self, a: Scalar) -> tuple[LegendreFunction, float]:
+        """Return the R_0 of a start from e^a w0, and ``|w|^2 / 2`` there.
+
+        Raises
+        ------
+        TypeError
+            If this R_0 does not know its start.
+        """
+        raise TypeError(
+            f"shrunk: R must know the start that it was made from, got {type(self).__name__}. Use "
+            "one number a for all coordinates."
+        )
+
+    def rescaled_problem(self, general: NewtonProblem, degree: float) -> DualProblem:
+        """Return the dual problem of e^{ka} R_0(e^{-ka} x), k = ``degree``: ``general``, or better.
+
+        Parameters
+        ----------
+        general : NewtonProblem
+            The problem by the two maps.
+        degree : float
+            k.
+        """
+        return general
 
     def describes_training(self, Z: Array) -> bool:
         """Return whether training on measurements Z (n, d) ends where R_a is least."""

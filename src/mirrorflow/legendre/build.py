@@ -20,11 +20,13 @@ from ..reparam import (
     factors,
 )
 from .base import LegendreFunction, RangeError
+from .homogeneous import RescaledFunction
 from .hyperbolic import HyperbolicEntropy, OneSidedEntropy
 from .logcosh import LogCoshEntropy
 from .matrix import MatrixEntropy
 from .numerical import Inversion
 from .power import PowerEntropy
+from .product import ProductEntropy
 from .quadratic import QuadraticEntropy, in_double
 
 __all__ = [
@@ -36,8 +38,10 @@ __all__ = [
     "MatrixEntropy",
     "OneSidedEntropy",
     "PowerEntropy",
+    "ProductEntropy",
     "QuadraticEntropy",
     "RangeError",
+    "RescaledFunction",
     "legendre",
 ]
 
@@ -65,7 +69,9 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     Returns
     -------
     LegendreFunction
-        In closed form where there is one, else `Inversion`.
+        In closed form where there is one, else `Inversion`; `RescaledFunction` for `WeightDecay`
+        and a g that is homogeneous of another degree than 2, whose dual variable runs on the clock
+        nu = -int e^{(k-2) a} grad f dt.
 
     Raises
     ------
@@ -87,11 +93,16 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     own = g.closed_form(h, w0)
     if own is not None:
         return own
+    if isinstance(h, WeightDecay) and (known := _undecayed(g)) is not None:
+        start, degree = known
+        return RescaledFunction(start.start(g, Separable(), w0), degree, _energy(h, g, w0))
     closed = _closed_form(g, h, w0)
     if closed is None or closed is QuadraticEntropy:  # the others always commute
         report = check(in_double(g), h, w0)
         if not report.applies:
             raise IncompatiblePair(report)
+        if report.degree not in (None, 2.0):
+            return RescaledFunction(Inversion(g, h, w0), report.degree, _energy(h, g, w0))
     return Inversion(g, h, w0) if closed is None else closed.start(g, h, w0)
 
 
@@ -113,6 +124,24 @@ def _closed_form(g: Reparam, h: Regularizer, w0: Parameters) -> Any:
             return MatrixEntropy
         case _:
             return None
+
+
+def _undecayed(g: Reparam) -> Any:
+    """Return the class of R_0 and the degree of a g that weight decay only rescales."""
+    match g:
+        case Depth() if g.k > 2:
+            return ProductEntropy, float(g.k)
+        case PowerDifference() if g.k > 1:
+            return PowerEntropy, float(g.power)
+        case LogRatio():
+            return LogCoshEntropy, 0.0
+        case _:
+            return None
+
+
+def _energy(h: Regularizer, g: Reparam, w0: Parameters) -> float:
+    """Return h(w0)."""
+    return float(h.value(w0, g))
 
 
 def _entropy_of(one_sided: torch.Tensor) -> Any:

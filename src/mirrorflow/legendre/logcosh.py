@@ -131,6 +131,12 @@ class LogCoshEntropy(LegendreFunction):
         u2, v2 = self._squares(torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape), a)
         return LogCoshEntropy(u2, v2, self.up, self.down)
 
+    def shrunk(self, a: Scalar) -> tuple[LogCoshEntropy, float]:
+        """Return the R_0 of a start from e^a (u0, v0), and ``|w|^2 / 2`` there."""
+        scale = torch.exp(2 * torch.as_tensor(a, dtype=self.dtype))
+        u2, v2 = self.u2 * scale, self.v2 * scale
+        return LogCoshEntropy(u2, v2, self.up, self.down), float((u2 + v2).sum()) / 2
+
 
 def _entropy(s: Tensor) -> Tensor:
     """Return s log s - s."""

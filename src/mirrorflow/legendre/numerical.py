@@ -2,7 +2,9 @@ r"""R_a of any commuting pair, a user's own included, by integrating w along its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,54 @@ import torch
 from scipy.integrate import DOP853
 from torch import Tensor
 
-from ..regularizer import Regularizer
-from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from ..regularizer import Regularizer, detached_gradient
+from ..reparam import (
+    Parameters,
+    Reparam,
+    detached_pullback,
+    factors,
+    flatten,
+    unflatten,
+)
 from .base import LegendreFunction, RangeError, Scalar, checked
+from .dual import Array, DualProblem, NewtonProblem
 
-__all__ = ["Inversion", "integrate"]
+__all__ = ["Inversion", "WeightsProblem", "integrate"]
 
 RANGE_RTOL = 1e-10
 SMALLEST = 1e-70  # |w| from which x can be reached
 EFOLDS = 10.0  # what |w| or |J| changes by between two looks at the end of a range
+
+
+@dataclass(frozen=True)
+class WeightsProblem(DualProblem):
+    """A problem whose w can be followed along its flow, dw = J_g(w)^T dmu.
+
+    Attributes
+    ----------
+    general : NewtonProblem
+        The same problem by the maps of R_a, for where the flow does not arrive.
+    g : Reparam
+        The parametrization.
+    elementwise : bool
+        Whether J_g J_g^T is a diagonal.
+    centre : callable
+        Returns w at mu = 0 for a given a, and d mu per unit of the dual variable of a start there.
+    """
+
+    general: NewtonProblem
+    g: Reparam
+    elementwise: bool
+    centre: Callable[[float], tuple[Parameters, float]]
+
+    @property
+    def Z(self) -> Array:  # type: ignore[override]
+        """The measurements (n, d)."""
+        return self.general.Z
+
+    def expand(self, x: Array) -> Array:
+        """Return x itself."""
+        return x
 
 
 class Inversion(LegendreFunction):
@@ -42,6 +83,8 @@ class Inversion(LegendreFunction):
     If both are elementwise, R_a is a sum over coordinates and batches are integrated together;
     otherwise each step solves a d x d system, for d up to a few hundred.
     """
+
+    integrates_weights = True
 
     def __init__(self, g: Reparam, h: Regularizer, w0: Parameters) -> None:
         self.g, self.h, self.w0 = g, h, w0
@@ -97,6 +140,10 @@ class Inversion(LegendreFunction):
         """Return g(w(mu, a))."""
         return self.g(self._unpack(self._flow(mu, a)))
 
+    def weights(self, mu: Tensor, a: Scalar) -> Parameters:
+        """Return w(mu, a), with the structure of w0."""
+        return self._unpack(self._flow(mu, a))
+
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Invert `primal` along a straight line in x; `RangeError` outside the domain."""
         return self._inverse(x, a)[0]
@@ -128,6 +175,40 @@ class Inversion(LegendreFunction):
             return super().folded(a, tilt)  # type: ignore[return-value]
         mu = torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape)
         return Inversion(self.g, self.h, self._unpack(self._flow(mu, a).detach()))
+
+    def shrunk(self, a: Scalar) -> tuple[Inversion, float]:
+        """Return the R_0 of a start from e^a w0, and ``|w|^2 / 2`` there."""
+        scale = torch.exp(torch.as_tensor(a, dtype=self.dtype))
+        parts = tuple(scale * f for f in factors(self.w0))
+        w = parts[0] if isinstance(self.w0, Tensor) else parts
+        return Inversion(self.g, self.h, w), float(sum((f * f).sum() for f in parts)) / 2
+
+    def dual_problem(self, Z: Array) -> WeightsProblem:
+        """Return the problem whose w can be followed from w(0, a)."""
+
+        def centre(a: float) -> tuple[Parameters, float]:
+            return self.weights(torch.zeros(self.shape, dtype=self.dtype), a), 1.0
+
+        general = super().dual_problem(Z)
+        assert isinstance(general, NewtonProblem)
+        return WeightsProblem(general, self.g, self.elementwise, centre)
+
+    def rescaled_problem(self, general: NewtonProblem, degree: float) -> WeightsProblem:
+        """Return the problem whose w can be followed from e^a w0, on the clock e^{(k-2) a}."""
+
+        def centre(a: float) -> tuple[Parameters, float]:
+            parts = tuple(math.exp(a) * f for f in factors(self.w0))
+            w = parts[0] if isinstance(self.w0, Tensor) else parts
+            return w, math.exp((degree - 2) * a)
+
+        return WeightsProblem(general, self.g, self.elementwise, centre)
+
+    def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
+        """Return |x - primal(mu, a)| / |x|: the mirror map costs more than the end point."""
+        try:
+            return self._primal_residual(x, self.g.project(mu), a)
+        except RangeError:
+            return np.inf
 
     def _flow(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return the state w(mu, a), differentiable."""
@@ -228,7 +309,14 @@ class Inversion(LegendreFunction):
         """Integrate dw = J^T dmu + grad h da from a state; return None if there is no solution."""
 
         def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
-            return self._pull(s, dmu) + da * self._decay(s), none
+            w, moved = self._unpack(s), torch.zeros_like(s)
+            if pulls:
+                moved = self._pack(detached_pullback(self.g, w, dmu))
+            if decays:
+                moved = moved + da * self._pack(detached_gradient(self.h, w, self.g))
+            return moved, none
+
+        pulls, decays = bool((dmu != 0).any()), bool((torch.as_tensor(da) != 0).any())
 
         moved = integrate(velocity, state, state.new_zeros(0))
         return None if moved is None else moved[0]

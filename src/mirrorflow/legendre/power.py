@@ -1,4 +1,4 @@
-r"""R_a of u^{2k} - v^{2k} with its own terms as penalty, k >= 2 (Section 4 of the paper)."""
+r"""R_a of u^{2k} - v^{2k} with its own terms as penalty, k > 1 (Section 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..regularizer import Regularizer, Separable
 from ..reparam import Parameters, PowerDifference, Reparam, factors
+from ._curves import Curve, CurveProblem, Place
+from ._exponential_duals import flat
 from ._kernels import arcsinh_ratio
 from .base import (
     LegendreFunction,
@@ -23,6 +26,7 @@ from .base import (
     outside,
     softplus,
 )
+from .dual import Array, NewtonProblem
 
 __all__ = ["PowerEntropy"]
 
@@ -39,8 +43,8 @@ class PowerEntropy(LegendreFunction):
 
     Parameters
     ----------
-    k : int
-        Half the power, >= 2.
+    k : float
+        Half the power, > 1.
     cu, cv : Tensor
         c_u and c_v per coordinate, > 0.
     up, down : float
@@ -50,7 +54,7 @@ class PowerEntropy(LegendreFunction):
     elementwise = True
 
     def __init__(
-        self, k: int, cu: Tensor, cv: Tensor, up: float | Tensor = 1.0, down: float | Tensor = 1.0
+        self, k: float, cu: Tensor, cv: Tensor, up: float | Tensor = 1.0, down: float | Tensor = 1.0
     ) -> None:
         self.k, self.cu, self.cv, self.up, self.down = k, cu, cv, up, down
         self.c, self.q = 2 * k * (2 * k - 2), k / (k - 1)
@@ -59,7 +63,7 @@ class PowerEntropy(LegendreFunction):
     @classmethod
     def start(cls, g: Reparam, h: Regularizer, w0: Parameters) -> PowerEntropy:
         """Read the constants from u0 and v0, whose signs do not matter."""
-        assert isinstance(g, PowerDifference) and g.k >= 2 and isinstance(h, Separable)
+        assert isinstance(g, PowerDifference) and g.k > 1 and isinstance(h, Separable)
         u, v = factors(w0)
         if (u == 0).any() or (v == 0).any():
             raise ValueError(f"{g}: u0 and v0 must not be 0, where g is not regular, got 0")
@@ -126,6 +130,17 @@ class PowerEntropy(LegendreFunction):
         lower, upper = self.range(a)
         return PowerEntropy(self.k, upper - tilt, tilt - lower, self.up, self.down)
 
+    def shrunk(self, a: Scalar) -> tuple[PowerEntropy, float]:
+        """Return the R_0 of a start from e^a (u0, v0), and ``|w|^2 / 2`` there."""
+        scale = torch.exp((2 - 2 * self.k) * torch.as_tensor(a, dtype=self.dtype))
+        cu, cv = self.cu * scale, self.cv * scale
+        squares = sum(((self.c * v) ** (1 - self.q)).sum() for v in (cu, cv))
+        return PowerEntropy(self.k, cu, cv, self.up, self.down), float(squares) / 2
+
+    def rescaled_problem(self, general: NewtonProblem, degree: float) -> CurveProblem:
+        """Return the problem along log(N / P)."""
+        return CurveProblem(general.Z, _PowerCurve(self), degree)
+
     # All of these in log P and log N: mu itself does not resolve them near an end of its range.
 
     def _interval(self, a: Scalar) -> tuple[Tensor, Tensor]:
@@ -153,6 +168,39 @@ class PowerEntropy(LegendreFunction):
         log_P, log_N = self._logs(x, a)
         r = -self.q - 1
         return torch.exp(-torch.logaddexp(r * log_P, r * log_N)) / (self.c * self.q)
+
+
+class _PowerCurve(Curve):
+    """The curve of `PowerEntropy` at a = 0, by t = log(N / P)."""
+
+    def __init__(self, R: PowerEntropy) -> None:
+        self.c, self.q = R.c, R.q
+        self.lower, self.upper = (flat(v) for v in R.range(0.0))
+        self.log_sum = np.log(self.c * (self.upper - self.lower))
+        self.state0 = np.log(-self.lower / self.upper)
+        self.floor = np.full_like(self.state0, -np.inf)
+        self.ceiling = -self.floor
+
+    def place(self, state: Array, tau: float) -> Place:
+        """Return x = P^-q - N^-q and nu, from log P and log N."""
+        soft = np.logaddexp(0.0, np.abs(state))  # of the larger; the other is soft - |t|
+        small, large = self.log_sum - soft, self.log_sum - soft + np.abs(state)
+        near, far = np.exp(tau - self.q * small), np.exp(tau - self.q * large)
+        side = np.where(state < 0, -1.0, 1.0)
+        x = -side * near * np.expm1(-self.q * np.abs(state))
+        share = np.exp(large - self.log_sum)  # N/S next to P^-q, and P/S next to N^-q
+        dx = self.q * (near * share + far * (1 - share))
+        distance = np.exp(small) / self.c
+        nu = np.where(state < 0, self.lower + distance, self.upper - distance)
+        return Place(x, dx, nu, distance * share, distance, side)
+
+    def move(self, state: Array, step: Array) -> Array:
+        """Return t + step."""
+        return state + step
+
+    def invert(self, nu: Array) -> Array:
+        """Return log(N / P)."""
+        return np.log((nu - self.lower) / (self.upper - nu))
 
 
 class _Split(torch.autograd.Function):

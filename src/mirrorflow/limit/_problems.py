@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..legendre import DualProblem, ExponentialProblem, NewtonProblem, RangeError
+from ..legendre._curves import CurveProblem
 from ..legendre._exponential_duals import ColumnDual
+from ..legendre.numerical import WeightsProblem
+from ._by_weights import solve_by_weights
 from ._constraints import Constraints, length
 from ._continuation import DualPoint, follow
+from ._curves import solve_along_curves
 from ._dense_newton import solve_newton
 from ._l1_vertex import at_vertex
 
@@ -29,12 +33,26 @@ def solve_problem(
     match problem:
         case ExponentialProblem():
             return _exponential(problem, constraints, a, max_steps)
+        case CurveProblem():
+            return solve_along_curves(problem, constraints, a, max_steps)
+        case WeightsProblem():
+            return _by_weights(problem, constraints, a, max_steps)
         case NewtonProblem():
             return _newton(problem, constraints, a, max_steps)
     raise TypeError(
         "R.dual_problem(Z) must return an ExponentialProblem or a NewtonProblem, got "
         f"{type(problem).__name__}. Subclass NewtonProblem for any smooth R_a."
     )
+
+
+def _by_weights(
+    problem: WeightsProblem, constraints: Constraints, a: Sequence[float], max_steps: int
+) -> list[DualPoint]:
+    """Solve one by one by following w, and by Newton's method where that does not arrive."""
+    points = [solve_by_weights(problem, constraints, ai) for ai in a]
+    late = [ai for ai, p in zip(a, points, strict=True) if p is None]
+    others = iter(_newton(problem.general, constraints, late, max_steps))
+    return [next(others) if p is None else p for p in points]
 
 
 def _newton(

@@ -45,7 +45,8 @@ class LimitStats:
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
         without coordinates that underflow.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
-        of X, or squares of w, to rounding, |x - primal(Z^T theta, a)| / |x| instead.
+        of X, or squares of w, to rounding, and for `Inversion`, whose mirror map costs more than
+        the solution, |x - primal(Z^T theta, a)| / |x| instead.
     residual : float or array
         |Zx - y| / |y| (|Zx| for y = 0).
     gap : float or array
@@ -91,7 +92,9 @@ def limit(
         The targets.
     a : float, 1-d sequence of k floats, or array of shape R.shape
         The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
-        the cost of a few single solves where all coordinates decay at the same rate.
+        the cost of a few single solves where all coordinates decay at the same rate. With
+        `WeightDecay` and a homogeneous g, a is also the logarithm of the initialization scale: the
+        end is that of training from e^a w0 without decay.
     max_steps : int
         The limit on Newton steps, for a whole path or for one point.
     per_coordinate : bool, optional
