@@ -110,7 +110,10 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The page; FOLDER/index.html.")] = None,
 ) -> None:
     """Make one self-contained page from stored results."""
-    print(f"page: {_build(folder, output or folder / 'index.html')}")
+    try:
+        print(f"page: {_build(folder, output or folder / 'index.html')}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @app.command()
@@ -239,7 +242,7 @@ def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]
     from ..lab import report as page
 
     module, records = framework.load(result["experiment"]), result["records"]
-    curves = framework.trajectory(folder / result["experiment"] / result["hash"])
+    curves = framework.trajectory(result["folder"])  # never a path that the file names
     return page.Section(
         title=module.TITLE + _difference(result, results),
         paper=module.PAPER,

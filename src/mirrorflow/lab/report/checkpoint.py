@@ -7,7 +7,18 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .page import _chart_scripts, _fill, _resource, _responsive, _svg, _table, _written
+from ._policy import inline, policy
+from .page import (
+    MARK,
+    _charts_script,
+    _data,
+    _fill,
+    _resource,
+    _responsive,
+    _svg,
+    _table,
+    _written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +53,11 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
     """
     rows = _rows(content["records"])
     specs = {f"audit-{key}": _chart(rows, key, label) for key, label in CHARTS.items()}
+    script = _charts_script()
     page = _fill(
         "audit.html",
+        policy=escape(policy([MARK, script])),
+        mark=MARK,
         version=escape(version),
         css=_resource("page.css"),
         source=escape(source),
@@ -55,7 +69,7 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
         figure=_svg(_figure(rows), "audit", f"Spectra of {source}"),
         table=_table([{HEADS.get(k, k.replace("_", " ")): v for k, v in r.items()} for r in rows]),
         remarks=_remarks(content["skipped"]),
-        scripts=_chart_scripts(specs),
+        scripts=f"{_data(specs)}\n{inline([script])}",
     )
     return _written(page, output)
 

@@ -244,6 +244,7 @@ function startExplorer(root) {
       { label: "metric R″, log scale", reach: half, log: true, marks: [[centre, R.metric(centre)]] });
   }
 
+  root.addEventListener("submit", (event) => event.preventDefault());
   root.addEventListener("input", (event) => (event.target === choice ? chooseCase() : redraw()));
   chooseCase();
 }

@@ -20,6 +20,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from ._policy import inline, policy
+
 if TYPE_CHECKING:
     from altair import TopLevelMixin
     from matplotlib.figure import Figure
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["Section", "build"]
 
 LONG = 40  # rows of a table that are shown without a click
+# Of result.json, which may be a stranger's: what the page reads, and the form of what names it.
+FIELDS: dict[str, tuple[type, ...]] = {
+    "experiment": (str,), "hash": (str,), "status": (str,), "started": (str,),
+    "seconds": (int, float), "config": (Mapping,), "meta": (Mapping,),
+}  # fmt: skip
+FORMS = {"experiment": re.compile(r"[a-z0-9_]{1,80}"), "hash": re.compile(r"[0-9a-f]{1,64}")}
+MARK = 'document.documentElement.classList.add("scripted");'  # at once: the style depends on it
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Section:
         The numbers; the keys of the rows name the columns.
     command : str
         The command that makes this run.
+
+    Raises
+    ------
+    ValueError
+        If the result lacks a field, or its experiment or hash has not the form of one.
     """
 
     title: str
@@ -57,6 +71,16 @@ class Section:
     charts: Sequence[tuple[str, TopLevelMixin]]
     table: Sequence[Mapping[str, Any]]
     command: str
+
+    def __post_init__(self) -> None:
+        """Refuse what would be more than a name in the page, and what is not there."""
+        for key, kind in FIELDS.items():
+            if isinstance(value := self.result.get(key), bool) or not isinstance(value, kind):
+                what = " or ".join(one.__name__ for one in kind)
+                raise ValueError(f"{key} must be {what}, got {value!r:.80}. Run it again.")
+        for key, form in FORMS.items():
+            if not form.fullmatch(value := self.result[key]):
+                raise ValueError(f"{key} must match {form.pattern}, got {value!r:.80}.")
 
     @property
     def anchor(self) -> str:
@@ -80,6 +104,11 @@ def build(sections: Sequence[Section], output: str | Path, version: str) -> Path
     -------
     Path
         Of the page.
+
+    Raises
+    ------
+    ValueError
+        If a section cannot be drawn from its records; the message names it.
     """
     return _written(_page(sections, version), output)
 
@@ -89,23 +118,40 @@ def _written(page: str, output: str | Path) -> Path:
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(output)
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold half characters
+        draft.replace(output)
+    finally:
+        draft.unlink(missing_ok=True)  # the disk may be full
     return output
 
 
 def _page(sections: Sequence[Section], version: str) -> str:
     """Render the page as one string of HTML."""
     specs: dict[str, Any] = {}
-    bodies = [_section(section, specs) for section in sections]
+    bodies = [_drawn(section, specs) for section in sections]
+    scripts = [_charts_script(), _resource("explorer.js")]
     return _fill(
         "template.html",
+        policy=escape(policy([MARK, *scripts])),
+        mark=MARK,
         version=escape(version),
         css=_resource("page.css"),
         index="\n".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections),
         sections="\n".join(bodies),
-        scripts=_scripts(specs),
+        scripts=f"{_data(specs)}\n{inline(scripts)}",
     )
+
+
+def _drawn(section: Section, specs: dict[str, Any]) -> str:
+    """Render a section, or say whose records cannot be drawn."""
+    try:
+        return _section(section, specs)
+    except ImportError:
+        raise
+    except Exception as error:  # matplotlib and altair have many for numbers that are none
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{section.anchor} cannot be drawn: {reason}. Run it again.") from error
 
 
 def _section(section: Section, specs: dict[str, Any]) -> str:
@@ -221,25 +267,21 @@ def _provenance(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _scripts(specs: Mapping[str, Any]) -> str:
-    """Return the scripts of the page: those of the charts, and the explorer."""
-    return f"{_chart_scripts(specs)}\n<script>{_resource('explorer.js')}</script>"
+def _data(specs: Mapping[str, Any]) -> str:
+    """Return what charts draw, as an element that is read and never run."""
+    data = json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
+    return f'<script type="application/json" id="charts">{data}</script>'
 
 
-def _chart_scripts(specs: Mapping[str, Any]) -> str:
-    """Return the scripts of charts: the libraries once, and what they draw."""
+def _charts_script() -> str:
+    """Return the script that draws the charts, with the libraries."""
     import altair
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.split(".")[:2])
     # Its stub asks for a snippet; without one it makes vegaEmbed global, which charts.js uses.
     libraries = vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]
-    data = json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
-    parts = [
-        f'<script type="application/json" id="charts">{data}</script>',
-        f'<script type="module">{libraries}\n{_resource("charts.js")}</script>',
-    ]
-    return "\n".join(parts)
+    return f"{libraries}\n{_resource('charts.js')}"
 
 
 def _fill(name: str, **values: str) -> str:
