@@ -322,16 +322,19 @@ def test_a_folder_whose_shards_are_not_all_there_is_refused(tmp_path):
     [
         ({"lora_alpha": "x"}, "lora_alpha is 'x', and no number"),
         ({"lora_alpha": None}, "lora_alpha is None, and no number"),
-        ({"lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern is \[1\], and no map to numbers"),
+        ({"lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern must be of type dict, got \[1\]"),
         ({"lora_alpha": 4, "alpha_pattern": {"a": "b"}}, "and no map to numbers"),
-        ({"lora_alpha": 4, "alpha_pattern": {"(": 3}}, r"'\(' in alpha_pattern is no regular"),
+        (
+            {"lora_alpha": 4, "alpha_pattern": {"(": 3}},
+            r"alpha_pattern must hold regular expressions .*'\('",
+        ),
     ],
 )
 def test_a_damaged_adapter_config_is_named(config, said, tmp_path):
     save(tmp_path / "x.safetensors", a__lora_A__weight=torch.eye(2, 4),
          a__lora_B__weight=torch.eye(4, 2))  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: .*{said}"):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json(?: is damaged)?: .*{said}"):
         audit(tmp_path)
 
 
@@ -389,7 +392,7 @@ def test_a_gguf_file_and_a_folder_as_a_file_are_told(tmp_path):
         ):
             audit(path)
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"model\.safetensors cannot be read: it is a folder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: it is a folder"):
         audit(tmp_path)
 
 

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._configuration import adapter_config
 from ._discovery import lora
-from .audit import Checkpoint, _pattern, files_of, json_of, reader
+from ._patterns import Patterns
+from .audit import PREFIX, Checkpoint, files_of, reader
 from .pairs import Factor, Found, Pair, clean
 from .truncation import RankChoice, TruncatedProduct, Truncation, distance, truncated_product
 
 __all__ = ["CONFIG", "AdapterFile", "reranked"]
 
 CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."  # PEFT writes it before the names that its patterns are matched with
 DEFAULT = 8  # PEFT's r and lora_alpha where the configuration has none
 # On loading, these subtract a product of rank r from the base weights: another r, other weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -56,7 +57,7 @@ class AdapterFile:
         self.source, self.file = path, files[0]
         self._checkpoint = Checkpoint(path)
         self._shapes = self._checkpoint.shapes
-        self._config = json_of(self.file.parent / CONFIG)
+        self._config = adapter_config(self.file.parent / CONFIG)
         with reader()(self.file) as content:
             self._metadata: dict[str, str] = dict(content.metadata() or {})
             names = [(clean(name), name) for name in content.keys()]  # noqa: SIM118
@@ -225,9 +226,10 @@ def reranked(config: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     on parameters is matched by names that the file does not hold: with it the old entries stay.
     """
     alphas, default = config.get("alpha_pattern") or {}, config.get("lora_alpha", DEFAULT)
+    known = Patterns(alphas, "alpha_pattern")
     rooted = bool(config.get("use_rslora"))
     wanted = {
-        module: (new, _alpha(_pattern(alphas, module, default), old, new, rooted))
+        module: (new, _alpha(known.value(module, default), old, new, rooted))
         for module, (old, new) in ranks.items()
     }
     kept = {"rank_pattern": config.get("rank_pattern") or {}, "alpha_pattern": alphas}

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from math import sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ._configuration import (
+    adapter_config,
+    json_of,
+    model_config,
+    require_plain,
+    scale_patterns,
+    shard_name,
+)
 from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows
 from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
 from .records import Measurement
 
-__all__ = [
-    "adapter_config",
-    "adapters_below",
-    "audit",
-    "files_of",
-    "heads",
-    "json_of",
-    "part_of",
-    "reader",
-]
+__all__ = ["adapters_below", "audit", "files_of", "heads", "part_of", "reader"]
 
 READABLE = ("F64", "F32", "F16", "BF16")
+PREFIX = "base_model.model."  # PEFT writes it before the names that its patterns are matched with
+NAME = 1000  # characters that the name of a weight has at most
 
 
 def audit(
@@ -99,8 +99,9 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file, names in files_of(path).items():
             self._list(file, names)
-        self._config = json_of(folder / "config.json")
-        self._adapter = adapter_config(folder / "adapter_config.json")
+        self._config = model_config(folder / "config.json")
+        self._adapter = adapter_config(file := folder / "adapter_config.json")
+        self._alphas = scale_patterns(self._adapter, file)
 
     def _list(self, file: Path, names: set[str] | None) -> None:
         """List the weights of a file; ``names`` are those that an index expects there."""
@@ -108,6 +109,10 @@ class Checkpoint:
             present = set(content.keys())
             if names and (missing := sorted(names - present)):
                 raise ValueError(f"{file} lacks {missing[0]}, which the index names: save it again")
+            if long := next((name for name in present if len(name) > NAME), ""):
+                raise ValueError(
+                    f"{file} must name weights in at most {NAME} characters, got {long[:40]}..."
+                )
             for name in sorted(names or present, key=_natural):
                 part = content.get_slice(name)
                 key = clean(name)
@@ -164,7 +169,7 @@ class Checkpoint:
     def normalized(self, module: str) -> bool:
         """Whether Llama 4 normalizes Q and K, in the layers that have rotary embeddings."""
         config = part_of(self._config, module)
-        layer = re.search(r"layers\.(\d+)\.", f"{module}.")
+        layer = re.search(r"layers\.([0-9]{1,9})\.", f"{module}.")
         rotary = config.get("no_rope_layers") or []  # 1 where there are some
         turned = layer is None or int(layer[1]) >= len(rotary) or rotary[int(layer[1])]
         is_llama = str(config.get("model_type", "")).startswith("llama4")
@@ -180,7 +185,7 @@ class Checkpoint:
         for target in config.get("target_parameters") or ():
             if module.endswith(target.rpartition(".")[0]):
                 return Adapter(1.0, skip="LoRA on stacked experts is not one product")
-        alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        alpha = self._alphas.value(module.removeprefix(PREFIX), config["lora_alpha"])
         return Adapter(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
 
     def _unscaled(self, module: str) -> str:
@@ -191,21 +196,20 @@ class Checkpoint:
     def _number(self, key: str) -> float:
         """Read a single number."""
         file, name = self._files[key]
+        if prod(self.shapes[key]) != 1:
+            shape = " x ".join(map(str, self.shapes[key]))
+            raise ValueError(f"{file}: {name} must hold one number, got {shape}. Save it again.")
         with self._open(file) as content:
-            return float(content.get_tensor(name).reshape(-1)[0])
-
-
-def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first pattern that ends a module's name, as PEFT does."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+            found = float(content.get_tensor(name))
+        if not isfinite(found):
+            raise ValueError(f"{file}: {name} must be a finite number, got {found}. Save it again.")
+        return found
 
 
 def _natural(name: str) -> list[Any]:
     """Sort layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
 # What a checkpoint's config.json says about one of its modules.
@@ -219,6 +223,7 @@ OTHER_NAMES = {  # of the parts of config.json, in modules
 }  # fmt: skip
 # Grounding DINO's layers of the text, GroupViT's assignment: another number than is stated.
 UNSTATED = re.compile(r"(?:^|\.)(?:text_enhancer_layer\.|assign$)")
+LARGEST = 1 << 31  # no number of heads is larger, nor a width
 NO_PARTS = ("attn_config", "ffn_config")  # MPT, DBRX: options in a dictionary of their own
 
 
@@ -263,19 +268,20 @@ def part_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def _layer(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """Return a configuration as one layer has it: Gemma 4 has wider heads in some."""
-    found = re.search(r"layers\.(\d+)\.", f"{module}.")
+    found = re.search(r"layers\.([0-9]{1,9})\.", f"{module}.")
     if found is None:
         return config
     kinds, wide = config.get("layer_types") or [], config.get("global_head_dim")
     full = kinds[int(found[1]) :][:1] == ["full_attention"]
     layers = config.get("per_layer_config")
     own = layers.get(found[1]) if isinstance(layers, dict) else None
-    return {**config, **({"head_dim": wide} if wide and full else {}), **(own or {})}
+    own = own if isinstance(own, dict) else {}
+    return {**config, **({"head_dim": wide} if wide and full else {}), **own}
 
 
 def _stage(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """Return a configuration as one stage of a pyramid has it: Swin's num_heads is a list."""
-    found = re.search(r"\.(\d+)\.(?:blocks\.|layers\.)?\d+\.", module)
+    found = re.search(r"\.([0-9]{1,9})\.(?:blocks\.|layers\.)?\d+\.", module)
     lists = [key for key in COUNTS if isinstance(config.get(key), list)]
     if found is None or not lists:
         return config
@@ -287,7 +293,7 @@ def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     """Return the first entry that is a positive integer."""
     for key in keys:
         value = config.get(key)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST:
             return value
     return None
 
@@ -308,6 +314,7 @@ def reader() -> Any:
 
     def open_file(file: Path) -> Any:
         try:
+            require_plain(file)
             return safe_open(file, framework="pt")
         except SafetensorError as error:
             raise ValueError(
@@ -316,8 +323,7 @@ def reader() -> Any:
         except FileNotFoundError:
             raise  # with its name
         except OSError as error:
-            reason = "it is a folder" if file.is_dir() else str(error)
-            raise OSError(f"{file} cannot be read: {reason}") from error
+            raise OSError(f"{file} cannot be read: {error}") from error
 
     return open_file
 
@@ -363,7 +369,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"{index} has no weight_map: it is no index of a sharded checkpoint")
     for name, shard in weights.items():
-        names = shards.setdefault(index.parent / str(shard), set())
+        names = shards.setdefault(index.parent / shard_name(index, shard), set())
         assert names is not None
         names.add(name)
     for shard in shards:
@@ -382,48 +388,3 @@ def adapters_below(path: Path) -> tuple[tuple[str, str], ...]:
         for name in below
         if not re.fullmatch(r"checkpoint-\d+", name)  # the Trainer's, of the same adapter
     )
-
-
-def adapter_config(file: Path) -> dict[str, Any]:
-    """Read what PEFT knows of an adapter.
-
-    Raises
-    ------
-    ValueError
-        If it is no LoRA, or its scale cannot be computed from it.
-    """
-    config = json_of(file)
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise ValueError(
-            f"{file.parent} holds a {kind} adapter: only LoRA's update is a product A B"
-        )
-    alpha, patterns = config.get("lora_alpha", 1), config.get("alpha_pattern") or {}
-    if not _number(alpha):
-        raise ValueError(f"{file} is damaged: lora_alpha is {alpha!r}, and no number")
-    if not isinstance(patterns, Mapping) or not all(map(_number, patterns.values())):
-        raise ValueError(f"{file} is damaged: alpha_pattern is {patterns!r}, and no map to numbers")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{file} is damaged: {pattern!r} in alpha_pattern is no regular expression: {error}"
-            ) from error
-    return config
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def json_of(file: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing file is an empty one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:  # of JSON, and of UTF-8
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: an object is needed")
-    return content

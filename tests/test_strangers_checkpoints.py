@@ -1,0 +1,216 @@
+"""Checkpoints by strangers: types, sizes and places are checked, and patterns cannot hang."""
+
+import json
+import os
+import random
+import re
+import time
+
+import pytest
+import torch
+
+from mirrorflow.spectrum import SpectralTracker, audit, plan_truncation
+from mirrorflow.spectrum._patterns import Patterns
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def folder(path, config=None, adapter=None, **weights):
+    """Write a checkpoint: a LoRA update, an attention layer, and other weights."""
+    if not weights:
+        weights = {
+            "base_model.model.layers.0.q.lora_A.weight": torch.eye(2, 4),
+            "base_model.model.layers.0.q.lora_B.weight": torch.eye(4, 2),
+            "layers.0.self_attn.q_proj.weight": torch.eye(4),
+            "layers.0.self_attn.k_proj.weight": torch.eye(4),
+        }
+    path.mkdir(exist_ok=True)
+    safetensors.save_file(weights, path / "model.safetensors")
+    for name, content in (("config.json", config), ("adapter_config.json", adapter)):
+        if content is not None:
+            text = content if isinstance(content, str) else json.dumps(content)
+            (path / name).write_text(text)
+    return path
+
+
+def scale(found):
+    return next(record.scale for record in found.records if record.kind == "lora")
+
+
+# --- Patterns -------------------------------------------------------------------------------------
+
+SLOW = ("(a+)+x", "(a|a)*x", "a?" * 30 + "a" * 30 + "x", "((((a?)*)*)*)*x", "(.*.*.*.*)*x",
+        "(a{1000}){1000}", "(a|aa)+$b", ".*a.*a.*a.*a.*a.*a.*x")  # fmt: skip
+
+
+def expression(depth=3):
+    """Draw a regular expression without memory."""
+    kind = random.random()
+    if depth == 0 or kind < 0.4:
+        return random.choice(["a", "b", r"\.", ".", "[ab]", "[^a]", r"\w", "q_", "^", "$", r"\b"])
+    if kind < 0.6:
+        return expression(depth - 1) + expression(depth - 1)
+    if kind < 0.75:
+        opened = random.choice(["(", "(?:"])
+        return f"{opened}{expression(depth - 1)}|{expression(depth - 1)})"
+    repeat = random.choice(["*", "+", "?", "{2}", "{1,2}", "{,2}", "*?", "+?"])
+    return f"({expression(depth - 1)}){repeat}"
+
+
+def test_patterns_match_what_peft_matches():
+    random.seed(0)
+    agreed = 0
+    for _ in range(3000):
+        pattern = expression()
+        try:
+            theirs = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error:
+            continue
+        ours = Patterns({pattern: 1}, "")
+        for _ in range(4):
+            name = "".join(random.choices("ab._q", k=random.randrange(9)))
+            assert (theirs.match(name) is not None) == (ours.value(name, 0) == 1), (pattern, name)
+            agreed += theirs.match(name) is not None
+    assert agreed > 1000
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_a_pattern_that_would_take_for_ever_is_matched(pattern):
+    begun = time.process_time()
+    assert Patterns({pattern: 4}, "").value("a" * 200, 1) == 1
+    assert time.process_time() - begun < 20  # backtracking takes years
+
+
+def test_what_still_takes_too_long_is_refused_by_its_field():
+    patterns = Patterns(
+        {f"(({letter}|.)*.)*x": 1 for letter in "abcdefgh"}, "f.json: alpha_pattern"
+    )
+    with pytest.raises(ValueError, match=r"f\.json: alpha_pattern must hold patterns that match"):
+        for i in range(10_000):
+            patterns.value(f"{'a' * 900}{i}", 1)
+
+
+@pytest.mark.parametrize("pattern", ["(?i)x", "(", "a*+b", "a" * 1001,
+                                     r"(a*)*\1", "x{99999999999999999999}", "(?<=a*)b"])  # fmt: skip
+def test_a_pattern_that_peft_or_we_cannot_match_is_an_error(pattern, tmp_path):
+    adapter = {"lora_alpha": 4, "alpha_pattern": {pattern: 2}}
+    with pytest.raises(ValueError, match=r"adapter_config\.json: alpha_pattern must hold"):
+        audit(folder(tmp_path, adapter=adapter))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("^layers.0.q", 8), ("layers.0.q", 8), ("^base_model.model.layers.0.q", 2), ("q", 8),
+     ("^q", 2), (r"layers\.(\d+)\.q", 8)],
+)  # fmt: skip
+def test_patterns_see_names_as_the_base_model_has_them(pattern, expected, tmp_path):
+    adapter = {"lora_alpha": 4, "alpha_pattern": {pattern: 16}}
+    assert scale(audit(folder(tmp_path, adapter=adapter))) == expected
+
+
+def test_an_anchored_pattern_gives_the_scale_that_peft_gives(tmp_path):
+    peft = pytest.importorskip("peft")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    config = peft.LoraConfig(
+        r=2, target_modules=["0"], init_lora_weights=False, alpha_pattern={"^0": 6}
+    )
+    model = peft.get_peft_model(net, config)
+    model.save_pretrained(tmp_path)
+    ours = {record.name.removeprefix("base_model.model."): record.scale for record in
+            audit(tmp_path).records}  # fmt: skip
+    theirs = {record.name.removeprefix("base_model.model."): record.scale for record in
+              SpectralTracker(model).measure().records}  # fmt: skip
+    assert ours == theirs and sorted(ours.values()) == [3, 4]
+
+
+# --- Types, sizes, places -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"layer_types": 5}, "layer_types must be of type list, got 5"),
+        ("config.json", {"text_config": {"layer_types": 5}}, "text_config.layer_types must be"),
+        ("config.json", {"no_rope_layers": {}}, "no_rope_layers must be of type list"),
+        ("config.json", {"model_type": ["x"]}, "model_type must be of type str"),
+        ("config.json", "[" * 100_000 + "]" * 100_000, "nested more than"),
+        ("config.json", '{"a":' * 100_000 + "1" + "}" * 100_000, "nested more than"),
+        ("config.json", '{"a":' * 100 + "1" + "}" * 100, "nested more than"),
+        ("config.json", "[1]", "an object is needed"),
+        ("config.json", '{"a": ' + "9" * 5000 + "}", "digits"),
+        ("adapter_config.json", {"lora_alpha": 10**400}, "lora_alpha is 1000.*, and no number"),
+        ("adapter_config.json", '{"lora_alpha": Infinity}', "lora_alpha is inf, and no number"),
+        ("adapter_config.json", {"lora_alpha": 1, "r": "x"}, "r is 'x', and no number"),
+        ("adapter_config.json", {"lora_alpha": 1, "alpha_pattern": {"a": 10**400}}, "no map"),
+        ("adapter_config.json", {"lora_alpha": 1, "rank_pattern": [1]}, "rank_pattern must be"),
+        ("adapter_config.json", {"lora_alpha": 1, "target_parameters": [3]}, "a list of names"),
+        ("adapter_config.json", {"peft_type": ["LORA"]}, "peft_type must be of type str"),
+    ],
+    ids=range(16),
+)
+@pytest.mark.parametrize("read", [audit, lambda path: plan_truncation(path, rank=1)],
+                         ids=["audit", "truncate"])  # fmt: skip
+def test_a_field_of_another_type_or_size_is_named(read, name, content, said, tmp_path):
+    kind = "config" if name == "config.json" else "adapter"
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged: .*{said}") as caught:
+        read(folder(tmp_path, **{kind: content}))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [(torch.ones(0), "must hold one number, got 0"), (torch.ones(3), "must hold one number, got 3"),
+     (torch.tensor(torch.inf), "must be a finite number, got inf")],
+)  # fmt: skip
+def test_an_alpha_of_kohya_is_one_finite_number(alpha, said, tmp_path):
+    weights = {"m.lora_down.weight": torch.eye(2, 4), "m.lora_up.weight": torch.eye(4, 2)}
+    with pytest.raises(ValueError, match=rf"model\.safetensors: m\.alpha {said}"):
+        audit(folder(tmp_path, **weights, **{"m.alpha": alpha}))
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5000, "a" * 2000, "x.٣.y", "1" * 30])
+def test_names_of_any_characters_are_read_or_refused(name, tmp_path):
+    weights = {f"{name}.q_proj.weight": torch.eye(4), f"{name}.k_proj.weight": torch.eye(4)}
+    if len(name) < 1000:
+        assert len(audit(folder(tmp_path, **weights)).records) == 1
+    else:
+        with pytest.raises(ValueError, match="must name weights in at most 1000 characters"):
+            audit(folder(tmp_path, **weights))
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "", 3,
+                                   None, ["x"], "C:\\x", "a\\..\\b", "x\0y",
+                                   "a" * 5000])  # fmt: skip
+def test_an_index_names_files_inside_its_folder(shard, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"q_proj.weight": shard}})
+    )
+    with pytest.raises(ValueError, match=r"index\.json is damaged: weight_map must name files"):
+        audit(tmp_path)
+
+
+def test_shards_in_folders_and_behind_symbolic_links_are_read(tmp_path):
+    folder(tmp_path / "blobs")
+    here = tmp_path / "snapshot"
+    (here / "part").mkdir(parents=True)
+    (here / "part" / "x.safetensors").symlink_to(tmp_path / "blobs" / "model.safetensors")
+    names = list(safetensors.load_file(tmp_path / "blobs" / "model.safetensors"))
+    (tmp_path / "index").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "part/x.safetensors")})
+    )
+    (here / "model.safetensors.index.json").symlink_to(tmp_path / "index")
+    assert len(audit(here).records) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors"])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_not_waited_for(name, tmp_path):
+    folder(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}.*it is a pipe or a device"):
+        audit(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name}.*it is a folder"):
+        audit(tmp_path)
