@@ -1,13 +1,18 @@
 """Mistakes in saved optimizers, wherever they lie in a file, and files that cannot be read."""
 
 import argparse
+import collections
+import io
 import pickle
+import pickletools
+import random
 
 import numpy as np
 import pytest
 import torch
 
 from mirrorflow.weightdecay import coupling, lint_file
+from mirrorflow.weightdecay._protocol import _rewritten
 
 OPTIMIZERS = (
     "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Muon", "NAdam",
@@ -101,6 +106,49 @@ def test_the_users_own_list_of_safe_classes_stays_as_it_was(looked_at):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_an_optimizer_is_read_whatever_pickle_protocol_wrote_it(protocol, zipped, looked_at):
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.Adam([weight], lr=torch.tensor(0.1), weight_decay=0.1)
+    weight.grad = torch.ones(3, 2)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    group = {**saved["param_groups"][0], "weight_decay": np.float64(0.1)}
+    whole = collections.OrderedDict(
+        numbers=[1, -(2**70), 2**31, 1e-300, True, None, (1, 2, 3, 4), ()], text="é\n" * 200,
+        first=saved, again=saved, second={"param_groups": [group]},
+    )  # fmt: skip
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    found = looked_at(whole, **options)
+    assert codes(found) == ["coupled"] * 3 + ["numpy-scalar"]
+    for other in ({"param_groups": []}, saved["param_groups"], Trap(), {"x": {1, 2}, **saved}):
+        with pytest.raises(ValueError, match=r"saved\.pt"):
+            looked_at({"optimizer": other, "trap": Trap()}, **options)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_rewritten_pickles_hold_what_was_pickled(protocol):
+    random.seed(protocol)
+
+    def value(depth=4):
+        kind = random.randrange(9 if depth else 6)
+        if kind > 5:
+            inner = [value(depth - 1) for _ in range(random.choice([0, 1, 2, 3, 5]))]
+            keyed = {random.choice("abcé"): one for one in inner}
+            return {6: inner, 7: tuple(inner), 8: keyed}[kind]
+        return random.choice([None, True, False, -1, 0, 255, 256, 65536, -(2**31), 2**31, -(2**90),
+                              0.1, -1e308, "", "a", "é\n", "q" * 300, b"", b"\x00\xff" * 200,
+                              np.float64])  # fmt: skip
+
+    for _ in range(200):
+        content = [shared := value(), shared, value(), "a", "a"]
+        text = pickle.dumps(content, protocol=protocol)
+        again = _rewritten(io.BytesIO(text))
+        assert pickle.loads(again) == content
+        assert max(code.proto for code, *_ in pickletools.genops(again)) <= 2
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("content", "name"),
     [
@@ -124,9 +172,11 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_nothing_in_a_file_is_run(zipped, tmp_path):
-    path = tmp_path / "saved.pt"
-    torch.save({"optimizer": state(), "x": Trap()}, path, _use_new_zipfile_serialization=zipped)
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_nothing_in_a_file_is_run(protocol, zipped, tmp_path):
+    path, content = tmp_path / "saved.pt", {"optimizer": state(), "x": Trap()}
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save(content, path, **options)
     with pytest.raises(ValueError, match="exec"):
         lint_file(path)
 

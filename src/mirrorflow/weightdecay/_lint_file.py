@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.serialization import (
     safe_globals,
 )
 
+from ._protocol import in_protocol_2
 from .lint import Finding, decay_of, of_groups
 
 __all__ = ["lint_file"]
@@ -35,6 +37,12 @@ _DAMAGED = (
     LookupError,
     AttributeError,
     OSError,  # a seek to before the beginning
+    AssertionError,
+    TypeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
 )
 _FILES = ("optimizer*.pt", "optimizer*.bin")  # of the Trainer, and of accelerate
 _NUMBERS = "?bhilqBHILQefdgFD"  # the codes of NumPy's types of numbers
@@ -109,16 +117,22 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> Any:
     """Return what a file holds, without running it; tensors stay on the disk where they can."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} cannot be read: a plain file is needed")
     with file.open("rb"):  # or an error that names it
         zipped = zipfile.is_zipfile(file)
+    source: Any = file
     try:
-        with _numbers_of_numpy(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected pickle protocol"
-            )  # of what is no file of it
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        try:
+            return _loaded(file, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            if "Unsupported operand" not in str(error):
+                raise
+            with file.open("rb") as stream:  # another protocol than torch's
+                source = in_protocol_2(stream, zipped)
+            return _loaded(source)
     except _DAMAGED as error:
-        if foreign := _foreign(file, error, zipped):
+        if foreign := _foreign(source, error, zipped):
             raise ValueError(
                 f"{file} cannot be read with weights_only=True, because it holds "
                 f"{', '.join(foreign)}: save plain numbers and optimizer.state_dict() only, or the "
@@ -128,6 +142,13 @@ def _read(file: Path) -> Any:
         reason = _COLOUR.sub("", str(error)).partition("WeightsUnpickler error:")
         line = (reason[2] or reason[0]).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged, or not a file of torch.save: {line}") from error
+
+
+def _loaded(source: Any, mmap: bool = False) -> Any:
+    """Return what torch reads without running anything."""
+    with _numbers_of_numpy(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what is no file of it
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _numbers_of_numpy() -> AbstractContextManager[Any]:
@@ -143,12 +164,14 @@ def _numbers_of_numpy() -> AbstractContextManager[Any]:
     return safe_globals([o for o in (*made, np.dtype, np.ndarray, *dtypes) if o not in known])
 
 
-def _foreign(file: Path, error: Exception, zipped: bool) -> list[str]:
+def _foreign(source: Any, error: Exception, zipped: bool) -> list[str]:
     """Return the classes in a file that torch refuses to load with weights_only=True."""
     names = set(_BLOCKED.findall(str(error)))
     if zipped and isinstance(error, pickle.UnpicklingError):
-        with _numbers_of_numpy():
-            names |= set(get_unsafe_globals_in_checkpoint(file))
+        with _numbers_of_numpy(), suppress(*_DAMAGED):
+            if isinstance(source, io.BytesIO):
+                source.seek(0)
+            names |= set(get_unsafe_globals_in_checkpoint(source))
     plain = ("builtins.dict", "collections.defaultdict")  # what other objects are made with
     return sorted(names.difference(plain) or names)
 
