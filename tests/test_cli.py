@@ -26,6 +26,13 @@ bad = (mf.Depth(3), norm, (w0[1], 0.5 * w0[1], 0.3 * w0[1]))
 number = 3
 def make():
     return pair
+def raises():
+    1 / 0
+def stops():
+    raise SystemExit(0)
+def missing(w):
+    raise KeyError("w")
+breaks = (mf.CustomReparam(missing), mf.WeightDecay(), w0)
 """
 
 
@@ -138,6 +145,9 @@ def test_check_tells_a_good_pair_from_a_bad_one(monkeypatch, capsys, file, name,
         ("{file}:other", "defines no 'other'"),
         ("{file}:number", "must be (g, h, w0)"),
         ("{broken}:pair", "ZeroDivisionError"),
+        ("{file}:raises", "raises failed: ZeroDivisionError"),
+        ("{file}:stops", "stops failed: SystemExit"),
+        ("{file}:breaks", "breaks failed: KeyError"),
         ("{wrong}:pair", "NaN"),
     ],
 )
@@ -149,6 +159,42 @@ def test_check_names_what_is_wrong_with_its_argument(
     wrong.write_text(GOOD.replace("torch.zeros(2,", "torch.full((2,), torch.nan,"))
     assert call(monkeypatch, "check", target.format(file=file, broken=broken, wrong=wrong)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_help_of_check_says_that_the_file_is_run(monkeypatch, capsys):
+    assert call(monkeypatch, "check", "--help") == 0
+    assert "is run as a Python program" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    saved = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], weight_decay=0.1).state_dict()
+    torch.save(saved, tmp_path / "optimizer.pt")
+    command = [sys.executable, "-m", "mirrorflow", "lint", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "mirrorflow: the output cannot be written: No space left on device\n"
+
+
+def test_what_a_file_holds_does_not_move_the_cursor(monkeypatch, capsys, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    evil = "a\x1b[2J\x9b1m\u202eb"
+    weights = {f"{evil}.{name}_proj.weight": torch.eye(4) for name in "qk"}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert call(monkeypatch, "audit", tmp_path) == 0
+    assert call(monkeypatch, "audit", tmp_path, "--pair", f"x={evil},{evil}") == 2
+    text = "".join(capsys.readouterr())
+    assert r"a\x1b[2J\x9b1m\u202eb" in text and not set("\x1b\x9b\u202e") & set(text)
+
+
+@pytest.mark.parametrize("content", [b"a = '\xff'", b"a = " + b"[" * 100_000])
+def test_a_configuration_of_any_bytes_is_an_error_of_its_file(
+    monkeypatch, capsys, tmp_path, content
+):
+    (tmp_path / "odd.toml").write_bytes(content)
+    assert call(monkeypatch, "run", NAME, "--config", tmp_path / "odd.toml") == 2
+    assert "odd.toml is not TOML" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_finished_parts_and_the_same_command_goes_on(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError
 from .sweeps import sweeps
+from .terminal import shown
 from .truncate import truncate_command
 
 __all__ = ["UserError", "app", "main"]
@@ -44,9 +46,15 @@ Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
 def main() -> None:
     """Run the command line; a user's mistake ends with exit code 2, Ctrl-C with 130."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # or what cannot be written shows when it is too late
     except UserError as error:
         _fail(str(error), error.code)
+    except OSError as error:
+        _drop_output()
+        _fail(f"{error.filename or 'the output'} cannot be written: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
@@ -55,9 +63,15 @@ def main() -> None:
         _fail(f"this command needs {package}, of the extra {extra}: pip install '.[{extra}]'", 2)
 
 
+def _drop_output() -> None:
+    """Let Python end without trying again to write what cannot be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> NoReturn:
     """Print one line and end with an exit code."""
-    print(f"mirrorflow: {message}", file=sys.stderr)
+    print(f"mirrorflow: {shown(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -122,17 +136,22 @@ def check(
 ) -> None:
     """Check whether the theory holds for your own g and h.
 
+    The file is run as a Python program, with your rights: give only a file that you trust.
+
     NAME is a tuple (g, h, w0) in the file, or a function without arguments that returns one. Exit
-    code 0 if Theorem 3.2 applies, 1 if it does not.
+    code 0 if Theorem 3.2 applies, 1 if it does not, 2 if the file or its functions fail.
     """
     from ..conditions import check as check_pair
 
     g, h, w0 = _load_pair(target)
     try:
         found = check_pair(g, h, w0)
+        text = found.explain()
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    print(found.explain())
+    except Exception as error:  # of the functions in the user's file
+        raise UserError(f"{target} failed: {type(error).__name__}: {error}") from error
+    print(text)
     raise typer.Exit(0 if found.applies else 1)
 
 
@@ -309,13 +328,18 @@ def _load_pair(target: str) -> tuple[Any, Any, Any]:
         raise UserError(f"expected path/to/file.py:name, got {target!r}")
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist. Give path/to/file.py:name.")
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:  # whatever a user's file does wrong is the user's to read
-        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
+    values = _ran(path, lambda: runpy.run_path(path))
     if name not in values:
         raise UserError(f"{path} defines no {name!r}")
-    pair = values[name]() if callable(values[name]) else values[name]
+    pair = _ran(target, values[name]) if callable(values[name]) else values[name]
     if not isinstance(pair, tuple) or len(pair) != 3:
         raise UserError(f"{name} in {path} must be (g, h, w0), or a function that returns that")
     return pair
+
+
+def _ran(what: str, call: Callable[[], Any]) -> Any:
+    """Run what is the user's; whatever it does wrong is the user's to read."""
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} failed: {type(error).__name__}: {error}") from error

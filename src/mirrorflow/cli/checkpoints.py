@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from .errors import UserError
+from .terminal import shown
 
 __all__ = ["audit", "lint"]
 
@@ -49,7 +50,7 @@ def audit(
     except (OSError, ValueError, ImportError) as error:
         hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
         raise UserError(f"{error}{hint}") from error
-    print(found.to_json() if json else table(found))
+    print(found.to_json() if json else shown(table(found)))
     if page is not None:
         _write_audit(found.to_dict(), path.name, page)
 
@@ -105,7 +106,7 @@ def lint(
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     for finding in found:
-        print(finding)
+        print(shown(str(finding)))
     if not found:
         print("nothing found")
     raise typer.Exit(1 if any(finding.level == "warning" for finding in found) else 0)

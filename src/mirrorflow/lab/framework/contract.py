@@ -327,5 +327,5 @@ def _toml(path: Path) -> dict[str, Any]:
     """Read a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of TOML, and of UTF-8
         raise ValueError(f"{path} is not TOML: {error}") from None
