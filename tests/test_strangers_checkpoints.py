@@ -4,6 +4,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,7 +93,8 @@ def test_what_still_takes_too_long_is_refused_by_its_field():
 
 
 @pytest.mark.parametrize("pattern", ["(?i)x", "(", "a*+b", "a" * 1001,
-                                     r"(a*)*\1", "x{99999999999999999999}", "(?<=a*)b"])  # fmt: skip
+                                     r"(a*)*\1", "x{99999999999999999999}", "(?<=a*)b",
+                                     ])  # fmt: skip
 def test_a_pattern_that_peft_or_we_cannot_match_is_an_error(pattern, tmp_path):
     adapter = {"lora_alpha": 4, "alpha_pattern": {pattern: 2}}
     with pytest.raises(ValueError, match=r"adapter_config\.json: alpha_pattern must hold"):
@@ -214,3 +217,87 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_not_waited_for(name, tmp_path)
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=rf"{name}.*it is a folder"):
         audit(tmp_path)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, resource, pathlib
+import torch
+from mirrorflow.spectrum import audit
+folder = pathlib.Path(sys.argv[1])
+audit(folder / "first.safetensors")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in sorted(folder.glob("shape*.safetensors")):
+    assert len(audit(file, level=sys.argv[2]).records) >= 1
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def update(n, r, m):
+    return {"m.lora_A.weight": torch.randn(r, m), "m.lora_B.weight": torch.randn(n, r)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+def test_memory_stays_below_the_stated_multiple_of_a_pair_of_any_shape(tmp_path):
+    shapes = [(1, 40_000, 1), (40_000, 1, 40_000), (2, 200_000, 3), (1000, 1, 200_000),
+              (20, 20_000, 20), (700, 600, 700), (600, 1300, 600), (30, 1500, 1700)]  # fmt: skip
+    safetensors.save_file(update(3, 2, 3), tmp_path / "first.safetensors")
+    for i, shape in enumerate(shapes):
+        safetensors.save_file(update(*shape), tmp_path / f"shape{i}.safetensors")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), "layer"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    most = 0
+    for (n, r, m), kilobytes in zip(shapes, map(int, done.stdout.split()), strict=True):
+        most = max(most, 128 * r * (n + m))
+        assert 1024 * kilobytes < most + 32e6, (n, r, m)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(None, None), (4, 4), (4, 2)])
+@pytest.mark.parametrize("level", ["layer", "head"])
+def test_a_wide_inner_dimension_has_the_numbers_of_the_dense_product(heads, key_heads, level,
+                                                                     tmp_path):  # fmt: skip
+    Q, K = (
+        torch.randn(80, 4).double(),
+        torch.randn(80 * (key_heads or 1) // (heads or 1), 5).double(),
+    )
+    weights = {"x.self_attn.q_proj.weight": Q, "x.self_attn.k_proj.weight": K}
+    config = {"num_attention_heads": heads, "head_dim": 20} if heads else {}
+    if heads is None and level == "head":
+        return
+    found = audit(folder(tmp_path, config=config, **weights), level=level).records
+    share = (heads or 1) // (key_heads or 1)
+    keys = K.unflatten(0, (key_heads or 1, -1)).repeat_interleave(share, 0)
+    queries = Q.unflatten(0, (heads or 1, -1))
+    if level == "layer":
+        queries, keys = queries.reshape(1, 80, 4), keys.reshape(1, 80, 5)
+    assert len(found) == len(queries)
+    for record, q, k in zip(found, queries, keys, strict=True):
+        values = torch.linalg.svdvals(q.T @ k)
+        assert record.nuclear == pytest.approx(values.sum().item())
+        assert record.ratio == pytest.approx((values.sum() / values.norm()).item())
+        assert record.imbalance == pytest.approx((q @ q.T - k @ k.T).norm().item())
+        size = (q.square().sum() + k.square().sum()) / 2
+        assert record.gap == pytest.approx((size - values.sum()).item())
+        assert record.shape == (4, len(q), 5)
+
+
+def test_wide_factors_may_be_zero_or_not_finite(tmp_path):
+    weights = {}
+    for name, fill in (("zero", 0.0), ("nan", torch.nan), ("inf", torch.inf)):
+        weights[f"{name}.lora_A.weight"] = torch.full((50, 2), fill)
+        weights[f"{name}.lora_B.weight"] = torch.ones(3, 50)
+    states = {record.name: record.status for record in audit(folder(tmp_path, **weights)).records}
+    assert states == {"zero": "undefined", "nan": "not finite", "inf": "not finite"}
+
+
+def test_what_takes_too_large_matrices_is_listed_and_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["mirrorflow.spectrum.audit"], "CORE", 3)
+    found = audit(folder(tmp_path))
+    assert len(found.records) == 1
+    assert found.skipped == (
+        ("layers.0.self_attn", "it takes 4 x 4 numbers, and at most 3^2 are taken"),
+    )
+    pairs = {"own": ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight")}
+    with pytest.raises(ValueError, match="pair 'own': it takes 4 x 4 numbers"):
+        audit(tmp_path, pairs=pairs)

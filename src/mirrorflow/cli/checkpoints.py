@@ -38,7 +38,7 @@ def audit(
 ) -> None:
     """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
 
-    The file is read pair by pair, so that memory stays near the largest pair.
+    The file is read pair by pair: memory stays below 16 copies of the largest pair in float64.
     """
     from ..spectrum import audit as measure
     from ..spectrum import table

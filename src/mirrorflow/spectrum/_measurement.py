@@ -63,13 +63,15 @@ def _measure_alike(
     heads, key_heads = (first.heads, first.key_heads) if level == "head" else (None, None)
     left = [_by_head(load(pair.left), heads) for pair in pairs]
     right = [_by_head(load(pair.right), key_heads) for pair in pairs]
-    if heads is None and first.heads != first.key_heads:
+    n, r, m = first.shape
+    if r // (heads or 1) > n + m and not _sharded(left, right):
+        spectrum = _tall(left, right, first)
+    elif heads is None and first.heads != first.key_heads:
         spectrum = _grouped(left, right, first)
     elif heads is None:
         spectrum = _whole(left, right, first)
     else:
         spectrum = _heads(left, right, first)
-    n, r, m = first.shape
     return [
         _records(pair, rows, (n, r // heads if heads else r, m))
         for pair, rows in zip(pairs, _numbers(spectrum), strict=True)
@@ -92,6 +94,27 @@ def _whole(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
     return ProductSpectrum(
         torch.stack([found.to(gram_a.device) for found in values]), gram_a, gram_b
     )
+
+
+def _tall(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
+    """Measure products whose inner dimension r is above n + m, without r x r matrices.
+
+    With the rows ``[A^T, B] = Q [R_A, R_B]``, A B is R_A^T R_B, and A^T A - B B^T has the norm of
+    R_A R_A^T - R_B R_B^T: the inner dimension is n + m then.
+    """
+    n = pair.shape[0]
+    heads, key_heads = (pair.heads or 1), (pair.key_heads or 1)
+    cores = []
+    for a, b in zip(left, right, strict=True):
+        queries = double(a)
+        keys = double(b).to(queries.device)
+        if heads != key_heads:  # each row of K meets a row of each query head that shares it
+            grouped = keys if keys.ndim > 2 else keys.unflatten(0, (key_heads, -1))
+            keys = grouped.repeat_interleave(heads // key_heads, 0).view(*queries.shape[:-1], -1)
+        cores.append(torch.linalg.qr(torch.cat((queries, keys), -1), mode="r").R)
+    core = torch.stack(cores)
+    a, b = core[..., :n], core[..., n:]
+    return spectrum_of_products(a, b, gram(a), gram(b))
 
 
 def _heads(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:

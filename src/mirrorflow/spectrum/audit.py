@@ -21,13 +21,14 @@ from ._configuration import (
 from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows
-from .pairs import Adapter, Factor, Found, Named, checked, choose, clean, named, nothing_found
+from .pairs import Adapter, Factor, Found, Named, Pair, checked, choose, clean, named, nothing_found
 from .records import Measurement
 
 __all__ = ["adapters_below", "audit", "files_of", "heads", "part_of", "reader"]
 
 READABLE = ("F64", "F32", "F16", "BF16")
 PREFIX = "base_model.model."  # PEFT writes it before the names that its patterns are matched with
+CORE = 1 << 15  # rows of the largest square matrix: LAPACK counts its entries in 32 bits
 NAME = 1000  # characters that the name of a weight has at most
 
 
@@ -41,8 +42,10 @@ def audit(
 ) -> Measurement:
     r"""Measure the spectra of the products in a checkpoint.
 
-    The weights are read pair by pair, so that memory stays near the largest pair, and the model is
-    never built. The number of heads comes from ``config.json``, LoRA's scale from
+    The weights are read pair by pair, and the model is never built: whatever the shapes, memory
+    stays below 128 bytes for each element of the largest pair, 16 copies of it in float64. A
+    product that needs a square matrix of more than 32,768 rows is not measured, and listed with
+    that reason. The number of heads comes from ``config.json``, LoRA's scale from
     ``adapter_config.json``, where they lie beside the weights, or in files of kohya's scripts
     (``lora_down``, ``lora_up``) from their ``alpha``.
 
@@ -81,11 +84,22 @@ def audit(
     checkpoint = Checkpoint(Path(path))
     shapes = checkpoint.shapes
     found = checkpoint.readable(choose(find(shapes, checkpoint, values), level, match))
-    chosen = (*found.pairs, *named(pairs, shapes))
+    own = named(pairs, shapes)
+    for pair in own:
+        if large := _too_large(pair):
+            raise ValueError(f"pair {pair.name!r}: {large}. Take a part of its rows by [a:b].")
+    chosen = (*found.pairs, *own)
     if not chosen:
         raise ValueError(nothing_found(str(path), found.skipped, "audit"))
     skipped = (*found.skipped, *adapters_below(Path(path)))
     return Measurement(measure(chosen, checkpoint.load, level, batch=0), skipped)
+
+
+def _too_large(pair: Pair) -> str:
+    """Say why a product is not measured, if the matrices that takes are too large."""
+    n, r, m = pair.shape
+    core = max(min(n, m, r), min(r, n + m))  # the product, or a Gram matrix
+    return f"it takes {core} x {core} numbers, and at most {CORE}^2 are taken" * (core > CORE)
 
 
 class Checkpoint:
@@ -144,10 +158,12 @@ class Checkpoint:
         pairs, skipped = [], list(found.skipped)
         for pair in found.pairs:
             kinds = {self._types[factor.key] for factor in (pair.left, pair.right)}
-            if kinds <= set(READABLE):
-                pairs.append(pair)
-            else:
+            if not kinds <= set(READABLE):
                 skipped.append((pair.label, f"stored as {', '.join(sorted(kinds))}: quantized"))
+            elif large := _too_large(pair):
+                skipped.append((pair.label, large))
+            else:
+                pairs.append(pair)
         return Found(tuple(pairs), tuple(skipped))
 
     def heads(self, module: str) -> tuple[int | None, int | None]:
