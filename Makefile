@@ -19,7 +19,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture schedule cond
 
 # Two installs into one .venv at the same time would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser test-machines $(MACHINES) test-lowest lint bench docs \
+.PHONY: help demo test test-slow fuzz test-browser test-machines $(MACHINES) test-lowest lint bench docs \
 	wheel clean
 .DEFAULT_GOAL := help
 
@@ -60,6 +60,9 @@ test-lowest: ## run the tests of the core on the lowest versions that pyproject.
 	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt torch
 	.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[test-core]'
 	$(THREADS) .venv-lowest/bin/pytest -q -n 2 $(CORE_TESTS)
+
+fuzz: .venv/.installed-test ## hand mutated files to everything that reads files (minutes)
+	$(THREADS) $(BIN)/python tests/fuzz.py $(SEED)
 
 test-browser: .venv/.installed-test ## run the tests of the page; fails where there is no Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \

@@ -487,3 +487,28 @@ def test_times_are_finite_and_not_negative(schedule, t):
     for method in (schedule.rate, schedule.integral, schedule.accumulated):
         with pytest.raises(ValueError, match="t must be finite and >= 0, got"):
             method(t)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"kind": ["x"]}, {"kind": None}, {"kind": "Constant", "rate": 10**400},
+        {"kind": "Piecewise", "times": 5, "rates": [1]}, {"kind": "Cyclic", "schedule": 5,
+        "period": 1, "cycles": 2}, {"kind": "join", "schedules": 5, "starts": [0]},
+        {"kind": "join", "schedules": [5], "starts": 0.0}, {"kind": "join", "schedules": [5],
+        "starts": [0]}, {"kind": "SwitchOff", "rate": 1, 3: 1}, 5, None, [],
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_plain_values_of_other_types_are_a_value_error(mapping):
+    with pytest.raises(ValueError, match=r"must|another type") as caught:
+        mf.schedule_from_dict(mapping)
+    assert len(str(caught.value)) < 300
+
+
+def test_schedules_nested_without_end_are_a_value_error():
+    mapping = {"kind": "Constant", "rate": 1}
+    for _ in range(10_000):
+        mapping = {"kind": "Cyclic", "schedule": mapping, "period": 1, "cycles": 2}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        mf.schedule_from_dict(mapping)

@@ -219,6 +219,33 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_not_waited_for(name, tmp_path)
         audit(tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (0, 4)])
+@pytest.mark.parametrize("ends", [("in_proj_weight",), ("q_proj_weight", "k_proj_weight"),
+                                  ("q_proj.weight", "k_proj.weight"), ("qkv.weight",),
+                                  ("lora_A.weight", "lora_B.weight"), ("query_key_value.weight",),
+                                  ])  # fmt: skip
+def test_weights_that_are_no_matrix_are_no_pair(ends, shape, tmp_path):
+    config = {"num_attention_heads": 2, "head_dim": 2}
+    fit = {"a.q_proj.weight": torch.eye(4), "a.k_proj.weight": torch.eye(4)}
+    weights = {**fit, **{f"x.{end}": torch.ones(shape) for end in ends}}
+    found = audit(folder(tmp_path, config=config, **weights), values=True)
+    assert [record.name for record in found.records] == ["a"]
+    weights["x.q_proj.weight"] = torch.ones(4, 4)  # and its K has no rows
+    weights["x.k_proj.weight"] = torch.ones(0, 4)
+    assert len(audit(folder(tmp_path, config=config, **weights)).records) >= 1
+
+
+def test_factors_whose_product_is_beyond_float64_are_listed(tmp_path):
+    large = torch.full((2, 4), 1e200, dtype=torch.float64)
+    weights = {"m.lora_A.weight": large, "m.lora_B.weight": large.mT.contiguous(),
+               "n.lora_A.weight": torch.eye(2, 4), "n.lora_B.weight": torch.eye(4, 2)}  # fmt: skip
+    folder(tmp_path, adapter={"lora_alpha": 2, "r": 2}, **weights)
+    assert [record.status for record in audit(tmp_path).records] == ["not finite", "ok"]
+    plan = plan_truncation(tmp_path, rank=1)
+    assert [record.name for record in plan.report.records] == ["n"]
+    assert plan.report.skipped[0][1].startswith("its entries are beyond float64")
+
+
 # --- Memory ---------------------------------------------------------------------------------------
 
 MEASURE = """

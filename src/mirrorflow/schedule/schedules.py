@@ -3,6 +3,7 @@ r"""The abstract schedule, and schedules of one formula each."""
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -283,17 +284,17 @@ def finite(name: str, value: Any) -> float:
     """Return ``value`` as a finite float, or an error that names it."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {reprlib.repr(value)}")
     return number
 
 
 def _several(name: str, values: Any) -> tuple[float, ...]:
     """Return the numbers of a sequence."""
     if getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
+        raise ValueError(f"{name} must be a sequence of numbers, got {reprlib.repr(values)}")
     return tuple(finite(name, value) for value in values)
 
 
@@ -301,7 +302,7 @@ def positive(name: str, value: Any) -> float:
     """Return ``value`` as a finite float > 0, or an error that names it."""
     number = finite(name, value)
     if number <= 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+        raise ValueError(f"{name} must be positive, got {reprlib.repr(value)}")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -69,7 +70,8 @@ def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
     kind = mapping.get("kind") if isinstance(mapping, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
         raise ValueError(
-            f"schedule must be a mapping whose kind is one of {', '.join(makers)}, got {mapping!r}"
+            f"schedule must be a mapping whose kind is one of {', '.join(makers)}, got "
+            f"{reprlib.repr(mapping)}"
         )
     given = {name: value for name, value in mapping.items() if name != "kind"}
     needed = list(inspect.signature(makers[kind]).parameters)
@@ -78,7 +80,12 @@ def schedule_from_dict(mapping: Mapping[str, Any]) -> Schedule:
             f"{kind}: the fields must be {' and '.join(needed)}, got "
             f"{' and '.join(map(str, given)) or 'none'}"
         )
-    return makers[kind](**{name: _made(value) for name, value in given.items()})
+    try:
+        return makers[kind](**{name: _made(value) for name, value in given.items()})
+    except (TypeError, OverflowError, RecursionError) as error:
+        nested = isinstance(error, RecursionError)
+        reason = "it is nested too deeply" if nested else f"a field has another type: {error}"
+        raise ValueError(f"{kind}: {reason}") from error
 
 
 def _made(value: Any) -> Any:
@@ -108,6 +115,6 @@ def _joined(schedules: Sequence[Any], starts: Sequence[Any]) -> Joined:
     if not times or times[0] != 0 or not ascending or len(times) != len(schedules):
         raise ValueError(
             f"join: starts must ascend from 0, one for each of the {len(schedules)} schedules, "
-            f"got {starts!r}"
+            f"got {reprlib.repr(starts)}"
         )
     return Joined(tuple(map(schedule_from_dict, schedules)), times)

@@ -106,6 +106,10 @@ class AdapterFile:
         old = self._rows(pair.left), self._rows(pair.right)
         if not all(bool(torch.isfinite(rows).all()) for rows in old):
             return f"it holds NaN or infinite entries: {UNCHANGED}"
+        if not torch.isfinite(
+            torch.linalg.norm(old[0].double()) * torch.linalg.norm(old[1].double())
+        ):
+            return f"its entries are beyond float64: {UNCHANGED}"
         kept = truncated_product(
             old[0].mT, old[1], rank=choice.rank, energy=choice.energy, error=choice.error
         )

@@ -181,7 +181,7 @@ def _by_heads(prefix: str, key: str, shapes: Shapes, facts: Facts) -> Projection
 def multihead(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """`torch.nn.MultiheadAttention`: in_proj_weight (3 d, d), or q_, k_ and v_proj_weight."""
     match = re.fullmatch(r"((?:.*\.)?)(in|q)_proj_weight", key)
-    if not match:
+    if not match or len(shapes[key]) < 2:
         return None
     if match[2] == "q":
         query, other, value = (Factor(f"{match[1]}{part}_proj_weight") for part in "qkv")

@@ -79,6 +79,8 @@ def _lora(
         return None  # its third factor says why
     if left.key not in shapes:
         return f"{left.key} is missing"
+    if min(len(shapes[key]), len(shapes[left.key])) < 2:
+        return "not a matrix (is it quantized?)"
     if any(size != 1 for size in shapes[left.key][2:]):
         return "the product of these convolutions is no matrix product"
     right = Factor(key)
@@ -182,6 +184,6 @@ def _divide(
         return None, None  # the facts are another layer's, or another part's
     if not width:
         width = queries // count if count and queries % count == 0 else None
-    if not width or queries % width or keys % width or queries % keys:
+    if not width or not keys or queries % width or keys % width or queries % keys:
         return None, None
     return queries // width, keys // width

@@ -176,7 +176,10 @@ def truncated_product(
         )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise ValueError("A and B must be finite, got NaN or infinite entries. Look at training.")
-    return _truncated(double(A.detach()), double(B.detach()), choice)
+    A, B = double(A.detach()), double(B.detach())
+    if not torch.isfinite(torch.linalg.norm(A) * torch.linalg.norm(B)):
+        raise ValueError("A B must be finite, got entries beyond float64. Scale the factors.")
+    return _truncated(A, B, choice)
 
 
 def _truncated(A: Tensor, B: Tensor, choice: RankChoice) -> TruncatedProduct:
