@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from threadpoolctl import threadpool_limits
 
 WORLD, LIMIT = 2, 1200  # seconds: only what hangs is stopped
@@ -36,10 +37,7 @@ def shared_folder(tmp_path_factory, name):
 @contextmanager
 def one_at_a_time(path):
     """Wait for the workers before this one."""
-    import fcntl  # not on Windows
-
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with FileLock(path):
         yield
 
 

@@ -31,7 +31,7 @@ def threads(monkeypatch):
     """Workers compute as this process does, to the bit, and import the observers of the tests."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     with one_thread():
         yield
 
@@ -262,15 +262,16 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path):
     folder = tmp_path / QUICK.module.NAME
     folder.mkdir()
     code = (
-        "import fcntl, sys, time\n"
-        f"f = open({str(folder / '.sweep')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
-        "print('held', flush=True); time.sleep(6000)"
+        "import pathlib, time\nfrom mirrorflow.lab.framework import hold\n"
+        f"with hold(pathlib.Path({str(folder / '.sweep')!r}), print):\n"
+        "    print('held', flush=True); time.sleep(6000)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="another sweep is working in"):
+        who = rf"another sweep is working in .* \(process {other.pid} on the machine .+\)"
+        with pytest.raises(RuntimeError, match=who):
             sw.sweep(QUICK, tmp_path, workers=1)
     finally:
         other.kill()

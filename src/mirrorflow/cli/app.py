@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from .checkpoints import audit, lint
-from .errors import INTERRUPTED, UserError
+from .errors import INTERRUPTED, UserError, disk_error
 from .sweeps import sweeps
 from .terminal import shown
 from .truncate import truncate_command
@@ -69,9 +69,14 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _tell(message: str) -> None:
+    """Print one line beside the output."""
+    print(f"mirrorflow: {shown(message)}", file=sys.stderr)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     """Print one line and end with an exit code."""
-    print(f"mirrorflow: {shown(message)}", file=sys.stderr)
+    _tell(message)
     sys.exit(code)
 
 
@@ -96,7 +101,9 @@ def list_(out: Out = Path("runs")) -> None:
     """List the experiments, the figures they reproduce, and whether results are stored."""
     from ..lab import framework
 
-    stored = [result["experiment"] for result in framework.find_results(out)]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}. Give the folder of results.")
+    stored = [result["experiment"] for result in framework.find_results(out, _tell)]
     for name in framework.experiments():
         module = framework.load(name)
         count = stored.count(module.NAME)
@@ -193,7 +200,9 @@ def _execute(
     try:
         with _progress(name) as advance:
             return framework.execute(module, chosen, out, force=force, progress=advance)
-    except ImportError as error:
+    except OSError as error:
+        raise disk_error(error, out) from error
+    except (ImportError, ArithmeticError) as error:  # a training that diverged
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
         raise UserError(INTERRUPTED, 130) from None
@@ -244,15 +253,29 @@ def _build(folder: Path, output: Path) -> Path:
     from ..lab import framework
     from ..lab import report as page
 
-    results = framework.find_results(folder)
+    results = framework.find_results(folder, _tell)
     if not results:
         raise UserError(
             f"{folder} must hold finished results, got none. Make some with mirrorflow run."
         )
     # The paper's figures first, then the studies of our own.
     results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
-    sections = [_section(folder, result, results) for result in results]
-    return page.build(sections, output, __version__)
+    sections = [s for result in results if (s := _section_if_whole(folder, result, results))]
+    try:
+        return page.build(sections, output, __version__)
+    except OSError as error:
+        raise disk_error(error, output.parent) from error
+
+
+def _section_if_whole(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
+    """Return the section of a stored run, or None, and say why, where a file of it is broken."""
+    try:
+        return _section(folder, result, results)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever a broken file makes its figures raise
+        _tell(f"{result['folder']} is left out: {type(error).__name__}: {error}")
+        return None
 
 
 def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import INTERRUPTED, UserError
+from .errors import INTERRUPTED, UserError, disk_error
 
 if TYPE_CHECKING:
     from ..lab.sweep.driver import Outcome, Progress
@@ -78,7 +78,9 @@ def run(
             )  # fmt: skip
     except KeyboardInterrupt:
         raise UserError(INTERRUPTED, 130) from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except OSError as error:
+        raise disk_error(error, out) from error
+    except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(str(error)) from error
     _conclude(outcome, out / chosen.module.NAME)
 
@@ -90,7 +92,7 @@ def status(folder: Folder) -> None:
 
     try:
         runs = package.status(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     for found in runs:
         changes = ", ".join(f"{key}={value}" for key, value in found.changes.items())

@@ -15,12 +15,15 @@ from .contract import (
     execute,
     experiments,
     find_results,
+    finished,
     load,
     needs,
+    read_result,
     result_folder,
     trajectory,
     write_json,
 )
+from .storage import held, hold, remove_drafts, run_lock
 from .trunks import Checkpoints, Timeline, steps_saved
 
 __all__ = [
@@ -35,9 +38,15 @@ __all__ = [
     "execute",
     "experiments",
     "find_results",
+    "finished",
+    "held",
+    "hold",
     "load",
     "needs",
+    "read_result",
+    "remove_drafts",
     "result_folder",
+    "run_lock",
     "steps_saved",
     "trajectory",
     "write_json",

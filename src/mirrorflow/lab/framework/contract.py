@@ -11,7 +11,8 @@ A run lives in ``<out>/<experiment>/<hash>/``, named by the hash of its configur
   parts finished by interrupted runs included. It is written last: a folder
   with it holds a finished run. ``failure.json`` says why a run failed.
 
-Every file is written under a temporary name, synced, and renamed.
+Every file is written under a temporary name, synced, and renamed. One process at a time works in
+the folder of a run; it holds the lock ``<out>/<experiment>/.locks/<hash>``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import shutil
 import time
 import tomllib
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +48,7 @@ from .recorder import (
     write_arrays,
     write_json,
 )
+from .storage import hold, remove_drafts, run_lock
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -63,14 +67,21 @@ __all__ = [
     "execute",
     "experiments",
     "find_results",
+    "finished",
     "load",
     "needs",
+    "read_result",
     "result_folder",
     "trajectory",
     "write_json",
 ]
 
 FORMAT = 1
+# What a result.json holds, as far as others than its experiment read it.
+_FIELDS = {
+    "format": int, "experiment": str, "hash": str, "config": dict, "seconds": (int, float),
+    "started": str, "records": list, "meta": dict,
+}  # fmt: skip
 PRESETS = ("smoke", "cpu", "full")
 
 Trajectory = Mapping[str, NDArray[Any]]
@@ -157,7 +168,9 @@ def execute(
 ) -> Path:
     """Run an experiment into its folder, unless a finished run is there already.
 
-    A run that was interrupted (Ctrl-C, a crash) continues behind its last finished part.
+    A run that was interrupted (Ctrl-C, a crash) continues behind its last finished part. Where
+    another process runs the same configuration, this one waits for it, and ``progress`` says for
+    whom.
 
     Parameters
     ----------
@@ -191,12 +204,35 @@ def execute(
     """
     needs(module)
     folder = result_folder(module, config, out)
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    if (folder / "result.json").exists():
+    if not force and finished(folder):
         return folder
+
+    def busy(holder: str) -> None:
+        if progress is not None:
+            progress(0, 1, f"waits for {holder}, which runs the same configuration")
+
+    with hold(run_lock(folder), busy):
+        if force:
+            (folder / "result.json").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        if not finished(folder):
+            _execute(module, config, folder, progress, trunks, observers)
+    return folder
+
+
+def _execute(
+    module: Experiment,
+    config: Config,
+    folder: Path,
+    progress: Progress | None,
+    trunks: Path | None,
+    observers: Sequence[Observer],
+) -> None:
+    """Run an experiment into its folder, whose lock this process holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failure.json").unlink(missing_ok=True)
+    remove_drafts(folder, folder / "parts", folder / "trunks")
+    for earlier in ("failure.json", "result.json"):  # a result that cannot be read is none
+        (folder / earlier).unlink(missing_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     commit = checkout()
@@ -207,7 +243,8 @@ def execute(
         require_finite(module.NAME, Part(records))
     except Exception as error:  # whatever it is, it is written down, and raised again
         reason = {"reason": f"{type(error).__name__}: {error}", "started": started}
-        write_json(folder / "failure.json", reason | {"traceback": traceback.format_exc()})
+        with suppress(OSError):  # on a full disk the reason that is raised is the first
+            write_json(folder / "failure.json", reason | {"traceback": traceback.format_exc()})
         raise
     write_arrays(folder / "trajectory.npz", recorder.arrays())
     result = {
@@ -226,7 +263,6 @@ def execute(
     write_json(folder / "result.json", result)
     for unfinished in ("parts", "trunks"):
         shutil.rmtree(folder / unfinished, ignore_errors=True)
-    return folder
 
 
 def result_folder(module: Experiment, config: Config, out: str | Path) -> Path:
@@ -240,8 +276,25 @@ def result_folder(module: Experiment, config: Config, out: str | Path) -> Path:
     return Path(out) / module.NAME / hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def find_results(out: str | Path) -> list[dict[str, Any]]:
+def finished(folder: Path) -> bool:
+    """Return whether a folder holds a finished run: a result.json that can be read."""
+    try:
+        return read_result(folder / "result.json")["format"] == FORMAT
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def find_results(
+    out: str | Path, broken: Callable[[str], None] = warnings.warn
+) -> list[dict[str, Any]]:
     """Read the result.json of every finished run below a folder.
+
+    Parameters
+    ----------
+    out : path
+        The folder of all results.
+    broken : callable
+        Called with a sentence about each file that is not a result; the others are read.
 
     Returns
     -------
@@ -251,12 +304,37 @@ def find_results(out: str | Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(Path(out).glob("*/*/result.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a result file: {error}") from None
-        if result.get("format") == FORMAT:
+            result = read_result(path)
+        except (OSError, ValueError) as error:
+            broken(str(error))
+            continue
+        if result["format"] == FORMAT:
             found.append({**result, "folder": path.parent})
     return sorted(found, key=lambda result: (result["experiment"], result["started"]))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result.json; a ValueError says what is wrong with it."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if path.stat().st_size else "an empty file"
+        raise ValueError(_not_a_result(path, reason)) from None
+    if not isinstance(result, dict):
+        raise ValueError(_not_a_result(path, f"a {type(result).__name__}"))
+    for field, kind in _FIELDS.items():
+        if not isinstance(result.get(field), kind):
+            raise ValueError(_not_a_result(path, f"{result.get(field)!r:.60} for {field!r}"))
+    if not all(isinstance(record, dict) for record in result["records"]):
+        raise ValueError(_not_a_result(path, "records that are not objects"))
+    return result
+
+
+def _not_a_result(path: Path, reason: str) -> str:
+    return (
+        f"{path} must be the result of a run, got {reason}. Remove it, or give the command that "
+        "made it again."
+    )
 
 
 def trajectory(folder: str | Path) -> dict[str, NDArray[Any]]:

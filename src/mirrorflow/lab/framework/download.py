@@ -7,6 +7,8 @@ import os
 import urllib.request
 from pathlib import Path
 
+from .storage import hold
+
 __all__ = ["data_file", "data_home"]
 
 
@@ -29,18 +31,27 @@ def data_file(name: str, url: str, sha256: str | None = None) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with hold(path.with_name(f".{path.name}.lock"), lambda holder: None):
+        if not path.exists():  # another process may have downloaded it meanwhile
+            _download(url, path, sha256)
+    return path
+
+
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    """Download a file, and check it."""
+    draft = path.with_name(f".{path.name}.part")  # a killed download's is written over
     try:
         urllib.request.urlretrieve(url, draft)
+        digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(
-            f"{name} is neither at {path} nor could it be downloaded from {url} ({error}): put it "
-            "there, or set MIRRORFLOW_DATA to the folder that holds it"
+            f"{path.name} is neither at {path} nor could it be downloaded from {url} ({error}): "
+            "put it there, or set MIRRORFLOW_DATA to the folder that holds it"
         ) from error
-    found = hashlib.sha256(draft.read_bytes()).hexdigest()
-    if sha256 is not None and found != sha256:
+    if sha256 is not None and digest != sha256:
         draft.unlink()
-        raise ValueError(f"{url} has the checksum {found}, expected {sha256}: the file has changed")
+        raise ValueError(
+            f"{url} has the checksum {digest}, expected {sha256}: the file has changed"
+        )
     draft.replace(path)
-    return path

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .storage import replacing
 from .trunks import Checkpoints
 
 __all__ = [
@@ -77,9 +78,9 @@ class Recorder:
     def logging(self) -> Iterator[None]:
         """Open the log, with the lines of finished parts that an earlier run has left in it."""
         path = self.folder / "metrics.partial.jsonl"
-        kept = [line for line in _lines(path) if self._finished(line.get("part"))]
-        with _replacing(path) as stream:
-            stream.writelines((json.dumps(line) + "\n").encode() for line in kept)
+        done = {part.stem for part in self.folder.glob("parts/*.json")}
+        with replacing(path) as stream:
+            stream.writelines(line for line, part in _lines(path) if part in done)
         with path.open("a", encoding="utf-8") as self._stream:
             yield
             os.fsync(self._stream.fileno())
@@ -161,32 +162,29 @@ def require_finite(name: str, part: Part) -> None:
             raise ArithmeticError(f"{name}: {key} holds NaN or infinite numbers")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a log; a kill may have cut the last one."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """Read the whole lines of a log, one at a time, each with its part.
 
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that replaces it when it is written and synced."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(path)
+    A kill may have cut the last line, and a full disk one within.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        for line in stream:
+            with suppress(ValueError, AttributeError):
+                if line.endswith(b"\n"):
+                    yield line, json.loads(line).get("part")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one step; NaN is refused."""
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         stream.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write an npz file in one step."""
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .storage import replacing
 
 __all__ = ["Checkpoints", "Timeline", "branch_points", "steps_saved"]
 
@@ -99,12 +100,8 @@ class Checkpoints:
         if path.exists():
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        with draft.open("wb") as stream:
+        with replacing(path) as stream:
             torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
         return path
 
     def latest(self, timeline: Timeline, until: int | None = None) -> tuple[int, Any]:

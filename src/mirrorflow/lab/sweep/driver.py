@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..framework import needs, write_json
+from ..framework import hold, needs, remove_drafts, write_json
 from .engines.local import Event, Local
 from .jobs import Job, SweepPlan, plan, trunk_folder
 from .study import Study
@@ -142,7 +140,7 @@ def sweep(
     ValueError
         For a configuration that the experiment refuses, before anything runs.
     RuntimeError
-        If another sweep is working on the same experiment in this folder.
+        If another sweep is working on the same experiment in this folder; it says which process.
 
     Examples
     --------
@@ -156,8 +154,19 @@ def sweep(
     out = Path(out)
     folder = out / study.module.NAME
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+
+    def busy(holder: str) -> None:
+        raise RuntimeError(
+            f"another sweep is working in {folder} ({holder}): wait for it, or give another --out"
+        )
+
+    with hold(folder / ".sweep", busy):
+        remove_drafts(folder)
+        if engine is None:  # jobs on a cluster may outlive their driver, and still write
+            remove_drafts(trunk_folder(out, study.module.NAME))
         if store:
+            for draft in folder.rglob(".*.fetched-*"):
+                draft.unlink(missing_ok=True)
             Store(store, out).fetch(folder)
         todo = plan(study, out)
         write_json(folder / PLANNED, {"study": study.model_dump(mode="json"), "runs": todo.runs})
@@ -171,19 +180,6 @@ def sweep(
         if not failed:
             shutil.rmtree(trunk_folder(out, study.module.NAME), ignore_errors=True)
     return Outcome(todo, failed)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets it go when this process ends, however it ends."""
-    with (folder / ".sweep").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another sweep is working in {folder}: wait for it, or give another --out"
-            ) from None
-        yield
 
 
 class _Driver:

@@ -96,9 +96,7 @@ def plan(study: Study, out: str | Path) -> SweepPlan:
     }
     folder = Path(out) / module.NAME
     left = {
-        key: config
-        for key, (_, config) in configs.items()
-        if not (folder / key / "result.json").exists()
+        key: config for key, (_, config) in configs.items() if not framework.finished(folder / key)
     }
     lines = {key: _timelines(module, config) for key, (_, config) in configs.items()}
     trunks = _trunks(module, left, {key: lines[key] for key in left}, out)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..framework import held, read_result, run_lock
 from .driver import PLANNED
-from .work import LOCK
 
 __all__ = ["RunState", "export", "status"]
 
@@ -26,7 +25,8 @@ class RunState:
     changes : dict
         What is particular to it.
     state : str
-        "finished", "running", "failed", "interrupted" (it has stored parts), or "waiting".
+        "finished", "running", "failed", "interrupted" (it has stored parts), "broken" (its result
+        cannot be read; the sweep runs it again), or "waiting".
     detail : str
         The reason, the seconds it took, or how much is stored.
     """
@@ -49,37 +49,43 @@ def status(folder: str | Path) -> list[RunState]:
     ------
     FileNotFoundError
         If no sweep has begun there.
+    ValueError
+        If its plan cannot be read; the sweep's command writes it again.
     """
     folder = Path(folder)
     if not (folder / PLANNED).exists():
         raise FileNotFoundError(f"no sweep has begun in {folder}: it holds no {PLANNED}")
-    runs = json.loads((folder / PLANNED).read_text(encoding="utf-8"))["runs"]
+    runs = _content(folder / PLANNED).get("runs")
+    if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+        raise ValueError(
+            f"{folder / PLANNED} must be the plan of a sweep, got none that can be read. Give the "
+            "sweep's command again."
+        )
     return [RunState(key, changes, *_state(folder / key)) for key, changes in runs.items()]
 
 
 def _state(folder: Path) -> tuple[str, str]:
     """Read the state of a run from its folder."""
     if (path := folder / "result.json").exists():
-        seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return "finished", f"{seconds:.1f} s"
+        try:
+            return "finished", f"{read_result(path)['seconds']:.1f} s"
+        except ValueError as error:
+            return "broken", str(error)
     parts = len(list(folder.glob("parts/*.json")))
-    if _held(folder / LOCK):
+    if held(run_lock(folder)):
         return "running", f"{parts} parts finished"
     if (path := folder / "failure.json").exists():
-        return "failed", json.loads(path.read_text(encoding="utf-8"))["reason"]
+        return "failed", str(_content(path).get("reason", "for a reason that cannot be read"))
     return ("interrupted", f"{parts} parts finished") if folder.exists() else ("waiting", "")
 
 
-def _held(path: Path) -> bool:
-    """Whether a process holds a lock."""
-    if not path.exists():
-        return False
-    with path.open("r") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def _content(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def export(folder: str | Path, output: str | Path) -> int:

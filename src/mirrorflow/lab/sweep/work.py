@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib
+import multiprocessing as mp
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,18 @@ from .. import framework
 from ..framework import Checkpoints
 from .jobs import Job, trunk_folder
 
-__all__ = ["LOCK", "Result", "Store", "carry_out", "in_process"]
+__all__ = ["Result", "Store", "carry_out", "in_process"]
 
 Tell = Callable[[int, int, str], None]
 Result = tuple[str, str]  # ("done", "") or ("failed", the reason)
-LOCK = ".running"
 
 
 def in_process(
-    job: Job, out: str, store: str, hooks: Sequence[str], threads: int, driver: int, line: Any
+    job: Job, out: str, store: str, hooks: Sequence[str], threads: int, line: Any
 ) -> None:
     """Carry a job out in a process that the driver has started, and send what comes of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
-    threading.Thread(target=_end_with, args=(driver, os.getppid()), daemon=True).start()
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
@@ -45,22 +44,11 @@ def in_process(
     line.send(carry_out(job, out, store, hooks, tell))
 
 
-def _end_with(driver: int, parent: int) -> None:
-    """End this process when the one that started it, or the driver, is gone."""
-    while os.getppid() == parent and _alive(driver):
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _end_with_driver() -> None:
+    """End this process when the driver is gone, which the server of forks outlives a moment."""
+    if (driver := mp.parent_process()) is not None:
+        driver.join()
+        os._exit(1)
 
 
 def carry_out(job: Job, out: str, store: str, hooks: Sequence[str], tell: Tell) -> Result:
@@ -90,23 +78,9 @@ def _carry_out(job: Job, out: Path, store: Store, hooks: Sequence[str], tell: Te
         return
     folder = framework.result_folder(module, config, out)
     store.fetch(folder)
-    with _locked(folder):
-        observers = [_hook(name)(folder, job) for name in hooks]
-        framework.execute(module, config, out, progress=tell, trunks=trunks, observers=observers)
+    observers = [_hook(name)(folder, job) for name in hooks]
+    framework.execute(module, config, out, progress=tell, trunks=trunks, observers=observers)
     store.publish(folder, last="result.json")
-
-
-@contextmanager
-def _locked(folder: Path) -> Any:
-    """Hold the lock of a run; the system lets it go when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is running {folder}") from None
-        yield
-    (folder / LOCK).unlink(missing_ok=True)
 
 
 def _hook(name: str) -> Callable[[Path, Job], Callable[..., None]]:
@@ -152,9 +126,14 @@ class Store:
             here = folder / path[len(self._files._strip_protocol(there)) :].lstrip("/")
             if not here.exists():
                 here.parent.mkdir(parents=True, exist_ok=True)
-                draft = here.with_name(f".{here.name}.fetched")
-                self._files.get_file(path, str(draft))
-                draft.replace(here)
+                draft = here.with_name(f".{here.name}.fetched-{os.getpid()}")
+                try:
+                    self._files.get_file(path, str(draft))
+                    draft.replace(here)
+                except BaseException:
+                    with suppress(OSError):
+                        draft.unlink(missing_ok=True)
+                    raise
 
     def publish(self, folder: Path, last: str = "") -> None:
         """Copy the files below a folder into the store; ``last`` after all others."""

@@ -46,7 +46,7 @@ class Local:
         self.slots = slots or cores or 1
         chosen = os.environ.get("OMP_NUM_THREADS", "")
         self._threads = int(chosen) if chosen.isdigit() else max(1, (cores or 1) // self.slots)
-        self._settings = (str(out), store, hooks, self._threads, os.getpid())
+        self._settings = (str(out), store, hooks, self._threads)
         method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
         self._context: Any = mp.get_context(method)
         if method == "forkserver":
