@@ -316,7 +316,7 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
     source = (tmp_path / "source").as_uri()
     with pytest.raises(ValueError, match="the file has changed"):
         _download.data_file("text.txt", source, "0" * 64)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".text.txt.lock", "source"]
     assert _download.data_file("text.txt", source).read_text() == "changed"
 
 

@@ -101,7 +101,12 @@ class Checkpoints:
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as stream:
-            torch.save(state, stream)
+            try:
+                torch.save(state, stream)
+            except RuntimeError as error:  # torch's writer hides what the disk has said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         return path
 
     def latest(self, timeline: Timeline, until: int | None = None) -> tuple[int, Any]:
