@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from benchmarks import bench_paths, bench_pursuit, bench_scaling, bench_spectrum
+from benchmarks import bench_neighbour, bench_paths, bench_pursuit, bench_scaling, bench_spectrum
 from benchmarks._measure import kept, measure, once
 
 
@@ -66,3 +66,10 @@ def test_spectra_are_measured_in_processes_of_their_own():
     assert row[bench_spectrum.RATIO] == pytest.approx(dense / row["seconds"])
     assert row["ratios of 1 processes"] == [row[bench_spectrum.RATIO]] * 2
     assert row["relative error of the nuclear norm"] < 1e-11
+
+
+def test_a_neighbour_is_busy_meanwhile_and_gone_afterwards():
+    made = []
+    (row,) = bench_neighbour.compare({"nothing": lambda: made.append(0)}, repeats=1)
+    assert row["case"] == "nothing, with a busy neighbour" and made
+    assert row["ratio"] == pytest.approx(row["seconds"] / row["without, seconds"])

@@ -1,17 +1,14 @@
 """End points of large problems: single precision in the steps, and the shortcut to the vertex."""
 
-from threading import Event, Thread
-
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from threadpoolctl import ThreadpoolController
 
 import mirrorflow as mf
 from mirrorflow.legendre import _exponential_duals as duals
 from mirrorflow.limit import _problems
-from mirrorflow.limit._newton import NewtonSystem, _own_blas, one_pool
+from mirrorflow.limit._newton import NewtonSystem
 
 DEEP = -150.0  # a at which log A is about -300
 
@@ -135,41 +132,3 @@ def test_single_precision_is_used_where_it_is_good_enough_and_only_there():
     expected = np.linalg.lstsq(FT, u, rcond=None)[0]
     found = NewtonSystem(FT, mild, FT.astype(np.float32)).fit(u)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-# --- Threads --------------------------------------------------------------------------------------
-
-
-def blas_threads():
-    return {lib["filepath"]: lib["num_threads"] for lib in ThreadpoolController().info()}
-
-
-def test_scipys_own_blas_has_one_thread_meanwhile_and_its_own_number_after():
-    _own_blas.cache_clear()
-    before = blas_threads()
-    with one_pool(), one_pool():
-        inside = blas_threads()
-    changed = {path for path, count in inside.items() if count != before[path]}
-    assert all("scipy" in path and inside[path] == 1 for path in changed)
-    assert blas_threads() == before
-
-
-def test_whoever_leaves_last_restores_the_threads():
-    before, entered, left = blas_threads(), Event(), Event()
-
-    def first():
-        with one_pool():
-            entered.set()
-            left.wait()
-
-    thread = Thread(target=first, daemon=True)
-    thread.start()
-    entered.wait()
-    with one_pool():  # comes second and leaves second
-        left.set()
-        thread.join()
-        assert {blas_threads()[lib["filepath"]] for lib in _own_blas().info()} <= {1}
-    assert blas_threads() == before
-    with pytest.raises(ZeroDivisionError), one_pool():
-        _ = 1 / 0
-    assert blas_threads() == before

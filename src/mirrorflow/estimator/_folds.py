@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,13 +14,13 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.parallel import Parallel, delayed
-from threadpoolctl import threadpool_limits
 
+from .._threads import one_thread
 from ._base import Decay, least_squares, rate_and_end, without_small
 from ._chebyshev import BatchedFlows, Saved, integrate
 from ._data import Data, centered, triangle
 
-__all__ = ["Folds", "one_thread"]
+__all__ = ["Folds"]
 
 KEPT = 2**22  # numbers of dual variables up to which they are kept: 32 MB
 Array = NDArray[np.float64]
@@ -254,29 +252,6 @@ class Folds:
         y, weights = self.data.y, self.data.weights
         variances = weights @ (y - weights @ y) ** 2
         return np.where((variances > 0) & (y.shape[1] > 1), variances, 1.0)
-
-
-_lock, _inside, _held = threading.RLock(), 0, None
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let BLAS compute with one thread meanwhile: several may add up in another order.
-
-    The setting is the process's: the first who comes in makes it, the last who leaves undoes it.
-    """
-    global _inside, _held
-    with _lock:
-        _inside += 1
-        if _inside == 1:
-            _held = threadpool_limits(limits=1, user_api="blas")
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0 and _held is not None:
-                _held.restore_original_limits()
 
 
 def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:

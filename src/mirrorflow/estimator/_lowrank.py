@@ -14,6 +14,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
+from .._threads import small_on_one_thread
 from ._alternating import Observed, Trained, alternate
 
 __all__ = ["LowRank", "filled", "left_out_errors"]
@@ -70,7 +71,8 @@ class LowRank(BaseEstimator):
             stages.append((0.0, self.tol))
         # In units of the data nothing depends on what they are measured in.
         scaled = problem.times(1 / top)
-        found = alternate(scaled, columns, stages, self.max_iter)
+        with small_on_one_thread(problem.Y.nnz):
+            found = alternate(scaled, columns, stages, self.max_iter)
         return found.times(top), stages[-1][0] * top, scaled.times(top)
 
     def _keep(self, found: Trained, dtype: Any) -> None:

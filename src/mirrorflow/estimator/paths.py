@@ -11,6 +11,7 @@ from sklearn.utils import check_X_y as sklearn_check_X_y
 from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
+from .._threads import small_on_one_thread
 from ._base import DECAY, LOG_A, Decay, check_decay, rate_and_end, weights_of
 from ._chebyshev import BatchedFlows, integrate
 from ._data import prepare
@@ -86,7 +87,8 @@ def flow_path(
     X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=FLOATS, y_numeric=True)
     at, (rate, end) = times(ts), rate_and_end(decay)
     check_decay(decay, at[-1])
-    data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive).compressed()
+    with small_on_one_thread(X.size):
+        data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive).compressed()
     coefs = np.zeros((X.shape[1], len(at)))
     if data.pull[0] > 0:
 
@@ -98,7 +100,8 @@ def flow_path(
             data.X, data.y, data.weights[:, None], data.log_A(log_A), rate / unit,
             end * unit, data.center, positive,
         )  # fmt: skip
-        reached, _ = integrate(flows, unit[:, None] * at, save, tol, int(max_iter))
+        with small_on_one_thread(X.size):
+            reached, _ = integrate(flows, unit[:, None] * at, save, tol, int(max_iter))
         if reached[0] < len(at):
             warn_unfinished(max_iter)
     return at, coefs.astype(X.dtype), data.intercept(coefs.T, repeat=True).astype(X.dtype)
@@ -162,8 +165,9 @@ def entropy_path(
         return found, zeros.astype(X.dtype), intercepts.astype(X.dtype), gaps
     root = np.sqrt(data.weights)
     unit = float(data.log_A(0.0)[0])
-    space = row_space(root[:, None] * data.X, data.rounding)
-    solved = endpoints(space, root * data.y[:, 0], found + unit, positive, int(max_iter))
+    with small_on_one_thread(X.size):
+        space = row_space(root[:, None] * data.X, data.rounding)
+        solved = endpoints(space, root * data.y[:, 0], found + unit, positive, int(max_iter))
     intercepts = data.intercept(solved.x, repeat=True).astype(X.dtype)
     return found, solved.x.T.astype(X.dtype), intercepts, solved.gap
 

@@ -15,6 +15,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 
+from .._threads import one_thread, small_on_one_thread
 from ..schedule import SwitchOff
 from ._base import (
     DECAY,
@@ -27,7 +28,7 @@ from ._base import (
     validated,
 )
 from ._data import growth, prepare, warn_of_scales
-from ._folds import Folds, one_thread
+from ._folds import Folds
 
 __all__ = [
     "MirrorFlowRegressor",
@@ -197,10 +198,11 @@ class MirrorFlowRegressor(FlowRegressor):
             raise ValueError("interpolate=True needs a dense X, got a sparse one")
         fitted = copy(self)  # an interrupted fit leaves self as it was
         X, y, sample_weight = validated(fitted, X, y, sample_weight)
-        data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
-        if not self.interpolate:  # in infinite time all of them have grown
-            warn_of_scales(data)
-        fitted._fit(data, run, X.dtype, y.ndim == 1)
+        with small_on_one_thread(X.size):
+            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
+            if not self.interpolate:  # in infinite time all of them have grown
+                warn_of_scales(data)
+            fitted._fit(data, run, X.dtype, y.ndim == 1)
         self.__dict__ = fitted.__dict__
         return self
 

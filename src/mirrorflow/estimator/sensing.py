@@ -18,6 +18,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from .._threads import small_on_one_thread
 from ._alternating import Observed, SymmetricObserved, Trained
 from ._lowrank import LowRank, filled
 from ._sensing_solver import MeasurementProblem, flat, matrices, sense
@@ -195,10 +196,11 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         fitting = self._fitting(shape, A.shape[1])
         f = MeasurementProblem.of(A.astype(np.float64, copy=False), y, fitting, weights)
         off = self.max_iter // 2 if self.switch_off else None
-        found = sense(
-            f, self._columns(fitting), self.symmetric, self.alpha, self.init, off, self.max_iter,
-            self.tol,
-        )  # fmt: skip
+        with small_on_one_thread(A.size):
+            found = sense(
+                f, self._columns(fitting), self.symmetric, self.alpha, self.init, off,
+                self.max_iter, self.tol,
+            )  # fmt: skip
         return found, A.dtype
 
     def _shape(self, X: Any) -> tuple[int, ...]:

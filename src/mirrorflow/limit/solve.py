@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from .._solution import Solution, Status
+from .._threads import one_pool, small_on_one_thread
 from ..legendre import LegendreFunction
 from ..legendre._kernels import duality_gap
 from ._constraints import Constraints, length, orthonormal
 from ._continuation import DualPoint
-from ._newton import one_pool
 from ._problems import solve_problem
 
 __all__ = ["LimitStats", "limit"]
@@ -154,7 +154,7 @@ def limit(
     Zs, ys = _measurements(R, Z, y)
     at, single = _amounts(R, a, per_coordinate)
     # Trial points may overflow; what is kept is checked.
-    with np.errstate(all="ignore"), one_pool():
+    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size):
         states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
         points, constraints = _solve(states, Zs, ys, max_steps)
         statuses = _statuses(points, constraints, R.describes_training(Zs))

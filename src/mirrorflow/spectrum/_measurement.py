@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ._shards import Rows
 from .pairs import Factor, Pair
-from .product import CHUNK, ProductSpectrum, double, gram, spectrum_of_grams, spectrum_of_products
+from .product import (
+    CHUNK,
+    ProductSpectrum,
+    double,
+    few_threads,
+    gram,
+    spectrum_of_grams,
+    spectrum_of_products,
+)
 from .records import Record
 
 __all__ = ["measure"]
@@ -64,17 +72,19 @@ def _measure_alike(
     left = [_by_head(load(pair.left), heads) for pair in pairs]
     right = [_by_head(load(pair.right), key_heads) for pair in pairs]
     n, r, m = first.shape
-    if r // (heads or 1) > n + m and not _sharded(left, right):
-        spectrum = _tall(left, right, first)
-    elif heads is None and first.heads != first.key_heads:
-        spectrum = _grouped(left, right, first)
-    elif heads is None:
-        spectrum = _whole(left, right, first)
-    else:
-        spectrum = _heads(left, right, first)
+    with few_threads(len(pairs) * r * (n + m)):
+        if r // (heads or 1) > n + m and not _sharded(left, right):
+            spectrum = _tall(left, right, first)
+        elif heads is None and first.heads != first.key_heads:
+            spectrum = _grouped(left, right, first)
+        elif heads is None:
+            spectrum = _whole(left, right, first)
+        else:
+            spectrum = _heads(left, right, first)
+        rows = _numbers(spectrum)
     return [
-        _records(pair, rows, (n, r // heads if heads else r, m))
-        for pair, rows in zip(pairs, _numbers(spectrum), strict=True)
+        _records(pair, found, (n, r // heads if heads else r, m))
+        for pair, found in zip(pairs, rows, strict=True)
     ]
 
 

@@ -8,7 +8,8 @@ smallest dimension, so that the product is no larger than its factors, is it for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "Entry",
     "ProductSpectrum",
     "double",
+    "few_threads",
     "gram",
     "lost_of",
     "of_grams",
@@ -35,6 +37,8 @@ __all__ = [
     "trace",
     "unreadable",
 ]
+
+SMALL = 2**17  # numbers: below it two threads gain nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +207,27 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
             raise ValueError(f"product_spectrum: {name} {trouble}")
-    return _spectrum(_detached(A).mT, _detached(B), group)
+    left, right = _detached(A).mT, _detached(B)
+    with few_threads(left.numel() + right.numel()):
+        return _spectrum(left, right, group)
+
+
+@contextmanager
+def few_threads(size: int) -> Iterator[None]:
+    """Let torch compute with one thread meanwhile where the factors have at most `SMALL` numbers.
+
+    Two threads gain nothing there, and wait for each other where another process keeps a core
+    busy. The number is that of the calling thread; to set it takes less than a microsecond.
+    """
+    before = torch.get_num_threads()
+    if size > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def lost_of(energy: float) -> float:
