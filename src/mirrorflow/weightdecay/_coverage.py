@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -60,6 +62,25 @@ class CoveragePlan:
         if self.coupling is not None:
             one_of("coupling", self.coupling, COUPLINGS)
         one_of("on_change", self.on_change, _ON_CHANGE)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Say which schedule or rule another process cannot get."""
+        for name, given in (("schedule", self.schedule), ("groups", self.rules)):
+            try:
+                pickle.dumps(given)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise TypeError(
+                    f"{name} must consist of what pickle can write to give the scheduler to "
+                    f"another process, got {given!r} ({error}). Define functions and classes at "
+                    "the top of a module, or leave the scheduler out of what the process gets."
+                ) from None
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CoveragePlan:
+        """Copy the fields; functions, which pickle cannot write, copy as they are."""
+        return CoveragePlan(
+            **{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)}
+        )
 
 
 class Coverage:
