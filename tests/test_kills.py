@@ -24,7 +24,10 @@ pytestmark = [
 KILLS = int(os.environ.get("MIRRORFLOW_KILLS", "100"))  # of all tests together
 SHARE = {"run": 0.4, "network": 0.2, "sweep": 0.2, "saves": 0.2}
 RUN = "steps = 1500\nswitch = 750\nseeds = [0, 1, 2, 3]\ngrid_alphas = []\ncommuting_time = 10.0\n"
-NETWORK = "loops = false\ntimes = []\ndecays = [2.0]\nsteps = 12\nevery = 4\nvalidation = 20\nseeds = [0]\n"
+NETWORK = (
+    "loops = false\ntimes = []\ndecays = [2.0]\nsteps = 12\nevery = 4\nvalidation = 20\n"
+    "seeds = [0]\n"
+)
 SWEEP = (
     f'experiment = "{tab02.NAME}"\npreset = "smoke"\nseeds = [0]\n[set]\n'
     + NETWORK.replace("seeds = [0]\n", "")
