@@ -204,7 +204,7 @@ def test_empty_weights_are_listed(tmp_path):
 def test_arguments_that_are_wrong_are_named(tmp_path):
     file = tmp_path / "x.safetensors"
     save(file, a__q_proj__weight=torch.eye(4), a__k_proj__weight=torch.eye(4))
-    with pytest.raises(ValueError, match=r"match='\[' is no regular expression"):
+    with pytest.raises(ValueError, match=r"match='\[' is not a regular expression"):
         audit(file, match="[")
     with pytest.raises(TypeError, match="pairs: a mapping is needed"):
         audit(file, pairs=["a.q_proj.weight"])

@@ -169,7 +169,7 @@ def test_the_mirror_of_x_is_nu_for_every_kind_of_schedule(schedule):
     _, x, nu, mu, a = trained(field, w0, lambda x: x**3 - 0.3, degree, schedule, UNTIL)
     R = mf.legendre(g, DECAY, tensors(w0))
     assert gap(R.mirror(torch.from_numpy(x), a), nu) < 1e-9
-    assert gap(nu, mu) > 1e-3  # the clock is no formality
+    assert gap(nu, mu) > 1e-3  # the clock is not a formality
 
 
 @pytest.mark.parametrize("case", CLOCKED, ids=str)

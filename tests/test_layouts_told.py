@@ -1,4 +1,4 @@
-"""What is said of attention that no product shows, and what its names and configuration tell."""
+"""Notes on attention: what no product shows, and what names and configuration add."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_weight_that_q_and_k_share_and_those_that_are_no_linear_modules_are_to
     assert name.endswith("query_key.weight") and "it is the same W for both" in reason
 
     model = prepared(tf.XLNetModel(tf.XLNetConfig(d_model=D, n_layer=1, n_head=4, d_inner=16)))
-    with pytest.raises(ValueError, match=r"rel_attn.q: XLNet's Q and K are no Linear") as raised:
+    with pytest.raises(ValueError, match=r"rel_attn.q: XLNet's Q and K are not Linear") as raised:
         SpectralTracker(model)
     named = {"0": ("layer.0.rel_attn.q", "layer.0.rel_attn.k.T", 4)}
     assert "('layer.0.rel_attn.q', 'layer.0.rel_attn.k.T', heads)" in str(raised.value)

@@ -64,7 +64,7 @@ def test_half_precision_and_dora_are_understood(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        ({"m.hada_w1_a": (4, 2), "m.hada_w1_b": (2, 4)}, "LoHa's update is no product"),
+        ({"m.hada_w1_a": (4, 2), "m.hada_w1_b": (2, 4)}, "LoHa's update is not a product"),
         ({"m.lokr_w1": (4, 2), "m.lokr_w2": (2, 4)}, "LoKr's update is a Kronecker product"),
         ({"m.lora_up.weight": (4, 2, 1, 1), "m.lora_down.weight": (2, 4, 1, 1),
           "m.lora_mid.weight": (2, 2, 3, 3)}, "lora_mid has three factors"),

@@ -421,7 +421,7 @@ def test_named_pairs_have_to_be_a_mapping():
 
 
 def test_a_match_that_is_no_regular_expression_is_named():
-    with pytest.raises(ValueError, match=r"match='\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"match='\(' is not a regular expression: missing \)"):
         SpectralTracker(nn.MultiheadAttention(8, 2), match="(")
 
 

@@ -363,7 +363,7 @@ def test_plain_values_as_a_command_line_has_them():
 
 
 def test_plain_values_as_a_configuration_object_has_them():
-    """OmegaConf's mappings and lists, for one, are no dict and no list."""
+    """OmegaConf's mappings and lists, for one, are neither a dict nor a list."""
     part = UserDict(kind="Piecewise", times=UserList([10, 20]), rates=UserList([0.1, 0.05, 0]))
     found = mf.schedule_from_dict(
         UserDict(kind="join", starts=UserList([0, 30]), schedules=UserList([part, part]))

@@ -432,7 +432,7 @@ def test_what_is_no_product_of_two_weights_is_skipped_and_left_alone(build, scor
 
 
 class Turned(nn.Module):
-    """Attention of somebody's own, with rotary embeddings that are no module."""
+    """Attention of somebody's own, with rotary embeddings that are not a module."""
 
     def __init__(self):
         super().__init__()

@@ -341,7 +341,7 @@ def test_mistakes_in_learning_rates_are_named():
         budget(FALL, [0.1, 0.2], convention="adamc", peak=0.1)
 
 
-# What is no schedule
+# What is not a schedule
 
 
 @quiet

@@ -44,7 +44,7 @@ class ControlledDecay:
         Its optimizer, likewise.
     schedule : Schedule, callable, Feedback or PerLayer
         The rate at each optimizer step. `HoldRatio`, `OffWhenLevel` and `OffBelow` are fed what is
-        measured, here and in ``groups``, in `PerLayer` that of their layer, so that they need
+        measured, here and in ``groups``, in `PerLayer` their layer's, so that they need
         ``track_every``. `OffAtBudget` answers to what has been absorbed, at every step. `PerLayer`
         acts on the factors of each product, tensor by tensor (``decoupled=True``); other weights
         keep the decay of their groups.

@@ -100,8 +100,8 @@ class Account:
 class Coordinates:
     """How one step acts per coordinate: the factors move by 1 - lr (decay alpha +- slope G).
 
-    ``read`` takes a stack of gradients to the coordinates in which that holds; ``basis`` is that of
-    U U^T. R_a has |u/u0| = e^{decay a + slope mu} and |v/v0| = e^{decay a - slope mu}.
+    ``read`` takes a stack of gradients to the coordinates in which that holds; ``basis``
+    is the basis of U U^T. R_a has |u/u0| = e^{decay a + slope mu} and |v/v0| = e^{decay a - slope mu}.
     """
 
     slope: float
@@ -168,7 +168,7 @@ class Ledger:
         self.rows: list[Tensor] = []
 
     def record(self, gradient: Tensor, whole: Tensor) -> None:
-        """Take the gradient of a step and that of the whole loss, the same object if it is one."""
+        """Take the gradients of a step and of the whole loss, the same object if it is one."""
         if self.total is None and not self.gradients:
             self.size = max(1, min(256, CHUNK // max(1, gradient.numel())))
         self.gradients.append(gradient)

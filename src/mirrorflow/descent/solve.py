@@ -226,7 +226,7 @@ class _Run:
         self.saved = [(0, self.w, g(self.point()))]
 
     def point(self) -> Parameters:
-        """Give the parameters with the structure of w0."""
+        """Return the parameters with the structure of w0."""
         return self.w[0] if self.one else self.w
 
     def steps(self, rates: list[float]) -> Status:

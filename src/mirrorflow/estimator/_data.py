@@ -1,4 +1,4 @@
-"""What the estimators need to know of X and y: weights, and the natural units of A and t."""
+"""Weights of the rows, and the natural units of A and t, from X and y."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def left_out_errors(
     .. math:: y_j - \hat y_j^{(-j)} = (y_j - \hat y_j) / (1 - h_j), \quad
         h_j = w_j^T (W^T W + \operatorname{diag}(\alpha))^{-1} w_j
 
-    ``penalty`` is that of the row's offset, None without offsets. An entry without which the row
-    would not be determined is predicted by b alone.
+    ``penalty`` is the penalty on the row's offset, None without offsets. An entry without which
+    the row would not be determined is predicted by b alone.
     """
     W, ridge = V, np.full(V.shape[1], decay)
     if penalty is not None:

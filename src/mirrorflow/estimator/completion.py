@@ -166,7 +166,7 @@ class MatrixCompletion(RowCompletion):
         direction that decay shrinks, and that hides the others.
     offset_penalty : float, default=0.0
         The strength beta, >= 0, of a penalty on the offsets, in numbers of entries: the offset of a
-        row with n known entries is drawn to 0, that of a column to the mean of all entries, as if
+        row with n known entries is drawn to 0, a column's to the mean of all entries, as if
         by beta more entries. Right where rows or columns have few entries; 5 suits ratings.
     max_iter : int, default=2000
         The largest number of alternations at each strength of the decay.

@@ -58,7 +58,7 @@ def control_decay(
         which parameters decay at all.
     schedule : Schedule, callable, Feedback or PerLayer
         The rate at each optimizer step. `HoldRatio`, `OffWhenLevel` and `OffBelow` are fed what is
-        measured, in `PerLayer` that of their layer, so that they need ``track_every``.
+        measured, in `PerLayer` their layer's, so that they need ``track_every``.
         `OffAtBudget` answers to what has been absorbed, at every step.
     schedule_for : callable int -> schedule
         Instead of ``schedule``, for times that are fractions of the run: it gets the number of

@@ -128,7 +128,7 @@ class RescaledFunction(LegendreFunction):
         return self.start.rescaled_problem(general, self.degree)
 
     def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
-        """Return that of R_0 at e^{-ka} x, without the coordinates that underflow."""
+        """Return R_0's residual at e^{-ka} x, without the coordinates that underflow."""
         z, faint = self._unscaled(x, a), x.abs() < FAINT
         if self.elementwise and bool(faint.any()):
             try:

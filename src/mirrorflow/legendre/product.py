@@ -44,7 +44,7 @@ class ProductEntropy(LegendreFunction):
               \nu = \int_{q_0}^q \frac{dq}{\prod_{i \ge 2} \sqrt{q^2 + c_i}}, \quad
               R^*(\nu) = \frac{1}{2k} \sum_i w_i^2
 
-    where the constant of R^* is that of Euler's relation <w, dw> = k <x, dnu>. The range of nu is
+    where the constant of R^* comes from Euler's relation <w, dw> = k <x, dnu>. The range of nu is
     bounded on both sides where one factor alone is the smallest: x runs through all numbers, that
     factor crosses 0. Where several share the smallest size, x keeps its sign, and a balanced start
     has the closed form x = (x_0^{-(k-2)/k} - (k-2) nu)^{-k/(k-2)}.

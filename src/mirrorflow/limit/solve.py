@@ -94,7 +94,7 @@ def limit(
         The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
         the cost of a few single solves where all coordinates decay at the same rate. With
         `WeightDecay` and a homogeneous g, a is also the logarithm of the initialization scale: the
-        end is that of training from e^a w0 without decay.
+        end is the end of training from e^a w0 without decay.
     max_steps : int
         The limit on Newton steps, for a whole path or for one point.
     per_coordinate : bool, optional

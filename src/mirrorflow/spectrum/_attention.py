@@ -61,7 +61,7 @@ def _refused_names() -> Iterator[tuple[str, str]]:
 def projections(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None:
     """Find the projections that begin at a weight; a reason if it is one of an unknown order."""
     if key.endswith(".q_b_proj.weight") and key.replace(".q_b_", ".kv_b_") not in shapes:
-        return "latent attention forms Q through a norm: it is no product of two factors"
+        return "latent attention forms Q through a norm: it is not a product of two factors"
     if reason := next((why for end, why in _refused_names() if key.endswith(end)), None):
         return reason
     for family in (separate, fused, multihead, interleaved):
@@ -78,7 +78,7 @@ def separate(key: str, shapes: Shapes, facts: Facts) -> Projections | str | None
             continue
         prefix, end = match.groups()  # Gemma 4's encoders keep a Linear between two bounds
         if any(f"{prefix}{name}.weight" in shapes for name in _names("convolutions")):
-            return "K passes a convolution over the tokens: the scores are no product with it"
+            return "K passes a convolution over the tokens: the scores are not a product with it"
         if (partner := f"{prefix}{other}{end}") in shapes:
             value = f"{prefix}{third}{end}"
             found = Factor(value) if value in shapes else None

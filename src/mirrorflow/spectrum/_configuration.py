@@ -34,7 +34,7 @@ ADAPTER: dict[str, tuple[type, ...]] = {
 
 
 def require_plain(file: Path) -> None:
-    """Refuse what is no plain file: a pipe would be waited for, a device read for ever.
+    """Refuse what is not a plain file: a pipe would be waited for, a device read for ever.
 
     Symbolic links to plain files are plain files: the Hub's cache is made of them.
 
@@ -56,7 +56,7 @@ def json_of(file: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is no plain file of at most 64 MB with one object in it, or nested too deeply.
+        If it is not a plain file of at most 64 MB with one object in it, or nested too deeply.
     """
     try:
         require_plain(file)

@@ -28,7 +28,7 @@ NO_PRODUCT = {  # what other updates are made of
     ".lora_E": "AdaLoRA's product has a third factor, lora_E",
     ".vera_lambda_b": "VeRA's factors are frozen, between two scales that train",
     ".lora_mid.weight": "LoRA with lora_mid has three factors",
-    ".hada_w1_a": "LoHa's update is no product of two factors",
+    ".hada_w1_a": "LoHa's update is not a product of two factors",
     ".lokr_w1": "LoKr's update is a Kronecker product",
     ".lokr_w1_a": "LoKr's update is a Kronecker product",
 }
@@ -82,7 +82,7 @@ def _lora(
     if min(len(shapes[key]), len(shapes[left.key])) < 2:
         return "not a matrix (is it quantized?)"
     if any(size != 1 for size in shapes[left.key][2:]):
-        return "the product of these convolutions is no matrix product"
+        return "the product of these convolutions is not a matrix product"
     right = Factor(key)
     rank, m = right.size(shapes)
     inner, n = left.size(shapes)

@@ -170,7 +170,7 @@ def _grams(matrices: list[Tensor | Rows]) -> Tensor:
 def _grouped(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
     """Measure layers whose query heads share key heads.
 
-    The product is that of Q with K repeated for each query head. As the query heads of a group meet
+    The product is Q's with K repeated for each query head. As the query heads of a group meet
     the same key head, it is also that of their sum with K, which has a smaller inner dimension.
     """
     heads, key_heads = pair.heads or 1, pair.key_heads or 1

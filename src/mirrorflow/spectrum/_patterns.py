@@ -44,7 +44,7 @@ class Patterns:
     Raises
     ------
     ValueError
-        If a pattern is no regular expression as PEFT writes it, or a search takes too long.
+        If a pattern is not a regular expression as PEFT writes it, or a search takes too long.
 
     Examples
     --------

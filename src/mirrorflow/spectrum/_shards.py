@@ -51,7 +51,7 @@ class Rows:
     def gram(self, local_gram: Any) -> Tensor:
         """Return rows rows^T on every process, of shape (..., r, r) or (heads, width, width).
 
-        ``local_gram`` gives that of a plain tensor. All processes have to call.
+        ``local_gram`` gives a plain tensor's. All processes have to call.
         """
         rows = _one_axis(self.tensor.detach())
         axis, blocks = _blocks(rows)

@@ -154,7 +154,7 @@ class _Weights:
                 return note
         if pair.kind == "attention":
             if self._architecture(pair.name) in POSITIONS:
-                return "Q or K also meet relative positions: the scores are no product of them"
+                return "Q or K also meet relative positions: the scores are not a product of them"
             if self._rotates(module):
                 return (
                     "rotary embeddings turn Q and K: the scores at a distance t are those of "

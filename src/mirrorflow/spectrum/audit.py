@@ -247,7 +247,7 @@ def heads(config: Mapping[str, Any], module: str) -> tuple[int | None, int | Non
     """Read the number of heads and their width.
 
     Where no width is stated the heads divide the width of the model. That is given, too: where
-    it contradicts the shapes, the number is that of another part. Neither is known where the
+    it contradicts the shapes, the number belongs to another part. Neither is known where the
     file does not state it.
     """
     if UNSTATED.search(module):
@@ -383,7 +383,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str] | None] = {}
     weights = json_of(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} has no weight_map: it is no index of a sharded checkpoint")
+        raise ValueError(f"{index} has no weight_map: it is not an index of a sharded checkpoint")
     for name, shard in weights.items():
         names = shards.setdefault(index.parent / shard_name(index, shard), set())
         assert names is not None
@@ -395,7 +395,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
 
 
 def adapters_below(path: Path) -> tuple[tuple[str, str], ...]:
-    """List the folders of further adapters, as PEFT saves them below that of the first."""
+    """List the folders of further adapters, as PEFT saves them below the first's."""
     if not (path.is_dir() and (path / "adapter_config.json").exists()):
         return ()
     below = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))

@@ -247,7 +247,7 @@ def choose(found: Found, level: str, match: str | None) -> Found:
     try:
         pattern = re.compile(match or "")
     except re.error as error:
-        raise ValueError(f"match={match!r} is no regular expression: {error}") from error
+        raise ValueError(f"match={match!r} is not a regular expression: {error}") from error
     kept, skipped = [], list(found.skipped)
     for pair in found.pairs:
         if not (pattern.search(pair.label) or pattern.search(pair.kind)):

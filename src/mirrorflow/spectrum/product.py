@@ -3,7 +3,7 @@ r"""Spectra of products A B from their factors: r x r Gram matrices, never the p
 LoRA's update B A and attention's Q K^T are products through a small inner dimension r. Their
 singular values are those of an r x r core, so that the quantities that weight decay moves (the
 ratio of the nuclear to the Frobenius norm above all) cost next to nothing. Only where r is not the
-smallest dimension, so that the product is no larger than its factors, is it formed.
+smallest dimension, so that the product is not larger than its factors, is it formed.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     matrix ``L^T (B B^T) L``. The Gram matrices are accumulated in float64 whatever the dtype of the
     factors, a chunk at a time. Where the squares lose too much (factors without full rank, spectra
     over more than five orders of magnitude, a product far smaller than its factors), the singular
-    values of ``R_A R_B^T`` are taken, ``A = Q_A R_A`` and ``B^T = Q_B R_B``, whose error is that of
+    values of ``R_A R_B^T`` are taken, ``A = Q_A R_A`` and ``B^T = Q_B R_B``, with the error of
     the dense SVD. Sharded factors have no such second way: there a product below ``1e-6 |A| |B|``
     counts as 0.
 
@@ -217,7 +217,7 @@ def few_threads(size: int) -> Iterator[None]:
     """Let torch compute with one thread meanwhile where the factors have at most `SMALL` numbers.
 
     Two threads gain nothing there, and wait for each other where another process keeps a core
-    busy. The number is that of the calling thread; to set it takes less than a microsecond.
+    busy. The number holds for the calling thread; to set it takes less than a microsecond.
     """
     before = torch.get_num_threads()
     if size > SMALL or before == 1:

@@ -55,7 +55,7 @@ class SpectralTracker:
     match : str, optional
         A regular expression that a found pair's name or kind has to contain.
     frozen : bool
-        Track pairs that do not train, too. By default only those with a weight that requires a
+        Also track pairs that do not train. By default only those with a weight that requires a
         gradient are: with LoRA, its updates and not the attention below them.
     values : bool
         Track W_O W_V of attention, too: what a head writes of what it reads. Kind "value-output".
@@ -72,7 +72,8 @@ class SpectralTracker:
     Raises
     ------
     ValueError
-        If there is nothing to measure, `match` is no regular expression, or a named pair is none.
+        If there is nothing to measure, `match` is not a regular expression, or a named pair is
+        none.
     TypeError
         If `pairs` is no mapping.
 

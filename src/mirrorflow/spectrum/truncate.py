@@ -241,7 +241,7 @@ def plan_truncation(
     the scales in ``lora_alpha`` and ``alpha_pattern``, of kohya in the tensor ``alpha``. Dtypes
     stay.
 
-    Of DoRA, A B is truncated before its normalization. What is no product of two factors (LoCon
+    Of DoRA, A B is truncated before its normalization. What is not a product of two factors (LoCon
     with ``lora_mid``, LoHa, stacked experts), 0 or not finite stays as it is, with the reason.
 
     Parameters

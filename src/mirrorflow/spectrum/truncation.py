@@ -132,7 +132,7 @@ def truncated_product(
 ) -> TruncatedProduct:
     r"""Return the truncated singular value decomposition of A B from r x r work.
 
-    It is exact, that of the dense ``U S V^T`` up to rounding in float64, at the cost of two QR
+    It is exact, the error of the dense ``U S V^T`` up to rounding in float64, at the cost of two QR
     decompositions, r^2 (n + m), and an r x r SVD.
 
     Parameters

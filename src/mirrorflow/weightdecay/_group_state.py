@@ -71,7 +71,7 @@ _KEYS = (INITIAL, LEFT, TOTALS, MEMORY, "weight_decay")
 
 
 def own_decay(group: dict[str, Any]) -> float:
-    """Return a group's own decay: that of a checkpoint, from before a closed scheduler, or its own.
+    """Return a group's own decay: the checkpoint's, from before a closed scheduler, or its own.
 
     Examples
     --------

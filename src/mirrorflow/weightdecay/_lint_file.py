@@ -147,7 +147,7 @@ def _read(file: Path) -> Any:
 def _loaded(source: Any, mmap: bool = False) -> Any:
     """Return what torch reads without running anything."""
     with _numbers_of_numpy(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about what is no file of it
+        warnings.simplefilter("ignore")  # of torch, about what is not a file of it
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 

@@ -31,7 +31,7 @@ def in_protocol_2(file: IO[bytes], zipped: bool) -> io.BytesIO:
     Raises
     ------
     ValueError
-        If the file is no such file, too large, or uses what has no counterpart in protocol 2.
+        If the file is not such a file, too large, or uses what has no counterpart in protocol 2.
     """
     file.seek(0)
     content = io.BytesIO(file.read(LARGEST + 1))

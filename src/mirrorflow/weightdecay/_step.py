@@ -202,7 +202,7 @@ class Stepping:
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Enter the step into the ledger, if it was taken.
 
-        A class whose step calls that of its superclass runs the hooks of both.
+        A class whose step calls its superclass's step runs the hooks of both.
         """
         context = self._context
         if context is None or _skipped(self.optimizer):

@@ -132,7 +132,7 @@ def decay_of(group: Mapping[str, Any], index: int) -> float:
 
 
 def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Raise unless the scheduler is one, and that of the optimizer."""
+    """Raise unless the scheduler is a WeightDecayScheduler of this optimizer."""
     if scheduler is None:
         return
     if not isinstance(scheduler, WeightDecayScheduler):

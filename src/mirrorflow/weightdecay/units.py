@@ -118,7 +118,8 @@ def budget(
     schedule : Schedule or callable step -> float
         The rate at each step.
     lrs : float, sequence of float, or LRScheduler
-        The learning rate; that of each step; or its scheduler, from where it is (the first group).
+        The learning rate, one number or one a step; or its scheduler, from where it is (the first
+        group).
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
     convention : str, optional
@@ -126,8 +127,8 @@ def budget(
     kind : {"decoupled", "fixed", "sgd"}
         How the optimizer's decay acts, as `coupling` names it.
     momentum : float
-        That of SGD, through which a decay acts 1 / (1 - momentum) times by and by; what it holds at
-        the end of the run is not counted. `preview` also knows momentum that changes, dampening
+        SGD's momentum, through which a decay acts 1 / (1 - momentum) times by and by; what it holds
+        at the end of the run is not counted. `preview` also knows momentum that changes, dampening
         and Nesterov's.
     peak : float, optional
         The highest learning rate, where the convention asks for it; by default what a scheduler
@@ -191,7 +192,7 @@ def scale_to_budget(
     other : Schedule or callable step -> float
         Whose budget to match.
     lrs : float, sequence of float, or LRScheduler
-        The learning rate; that of each step, the same in both runs; or its scheduler.
+        The learning rate, one number or one a step, the same in both runs; or its scheduler.
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
     **settings

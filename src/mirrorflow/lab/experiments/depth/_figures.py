@@ -73,7 +73,7 @@ def _draw_curves(
 
 
 def _true_ratio(records: list[Record], trajectory: Trajectory) -> float:
-    """Give |x*|_1 / |x*|_2, which is |x*|_2 for ones: the error at x = 0, where training starts."""
+    """Return |x*|_1 / |x*|_2, for ones |x*|_2: the error at x = 0, where training starts."""
     return float(trajectory["depth2/error"][0].max())
 
 

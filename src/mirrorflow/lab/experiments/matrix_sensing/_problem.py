@@ -120,7 +120,7 @@ class SensingProblem:
         return self.matrix(self.H / self.weight)
 
     def residual(self, x: Array) -> Array:
-        """Give <A_i, X> - y_i for half vectors of shape (rows, p)."""
+        """Return <A_i, X> - y_i for half vectors of shape (rows, p)."""
         if len(x) <= SMALL_BATCH:
             return np.stack([self.H @ row for row in x]) - self.y
         return x @ self.H.T - self.y

@@ -109,7 +109,7 @@ def pixels(name: str, shrink: int) -> Array:
 
 
 def faces() -> Array | None:
-    """Give 200 Olivetti faces of 32 x 32, or None where they are not at hand.
+    """Return 200 Olivetti faces of 32 x 32, or None where they are not at hand.
 
     They come from scikit-learn's data folder or the network, as for the codes of Figure 10.
     """
