@@ -101,7 +101,8 @@ class Coordinates:
     """How one step acts per coordinate: the factors move by 1 - lr (decay alpha +- slope G).
 
     ``read`` takes a stack of gradients to the coordinates in which that holds; ``basis``
-    is the basis of U U^T. R_a has |u/u0| = e^{decay a + slope mu} and |v/v0| = e^{decay a - slope mu}.
+    is the basis of U U^T. R_a has |u/u0| = e^{decay a + slope mu} and
+    |v/v0| = e^{decay a - slope mu}.
     """
 
     slope: float
