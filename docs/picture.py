@@ -23,6 +23,8 @@ def panel(axis, records, curves, model, title):
         axis.plot(t, np.median(values[:, i], axis=0), label=name, **style)
         low, high = values[:, i].min(0), values[:, i].max(0)
         axis.fill_between(t, low, high, color=COLOURS[i], alpha=0.15, linewidth=0)
+    axis.axvline(t[-1] / 2, color="grey", linewidth=1, linestyle=(0, (1, 2)))
+    axis.annotate("decay off", (t[-1] / 2, 0.42), xytext=(5, 0), textcoords="offset points")
     axis.set(yscale="log", xlabel="time t = learning rate × step", title=title)
     axis.grid(alpha=0.25)
 

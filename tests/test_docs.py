@@ -12,16 +12,27 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(path):
-    """Return the Python of a page, block by block."""
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+    """Return the Python of a page, block by block, each with the output that is printed below it."""
+    pattern = r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?"
+    return re.findall(pattern, path.read_text(encoding="utf-8"), re.S)
+
+
+def numbers(text):
+    """Return the numbers of an output, and the rest."""
+    number = r"-?\d+\.?\d*(?:e-?\d+)?"
+    return [float(found) for found in re.findall(number, text)], re.sub(number, "0", text)
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_the_blocks_of_a_page_run_in_order(path, capsys):
     names = {}
-    for block in blocks(path):
+    for block, output in blocks(path):
         exec(compile(block, str(path), "exec"), names)
-    capsys.readouterr()
+        printed = capsys.readouterr().out
+        if output:
+            (found, rest), (expected, shown) = numbers(printed), numbers(output)
+            assert rest == shown
+            assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
