@@ -299,29 +299,47 @@ def overdue(*_):
     raise AssertionError(f"took more than {LIMIT} s")
 
 
-def run(case, count, seed=0):
-    """Run cases; return how many were read and how many refused. Anything else is raised."""
-    read = refused = 0
-    for number in range(count):
-        random.seed(f"{case.__name__} {seed} {number}")
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+def one(case, seed):
+    """Run a case; return whether it was read, and not refused. Anything else is raised."""
+    random.seed(f"{case.__name__} {seed}")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, overdue)
+            signal.alarm(LIMIT)
+        try:
+            case(Path(folder))
+        except KINDS[case] as error:
+            assert 0 < len(str(error)) < 20_000 and meant(error), repr(error)
+            return False
+        except BaseException as error:
+            error.add_note(f"one({case.__name__}, {seed!r})")
+            raise
+        finally:
             if hasattr(signal, "SIGALRM"):
-                signal.signal(signal.SIGALRM, overdue)
-                signal.alarm(LIMIT)
-            try:
-                case(Path(folder))
-                read += 1
-            except KINDS[case] as error:
-                refused += 1
-                assert 0 < len(str(error)) < 20_000 and meant(error), repr(error)
-            except BaseException as error:
-                error.add_note(f"{case.__name__} {seed} {number}")
-                raise
-            finally:
-                if hasattr(signal, "SIGALRM"):
-                    signal.alarm(0)
-    return read, refused
+                signal.alarm(0)
+    return True
+
+
+def run(case, count, seed=0):
+    """Return how many cases were read, and how many refused."""
+    read = sum(one(case, f"{seed} {number}") for number in range(count))
+    return read, count - read
+
+
+def survey(case, count, seed):
+    """Print how many cases were read, refused, and neither; return how many were neither."""
+    begun, read, failed = time.time(), 0, 0
+    for number in range(count):
+        try:
+            read += one(case, f"{seed} {number}")
+        except Exception:
+            failed += 1
+            if failed <= 5:
+                traceback.print_exc()
+    print(f"{case.__name__}: {count} cases, {read} read, {count - read - failed} refused, "
+          f"{failed} failed, {time.time() - begun:.0f} s", flush=True)  # fmt: skip
+    return failed
 
 
 def main(seed):
@@ -330,16 +348,12 @@ def main(seed):
 
     counts = {checkpoint: 10_000, optimizer: 3000, schedule: 20_000, settings: 4000}
     for case in counts:
-        run(case, 20, "warm-up")
+        run(case, 20, "first")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for case, count in counts.items():
-        begun = time.time()
-        read, refused = run(case, count, seed)
-        took = time.time() - begun
-        print(f"{case.__name__}: {count}, {read} read, {refused} refused, {took:.0f} s", flush=True)
+    failed = sum(survey(case, count, seed) for case, count in counts.items())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"memory beyond the imports: {grown:.0f} MB")
-    sys.exit(grown > 300)
+    sys.exit(failed > 0 or grown > 300)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 from mirrorflow.spectrum import SpectralTracker, audit, plan_truncation
 from mirrorflow.spectrum._patterns import Patterns
+from mirrorflow.weightdecay import lint_file
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -233,6 +234,39 @@ def test_weights_that_are_no_matrix_are_no_pair(ends, shape, tmp_path):
     weights["x.q_proj.weight"] = torch.ones(4, 4)  # and its K has no rows
     weights["x.k_proj.weight"] = torch.ones(0, 4)
     assert len(audit(folder(tmp_path, config=config, **weights)).records) >= 1
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 1), (6, 3, 1, 1)])
+def test_a_fused_weight_of_more_dimensions_is_a_matrix(shape, tmp_path):
+    weight = torch.arange(18.0).view(6, 3)
+    weights = {"a.self_attn.in_proj_weight": weight.view(shape)}
+    config = {"num_attention_heads": 1, "hidden_size": 2}
+    (record,) = audit(folder(tmp_path, config=config, **weights), level="head").records
+    values = torch.linalg.svdvals(weight[:2].double().T @ weight[2:4].double())
+    assert record.nuclear == pytest.approx(values.sum().item())
+
+
+@pytest.mark.parametrize("value", [10**400, "x", None, [], 1j])
+def test_a_decay_that_is_no_number_is_an_error_of_its_group(value, tmp_path):
+    saved = {"param_groups": [{"weight_decay": value, "params": [0]}], "state": {}}
+    torch.save(saved, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt: .*weight_decay|cannot be read"):
+        lint_file(tmp_path)
+
+
+def test_a_scalar_among_factors_does_not_stop_a_truncation(tmp_path):
+    weights = {"m.lora_A.weight": torch.eye(2, 4), "m.lora_B.weight": torch.eye(4, 2),
+               "n.lora_A.weight": torch.tensor(1.0)}  # fmt: skip
+    folder(tmp_path, adapter={"lora_alpha": 2, "r": 2}, **weights)
+    assert len(plan_truncation(tmp_path, rank=1).report.records) == 1
+
+
+@pytest.mark.parametrize("packed", ["x", "[1]", '{"a.r": 2, "a.rank_pattern": 5}'])
+def test_a_header_of_diffusers_is_checked(packed, tmp_path):
+    weights = {"a.m.lora_A.weight": torch.eye(2, 4), "a.m.lora_B.weight": torch.eye(4, 2)}
+    safetensors.save_file(weights, tmp_path / "x.safetensors", {"lora_adapter_metadata": packed})
+    with pytest.raises(ValueError, match="lora_adapter_metadata"):
+        plan_truncation(tmp_path / "x.safetensors", rank=1)
 
 
 def test_factors_whose_product_is_beyond_float64_are_listed(tmp_path):

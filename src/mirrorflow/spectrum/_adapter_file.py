@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._configuration import adapter_config
+from ._configuration import adapter_config, object_of, require_adapter
 from ._discovery import lora
 from ._patterns import Patterns
 from .audit import PREFIX, Checkpoint, files_of, reader
@@ -193,7 +193,7 @@ class AdapterFile:
         ranks = {
             _module(key): (shape[0], shape[0])
             for key, shape in self._shapes.items()
-            if FIRST.search(key) and not _module(key).endswith(tuple(skipped))
+            if FIRST.search(key) and len(shape) > 1 and not _module(key).endswith(tuple(skipped))
         }
         new = {record.name: (record.old_rank, record.new_rank) for record in records}
         return {name.removeprefix(PREFIX): found for name, found in (ranks | new).items()}
@@ -285,12 +285,13 @@ def _patterns(modules: Iterable[str]) -> list[str]:
 
 def _repacked(packed: str, ranks: Ranks) -> str:
     """Return diffusers' header: configurations whose keys begin with a part of the pipeline."""
-    content = json.loads(packed)
+    content = object_of(packed, HEADER)
     for part in [key.removesuffix(".r") for key in content if key.endswith(".r")]:
         start = f"{part}."
         config = {k.removeprefix(start): v for k, v in content.items() if k.startswith(start)}
         inside = {k.removeprefix(start): v for k, v in ranks.items() if k.startswith(start)}
         if inside:
+            require_adapter(config, f"{HEADER}: {part}")
             content |= {f"{start}{key}": value for key, value in reranked(config, inside).items()}
     return json.dumps(content, indent=2)
 

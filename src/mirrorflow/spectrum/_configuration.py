@@ -16,6 +16,8 @@ __all__ = [
     "is_number",
     "json_of",
     "model_config",
+    "object_of",
+    "require_adapter",
     "require_plain",
     "scale_patterns",
     "shard_name",
@@ -63,17 +65,32 @@ def json_of(file: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size > SIZE:
             raise ValueError(f"it has {size} bytes, and at most {SIZE} are read")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except RecursionError:
-        raise ValueError(f"{file} is damaged: it is nested more than {DEPTH} deep") from None
-    except ValueError as error:  # of JSON, and of UTF-8
+    except ValueError as error:  # of UTF-8
         raise ValueError(f"{file} is damaged: {error}") from error
+    return object_of(text, file)
+
+
+def object_of(text: str, source: Path | str) -> dict[str, Any]:
+    """Return the JSON object that a text holds.
+
+    Raises
+    ------
+    ValueError
+        If it holds none, or one that is nested too deeply; ``source`` is named.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{source} is damaged: it is nested more than {DEPTH} deep") from None
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: an object is needed")
+        raise ValueError(f"{source} is damaged: an object is needed")
     if _is_deeper(content, DEPTH):
-        raise ValueError(f"{file} is damaged: it is nested more than {DEPTH} deep")
+        raise ValueError(f"{source} is damaged: it is nested more than {DEPTH} deep")
     return content
 
 
@@ -106,7 +123,10 @@ def model_config(file: Path) -> dict[str, Any]:
 
 
 def _require_kinds(
-    config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], file: Path, place: str = ""
+    config: Mapping[str, Any],
+    kinds: Mapping[str, tuple[type, ...]],
+    file: Path | str,
+    place: str = "",
 ) -> None:
     """Refuse fields of another type, in the parts of a configuration as well."""
     for key, value in config.items():
@@ -128,10 +148,17 @@ def adapter_config(file: Path) -> dict[str, Any]:
         If it is no LoRA, or its scale cannot be computed from it.
     """
     config = json_of(file)
+    if config:
+        require_adapter(config, file)
+    return config
+
+
+def require_adapter(config: Mapping[str, Any], file: Path | str) -> None:
+    """Refuse what PEFT could not have written of a LoRA adapter."""
     _require_kinds(config, ADAPTER, file)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise ValueError(
-            f"{file.parent} holds a {kind[:60]} adapter: only LoRA's update is a product A B"
+            f"{file} is that of a {str(kind)[:60]} adapter: only LoRA's update is a product A B"
         )
     for key in ("lora_alpha", "r"):
         if key in config and not is_number(config[key]):
@@ -145,10 +172,9 @@ def adapter_config(file: Path) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in config.get("target_parameters") or ()):
         raise ValueError(f"{file} is damaged: target_parameters must be a list of names")
     scale_patterns(config, file)  # or an error that names the pattern
-    return config
 
 
-def scale_patterns(config: Mapping[str, Any], file: Path) -> Patterns:
+def scale_patterns(config: Mapping[str, Any], file: Path | str) -> Patterns:
     """Return the alphas of an adapter's modules."""
     return Patterns(config.get("alpha_pattern") or {}, f"{file}: alpha_pattern")
 

@@ -149,7 +149,7 @@ class Checkpoint:
         span = slice(factor.start, factor.stop)
         with self._open(file) as content:
             part = content.get_slice(name)
-            if factor.stop is None or factor.block:
+            if factor.stop is None or factor.block or len(self.shapes[factor.key]) > 2:
                 return factor.rows(part[:])
             return part[:, span].mT if factor.transposed else part[span]
 

@@ -119,8 +119,7 @@ def _read(file: Path) -> Any:
     """Return what a file holds, without running it; tensors stay on the disk where they can."""
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise ValueError(f"{file} cannot be read: a plain file is needed")
-    with file.open("rb"):  # or an error that names it
-        zipped = zipfile.is_zipfile(file)
+    zipped = _is_zip(file)
     source: Any = file
     try:
         try:
@@ -142,6 +141,15 @@ def _read(file: Path) -> Any:
         reason = _COLOUR.sub("", str(error)).partition("WeightsUnpickler error:")
         line = (reason[2] or reason[0]).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged, or not a file of torch.save: {line}") from error
+
+
+def _is_zip(file: Path) -> bool:
+    """Return whether a file is a zip archive; an error that names it, if it cannot be opened."""
+    with file.open("rb") as stream:
+        try:
+            return zipfile.is_zipfile(stream)
+        except (zipfile.BadZipFile, ValueError, struct.error):
+            return True  # with an end that makes no sense: torch says what is wrong with it
 
 
 def _loaded(source: Any, mmap: bool = False) -> Any:

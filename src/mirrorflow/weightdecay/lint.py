@@ -124,7 +124,7 @@ def decay_of(group: Mapping[str, Any], index: int) -> float:
     value = group.get("weight_decay", 0.0)
     try:
         decay = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # torch's of a tensor with several elements
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's of several elements
         decay = math.nan
     if not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"group {index}: weight_decay must be a finite number >= 0, got {value!r}")
