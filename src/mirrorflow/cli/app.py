@@ -31,6 +31,7 @@ app.add_typer(sweeps, name="sweep")
 # Which extra brings a package that only some commands need.
 EXTRAS = {
     "altair": "lab",
+    "filelock": "lab",
     "matplotlib": "lab",
     "pydantic": "lab",
     "vl_convert": "lab",
