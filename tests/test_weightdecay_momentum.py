@@ -292,6 +292,7 @@ def test_skipped_steps_store_nothing():
     assert kept[3].abs().max() > 0 and kept[5].abs().max() == 0
 
 
+@pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.RoundingWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_followed_in_half_precision_is_what_the_buffer_holds(dtype):
     """A momentum of 0.9 rounded to 0.8984 would follow another buffer."""

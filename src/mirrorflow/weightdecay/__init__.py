@@ -13,6 +13,7 @@
 """
 
 from ._lint_file import lint_file
+from ._rounding import RoundingWarning, rounded_fraction
 from .adapters import WeightDecayLR, WeightDecaySchedulers
 from .controllers import HoldRatio, PerLayer
 from .coupling import CoupledDecayWarning, coupling
@@ -32,6 +33,7 @@ __all__ = [
     "OffWhenLevel",
     "PerLayer",
     "Preview",
+    "RoundingWarning",
     "Scaled",
     "ScaledFunction",
     "WeightDecayLR",
@@ -44,6 +46,7 @@ __all__ = [
     "lint",
     "lint_file",
     "preview",
+    "rounded_fraction",
     "scale_to_budget",
     "table",
 ]

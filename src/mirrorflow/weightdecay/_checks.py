@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..schedule import Constant, Schedule
 from ._group_state import INITIAL
+from ._rounding import half
 from ._targets import Target
 from .coupling import COUNTED, CoupledDecayWarning
 from .feedback import Feedback, OffAtBudget
@@ -19,6 +20,7 @@ __all__ = [
     "check_decay",
     "check_exact_off",
     "check_free",
+    "check_rounding",
     "check_schedules",
     "inner",
     "one_of",
@@ -70,6 +72,17 @@ def check_free(optimizer: Optimizer, owner: type) -> None:
                 f"this {type(optimizer).__name__} has a WeightDecayScheduler already: close() it "
                 "first, or give one scheduler several schedules with groups="
             )
+
+
+def check_rounding(optimizer: Optimizer) -> None:
+    """Raise if stochastic rounding has nothing to round."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if params and not half(params):
+        found = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in params}))
+        raise ValueError(
+            f'rounding="stochastic" must have weights in bfloat16 or float16, got {found}. Leave '
+            "rounding= out: decay acts as a whole there"
+        )
 
 
 def check_decay(

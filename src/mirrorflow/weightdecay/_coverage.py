@@ -50,6 +50,8 @@ class CoveragePlan:
     model: torch.nn.Module | None = None
     coupling: str | None = None
     on_change: str = "warn"
+    rounding: str | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise unless all of it can be done."""
@@ -62,6 +64,13 @@ class CoveragePlan:
         if self.coupling is not None:
             one_of("coupling", self.coupling, COUPLINGS)
         one_of("on_change", self.on_change, _ON_CHANGE)
+        if self.rounding is not None:
+            one_of("rounding", self.rounding, ("stochastic",))
+            if not self.decoupled:
+                raise ValueError(
+                    f"rounding={self.rounding!r} rounds the decay that comes from outside, got "
+                    "decoupled=False. Use decoupled=True"
+                )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Say which schedule or rule another process cannot get."""

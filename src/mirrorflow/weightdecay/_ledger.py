@@ -59,6 +59,9 @@ class Entry:
         The sum of lr x decay so far, so that a_T = -absorbed; NaN where no such number exists.
     held : float or None
         For SGD with momentum: the coefficient of the decay in the buffer; None before it exists.
+    asked, passed : float
+        The sum of lr x decay, and of the part of each that rounding has let through: less, or more,
+        where the weights are in half precision.
     span : int
         The length below which pieces are joined, so that there are never more than a few.
     pieces : list of Piece
@@ -78,6 +81,8 @@ class Entry:
     taken: int = 0
     absorbed: float = 0.0
     held: float | None = None
+    asked: float = 0.0
+    passed: float = 0.0
     span: int = 1
     pieces: list[Piece] = field(default_factory=list)
 
@@ -86,11 +91,30 @@ class Entry:
         """a_T <= 0; NaN where decay acts in a way that no such number describes."""
         return 0.0 - self.absorbed
 
-    def record(self, step: int, decay: float, group: Mapping[str, Any]) -> None:
-        """Enter a step that the optimizer has taken with this decay and these settings."""
+    @property
+    def acting_part(self) -> float:
+        """The part of the decay that rounding let through; NaN before any, or if not known."""
+        return self.passed / self.asked if self.asked else math.nan
+
+    def record(
+        self,
+        step: int,
+        decay: float,
+        group: Mapping[str, Any],
+        entered: float = 1.0,
+        reached: float = 1.0,
+    ) -> None:
+        """Enter a step that the optimizer has taken with this decay and these settings.
+
+        Of the decay the part ``entered`` gets into SGD's gradient, and the part ``reached`` of what
+        is then subtracted changes the weights: 1 unless their precision swallows some of it.
+        """
         lr = math.nan if group.get("lr") is None else float(group["lr"])
-        share = self._share(decay, lr, group)
+        share = reached * self._share(entered * decay, lr, group)
         self.taken += 1
+        asked = decay if self.coupling == "fixed" else lr * decay
+        self.asked += asked
+        self.passed += entered * reached * asked
         self.absorbed += share
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
 
@@ -176,6 +200,8 @@ class Entry:
         """Continue from what `state` gave."""
         self.taken, self.absorbed = int(state["taken"]), float(state["absorbed"])
         self.held, self.span = state["held"], int(state["span"])
+        self.asked = float(state.get("asked", math.nan))
+        self.passed = float(state.get("passed", math.nan))
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
     def totals(self) -> tuple[str, int, float, float]:
@@ -203,6 +229,7 @@ class Entry:
     def _part(self, piece: Piece, step: int) -> tuple[float, float]:
         """Return bounds of what a piece had absorbed at a step within it."""
         even = piece.constant(piece.decay) and piece.lr == piece.lr_end
+        even = even and self.passed == self.asked  # what rounding lets through changes
         if not even or self.coupling == "sgd":  # whose buffer fills by and by
             return 0.0, piece.absorbed
         part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
@@ -226,6 +253,7 @@ class Entry:
         """Take over the numbers."""
         _, self.taken, self.absorbed, held = totals
         self.held = None if math.isnan(held) else held
+        self.asked = self.passed = math.nan
 
     def _cut(self, step: int) -> None:
         """Forget the record from a step on; the last piece takes up the difference."""

@@ -13,6 +13,7 @@ from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
 from ._momentum import follow, forget, keep_apart
+from ._rounding import RoundedSet, RoundingWarning, half, shrink_stochastically
 from ._targets import Target
 from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
 from .conventions import (
@@ -20,11 +21,13 @@ from .conventions import (
     NoValueError,
     UnknownPeakError,
     decay_of,
+    lr_of,
     rate_at,
     read_effective,
     shrink,
     strength,
 )
+from .coupling import COUNTED
 from .feedback import feed
 
 __all__ = ["StepContext", "StepCounter", "Stepping"]
@@ -57,7 +60,9 @@ class Stepping:
         self._again = False  # the call steps other tensors of the step that was counted last
         self._recorded: set[int] = set()  # the places of the ledgers that have this step
         self._watchdog: GradientWatchdog | None = GradientWatchdog()
-        self._warned = False
+        self._warned, self.seed = False, plan.seed
+        self._rounded: dict[int, RoundedSet] | None = None  # by place; None until they are known
+        self._strayed = False  # a warning of what rounding does has been given
 
     def cover(self) -> None:
         """Take over what is new in the optimizer's groups."""
@@ -66,6 +71,7 @@ class Stepping:
             return
         self.coverage.update(self.optimizer, self.account)
         self.ledgers = list(zip(self.coverage.targets, self.account.entries, strict=True))
+        self._rounded = None
 
     def begin(self) -> None:
         """Continue from what the optimizer knows; a schedule needs a first value."""
@@ -175,15 +181,32 @@ class Stepping:
         outside = self.last if self.plan.decoupled else None
         self._context = StepContext(self.ledgers, groups, outside, self.coverage.ungated)
         self._warned = self._warned or self._context.warn_if_too_much(self.account.steps)
+        if self._rounded is None:
+            self._rounded = self._in_half_precision()
         changed = _followed(self._gradients_are_there, args, kwargs)
         if changed is None or self.coverage.asks_again:
+            if self._rounded:
+                self._context.round(self._rounded, self.account.steps)
             self._act()
         return changed
+
+    def _in_half_precision(self) -> dict[int, RoundedSet]:
+        """Return the sets that have tensors in half precision, by their places."""
+        if self.plan.rounding is not None:
+            return {}  # what is rounded by chance acts as a whole
+        groups, outside = self.optimizer.param_groups, self.plan.decoupled
+        return {
+            place: RoundedSet(entry.coupling, outside, self.optimizer, target.group)
+            for place, (target, entry) in enumerate(self.ledgers)
+            if entry.coupling in COUNTED and half(target.params(groups[target.group]))
+        }
 
     def _gradients_are_there(self) -> None:
         """Read what acts by the gradients that the closure has computed."""
         assert self._context is not None
         self._context.read()
+        if self._rounded and not self._acted:
+            self._context.round(self._rounded, self.account.steps)
         self._act()
 
     def _act(self) -> None:
@@ -195,7 +218,8 @@ class Stepping:
         assert self._context is not None
         self._acted = True
         if self.plan.decoupled:
-            self._context.shrink(everything=self.coverage.asks_again)
+            seed = None if self.plan.rounding is None else self.seed
+            self._context.shrink(self.account.steps, self.coverage.asks_again, seed)
         else:
             keep_apart(self.optimizer, self._context.pairs(), self.rates, self._again)
 
@@ -225,8 +249,26 @@ class Stepping:
             if self.counts.due or self.account.alone:
                 self.counts.ends(self.optimizer, self.account)
         self.counter.counted(groups)
+        if self._rounded and not self._strayed:
+            self._strayed = self._warn_if_rounded()
         if self._watchdog and self._watchdog.sees(self._recorded, context.idle, self._again):
             self._watchdog = None
+
+    def _warn_if_rounded(self) -> bool:
+        """Warn where rounding swallows decay, or adds to it, and return whether it does."""
+        for target, entry in self.ledgers:
+            part = entry.acting_part
+            if entry.taken not in _LOOKS or 1 / _STRAYED <= part <= _STRAYED or part != part:
+                continue
+            dtypes = {p.dtype for p in target.params(self.optimizer.param_groups[target.group])}
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            warnings.warn(
+                _ROUNDED.format(target.group, names, part, entry.taken),
+                RoundingWarning,
+                stacklevel=4,
+            )
+            return True
+        return False
 
     def _rest(self) -> None:
         """Keep decay out of a step that only makes the optimizer's state, and does not count."""
@@ -318,7 +360,7 @@ class StepContext:
     >>> w.grad = torch.zeros(2)
     >>> entry, groups = Entry("decoupled"), [{"params": [w], "lr": 0.5}]
     >>> context = StepContext([(Target(0, None, None, True), entry)], groups, [0.5])
-    >>> context.shrink()
+    >>> context.shrink(step=0)
     >>> context.record(0, set())
     >>> w.detach(), entry.accumulated
     (tensor([0.7500, 0.7500]), -0.25)
@@ -333,6 +375,7 @@ class StepContext:
     ) -> None:
         self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
+        self._passed: dict[int, tuple[float, float]] = {}  # by place, where weights are rounded
         self.read()
 
     def read(self) -> None:
@@ -347,14 +390,32 @@ class StepContext:
         pairs = zip(self._ledgers, self._effective, strict=True)
         return [(target.group, entry, found.params) for (target, entry), found in pairs]
 
-    def shrink(self, everything: bool = False) -> None:
-        """Shrink the weights that have a gradient, or ``everything`` that may get one yet."""
-        for (_, entry), found in zip(self._ledgers, self._effective, strict=True):
+    def round(self, rounded: Mapping[int, RoundedSet], step: int) -> None:
+        """Find out what the precision of the weights will let through."""
+        for place, tried in rounded.items():
+            (target, entry), found = self._ledgers[place], self._effective[place]
+            everything = target.group in self._ungated
+            moved = [p for p in found.params if p.grad is not None or everything]
+            lr = lr_of(found.settings)
+            part = tried.passed(moved, found.decay, lr, step, entry.held)
+            self._passed[place] = part.entered, part.reached
+
+    def shrink(self, step: int, everything: bool = False, seed: int | None = None) -> None:
+        """Shrink the weights that have a gradient, or ``everything`` that may get one yet.
+
+        With a seed what is in half precision is rounded by chance.
+        """
+        places = enumerate(zip(self._ledgers, self._effective, strict=True))
+        for place, ((_, entry), found) in places:
             moved = [
                 p for p in found.params if p.grad is not None or (everything and p.requires_grad)
             ]
             # w <- (1 - lr lambda) w, before the step, as AdamW does
-            shrink(moved, 1 - strength(found.decay, found.settings, entry.coupling))
+            part = strength(found.decay, found.settings, entry.coupling)
+            if seed is None:
+                shrink(moved, 1 - part)
+            else:
+                shrink_stochastically(moved, part, seed + place, step)
 
     def record(self, step: int, done: set[int]) -> None:
         """Enter the step into the ledgers of what it has moved, and their places into ``done``.
@@ -365,7 +426,8 @@ class StepContext:
         for place, ((target, entry), found) in enumerate(pairs):
             moved = found.moved or (target.group in self._ungated and found.params)
             if moved and place not in done:
-                entry.record(step, found.decay, found.settings)
+                passed = self._passed.get(place, (1.0, 1.0))
+                entry.record(step, found.decay, found.settings, *passed)
                 done.add(place)
 
     def idle(self, seen: Collection[int]) -> list[int]:
@@ -395,6 +457,13 @@ class StepContext:
         return False
 
 
+_LOOKS = (3, 30, 300, 3000)  # steps after which the ledger is compared with what was asked
+_STRAYED = 1.1  # the ratio of the two from which it deserves a word
+_ROUNDED = (
+    "weights of parameter group {} are in {}: rounding let {:.3g} times the decay that was asked "
+    "act in {} steps, and accumulated counts that. Keep the weights that the optimizer steps in "
+    'float32, or use decoupled=True, rounding="stochastic", or a larger lr x decay'
+)
 _TOO_MUCH = (
     "{} = {:g} >= 1 for group {} at step {}: this step {}. Use a smaller rate, or set convention= "
     "to what the rate means"

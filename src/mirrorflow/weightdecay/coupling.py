@@ -11,7 +11,7 @@ import copy
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -277,17 +277,54 @@ class OptimizerProbe:
             return False
         return not torch.equal(*ends)
 
+    def rounds_together(self) -> bool:
+        """Return whether a decay too weak for a multiplication in bfloat16 acts nevertheless.
+
+        It does where it is rounded together with the update. False where the twin fails.
+        """
+        try:
+            ends = []
+            for decay in (0.0, 2**-9):  # times _LR it is a quarter of what acts by itself
+                weight, twin = self._twin(torch.bfloat16)
+                for size in _SIZES * 8:
+                    gradient = size * torch.tensor(_GRADIENT, dtype=torch.bfloat16)
+                    _step(twin, weight, gradient, decay)
+                ends.append(weight.detach().clone())
+        except Exception:  # as above
+            return False
+        return not torch.equal(*ends)
+
+    def twin_of(
+        self, params: Sequence[tuple[torch.nn.Parameter, dict[str, Any]]], decay: float
+    ) -> Optimizer:
+        """Return an optimizer of the same class, settings and kernels for other parameters.
+
+        Parameters
+        ----------
+        params : sequence of (Parameter, dict)
+            The parameters, and the state of each.
+        decay : float
+            Their decay.
+        """
+        twin = self._made({"params": [p for p, _ in params], "weight_decay": decay})
+        twin.state.update({p: dict(state) for p, state in params if state})
+        return twin
+
     def _twin(self, dtype: torch.dtype) -> tuple[torch.nn.Parameter, Optimizer]:
         """Return the small weight, and an optimizer of the same class and settings for it."""
         weight = torch.nn.Parameter(torch.tensor(_WEIGHTS, dtype=dtype))
-        group = self._group
-        settings = {
-            k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")
+        settings: dict[str, Any] = {
+            k: False for k in ("capturable", "fused", "foreach") if k in self._group
         }
-        settings |= {k: False for k in ("capturable", "fused", "foreach") if k in settings}
-        # Schedule-free optimizers refuse to step otherwise
-        settings |= {k: True for k in ("train_mode",) if k in settings}
         settings |= {"params": [weight], "lr": _LR, "weight_decay": _DECAY}
+        return weight, self._made(settings)
+
+    def _made(self, settings: Mapping[str, Any]) -> Optimizer:
+        """Return an optimizer of the same class with one group, in which some settings differ."""
+        left_out = ("params", "param_names", *settings)
+        group = {k: copy.deepcopy(v) for k, v in self._group.items() if k not in left_out}
+        # Schedule-free optimizers refuse to step otherwise
+        group |= {k: True for k in ("train_mode",) if k in group} | dict(settings)
         cls = type(self._optimizer)
         twin = cls.__new__(cls)
         # What covers a method stays out: an LR scheduler puts a `step` there that steps the
@@ -298,9 +335,9 @@ class OptimizerProbe:
         twin.__dict__.update({k: copy.deepcopy(v) for k, v in own.items() if _is_plain(v)})
         defaults = dict(self._optimizer.defaults)
         twin.__setstate__(
-            {"defaults": defaults, "state": defaultdict(dict), "param_groups": [settings]}
+            {"defaults": defaults, "state": defaultdict(dict), "param_groups": [group]}
         )
-        return weight, twin
+        return twin
 
 
 def _step(

@@ -12,6 +12,7 @@ from ._checks import (
     check_decay,
     check_exact_off,
     check_free,
+    check_rounding,
     check_schedules,
     inner,
     warn_if_coupled,
@@ -56,6 +57,13 @@ class WeightDecayScheduler:
         step, as AdamW does: tensor by tensor, with an exact end. An optimizer that asks its closure
         again within a step (LBFGS) decays before the first time. Refused where it would not do:
         for optimizers that keep averages of the weights, or that find their own step size.
+    rounding : {"stochastic"}, optional
+        With ``decoupled=True``, for weights in bfloat16 or float16: round what decay leaves up or
+        down by chance, so that lr x decay acts as a whole however small it is. Weights in other
+        precisions decay as without it; where there are no others, it is refused.
+    seed : int
+        Of the stochastic rounding, whose random numbers depend on it and on the step alone. All
+        processes that hold the same weights need the same. It travels in `state_dict`.
     exact_off : bool
         For SGD with momentum, which takes L2 into its buffer: follow the decay's part of each
         buffer, and take it out when the rate becomes 0, so that the next steps are as with a
@@ -88,7 +96,9 @@ class WeightDecayScheduler:
     steps : int
         The number of steps that the optimizer has taken.
     accumulated : list of float
-        a_T = -sum of lr x decay, one per group.
+        a_T = -sum of lr x decay, one per group; of weights in half precision what acted of it.
+    acting_parts : list of float
+        The part of lr x decay that the precision of the weights let act, one per group.
 
     Examples
     --------
@@ -126,6 +136,8 @@ class WeightDecayScheduler:
         model: torch.nn.Module | None = None,
         coupling: str | None = None,
         on_change: str = "warn",
+        rounding: str | None = None,
+        seed: int = 0,
     ) -> None:
         self.optimizer = inner(optimizer)
         check_free(self.optimizer, Stepping)
@@ -141,6 +153,8 @@ class WeightDecayScheduler:
             model,
             coupling,
             on_change,
+            rounding,
+            seed,
         )
         self._fingerprints = Fingerprints()
         with undone_if_it_fails(self.optimizer):
@@ -156,6 +170,8 @@ class WeightDecayScheduler:
         couplings = [entry.coupling for entry in self.account.entries]
         check_decay(self.optimizer, self.targets, self.decoupled, self.plan.relative)
         check_schedules(self.optimizer, self.targets, couplings)
+        if self.plan.rounding is not None:
+            check_rounding(self.optimizer)
         if self.exact_off:
             check_exact_off(self.optimizer, self.targets, couplings)
         warn_if_coupled(self.optimizer, self.targets, couplings, self.exact_off)
@@ -214,6 +230,14 @@ class WeightDecayScheduler:
         return [entry.accumulated for entry in self.account.entries]
 
     @property
+    def acting_parts(self) -> list[float]:
+        """Return the part of lr x decay that acted, in the order of ``accumulated``.
+
+        1 but for weights in bfloat16 or float16; NaN before any decay, or where it is not known.
+        """
+        return [entry.acting_part for entry in self.account.entries]
+
+    @property
     def pending(self) -> list[float]:
         """Return what momentum would still absorb of the past decay, if it were 0 from now on."""
         groups, exact = self.optimizer.param_groups, self.exact_off
@@ -240,7 +264,8 @@ class WeightDecayScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain numbers; safe under ``torch.load(weights_only=True)``."""
-        return self.account.state() | self._fingerprints.state(self.targets)
+        state = self.account.state() | self._fingerprints.state(self.targets)
+        return state if self.plan.rounding is None else state | {"seed": self._stepping.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, before or after the optimizer has loaded its own.
@@ -258,6 +283,7 @@ class WeightDecayScheduler:
         if change and self.plan.on_change == "error":
             self._stepping.object_to(change, effect)
         self.account.load(state, self.optimizer.param_groups)
+        self._stepping.seed = int(state.get("seed", self._stepping.seed))
         if change:
             self._stepping.object_to(change, effect)
         self.step()
