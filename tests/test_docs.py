@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(path):
-    """Return the Python of a page, block by block, each with the output that is printed below it."""
+    """Return the Python of a page, block by block, with the output that is printed below it."""
     pattern = r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?"
     return re.findall(pattern, path.read_text(encoding="utf-8"), re.S)
 

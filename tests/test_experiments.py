@@ -95,7 +95,7 @@ def test_charts_table_and_summary_come_from_the_records(name, smoke):
     rows = module.table(result["records"])
     assert len(rows) >= 3 and all(set(row) == set(rows[0]) for row in rows)
     assert any(c.isdigit() for c in module.summary(result["records"]))
-    assert module.TITLE and module.PAPER.startswith(("Figure", "Table"))
+    assert module.TITLE and module.PAPER.startswith(("Figure", "Table", "Beyond"))
 
 
 @pytest.mark.parametrize("name", NAMES)

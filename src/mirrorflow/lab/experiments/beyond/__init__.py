@@ -1,0 +1,1 @@
+"""What lies beyond the paper: discrete training in the same R_a."""
