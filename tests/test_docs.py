@@ -123,3 +123,20 @@ def test_the_supports_and_the_table_of_the_readme_are_what_is_stored():
             kind = "sparse, n ≥ d/2" if data == "its support" else data.replace(" truth", "")
             numbers = f1 if data == "its support" else r2
             check(text, numbers[f"{kind}, SNR {snr}", method])
+
+
+def test_the_table_of_the_account_is_what_is_stored():
+    module = framework.load("beyond_account")
+    found = framework.find_results(ROOT / "results")
+    (result,) = [r for r in found if r["experiment"] == module.NAME]
+    rows = {row["training"]: row for row in module.table(result["records"])}
+    cells = printed(ROOT / "docs" / "beyond.md", "| training | lr | decay alone")
+    keys = {"decay alone": "decay alone", "whole account": "whole account"}
+    keys["with the tilt"] = "account and tilt"
+    for (way, column), text in cells.items():
+        if column != "lr":
+            assert float(text) == pytest.approx(
+                rows[way][f"distance, {keys[column]}"],
+                rel=0.06 if column != "with the tilt" else 0.5,
+            )
+    assert len(cells) == 28

@@ -36,6 +36,7 @@ Way = Literal[
     "full gradient", "batch 1", "batch 1, decay", "label noise", "label noise, decay",
     "momentum", "momentum, label noise",
 ]  # fmt: skip
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "black", "#CC79A7", "#56B4E9", "#D55E00")
 VIEWS = {"alone": "decay alone", "account": "whole account", "tilted": "account and tilt"}
 
 
@@ -175,7 +176,7 @@ def table(records: list[Record]) -> list[Record]:
 
 
 def draw(records: list[Record], trajectory: Trajectory) -> Figure:
-    """Draw each prediction against the trained coefficient, a panel for each kind."""
+    """Draw the error of each predicted coefficient, a panel for each kind of prediction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -183,13 +184,18 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
     for axis, (key, title) in zip(axes, VIEWS.items(), strict=True):
         for i, way in enumerate(_medians(records)):
             folder = way.replace(", ", "-")
-            trained, predicted = (trajectory[f"{folder}/{name}"] for name in ("trained", key))
-            marker = {"marker": "os^vDPX"[i % 7], "markersize": 4, "linestyle": "none"}
-            colour = STYLES[i % len(STYLES)]["color"]
-            axis.plot(trained.ravel(), predicted.ravel(), color=colour, label=way, **marker)
-        axis.axline((0, 0), slope=1, color="grey", linewidth=1, zorder=0)
-        axis.set(title=title, xlabel="coefficient after training", ylabel="predicted")
+            trained, predicted = (
+                trajectory[f"{folder}/{name}"].ravel() for name in ("trained", key)
+            )
+            missed = np.maximum(np.abs(predicted - trained), 1e-18)  # 0 has no logarithm
+            colour, marker = COLOURS[i % len(COLOURS)], "os^vDPX"[i % 7]
+            axis.plot(
+                np.abs(trained), missed, color=colour, label=way, marker=marker, markersize=3.5,
+                linestyle="none", alpha=0.7,
+            )  # fmt: skip
+        axis.set(title=title, xlabel="|coefficient after training|", xscale="log", yscale="log")
         axis.grid(alpha=0.25)
+        axis.set_ylabel("|predicted − trained|")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4)
     return figure
@@ -223,7 +229,12 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
                 scale=alt.Scale(domain=names, range=[STYLES[i]["color"] for i in (0, 2, 3)]),
                 legend=alt.Legend(orient="bottom"),
             ),
-            shape=alt.Shape("prediction:N", sort=names, legend=alt.Legend(orient="bottom")),
+            shape=alt.Shape(
+                "prediction:N",
+                sort=names,
+                scale=alt.Scale(domain=names),
+                legend=alt.Legend(orient="bottom"),
+            ),
             tooltip=["training:N", "prediction:N", alt.Tooltip("distance:Q", format=".2g")],
         )
     )
