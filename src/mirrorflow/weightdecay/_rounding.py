@@ -1,4 +1,4 @@
-r"""The part of a decay that acts on weights in bfloat16 or float16, and its stochastic rounding.
+r"""The part of a decay that acts on weights in bfloat16 or float16.
 
 A multiplication ``w <- (1 - s) w``, s = lr x decay, is rounded to the nearest of the weights' own
 numbers, which lie ``eps |w| / m`` apart, m in [1, 2) the mantissa. Where it is a step of its own
@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +28,22 @@ from .coupling import OptimizerProbe, known_coupling
 
 __all__ = [
     "HALF",
+    "STRAYED",
     "Passed",
     "RoundedSet",
     "RoundingWarning",
     "half",
+    "in_memory_order",
     "rounded_fraction",
     "rounds_together",
-    "shrink_stochastically",
     "too_weak",
+    "warn_if_rounded",
 ]
 
 HALF = (torch.bfloat16, torch.float16)
+STRAYED = 1.1  # the ratio of what acts to what is asked for from which it deserves a word
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _BLOCKS, _LENGTH = 8, 512  # of entries that are looked at in a step
-_CHUNK = 1 << 20  # entries that are rounded at a time
 
 
 class RoundingWarning(UserWarning):
@@ -133,6 +136,36 @@ def rounds_together(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     if known_coupling(optimizer, group) is not None:
         return bool(group.get("fused"))
     return OptimizerProbe(optimizer, group).rounds_together()
+
+
+_ROUNDED = (
+    "weights of parameter group {} are in {}: rounding let {:.3g} times the decay that was asked "
+    "act in {} steps, and accumulated counts that. Keep the weights that the optimizer steps in "
+    'float32, or use decoupled=True, rounding="stochastic", or a larger lr x decay'
+)
+_LOOKS = (3, 30, 300, 3000)  # steps after which the ledger is compared with what was asked
+
+
+def warn_if_rounded(params: Sequence[torch.Tensor], part: float, steps: int, index: int) -> bool:
+    """Warn where rounding swallows decay, or adds to it, and return whether it does.
+
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Those of a set.
+    part : float
+        The part of the decay that acted; NaN where it is not known.
+    steps : int
+        The number of steps taken; few of them are looked at.
+    index : int
+        The place of their group.
+    """
+    if steps not in _LOOKS or math.isnan(part) or 1 / STRAYED <= part <= STRAYED:
+        return False
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in params if p.dtype in HALF}
+    text = _ROUNDED.format(index, ", ".join(sorted(dtypes)), part, steps)
+    warnings.warn(text, RoundingWarning, stacklevel=5)
+    return True
 
 
 class RoundedSet:
@@ -339,9 +372,8 @@ class Block:
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the entries of a tensor in the shape of the weights."""
-        strides = self.param.stride()
-        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-        return tensor.permute(order).reshape(-1).narrow(0, self.start, self.length)
+        flat = in_memory_order(tensor, self.param).reshape(-1)
+        return flat[self.start : self.start + self.length]
 
     def copy(self, scale: Any) -> tuple[torch.nn.Parameter, dict[str, Any]]:
         """Return a parameter of the entries, with their gradient, and a copy of their state."""
@@ -362,14 +394,20 @@ class Block:
         return value.clone()
 
 
+def in_memory_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a view whose axes are in the order in which those of ``like`` lie in memory."""
+    if like.is_contiguous():
+        return tensor
+    strides = like.stride()
+    return tensor.permute(sorted(range(like.dim()), key=lambda axis: -strides[axis]))
+
+
 def _elsewhere(p: torch.Tensor) -> bool:
     """Return whether entries of a tensor lie in other processes, or nowhere."""
     return p.is_meta or hasattr(p, "to_local") or getattr(p, "_is_flat_param", False)
 
 
-def _blocks(
-    optimizer: Optimizer, params: Sequence[torch.Tensor], step: int
-) -> list[Block]:
+def _blocks(optimizer: Optimizer, params: Sequence[torch.Tensor], step: int) -> list[Block]:
     """Return blocks at places that depend on the step, or all of what is small."""
     sizes = [p.numel() for p in params]
     total = sum(sizes)
@@ -439,72 +477,3 @@ def _reached(
 def _or_whole(part: float) -> float:
     """Return the part, or 1 where weights of 0, or not finite, have none."""
     return part if math.isfinite(part) else 1.0
-
-
-# Stochastic rounding
-
-
-@torch.no_grad()
-def shrink_stochastically(
-    params: Sequence[torch.Tensor], strength: float, seed: int, step: int
-) -> None:
-    """Multiply parameters by 1 - strength, in place, rounded up or down by chance.
-
-    ``w - strength w`` lies between two numbers of the weights' precision, and becomes each with
-    the probability by which the mean is right. Other precisions are multiplied as they are.
-
-    Parameters
-    ----------
-    params : sequence of Tensor
-        The weights, worked on in parts.
-    strength : float
-        lr x decay.
-    seed, step : int
-        The random numbers depend on both, and on nothing else.
-
-    Examples
-    --------
-    >>> w = torch.ones(100_000, dtype=torch.bfloat16)
-    >>> shrink_stochastically([w], 1e-4, seed=0, step=0)
-    >>> round(1 - w.double().mean().item(), 5)
-    0.0001
-    """
-    if strength == 0:
-        return
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in params]
-    shrink([p for p in local if p.dtype not in HALF], 1 - strength)
-    generators: dict[torch.device, torch.Generator] = {}
-    for p in local:
-        if p.dtype not in HALF:
-            continue
-        if p.device not in generators:
-            generators[p.device] = torch.Generator(p.device)
-            generators[p.device].manual_seed(_mixed(seed, step))
-        strides = p.stride()
-        order = sorted(range(p.dim()), key=lambda axis: -strides[axis])
-        flat = p.detach().permute(order).view(-1)
-        for part in flat.split(_CHUNK):
-            _shrink_part(part, strength, generators[p.device])
-
-
-def _mixed(seed: int, step: int) -> int:
-    """Return a seed of its own for each step (splitmix64)."""
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return (z ^ (z >> 31)) % 2**63
-
-
-def _shrink_part(w: torch.Tensor, strength: float, generator: torch.Generator) -> None:
-    """Shrink a part of the weights, in place."""
-    exact = w.float()
-    taken = exact * strength
-    near = (exact - taken).to(w.dtype)
-    missing = (exact - near.float()) - taken  # (w - s w) - near, without a loss of small s w
-    # The bits of these numbers, read as integers, grow with their size
-    away = (missing > 0) == (near > 0)
-    other = (near.view(torch.int16) + away.to(torch.int16) * 2 - 1).view(w.dtype)
-    gap = (other.float() - near.float()).abs()
-    chance = torch.rand(w.shape, generator=generator, device=w.device)
-    moves = (chance * gap < missing.abs()) & (near != 0)
-    w.copy_(torch.where(moves, other, near))

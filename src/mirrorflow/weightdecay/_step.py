@@ -13,7 +13,8 @@ from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
 from ._momentum import follow, forget, keep_apart
-from ._rounding import RoundedSet, RoundingWarning, half, shrink_stochastically
+from ._rounding import RoundedSet, half, warn_if_rounded
+from ._stochastic import shrink_stochastically
 from ._targets import Target
 from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
 from .conventions import (
@@ -255,20 +256,12 @@ class Stepping:
             self._watchdog = None
 
     def _warn_if_rounded(self) -> bool:
-        """Warn where rounding swallows decay, or adds to it, and return whether it does."""
-        for target, entry in self.ledgers:
-            part = entry.acting_part
-            if entry.taken not in _LOOKS or 1 / _STRAYED <= part <= _STRAYED or part != part:
-                continue
-            dtypes = {p.dtype for p in target.params(self.optimizer.param_groups[target.group])}
-            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            warnings.warn(
-                _ROUNDED.format(target.group, names, part, entry.taken),
-                RoundingWarning,
-                stacklevel=4,
-            )
-            return True
-        return False
+        """Warn where the precision of weights changes their decay, and return whether it does."""
+        groups = self.optimizer.param_groups
+        return any(
+            warn_if_rounded(t.params(groups[t.group]), entry.acting_part, entry.taken, t.group)
+            for t, entry in self.ledgers
+        )
 
     def _rest(self) -> None:
         """Keep decay out of a step that only makes the optimizer's state, and does not count."""
@@ -457,13 +450,6 @@ class StepContext:
         return False
 
 
-_LOOKS = (3, 30, 300, 3000)  # steps after which the ledger is compared with what was asked
-_STRAYED = 1.1  # the ratio of the two from which it deserves a word
-_ROUNDED = (
-    "weights of parameter group {} are in {}: rounding let {:.3g} times the decay that was asked "
-    "act in {} steps, and accumulated counts that. Keep the weights that the optimizer steps in "
-    'float32, or use decoupled=True, rounding="stochastic", or a larger lr x decay'
-)
 _TOO_MUCH = (
     "{} = {:g} >= 1 for group {} at step {}: this step {}. Use a smaller rate, or set convention= "
     "to what the rate means"

@@ -13,8 +13,10 @@ import torch
 from ..schedule import Constant
 from ._checks import inner
 from ._group_state import INITIAL
+from ._rounding import STRAYED, RoundedSet, half, rounds_together, too_weak
 from ._targets import cleaned, names_of
-from .coupling import coupling
+from .conventions import lr_of, strength
+from .coupling import COUNTED, coupling
 from .scheduler import WeightDecayScheduler
 
 __all__ = ["Finding", "decay_of", "lint", "of_groups"]
@@ -31,7 +33,7 @@ class Finding:
     code : str
         Its name: zero-decay, overwritten, coupled, averaged, masked, unknown-coupling,
         numpy-scalar, frozen-in-graph, unscheduled, double-stepping, decayed-vectors,
-        decayed-marked, decayed-embedding, flat-parameter.
+        decayed-marked, decayed-embedding, flat-parameter, rounded.
     group : int or None
         The parameter group, or None for all of them.
     message, remedy : str
@@ -108,6 +110,7 @@ def lint(
         *_marked(groups, names, model),
         *_embeddings(groups, names, model),
         *_flat(groups, names),
+        *_rounded(optimizer, couplings, scheduler),
         *_scheduled(groups, scheduler),
         *_double_stepping(optimizer, scheduler),
     ]  # fmt: skip
@@ -307,6 +310,62 @@ def _shown(params: Sequence[torch.Tensor], names: Mapping[int, str]) -> str:
     """Return the first names of tensors, in brackets, as far as they have any."""
     named = [names[id(p)] for p in params if id(p) in names]
     return f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+
+
+def _rounded(
+    optimizer: torch.optim.Optimizer,
+    couplings: Mapping[int, str],
+    scheduler: WeightDecayScheduler | None,
+) -> Iterable[Finding]:
+    """Look for decay that the precision of the weights swallows, or changes."""
+    groups = optimizer.param_groups
+    for i, part in _acting_parts(optimizer, couplings, scheduler):
+        dtypes = {p.dtype for p in groups[i]["params"] if half([p])}
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        if math.isnan(part):
+            weak = _weakest(groups[i])
+            yield Finding(
+                "rounded", i,
+                f"weights in {names}, and lr x decay below {weak:.2g}: the gradients decide how "
+                "much of it acts",
+                "Read acting_parts of its WeightDecayScheduler after some steps",
+                level="note",
+            )  # fmt: skip
+        elif not 1 / STRAYED <= part <= STRAYED:
+            yield Finding(
+                "rounded", i,
+                f"weights in {names}: rounding lets {part:.3g} times the decay act",
+                "Keep the weights that the optimizer steps in float32, or use "
+                'WeightDecayScheduler(..., decoupled=True, rounding="stochastic"), or a larger '
+                "lr x decay",
+            )  # fmt: skip
+
+
+def _acting_parts(
+    optimizer: torch.optim.Optimizer,
+    couplings: Mapping[int, str],
+    scheduler: WeightDecayScheduler | None,
+) -> Iterable[tuple[int, float]]:
+    """Return the part of the decay that acts on groups in half precision; NaN where it depends."""
+    if scheduler is not None and scheduler.steps:
+        pairs = zip(scheduler.targets, scheduler.acting_parts, strict=True)
+        yield from ((t.group, part) for t, part in pairs if not math.isnan(part) and part != 1)
+        return
+    for i, how in couplings.items():
+        group = optimizer.param_groups[i]
+        if how not in COUNTED or not half(group["params"]):
+            continue
+        decay, lr = decay_of(group, i), lr_of(group)
+        if how != "sgd" and not rounds_together(optimizer, group):
+            tried = RoundedSet(how, False, optimizer, i)
+            yield i, tried.passed(group["params"], decay, lr, step=0).reached
+        elif strength(decay, group, how) < _weakest(group):
+            yield i, math.nan
+
+
+def _weakest(group: Mapping[str, Any]) -> float:
+    """Return the lr x decay below which rounding may swallow the decay of a group."""
+    return max(too_weak(p.dtype) for p in group["params"] if half([p]))
 
 
 def _scheduled(groups: Groups, scheduler: WeightDecayScheduler | None) -> Iterable[Finding]:
