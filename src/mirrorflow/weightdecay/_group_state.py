@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ._ledger import TOTALS
+from ._ledger import TENSORS, TOTALS
 from .feedback import Feedback
 
 __all__ = [
@@ -67,7 +67,7 @@ def recall(
 
 INITIAL = "initial_weight_decay"  # the key in a group, as LR schedulers keep initial_lr
 LEFT = "own_weight_decay"  # (own, left): what a closed scheduler has replaced, and by what
-_KEYS = (INITIAL, LEFT, TOTALS, MEMORY, "weight_decay")
+_KEYS = (INITIAL, LEFT, TOTALS, TENSORS, MEMORY, "weight_decay")
 
 
 def own_decay(group: dict[str, Any]) -> float:
@@ -117,7 +117,7 @@ def cleared(groups: list[dict[str, Any]]) -> None:
     """Take the scheduler's keys away; where its decay stays, note what was there before it."""
     for group in groups:
         own, now = own_decay(group), float(group.get("weight_decay", 0.0))
-        for key in (INITIAL, LEFT, TOTALS, MEMORY):
+        for key in (INITIAL, LEFT, TOTALS, TENSORS, MEMORY):
             group.pop(key, None)
         if own != now and "weight_decay" in group:
             group[LEFT] = (own, now)

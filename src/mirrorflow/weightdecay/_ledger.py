@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["TOTALS", "Account", "Entry", "Piece"]
+__all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece"]
 
 _MOST_PIECES = 64
 _ROUNDING = 1e-7  # of sums in another order, relative to the sum
@@ -64,6 +64,9 @@ class Entry:
         where the weights are in half precision.
     span : int
         The length below which pieces are joined, so that there are never more than a few.
+    others : dict of int to Entry
+        The accounts of tensors that missed a step which others of the set took, by their place in
+        the set; `absorbed` is the sum over the steps in which any took part.
     pieces : list of Piece
         The record: runs of equal decay as one, changing decay more coarsely the longer it lasts;
         steps without decay are not joined to steps with it, so that a switch keeps its step.
@@ -84,12 +87,28 @@ class Entry:
     asked: float = 0.0
     passed: float = 0.0
     span: int = 1
+    others: dict[int, Entry] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
 
     @property
     def accumulated(self) -> float:
         """a_T <= 0; NaN where decay acts in a way that no such number describes."""
         return 0.0 - self.absorbed
+
+    def mean(self, sizes: Sequence[int]) -> float:
+        """Return a_T, as a mean over the entries of the tensors that have taken a step.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            The number of entries of each tensor of the set.
+        """
+        if not self.others:
+            return self.accumulated
+        accounts = [(size, self.others.get(i, self)) for i, size in enumerate(sizes)]
+        moved = [(size, own) for size, own in accounts if own.taken]
+        total = sum(size for size, _ in moved)
+        return sum(size * own.accumulated for size, own in moved) / total if total else 0.0
 
     @property
     def acting_part(self) -> float:
@@ -103,12 +122,17 @@ class Entry:
         group: Mapping[str, Any],
         entered: float = 1.0,
         reached: float = 1.0,
+        still: Sequence[int] = (),
     ) -> None:
         """Enter a step that the optimizer has taken with this decay and these settings.
+
+        The tensors at the places ``still`` of the set took no part in it.
 
         Of the decay the part ``entered`` gets into SGD's gradient, and the part ``reached`` of what
         is then subtracted changes the weights: 1 unless their precision swallows some of it.
         """
+        if still or self.others:
+            self._record_others(set(still), step, decay, group, entered, reached)
         lr = math.nan if group.get("lr") is None else float(group["lr"])
         share = reached * self._share(entered * decay, lr, group)
         self.taken += 1
@@ -117,6 +141,25 @@ class Entry:
         self.passed += entered * reached * asked
         self.absorbed += share
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
+
+    def _record_others(
+        self,
+        still: set[int],
+        step: int,
+        decay: float,
+        group: Mapping[str, Any],
+        entered: float,
+        reached: float,
+    ) -> None:
+        """Enter a step into the accounts of the tensors that have missed this step or others."""
+        for place in still - self.others.keys():  # these part from the rest here
+            self.others[place] = Entry(self.coupling, self.taken, self.absorbed, self.held)
+        if len(still) == len(self.others):
+            return
+        for place, own in self.others.items():
+            if place not in still:
+                own.record(step, decay, group, entered, reached)
+                own.pieces.clear()
 
     def rest(self, group: Mapping[str, Any]) -> None:
         """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
@@ -182,6 +225,10 @@ class Entry:
             short = self.span
             self.pieces = _joined(self.pieces, lambda last, new: last.stop - last.start < short)
 
+    def summary(self) -> dict[str, Any]:
+        """Return the number of steps and a_T."""
+        return {"steps": self.taken, "a": self.accumulated}
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the record as rows of a table, with the sum at the end of each."""
         total, rows = 0.0, []
@@ -194,7 +241,20 @@ class Entry:
         """Return everything, in plain numbers, strings and lists."""
         values = asdict(self)
         pieces = [list(piece.values()) for piece in values["pieces"]]
-        return {"kind": values.pop("coupling")} | values | {"pieces": pieces}
+        others = {"others": [list(own) for own in self.parted()]}
+        return {"kind": values.pop("coupling")} | values | others | {"pieces": pieces}
+
+    def parted(self) -> tuple[tuple[int, int, float, float], ...]:
+        """Return the place, steps, sum and buffer of each tensor with an account of its own."""
+        return tuple((place, *own.totals()[1:]) for place, own in self.others.items())
+
+    def part(self, known: Sequence[Sequence[float]]) -> None:
+        """Take over what `parted` gave."""
+        self.others = {}
+        for place, taken, absorbed, held in known:
+            own = Entry(self.coupling)
+            own._take((self.coupling, int(taken), float(absorbed), float(held)))
+            self.others[int(place)] = own
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
@@ -202,6 +262,7 @@ class Entry:
         self.held, self.span = state["held"], int(state["span"])
         self.asked = float(state.get("asked", math.nan))
         self.passed = float(state.get("passed", math.nan))
+        self.part(state.get("others", ()))
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
     def totals(self) -> tuple[str, int, float, float]:
@@ -297,6 +358,8 @@ def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
 
 # The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
 TOTALS = "weight_decay_ledger"
+# Beside it, where tensors have accounts of their own, ((place, taken, absorbed, held), ...) a ledger
+TENSORS = "weight_decay_tensors"
 
 Groups = Sequence[Mapping[str, Any]]
 Totals = tuple[str, int, float, float]
@@ -352,6 +415,12 @@ class Account:
         self._shared = self._totals(len(groups))
         for group, values in zip(groups, self._shared, strict=True):
             group[TOTALS] = values
+        if any(entry.others for entry in self.entries):
+            parted: list[list[Any]] = [[] for _ in groups]
+            for entry, index in zip(self.entries, self._group_of, strict=True):
+                parted[index].append(entry.parted())
+            for group, values in zip(groups, parted, strict=True):
+                group[TENSORS] = tuple(values)
 
     def _totals(self, count: int) -> list[tuple[Any, ...]]:
         """Return what travels in each of the groups."""
@@ -419,6 +488,9 @@ class Account:
             for entry, index in zip(self.entries, self._group_of, strict=True)
             if known[index]
         ]
+        parted = [list(group.get(TENSORS, ())) for group in groups]
+        for entry, index in zip(self.entries, self._group_of, strict=True):
+            entry.part(parted[index].pop(0) if parted[index] else ())
         ours, self.steps, self.fresh = self.steps, steps, False
         if all(entry.fits(totals, ours, steps) for entry, totals in moves):
             for entry, totals in moves:

@@ -58,7 +58,8 @@ def keep_apart(
                 _warn_of_unknown(new)
         elif entry.held or again:
             remove(optimizer, params)
-            entry.held = 0.0
+            for own in (entry, *entry.others.values()):
+                own.held = 0.0
 
 
 @torch.no_grad()

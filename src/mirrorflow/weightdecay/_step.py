@@ -420,7 +420,8 @@ class StepContext:
             moved = found.moved or (target.group in self._ungated and found.params)
             if moved and place not in done:
                 passed = self._passed.get(place, (1.0, 1.0))
-                entry.record(step, found.decay, found.settings, *passed)
+                still = () if target.group in self._ungated else found.still
+                entry.record(step, found.decay, found.settings, *passed, still)
                 done.add(place)
 
     def idle(self, seen: Collection[int]) -> list[int]:

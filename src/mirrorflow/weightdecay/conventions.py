@@ -291,14 +291,19 @@ class EffectiveDecay:
         lr, and for SGD momentum, dampening and nesterov.
     params : list of Tensor
         The tensors.
-    moved : bool
-        Whether any of the tensors has a gradient; the step leaves the others alone.
+    still : list of int
+        The places of the tensors that have no gradient; the step leaves them alone.
     """
 
     decay: float
     settings: Mapping[str, Any]
     params: list[torch.Tensor]
-    moved: bool
+    still: list[int]
+
+    @property
+    def moved(self) -> bool:
+        """Whether any of the tensors has a gradient."""
+        return len(self.still) < len(self.params)
 
 
 def read_effective(
@@ -327,7 +332,8 @@ def read_effective(
             settings[key] = group[key]
     acts = float(group["weight_decay"]) if decay is None else decay
     params = tensors(group, positions)
-    return EffectiveDecay(acts, settings, params, any(p.grad is not None for p in params))
+    still = [place for place, p in enumerate(params) if p.grad is None]
+    return EffectiveDecay(acts, settings, params, still)
 
 
 def tensors(group: Mapping[str, Any], positions: Sequence[int] | None = None) -> list[torch.Tensor]:

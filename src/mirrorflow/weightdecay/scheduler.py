@@ -23,7 +23,7 @@ from ._group_state import cleared, undone_if_it_fails
 from ._ledger import Account
 from ._momentum import forget
 from ._step import Stepping
-from ._targets import Rule, Target, rules
+from ._targets import Rule, Target, cleaned, names_of, parameter_names, rules
 from .feedback import Feedback
 
 __all__ = ["WeightDecayScheduler"]
@@ -225,9 +225,49 @@ class WeightDecayScheduler:
     def accumulated(self) -> list[float]:
         """Return a_T, one number per group; NaN where L2 is rescaled by the optimizer.
 
-        With rules within groups (``decoupled=True``), one number for each set of tensors.
+        With rules within groups (``decoupled=True``), one number for each set of tensors. Where
+        tensors of a set had no gradient in some of its steps, it is the mean over the entries of
+        those that have been stepped; `by_tensor` has the accounts of each.
         """
-        return [entry.accumulated for entry in self.account.entries]
+        pairs = zip(self.targets, self.account.entries, strict=True)
+        return [entry.mean(self._sizes(target)) for target, entry in pairs]
+
+    def _sizes(self, target: Target) -> list[int]:
+        """Return the number of entries of each tensor of a set."""
+        return [p.numel() for p in target.params(self.optimizer.param_groups[target.group])]
+
+    def by_tensor(self) -> list[dict[str, Any]]:
+        """Return the account of each tensor.
+
+        Returns
+        -------
+        list of dict
+            group, tensor (its name, or its place in the group), steps in which it was updated, and
+            a, what it has absorbed.
+
+        Examples
+        --------
+        >>> from mirrorflow import Constant
+        >>> early, late = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        >>> optimizer = torch.optim.AdamW([early, late], lr=0.5, weight_decay=0.125)
+        >>> scheduler = WeightDecayScheduler(optimizer, Constant(0.125))
+        >>> for step in range(4):
+        ...     early.grad = torch.zeros(2)
+        ...     late.grad = torch.zeros(2) if step >= 2 else None
+        ...     optimizer.step()
+        >>> [(row["tensor"], row["steps"], row["a"]) for row in scheduler.by_tensor()]
+        [(0, 4, -0.25), (1, 2, -0.125)]
+        """
+        rows, known = [], names_of(self.plan.model)
+        for target, entry in zip(self.targets, self.account.entries, strict=True):
+            group = self.optimizer.param_groups[target.group]
+            names, name = parameter_names(group, known), self.name(target)
+            places = target.positions or range(len(group["params"]))
+            for i, place in enumerate(places):
+                own = entry.others.get(i, entry)
+                tensor = place if names[place] is None else cleaned(str(names[place]))
+                rows.append({"group": name, "tensor": tensor} | own.summary())
+        return rows
 
     @property
     def acting_parts(self) -> list[float]:
