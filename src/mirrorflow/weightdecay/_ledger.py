@@ -89,6 +89,7 @@ class Entry:
     span: int = 1
     others: dict[int, Entry] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    _parted: tuple[tuple[int, int, float, float], ...] | None = field(default=None, repr=False)
 
     @property
     def accumulated(self) -> float:
@@ -154,12 +155,20 @@ class Entry:
         """Enter a step into the accounts of the tensors that have missed this step or others."""
         for place in still - self.others.keys():  # these part from the rest here
             self.others[place] = Entry(self.coupling, self.taken, self.absorbed, self.held)
+            self._parted = None
         if len(still) == len(self.others):
             return
+        self._parted = None
         for place, own in self.others.items():
             if place not in still:
                 own.record(step, decay, group, entered, reached)
                 own.pieces.clear()
+
+    def empty(self) -> None:
+        """Take note that SGD's buffers hold no decay any more."""
+        self.held, self._parted = 0.0, None
+        for own in self.others.values():
+            own.held = 0.0
 
     def rest(self, group: Mapping[str, Any]) -> None:
         """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
@@ -242,15 +251,19 @@ class Entry:
         values = asdict(self)
         pieces = [list(piece.values()) for piece in values["pieces"]]
         others = {"others": [list(own) for own in self.parted()]}
+        del values["_parted"]
         return {"kind": values.pop("coupling")} | values | others | {"pieces": pieces}
 
     def parted(self) -> tuple[tuple[int, int, float, float], ...]:
         """Return the place, steps, sum and buffer of each tensor with an account of its own."""
-        return tuple((place, *own.totals()[1:]) for place, own in self.others.items())
+        if self._parted is None:
+            pairs = self.others.items()
+            self._parted = tuple((place, *own.totals()[1:]) for place, own in pairs)
+        return self._parted
 
     def part(self, known: Sequence[Sequence[float]]) -> None:
         """Take over what `parted` gave."""
-        self.others = {}
+        self.others, self._parted = {}, None
         for place, taken, absorbed, held in known:
             own = Entry(self.coupling)
             own._take((self.coupling, int(taken), float(absorbed), float(held)))
@@ -358,7 +371,7 @@ def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
 
 # The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
 TOTALS = "weight_decay_ledger"
-# Beside it, where tensors have accounts of their own, ((place, taken, absorbed, held), ...) a ledger
+# Beside it, for each ledger, (place, taken, absorbed, held) of tensors with accounts of their own
 TENSORS = "weight_decay_tensors"
 
 Groups = Sequence[Mapping[str, Any]]

@@ -58,8 +58,7 @@ def keep_apart(
                 _warn_of_unknown(new)
         elif entry.held or again:
             remove(optimizer, params)
-            for own in (entry, *entry.others.values()):
-                own.held = 0.0
+            entry.empty()
 
 
 @torch.no_grad()
