@@ -9,6 +9,7 @@
 - `HoldRatio`, `OffWhenLevel`, `OffBelow` and `OffAtBudget` are schedules that answer to
   measurements, `PerLayer` one of them for each layer.
 - `lint` looks for mistakes in how an optimizer decays weights.
+- `NoDecayPolicy` says which parameters do not decay, `no_decay_policy` has presets.
 - `convert`, `budget` and `scale_to_budget` translate between the units of a decay.
 """
 
@@ -19,6 +20,7 @@ from .controllers import HoldRatio, PerLayer
 from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
 from .lint import Finding, lint
+from .policy import NoDecayPolicy, no_decay_policy
 from .preview import Preview, preview, table
 from .scheduler import WeightDecayScheduler
 from .units import Scaled, ScaledFunction, budget, convert, learning_rates, scale_to_budget
@@ -28,6 +30,7 @@ __all__ = [
     "Feedback",
     "Finding",
     "HoldRatio",
+    "NoDecayPolicy",
     "OffAtBudget",
     "OffBelow",
     "OffWhenLevel",
@@ -45,6 +48,7 @@ __all__ = [
     "learning_rates",
     "lint",
     "lint_file",
+    "no_decay_policy",
     "preview",
     "rounded_fraction",
     "scale_to_budget",

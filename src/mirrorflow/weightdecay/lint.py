@@ -14,9 +14,10 @@ from ..schedule import Constant
 from ._checks import inner
 from ._group_state import INITIAL
 from ._rounding import STRAYED, RoundedSet, half, rounds_together, too_weak
-from ._targets import cleaned, names_of
+from ._targets import Target, cleaned, names_of
 from .conventions import lr_of, strength
 from .coupling import COUNTED, coupling
+from .policy import NoDecayPolicy, no_decay_policy
 from .scheduler import WeightDecayScheduler
 
 __all__ = ["Finding", "decay_of", "lint", "of_groups"]
@@ -33,7 +34,7 @@ class Finding:
     code : str
         Its name: zero-decay, overwritten, coupled, averaged, masked, unknown-coupling,
         numpy-scalar, frozen-in-graph, unscheduled, double-stepping, decayed-vectors,
-        decayed-marked, decayed-embedding, flat-parameter, rounded.
+        decayed-marked, decayed-embedding, flat-parameter, rounded, against-policy.
     group : int or None
         The parameter group, or None for all of them.
     message, remedy : str
@@ -64,6 +65,8 @@ def lint(
     optimizer: torch.optim.Optimizer,
     model: torch.nn.Module | None = None,
     scheduler: WeightDecayScheduler | None = None,
+    *,
+    policy: NoDecayPolicy | str | None = None,
 ) -> list[Finding]:
     """Return the mistakes in how an optimizer decays weights.
 
@@ -76,6 +79,8 @@ def lint(
         Names the parameters.
     scheduler : WeightDecayScheduler, optional
         What schedules the decay, if something does.
+    policy : NoDecayPolicy or str, optional
+        What shall not decay, or the name of a preset: what differs is listed. It needs ``model``.
 
     Returns
     -------
@@ -87,7 +92,8 @@ def lint(
     TypeError
         If it is not an optimizer, or not a `WeightDecayScheduler`.
     ValueError
-        If the scheduler belongs to another optimizer, or a weight_decay is not a number.
+        If the scheduler belongs to another optimizer, a weight_decay is not a number, or a policy
+        is given without a model.
 
     Examples
     --------
@@ -111,6 +117,7 @@ def lint(
         *_embeddings(groups, names, model),
         *_flat(groups, names),
         *_rounded(optimizer, couplings, scheduler),
+        *_against(policy, groups, model, scheduler),
         *_scheduled(groups, scheduler),
         *_double_stepping(optimizer, scheduler),
     ]  # fmt: skip
@@ -310,6 +317,63 @@ def _shown(params: Sequence[torch.Tensor], names: Mapping[int, str]) -> str:
     """Return the first names of tensors, in brackets, as far as they have any."""
     named = [names[id(p)] for p in params if id(p) in names]
     return f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+
+
+def _against(
+    policy: NoDecayPolicy | str | None,
+    groups: Groups,
+    model: torch.nn.Module | None,
+    scheduler: WeightDecayScheduler | None,
+) -> Iterable[Finding]:
+    """Look for what decays and shall not, and for the reverse."""
+    if policy is None:
+        return
+    if model is None:
+        raise ValueError("lint: policy= must come with model=, got no model. Give the model")
+    policy = no_decay_policy(policy) if isinstance(policy, str) else policy
+    exempt, names = policy.exempt(model), names_of(model)
+    for i, group in enumerate(groups):
+        decaying = _decaying(i, group, scheduler)
+        named = [(p, cleaned(names.get(id(p), ""))) for p in group["params"]]
+        wrong = [p for p, name in named if name in exempt and id(p) in decaying]
+        if wrong:
+            yield Finding(
+                "against-policy", i,
+                f"{len(wrong)} tensors decay that the policy exempts{_shown(wrong, names)}",
+                "Make the groups with policy.groups(model, weight_decay), or the scheduler with "
+                "groups=policy.rules(model), decoupled=True",
+            )  # fmt: skip
+        missed = [p for p, name in named if name and name not in exempt and id(p) not in decaying]
+        if missed:
+            yield Finding(
+                "against-policy", i,
+                f"{len(missed)} tensors do not decay, and the policy has them decay"
+                f"{_shown(missed, names)}",
+                "Make the groups with policy.groups(model, weight_decay), unless that is meant",
+                level="note",
+            )  # fmt: skip
+
+
+def _decaying(
+    index: int, group: Mapping[str, Any], scheduler: WeightDecayScheduler | None
+) -> set[int]:
+    """Return the ids of the tensors of a group that decay, now or when their schedule says so."""
+    if scheduler is None:
+        return {id(p) for p in group["params"]} if decay_of(group, index) > 0 else set()
+    return {
+        id(p)
+        for target in scheduler.targets
+        if target.group == index and _acts(target, group, scheduler)
+        for p in target.params(group)
+    }
+
+
+def _acts(target: Target, group: Mapping[str, Any], scheduler: WeightDecayScheduler) -> bool:
+    """Return whether a set of tensors decays at some time, as far as its schedule is known."""
+    if target.schedule is None:
+        own = group.get(INITIAL, 0.0) if scheduler.decoupled else group.get("weight_decay", 0.0)
+        return float(own) > 0
+    return target.schedule != Constant(0.0)
 
 
 def _rounded(
