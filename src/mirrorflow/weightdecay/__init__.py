@@ -20,6 +20,7 @@ from .controllers import HoldRatio, PerLayer
 from .coupling import CoupledDecayWarning, coupling
 from .feedback import Feedback, OffAtBudget, OffBelow, OffWhenLevel
 from .lint import Finding, lint
+from .outlook import Outlook, Product, outlook_table
 from .policy import NoDecayPolicy, no_decay_policy
 from .preview import Preview, preview, table
 from .scheduler import WeightDecayScheduler
@@ -34,8 +35,10 @@ __all__ = [
     "OffAtBudget",
     "OffBelow",
     "OffWhenLevel",
+    "Outlook",
     "PerLayer",
     "Preview",
+    "Product",
     "RoundingWarning",
     "Scaled",
     "ScaledFunction",
@@ -49,6 +52,7 @@ __all__ = [
     "lint",
     "lint_file",
     "no_decay_policy",
+    "outlook_table",
     "preview",
     "rounded_fraction",
     "scale_to_budget",

@@ -74,6 +74,10 @@ class Feedback(ABC):
             self._watchdog.fed()
         return self.current
 
+    def waits(self) -> int:
+        """Return how many measurements it needs at least before it can change the rate."""
+        return 1
+
     def acts_at(self, step: int) -> None:
         """Warn, once, if this sets the decay and never receives a measurement.
 
@@ -183,6 +187,10 @@ class OffWhenLevel(Feedback):
         if max(last) - min(last) <= self.tol * max(abs(v) for v in last):
             return 0.0, "level: switched off"
         return self.current, "still moving"
+
+    def waits(self) -> int:
+        """Return how many measurements the window, and ``earliest``, still lack."""
+        return max(1, max(self.window, self.earliest) - self._count)
 
     def _memory(self) -> tuple[float, ...]:
         """Return the window."""

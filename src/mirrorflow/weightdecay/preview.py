@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from ._expected import ExpectedPart
 from ._ledger import Entry
 from ._targets import Target
 from .conventions import rate_at
 from .feedback import Feedback, OffAtBudget, whole
+from .outlook import Outlook, Product, outlook, outlook_table, sentences, wrapped
 from .scheduler import WeightDecayScheduler
 from .units import ahead, shadow
 
@@ -37,16 +39,33 @@ class Preview:
     curves : dict of str to (lr, decay, a)
         For each group the lists over the steps.
     remarks : list of str
-        What is not known before the run.
+        What is not known before the run, and which closed loops cannot fire in it.
+    outlooks : list of Outlook
+        What the decay of each group comes to: how much acts, and what it does to a product.
     """
 
     rows: list[dict[str, Any]]
     curves: dict[str, tuple[list[float], list[float], list[float]]]
     remarks: list[str] = field(default_factory=list)
+    outlooks: list[Outlook] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Return the table, and the remarks."""
-        return "\n".join([table(self.rows), *self.remarks])
+        """Return the table, the remarks, and what it comes to in three sentences."""
+        return "\n".join([table(self.rows), wrapped([*self.remarks, *sentences(self.outlooks)])])
+
+    @property
+    def verdict(self) -> str:
+        """Return three sentences, the remarks, and a row for each group, in 80 columns."""
+        said = wrapped([*sentences(self.outlooks), *self.remarks])
+        return f"{said}\n\n{outlook_table(self.outlooks)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outlooks, what they say, and the remarks as plain values."""
+        return {
+            "sentences": list(sentences(self.outlooks)),
+            "remarks": list(self.remarks),
+            "groups": [found.to_dict() for found in self.outlooks],
+        }
 
     def plot(self) -> Figure:
         """Return a figure of decay, lr x decay, and the accumulated sum."""
@@ -78,11 +97,18 @@ def preview(
     scheduler: WeightDecayScheduler,
     steps: int,
     lr: LRScheduler | Iterable[float] | None = None,
+    *,
+    size: float | None = None,
+    start: float | None = None,
+    target: float = 0.5,
 ) -> Preview:
     """Return what a scheduler will do from where it is, run without a model.
 
     `OffAtBudget` is fed after each step what has been absorbed by then, as `ControlledDecay` does.
-    A loop that answers to measurements keeps its rate; the remarks name it.
+    A loop that answers to measurements keeps its rate; the remarks name it, and say which loops
+    cannot fire in the run. Of weights in bfloat16 or float16 the part that acts is that of
+    their entries as they are now; where it depends on the gradients (fused kernels, L2 of SGD)
+    a is NaN.
 
     Parameters
     ----------
@@ -93,12 +119,20 @@ def preview(
     lr : LRScheduler or iterable of float, optional
         The learning-rate scheduler, stepped after each optimizer step, or the learning rate of
         each step for all groups; without it, it stays as it is.
+    size : float, optional
+        ``|x|``, > 0, of the products that decay shall change: a typical entry of m * w, or singular
+        value of A B. With ``start`` it says whether their geometry moves.
+    start : float, optional
+        ``A_0 = |m_0^2 - w_0^2| / 2``, > 0, at their start; 1/6 for PEFT's LoRA.
+    target : float
+        The part, in (0, 1), by which products shall shrink: the outlooks name the decay for it.
 
     Raises
     ------
     ValueError
         If the learning-rate scheduler belongs to another optimizer, or needs a metric to step
-        (ReduceLROnPlateau), or there are fewer learning rates than steps.
+        (ReduceLROnPlateau), or there are fewer learning rates than steps; if ``size``, ``start`` or
+        ``target`` is out of range.
 
     Examples
     --------
@@ -111,30 +145,53 @@ def preview(
     group  kind       start  stop  decay  decay_end  lr    lr_end   absorbed  a
     0      decoupled  0      4     0.25   0.25       0.5   0.34567  0.43835   -0.43835
     0      decoupled  4      8     0      0          0.25  0.01903  0         -0.43835
+    AdamW's decay of 0.25 over 8 steps comes to a = -0.438 (-sum of lr x decay); all
+    of it acts in float32.
+    A product of two weights shrinks by 60.5% at most, and whether its geometry
+    moves enough depends on the product's size and start; under AdamW the law of
+    sign descent holds: decay stores |x|^{3/2} at most, never L1, whatever its
+    strength.
+    For a product to shrink by 50% a decay of 0.198 is enough, 0.79 of this one.
     """
     steps, copied = whole("steps", steps), shadow(scheduler.optimizer)
+    product = Product(size, start, target)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
+    whole_ones = [copy.deepcopy(entry) for entry in entries]  # as if all of it acted
+    parts = [
+        ExpectedPart(scheduler, which, entry.coupling)
+        for which, entry in zip(scheduler.targets, entries, strict=True)
+    ]
     schedules = _copied_loops(scheduler.targets)
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
     moved = ahead(copied, scheduler.optimizer, lr, steps)
     for step, _ in enumerate(moved, scheduler.steps):
         rates = [None if s is None else rate_at(s, step) for s in schedules]
         decays = scheduler.decays(rates, copied.param_groups)
-        for target, rate, decay, entry, curve in zip(
-            scheduler.targets, rates, decays, entries, curves, strict=True
+        for which, rate, decay, entry, asked, part, curve in zip(
+            scheduler.targets, rates, decays, entries, whole_ones, parts, curves, strict=True
         ):
-            group = copied.param_groups[target.group]
+            group = copied.param_groups[which.group]
             if scheduler.exact_off and rate == 0 and entry.held:
-                entry.held = 0.0
-            if target.params(scheduler.optimizer.param_groups[target.group]):
-                entry.record(step, decay, group)
+                entry.held = asked.held = 0.0
             lr_now = math.nan if group.get("lr") is None else float(group["lr"])
+            if which.params(scheduler.optimizer.param_groups[which.group]):
+                entry.record(step, decay, group, reached=part(decay, lr_now))
+                asked.record(step, decay, group)
             _extend(curve, lr_now, decay, entry.accumulated)
         _feed(schedules, entries, step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
-    remarks = [*_remarks(schedules), *_unspent(schedules, entries, scheduler.steps + steps)]
-    return Preview(rows, dict(zip(names, curves, strict=True)), remarks)
+    end = scheduler.steps + steps
+    remarks = [
+        *_remarks(schedules),
+        *_cannot_fire(schedules, steps),
+        *_unspent(schedules, entries, end),
+    ]
+    outlooks = [
+        outlook(scheduler, i, name, curve, asked.accumulated, product)
+        for i, (name, curve, asked) in enumerate(zip(names, curves, whole_ones, strict=True))
+    ]
+    return Preview(rows, dict(zip(names, curves, strict=True)), remarks, outlooks)
 
 
 def _copied_loops(targets: Sequence[Target]) -> list[Any]:
@@ -159,13 +216,36 @@ def _remarks(schedules: Sequence[Any]) -> list[str]:
     return [f"{n} answers to measurements: shown as if it kept its rate" for n in sorted(unknown)]
 
 
+def _cannot_fire(schedules: Sequence[Any], steps: int) -> list[str]:
+    """Return remarks on the loops that receive too few measurements to decide anything."""
+    remarks = []
+    for loop in {id(s): s for s in schedules if isinstance(s, Feedback)}.values():
+        name, count = type(loop).__name__, steps // loop.fed_every if loop.fed_every else 0
+        if isinstance(loop, OffAtBudget) or not loop.current or not loop.fed_every:
+            continue
+        if count == 0:
+            remarks.append(
+                f"{name} cannot act: it is measured every {loop.fed_every} steps, the run has "
+                f"{steps}"
+            )
+        elif count < (least := loop.waits()):
+            remarks.append(
+                f"{name} cannot fire: it needs {least} more measurements, the run has {count}"
+            )
+    return remarks
+
+
 def _unspent(schedules: Sequence[Any], entries: Sequence[Entry], end: int) -> list[str]:
     """Return remarks on the budgets that the run does not absorb: their decay never ends."""
     remarks = []
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
         pairs = zip(schedules, entries, strict=True)
         spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
-        if loop.current and not loop.spent_by(spent):
+        if loop.current and math.isnan(spent):
+            remarks.append(
+                "OffAtBudget may never switch off: what acts is not known before the run"
+            )
+        elif loop.current and not loop.spent_by(spent):
             remarks.append(
                 f"OffAtBudget never switches off: by step {end} it absorbs {spent:.4g} of its "
                 f"budget of {loop.budget:g}"
