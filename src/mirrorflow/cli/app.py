@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError, disk_error
+from .plan import plan_command
 from .sweeps import sweeps
 from .terminal import shown
 from .truncate import truncate_command
@@ -166,6 +167,7 @@ def check(
 app.command()(audit)
 app.command()(lint)
 app.command("truncate")(truncate_command)
+app.command("plan")(plan_command)
 
 
 @app.command()

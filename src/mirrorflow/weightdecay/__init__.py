@@ -24,6 +24,7 @@ from .outlook import Outlook, Product, outlook_table
 from .policy import NoDecayPolicy, no_decay_policy
 from .preview import Preview, preview, table
 from .scheduler import WeightDecayScheduler
+from .training_run import TrainingRun
 from .units import Scaled, ScaledFunction, budget, convert, learning_rates, scale_to_budget
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RoundingWarning",
     "Scaled",
     "ScaledFunction",
+    "TrainingRun",
     "WeightDecayLR",
     "WeightDecayScheduler",
     "WeightDecaySchedulers",
