@@ -109,7 +109,9 @@ def test_bounds_slew_and_deadband_hold_for_every_layer():
         rates = [0.3, *(row["rate"] for row in loop.log)]
         assert all(0.05 <= rate <= 0.6 for rate in rates) and len(set(rates)) > 3
         assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= 0.1 + 1e-12
-    assert {"slew limit", "at a bound"} <= {row["reason"] for row in held.log}
+    assert {"raising, slew limit", "lowering, slew limit", "at its upper bound"} <= {
+        row["reason"] for row in held.log
+    }
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_without_authority_the_loop_gives_up(slew):
         for step in range(20):
             loop.update(step, 4.0)
     assert loop.current == pytest.approx(0.1) and max(row["rate"] for row in loop.log) == 0.2
-    assert loop.log[-1]["reason"] == "no authority: given up"
+    assert loop.log[-1]["reason"] == "without authority: given up"
     again = mf.HoldRatio(3.0, 0.1, gain=10.0, bounds=(0.0, 0.2), patience=5, slew=slew)
     again.load_state_dict(loop.state_dict())
     assert again.update(20, 6.0) == loop.update(20, 6.0) == pytest.approx(0.1)

@@ -62,6 +62,9 @@ class Entry:
     asked, passed : float
         The sum of lr x decay, and of the part of each that rounding has let through: less, or more,
         where the weights are in half precision.
+    kept : float
+        The product of 1 - lr x decay over the steps since `take_kept`; NaN where a step of them has
+        no such factor, or is not known.
     span : int
         The length below which pieces are joined, so that there are never more than a few.
     others : dict of int to Entry
@@ -86,6 +89,7 @@ class Entry:
     held: float | None = None
     asked: float = 0.0
     passed: float = 0.0
+    kept: float = 1.0
     span: int = 1
     others: dict[int, Entry] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -141,6 +145,7 @@ class Entry:
         self.asked += asked
         self.passed += entered * reached * asked
         self.absorbed += share
+        self.kept *= 1 - share  # the sum alone would miss share^2 / 2 of each step
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
 
     def _record_others(
@@ -169,6 +174,14 @@ class Entry:
         self.held, self._parted = 0.0, None
         for own in self.others.values():
             own.held = 0.0
+
+    def take_kept(self) -> float:
+        """Return how much the steps since the last call have left of a weight, and begin anew.
+
+        NaN where tensors of the set have accounts of their own: no one number holds for them.
+        """
+        kept, self.kept = self.kept, 1.0
+        return math.nan if self.others else kept
 
     def rest(self, group: Mapping[str, Any]) -> None:
         """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
@@ -275,6 +288,7 @@ class Entry:
         self.held, self.span = state["held"], int(state["span"])
         self.asked = float(state.get("asked", math.nan))
         self.passed = float(state.get("passed", math.nan))
+        self.kept = float(state.get("kept", math.nan))
         self.part(state.get("others", ()))
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
@@ -327,7 +341,7 @@ class Entry:
         """Take over the numbers."""
         _, self.taken, self.absorbed, held = totals
         self.held = None if math.isnan(held) else held
-        self.asked = self.passed = math.nan
+        self.asked = self.passed = self.kept = math.nan
 
     def _cut(self, step: int) -> None:
         """Forget the record from a step on; the last piece takes up the difference."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,11 +47,21 @@ class HoldRatio(Feedback):
         decay has no authority: it shrinks both factors alike, which does not change the ratio. A
         warning says so, and the loop gives up: the rate goes back to ``rate`` and stays there.
 
+    Notes
+    -----
+    The reasons in the log say what the rate does: "raising", "lowering" or "unchanged" (with
+    ", slew limit" where that holds it back), "at its upper bound", "at its lower bound", "within the
+    deadband", "without authority: given up". Only the deadband means that the target is held.
+
     Examples
     --------
     >>> hold = HoldRatio(target=3.0, rate=0.1, gain=0.1)
     >>> hold.update(50, value=4.0) > 0.1
     True
+    >>> hold.log[-1]["reason"]
+    'raising'
+    >>> hold.outcome().partition(";")[0]
+    'not held: the target is 3, the last value 4, 33.3% above'
     """
 
     def __init__(
@@ -83,7 +94,7 @@ class HoldRatio(Feedback):
         # r = r_0 + K (e + sum e / T),  e = log(value / target)
         error = math.log(number("value", value, 0.0, strict=True) / self.target)
         if self.given_up:
-            return self._slewed(self.base), "no authority: given up"
+            return self._slewed(self.base), "without authority: given up"
         if abs(error) <= self.deadband:
             error = 0.0
         summed = self.sum + error / self.integral
@@ -91,7 +102,7 @@ class HoldRatio(Feedback):
         bounded = min(max(wanted, self.low), self.high)
         acting = self._slewed(bounded)
         if self._has_no_authority(value, saturated=error > 0 and acting == self.high):
-            return self._slewed(self.base), "no authority: given up"
+            return self._slewed(self.base), "without authority: given up"
         self.sum = self._held_back(error, summed, wanted, acting) if acting != wanted else summed
         return acting, self._reason(error, bounded, wanted, acting)
 
@@ -112,12 +123,29 @@ class HoldRatio(Feedback):
         return min(max(rate, self.current - self.slew), self.current + self.slew)
 
     def _reason(self, error: float, bounded: float, wanted: float, acting: float) -> str:
-        """Return what decided."""
+        """Return what the rate does, and what decided."""
         if error == 0:
             return "within the deadband"
-        if acting != bounded:
-            return "slew limit"
-        return "at a bound" if bounded != wanted else "held"
+        if acting == bounded != wanted:
+            return "at its upper bound" if wanted > bounded else "at its lower bound"
+        moves = "unchanged" if acting == self.current else "lowering"
+        moves = "raising" if acting > self.current else moves
+        return f"{moves}, slew limit" if acting != bounded else moves
+
+    def outcome(self) -> str:
+        """Return in a sentence what the rate has done, and how far off its target the value is."""
+        values = [row["value"] for row in self.log if math.isfinite(row["value"])]
+        if not values:
+            return super().outcome()
+        off = values[-1] / self.target - 1
+        said = "held" if abs(math.log1p(off)) <= self.deadband else "not held"
+        where = f"{abs(off):.1%} {'above' if off > 0 else 'below'}"
+        counts = Counter(row["reason"].split(",")[0] for row in self.log)
+        did = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+        return (
+            f"{said}: the target is {self.target:.4g}, the last value {values[-1]:.4g}, {where}; "
+            f"the rate is {self.current:.4g}; of {len(self.log)} updates: {did}"
+        )
 
     def _has_no_authority(self, value: float, saturated: bool) -> bool:
         """Return whether the highest rate acts without an effect; warn, and give up, if it does."""

@@ -78,6 +78,31 @@ class Feedback(ABC):
         """Return how many measurements it needs at least before it can change the rate."""
         return 1
 
+    @property
+    def fired_at(self) -> int | None:
+        """The step of the measurement that switched the rate off; None if none in the log did."""
+        rows = (row for row in self.log if row["rate"] == 0 and row["reason"] != "off")
+        return next((row["step"] for row in rows if math.isfinite(row["value"])), None)
+
+    def outcome(self) -> str:
+        """Return in a sentence what has become of the rate, for the report of a run."""
+        step = self.fired_at
+        if step is not None:
+            row = next(row for row in self.log if row["step"] == step and row["reason"] != "off")
+            return f"{row['reason']} at step {step}, at {row['value']:.4g}"
+        if self.current == 0:
+            return "off: it was so before this log begins"
+        values = [row["value"] for row in self.log if math.isfinite(row["value"])]
+        if not values:
+            unfed = "it was never fed a measurement" if not self.log else "nothing was measurable"
+            return f"did not fire: {unfed}; the rate is still {self.current:.4g}"
+        why = self._why_not(values)
+        return f"did not fire in {len(values)} measurements: {why}; the rate is {self.current:.4g}"
+
+    def _why_not(self, values: Sequence[float]) -> str:
+        """Return why what was measured has not switched the rate off."""
+        return f"the last value is {values[-1]:.4g}"
+
     def acts_at(self, step: int) -> None:
         """Warn, once, if this sets the decay and never receives a measurement.
 
@@ -192,6 +217,14 @@ class OffWhenLevel(Feedback):
         """Return how many measurements the window, and ``earliest``, still lack."""
         return max(1, max(self.window, self.earliest) - self._count)
 
+    def _why_not(self, values: Sequence[float]) -> str:
+        """Return by how much the last values differ, or that there are too few."""
+        if self._count < (least := max(self.window, self.earliest)):
+            return f"{least} are needed before it may decide"
+        last = self._last
+        spread = (max(last) - min(last)) / max(abs(v) for v in last)
+        return f"the last {len(last)} differ by {spread:.2%}, level is {self.tol:.2%}"
+
     def _memory(self) -> tuple[float, ...]:
         """Return the window."""
         return float(self._count), *self._last
@@ -245,6 +278,10 @@ class OffBelow(Feedback):
             return 0.0, "target reached: switched off"
         return self.current, "above the target"
 
+    def _why_not(self, values: Sequence[float]) -> str:
+        """Return how near the target was."""
+        return f"the lowest value was {min(values):.4g}, the target is {self.target:.4g}"
+
 
 class OffAtBudget(Feedback):
     """A rate that is off, for good, once a budget has been absorbed.
@@ -280,6 +317,16 @@ class OffAtBudget(Feedback):
         if self.spent_by(value):
             return 0.0, "budget absorbed: switched off"
         return self.current, "within the budget"
+
+    def outcome(self) -> str:
+        """Return in a sentence whether the budget was spent: it is fed only then."""
+        if self.log or self.current == 0:
+            return super().outcome()
+        return f"did not fire: less than the budget of {self.budget:.4g} was absorbed"
+
+    def _why_not(self, values: Sequence[float]) -> str:
+        """Return how much of the budget was spent."""
+        return f"{max(values):.4g} of the budget of {self.budget:.4g} was absorbed"
 
 
 def feed(absorbed: Iterable[tuple[Any, float]], step: int) -> None:
