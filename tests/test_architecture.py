@@ -17,7 +17,7 @@ ALLOWED = {
     "_threads": (),
     "schedule": (),
     "optim": (),
-    "spectrum": (),
+    "spectrum": ("balance",),
     "balance": (),
     "reparam": (),
     "regularizer": ("reparam",),
@@ -28,7 +28,7 @@ ALLOWED = {
     "descent": THEORY,
     "estimator": (*THEORY, "_threads", "flow", "limit"),
     "weightdecay": ("schedule",),
-    "control": ("schedule", "weightdecay", "spectrum"),
+    "control": ("schedule", "weightdecay", "spectrum", "balance"),
     "integrations": ("schedule", "weightdecay", "spectrum", "control"),
     "lab.framework": (),
     "lab.experiments": (

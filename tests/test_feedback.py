@@ -5,9 +5,9 @@ import gc
 import itertools
 import json
 import math
-import random
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings

@@ -28,7 +28,10 @@ from ..weightdecay._checks import one_of
 from ..weightdecay._targets import check_schedule, rules
 from ..weightdecay.coupling import COUPLINGS
 from ..weightdecay.units import CONVENTIONS
+from .balance import RunBalance
 from .readings import Metric, by_layer, decay_numbers, finite, rows, spectrum_numbers, value_of
+from .report import RunReport
+from .verdict import D_rows, decay_rows, first_numbers, loop_rows, product_rows, verdict
 
 __all__ = ["ControlledDecay", "check_settings"]
 
@@ -56,6 +59,10 @@ class ControlledDecay:
         makes of the measurement, in `PerLayer` of the records of a layer. NaN changes nothing.
     level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
+    balance_every : int
+        Keep the exact account of ``D = A^T A - B B^T`` of each product for the report: 1 splits
+        each step into decay, optimizer, and step and noise, which takes a copy of the factors and
+        well below 1% of a LoRA step; n > 1 tells decay from the rest, every n steps; 0 keeps none.
     **options
         For `WeightDecayScheduler`.
 
@@ -63,6 +70,7 @@ class ControlledDecay:
     ----------
     scheduler : WeightDecayScheduler
     tracker : SpectralTracker or None
+        None if nothing is tracked and no account is kept.
     measurements : list of (step, Measurement)
         What was measured, since this object was made.
 
@@ -94,26 +102,47 @@ class ControlledDecay:
         pairs: Named | None = None,
         values: bool = False,
         frozen: bool = False,
+        balance_every: int = 0,
         **options: Any,
     ) -> None:
-        options = check_settings(schedule, track_every, metric, level, match, options)
+        options = check_settings(
+            schedule, track_every, metric, level, match, options, balance_every
+        )
         self.schedule, self.track_every, self.metric = schedule, track_every, metric
         self._loops = _loops([schedule, *(of_group for _, of_group in options["groups"])])
         self._fed = [loop for loop in self._loops if not isinstance(loop, OffAtBudget)]
         self.tracker = None
-        if track_every:
+        if track_every or balance_every:
             self.tracker = SpectralTracker(
                 model, level=level, match=match, pairs=pairs, values=values, frozen=frozen
             )
         self._reached: int | None = None  # the last step, as it was told
         self.measurements: list[tuple[int, Measurement]] = []
+        self._first: dict[str, Any] | None = None  # of the whole run, also of a resumed one
         if isinstance(schedule, PerLayer):
             own = schedule.rules(self._weights(model))
             options = {"decoupled": True} | options | {"groups": [*own, *options["groups"]]}
             schedule = None
-        self.scheduler = WeightDecayScheduler(optimizer, schedule, model=model, **options)
+        self._balance = None
+        if self.tracker is not None and balance_every:  # ahead of decay from outside
+            self._balance = RunBalance(self.tracker, optimizer, balance_every)
+        self.scheduler = self._scheduled(optimizer, schedule, model, options)
         for loop in (*self._fed, *self._layers.values()):
             loop.fed_every = track_every
+
+    def _scheduled(
+        self, optimizer: Any, schedule: Any, model: torch.nn.Module, options: Mapping[str, Any]
+    ) -> WeightDecayScheduler:
+        """Return the scheduler, which the account of D follows; if it fails, undo the latter."""
+        try:
+            scheduler = WeightDecayScheduler(optimizer, schedule, model=model, **options)
+        except BaseException:
+            if self._balance:
+                self._balance.close()
+            raise
+        if self._balance:
+            self._balance.follow(scheduler)
+        return scheduler
 
     def step(self) -> dict[str, float]:
         """Take note of the optimizer's step; measure, and give the numbers for a log, where due.
@@ -134,6 +163,8 @@ class ControlledDecay:
         before = self._reached
         if before is None or before >= step:
             before = step - 1
+        if self._balance:
+            self._balance.take()
         self._reached = step  # there may be several from one time to the next
         due = bool(self.track_every) and step // self.track_every > before // self.track_every
         if due:
@@ -162,6 +193,8 @@ class ControlledDecay:
             )
         found = self.tracker.measure()
         self.measurements.append((step, found))
+        if self._first is None:
+            self._first = {"step": step, "products": first_numbers(found)}
         if self._fed:
             value = _agreed(value_of(found, self.metric))
             for loop in self._fed:
@@ -195,11 +228,67 @@ class ControlledDecay:
         """Return the measurements as flat rows (step, layer, head, ...), for a table or CSV."""
         return rows(self.measurements)
 
+    def report(self) -> RunReport:
+        """Return what the run shows, and what it cannot show: ``print`` it, or take ``to_json()``.
+
+        Decay asked and acted, ratio and rank of each product before, after and of random factors,
+        what D consists of, and what has become of each loop. Nothing is measured for it: it is as
+        of the last measurement. Under FSDP2 with ``balance_every`` every process has to call.
+
+        Examples
+        --------
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, weight_decay=0.1)
+        >>> control = ControlledDecay(layer, optimizer, OffAtBudget(0.1, budget=5.0))
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> control.report().loops[0].outcome
+        'did not fire: less than the budget of 5 was absorbed (0.05 was)'
+        """
+        first = self._first or {"step": 0, "products": {}}
+        last = self.measurements[-1] if self.measurements else None
+        pairs = self.tracker.pairs if self.tracker else ()
+        splits = self._balance.report() if self._balance else {}
+        return verdict(
+            RunReport(
+                type(self.scheduler.optimizer).__name__,
+                self.scheduler.steps,
+                (first["step"], last[0]) if last else None,
+                self._balance.steps if self._balance and splits else None,
+                decay_rows(self.scheduler),
+                product_rows(first["products"], last[1] if last else None, pairs),
+                D_rows(splits),
+                loop_rows(self._named_loops(), self._absorbed()),
+            )
+        )
+
+    def _named_loops(self) -> list[tuple[str, Feedback]]:
+        """Return all loops, those of layers with the layer."""
+        return [*(("", loop) for loop in self._loops), *self._layers.items()]
+
+    def _absorbed(self) -> dict[int, float]:
+        """Return the most that a set of tensors with a schedule has absorbed, by its id."""
+        found: dict[int, float] = {}
+        pairs = zip(self.scheduler.targets, self.scheduler.account.entries, strict=True)
+        for target, entry in pairs:
+            key = id(target.schedule)
+            found[key] = max(found.get(key, 0.0), entry.absorbed)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in plain numbers and strings."""
+        """Return the state, in plain numbers and strings.
+
+        Under FSDP2 with ``balance_every`` every process has to call.
+        """
         layers = self.schedule.state_dict() if isinstance(self.schedule, PerLayer) else None
         loops = [loop.state_dict() for loop in self._loops]
-        return {"scheduler": self.scheduler.state_dict(), "layers": layers, "loops": loops}
+        return {
+            "scheduler": self.scheduler.state_dict(),
+            "layers": layers,
+            "loops": loops,
+            "first": self._first,
+            "balance": self._balance.state_dict() if self._balance else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state.
@@ -211,6 +300,9 @@ class ControlledDecay:
         """
         self._check(state)
         self._reached = None
+        self._first = state.get("first")
+        if self._balance:
+            self._balance.load_state_dict(state.get("balance"))
         for loop, saved in zip(self._loops, state["loops"], strict=True):
             loop.load_state_dict(saved)
         if isinstance(self.schedule, PerLayer):
@@ -233,10 +325,14 @@ class ControlledDecay:
                 f"PerLayer, got {theirs[0]} and {'a' if theirs[1] else 'none'}. Resume with the "
                 "same schedules."
             )
+        if self._balance:
+            self._balance.check(state.get("balance"))
 
     def close(self) -> None:
         """Release the optimizer."""
         self.scheduler.close()
+        if self._balance:
+            self._balance.close()
 
     @property
     def answers(self) -> bool:
@@ -280,7 +376,13 @@ def _agreed(value: Any) -> Any:
 
 
 def check_settings(
-    schedule: Any, track_every: Any, metric: Any, level: str, match: str | None, options: Any
+    schedule: Any,
+    track_every: Any,
+    metric: Any,
+    level: str,
+    match: str | None,
+    options: Any,
+    balance_every: Any = 0,
 ) -> dict[str, Any]:
     """Return the options, the rules of groups as a tuple, or raise if a setting is impossible.
 
@@ -291,8 +393,9 @@ def check_settings(
     """
     if not isinstance(schedule, PerLayer):
         check_schedule(schedule, optional=True)
-    if isinstance(track_every, bool) or not isinstance(track_every, int) or track_every < 0:
-        raise ValueError(f"track_every must be an integer >= 0, got {track_every!r}")
+    for name, every in (("track_every", track_every), ("balance_every", balance_every)):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(f"{name} must be an integer >= 0, got {every!r}")
     checked(level)
     _check_match(match)
     if not callable(metric) and metric not in COLUMNS:
@@ -325,8 +428,9 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     known = [name for name in known if name not in ("optimizer", "schedule", "model")]
     if unknown := [name for name in options if name not in known]:
         raise TypeError(
-            f"options must be track_every, metric, level, match, pairs, values, frozen, or one of "
-            f"WeightDecayScheduler's ({', '.join(known)}), got {', '.join(map(repr, unknown))}."
+            "options must be track_every, metric, level, match, pairs, values, frozen, "
+            f"balance_every, or one of WeightDecayScheduler's ({', '.join(known)}), got "
+            f"{', '.join(map(repr, unknown))}."
         )
     if options.get("convention") is not None:
         one_of("convention", options["convention"], CONVENTIONS)

@@ -32,7 +32,7 @@ class RunSettings:
     track_every, metric
         As for `ControlledDecay`.
     tracked : dict
-        What is measured: the settings of `SpectralTracker`.
+        What is measured: the settings of `SpectralTracker`, and ``balance_every``.
     options : dict
         For `WeightDecayScheduler`.
 
@@ -62,7 +62,13 @@ class RunSettings:
                 "a schedule is missing. Give one, or schedule_for=lambda total: ..., or groups="
             )
         options = check_settings(
-            schedule, track_every, metric, tracked["level"], tracked["match"], options
+            schedule,
+            track_every,
+            metric,
+            tracked["level"],
+            tracked["match"],
+            options,
+            tracked["balance_every"],
         )
         self.schedule, self.schedule_for, self._options = schedule, schedule_for, options
         self._settings = {"track_every": track_every, "metric": metric, **tracked}

@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
 from ..control.loop import ControlledDecay
 from ..control.plan import RunSettings
 from ..control.readings import Metric
+from ..control.report import RunReport, save_report
 from ..spectrum import Measurement, SpectralTracker
 from ..spectrum.pairs import Named
 from ..weightdecay import WeightDecayScheduler
@@ -33,6 +34,7 @@ from ..weightdecay import WeightDecayScheduler
 __all__ = ["DecayControl", "control_decay"]
 
 STATE = "mirrorflow.json"  # beside optimizer.pt in a checkpoint
+REPORT = "mirrorflow-report.json"  # in the folder of the run
 
 
 def control_decay(
@@ -47,6 +49,7 @@ def control_decay(
     pairs: Named | None = None,
     values: bool = False,
     frozen: bool = False,
+    balance_every: int = 0,
     **options: Any,
 ) -> DecayControl:
     """Let a schedule set the weight decay of a `Trainer`, and log what it does.
@@ -69,6 +72,8 @@ def control_decay(
         What closed loops are fed, as for `ControlledDecay`; the mean ratio by default.
     level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
+    balance_every : int
+        Keep the exact account of D of each product for the report, as for `ControlledDecay`.
     **options
         For `WeightDecayScheduler`: ``relative``, ``groups``, ``decoupled``, ``exact_off``,
         ``convention``.
@@ -76,7 +81,7 @@ def control_decay(
     Returns
     -------
     DecayControl
-        Already added to the trainer. After training: ``scheduler.accumulated``,
+        Already added to the trainer. After training: ``report()``, ``scheduler.accumulated``,
         ``scheduler.audit()``, ``measurements`` and ``rows()``.
 
     Raises
@@ -86,7 +91,8 @@ def control_decay(
         decays, or nothing can be measured.
     """
     tracked = {
-        "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
+        "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen,
+        "balance_every": balance_every,
     }  # fmt: skip
     plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
     control = DecayControl(trainer, plan)
@@ -103,6 +109,10 @@ class DecayControl(TrainerCallback):
     again without any flag; where a checkpoint has been moved, the totals and the state of closed
     loops still come with the optimizer, only the rows of the audit and the log of decisions begin
     anew. Each run begins with fresh closed loops, copies of those that were given.
+
+    At the end of the run it prints `report`, and saves it as ``mirrorflow-report.json`` in the
+    folder of the run. It prints nothing where the Trainer logs nothing
+    (``logging_strategy="no"``) or only errors (``log_level="error"`` or "critical").
 
     Attributes
     ----------
@@ -145,6 +155,14 @@ class DecayControl(TrainerCallback):
         """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
 
+    def report(self) -> RunReport:
+        """Return what the run shows, and what it cannot show, as `ControlledDecay.report`."""
+        if self._loop is None:
+            raise ValueError(
+                "the report must be asked for once training has begun, got none yet. Call train()."
+            )
+        return self._loop.report()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the optimizer, which has loaded its own state by now."""
         if self._loop is not None:
@@ -174,6 +192,18 @@ class DecayControl(TrainerCallback):
         if self._loop is not None and control.should_log and self._logged != state.global_step:
             self._log(state, control, spectra=False)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the report, and save it."""
+        if self._loop is None:
+            return
+        report = self._loop.report()  # on every process: shards meet in it
+        if not state.is_world_process_zero:
+            return
+        save_report(report, self._run_folder(state) / REPORT)
+        quiet = args.log_level in ("error", "critical")
+        if args.logging_strategy != "no" and not quiet:
+            print(f"\n{report}")
+
     def _log(self, state: Any, control: Any, spectra: bool = True) -> None:
         """Hand the numbers to whatever watches the training.
 
@@ -188,19 +218,25 @@ class DecayControl(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the ledger beside the optimizer's state."""
-        if self._loop is None or not state.is_world_process_zero:
+        if self._loop is None:
+            return
+        saved = self._loop.state_dict()  # on every process: shards meet in it
+        if not state.is_world_process_zero:
             return
         path = self._folder(state) / STATE
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{STATE}.{os.getpid()}")
-        draft.write_text(json.dumps(self._loop.state_dict()), encoding="utf-8")
+        draft.write_text(json.dumps(saved), encoding="utf-8")
         draft.replace(path)
 
     def _folder(self, state: Any) -> Path:
-        """Return the folder of the checkpoint of this step; a trial of a search has its own."""
+        """Return the folder of the checkpoint of this step."""
+        return self._run_folder(state) / f"checkpoint-{state.global_step}"
+
+    def _run_folder(self, state: Any) -> Path:
+        """Return the folder of the run; a trial of a search has its own."""
         trial = self._trainer._trial if state.is_hyper_param_search else None
-        folder = Path(self._trainer._get_output_dir(trial))
-        return folder / f"checkpoint-{state.global_step}"
+        return Path(self._trainer._get_output_dir(trial))
 
 
 def _load(loop: ControlledDecay, path: Path) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "DecayCallback needs lightning, of the extra lightning: pip install '.[lightning]'",
@@ -24,6 +26,7 @@ except ModuleNotFoundError as error:
 from ..control.loop import ControlledDecay
 from ..control.plan import RunSettings
 from ..control.readings import Metric
+from ..control.report import RunReport, save_report
 from ..schedule import Schedule
 from ..spectrum import Measurement
 from ..spectrum.pairs import Named
@@ -40,6 +43,9 @@ class DecayCallback(Callback):
     `ControlledDecay.logs` gives them, at the steps of its own optimizer; if there are several, with
     ``optimizer0/`` before each name. Its state is saved with Lightning's checkpoints and restored
     with them. Each run begins with fresh closed loops, copies of those that were given.
+
+    At the end it says `report` through Lightning's own log of level INFO, on the first process, and
+    saves it as ``mirrorflow-report.json`` in ``trainer.log_dir``; without a logger it does neither.
 
     Parameters
     ----------
@@ -58,6 +64,8 @@ class DecayCallback(Callback):
         Which of the module's optimizers; one callback for each that shall be scheduled.
     level, match, pairs, values, frozen
         What is measured, as for `SpectralTracker`.
+    balance_every : int
+        Keep the exact account of D of each product for the report, as for `ControlledDecay`.
     **options
         For `WeightDecayScheduler`.
 
@@ -85,10 +93,12 @@ class DecayCallback(Callback):
         pairs: Named | None = None,
         values: bool = False,
         frozen: bool = False,
+        balance_every: int = 0,
         **options: Any,
     ) -> None:
         tracked = {
-            "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen
+            "level": level, "match": match, "pairs": pairs, "values": values, "frozen": frozen,
+            "balance_every": balance_every,
         }  # fmt: skip
         self._plan = RunSettings(schedule, schedule_for, track_every, metric, tracked, options)
         self.index = optimizer
@@ -119,6 +129,14 @@ class DecayCallback(Callback):
     def rows(self) -> list[dict[str, Any]]:
         """Return what was measured as flat rows, as `ControlledDecay.rows`."""
         return [] if self._loop is None else self._loop.rows()
+
+    def report(self) -> RunReport:
+        """Return what the run shows, and what it cannot show, as `ControlledDecay.report`."""
+        if self._loop is None:
+            raise ValueError(
+                "the report must be asked for once training has begun, got none yet. Call fit()."
+            )
+        return self._loop.report()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the optimizer, which has loaded its own state by now."""
@@ -170,6 +188,19 @@ class DecayCallback(Callback):
             self._log(trainer, numbers)
         elif every > 0 and steps // every > before // every:
             self._log(trainer, self._loop.logs(spectra=False))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say the report, and save it."""
+        if self._loop is None or not trainer.loggers:
+            return
+        report = self._loop.report()  # on every process: shards meet in it
+        folder = trainer.log_dir  # on every process, likewise
+        if not trainer.is_global_zero:
+            return
+        name = f"optimizer{self.index}-" if len(trainer.optimizers) > 1 else ""
+        if folder is not None:
+            save_report(report, Path(folder) / f"mirrorflow-{name}report.json")
+        rank_zero_info(f"\n{report}")
 
     def _log(self, trainer: Trainer, numbers: dict[str, float]) -> None:
         """Hand the numbers to the loggers, at the optimizer's own step."""

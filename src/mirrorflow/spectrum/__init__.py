@@ -2,10 +2,12 @@
 
 - `product_spectrum` measures one product, or a batch, from its factors.
 - `SpectralTracker` finds the products in a model and measures them while it trains.
+- `ProductAccount` splits their D = A^T A - B B^T into decay, optimizer, and step and noise.
 - `audit` measures those of a checkpoint on disk.
 - `truncate` replaces them by their best approximations of lower rank.
 """
 
+from .account import ProductAccount
 from .audit import audit
 from .product import ProductSpectrum, product_spectrum
 from .records import Measurement, Record, table
@@ -15,6 +17,7 @@ from .truncation import Truncation, TruncationReport, truncated_product
 
 __all__ = [
     "Measurement",
+    "ProductAccount",
     "ProductSpectrum",
     "Record",
     "SpectralTracker",

@@ -57,6 +57,23 @@ class Factor:
             return self._taken(rows)
         return Rows(rows, None if self.stop is None else self._taken(torch.arange(len(rows))))
 
+    def all_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a sharded weight as a DTensor, if the factor is all of it.
+
+        Raises
+        ------
+        ValueError
+            If it is a part, whose rows lie across the shards.
+        """
+        if self.stop is not None or self.start or self.block:
+            raise ValueError(
+                f"{self.key} must be a factor as a whole where it is sharded, got rows "
+                f"{self.start} to {self.stop} of it. Leave it out by match=, or leave "
+                "balance_every at 0."
+            )
+        matrix = tensor.flatten(1) if tensor.ndim > 2 else tensor
+        return matrix.mT if self.transposed else matrix
+
     def _taken(self, rows: Tensor) -> Tensor:
         """Take rows from start to stop, of each block."""
         if not self.block:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .pairs import label
 
-__all__ = ["Measurement", "Record", "table"]
+__all__ = ["Measurement", "Record", "table", "without_nan"]
 
 COLUMNS = ("ratio", "nuclear", "frobenius", "effective_rank", "stable_rank", "gap", "imbalance")
 
@@ -120,7 +120,7 @@ class Measurement:
             "records": [asdict(record) for record in self.records],
             "skipped": skipped,
         }
-        return _without_nan(found)
+        return without_nan(found)
 
     def to_json(self, indent: int | None = 1) -> str:
         """Return `to_dict` as JSON."""
@@ -179,10 +179,10 @@ def _remarks(measurement: Measurement) -> list[str]:
     return [*lines, *(f"not measured: {name}: {reason}" for name, reason in measurement.skipped)]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Put None for NaN and infinity, at any depth."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not isfinite(value) else value

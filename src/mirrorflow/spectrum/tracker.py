@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch.nn import Module
 from ._attention import normalizations
 from ._discovery import find
 from ._measurement import measure
-from ._shards import Rows
+from ._shards import Rows, is_sharded
+from .account import ProductAccount, by_key_head
 from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
 from .product import unreadable
 from .records import Measurement
@@ -103,7 +104,7 @@ class SpectralTracker:
         self.level = checked(level)
         self._model, self._places = model, _places(model)
         self._modules = _Modules(model)
-        shapes = {key: tuple(self._weight(key).shape) for key in self._places}
+        shapes = {key: tuple(self.weight(key).shape) for key in self._places}
         found = choose(find(shapes, self._modules, values), level, match)
         chosen, skipped, still = [], list(found.skipped), []
         for pair in found.pairs:
@@ -136,6 +137,44 @@ class SpectralTracker:
         pairs = [self._now(pair) for pair in self.pairs]
         return Measurement(measure(pairs, self._load, self.level), self.skipped)
 
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors A (..., n, r) and B (..., r, m) of each pair as they are now, views.
+
+        Attention whose heads are known is divided into them, whatever the level: the loss depends
+        on each head's product, so that D of a head has a law. Query heads that share a key head
+        stand above each other in one A, of which that is true likewise.
+
+        Raises
+        ------
+        ValueError
+            If a weight has no data here, or a sharded one is divided into parts.
+        """
+        return [
+            by_key_head(pair, self._load_whole(pair.left), self._load_whole(pair.right))
+            for pair in self.pairs
+        ]
+
+    def account(self, *, each_step: bool = True) -> ProductAccount:
+        """Begin the exact account of D = A^T A - B B^T of each pair, from the weights as they are.
+
+        Parameters
+        ----------
+        each_step : bool
+            Keep a copy of the factors, which splits each step into decay, optimizer, and step and
+            noise. Without it only r x r matrices are kept, and every call is an interval.
+
+        Examples
+        --------
+        >>> attention = torch.nn.MultiheadAttention(8, 2)
+        >>> account = SpectralTracker(attention).account()
+        >>> with torch.no_grad():
+        ...     _ = attention.in_proj_weight.mul_(0.9)  # a step that is all decay
+        >>> account.step(0.9)
+        >>> [round(x, 6) for x in account.report()["attention"].fraction_left.tolist()]
+        [0.81, 0.81]
+        """
+        return ProductAccount(self, each_step)
+
     def __repr__(self) -> str:
         """List what was found."""
         count = f"{len(self.pairs)} pair" + "s" * (len(self.pairs) != 1)
@@ -148,7 +187,7 @@ class SpectralTracker:
             lines.append(f"  not {len(self.frozen)} frozen (frozen=True measures them)")
         return "\n".join(lines)
 
-    def _weight(self, key: str) -> Tensor:
+    def weight(self, key: str) -> Tensor:
         """Return a weight as it is now: training tools replace parameters."""
         module, attribute = self._places[key]
         return getattr(module, attribute)
@@ -188,15 +227,24 @@ class SpectralTracker:
         return replace(pair, scale=known.scale, notes=("not active", *pair.notes))
 
     def _trains(self, pair: Pair) -> bool:
-        return any(self._weight(factor.key).requires_grad for factor in (pair.left, pair.right))
+        return any(self.weight(factor.key).requires_grad for factor in (pair.left, pair.right))
 
     def _quantized(self, pair: Pair) -> bool:
-        types = {self._weight(factor.key).dtype for factor in (pair.left, pair.right)}
+        types = {self.weight(factor.key).dtype for factor in (pair.left, pair.right)}
         return not types <= READABLE
 
     def _load(self, factor: Factor) -> Tensor | Rows:
         """Return the rows of a factor."""
-        weight = self._weight(factor.key).detach()
+        return factor.rows(self._readable(factor))
+
+    def _load_whole(self, factor: Factor) -> Tensor:
+        """Return the rows of a factor as one tensor, of a sharded weight as a DTensor."""
+        weight = self._readable(factor)
+        return factor.all_rows(weight) if is_sharded(weight) else cast(Tensor, factor.rows(weight))
+
+    def _readable(self, factor: Factor) -> Tensor:
+        """Return the weight of a factor, if it has data here."""
+        weight = self.weight(factor.key).detach()
         if trouble := unreadable(weight):
             raise ValueError(f"SpectralTracker: {factor.key} {trouble}")
         if weight.numel() == 0:
@@ -204,7 +252,7 @@ class SpectralTracker:
                 f"SpectralTracker: {factor.key} is empty here: gather it first (DeepSpeed ZeRO-3: "
                 "deepspeed.zero.GatheredParameters)"
             )
-        return factor.rows(weight)
+        return weight
 
 
 def describe(pair: Pair) -> str:

@@ -50,8 +50,9 @@ class HoldRatio(Feedback):
     Notes
     -----
     The reasons in the log say what the rate does: "raising", "lowering" or "unchanged" (with
-    ", slew limit" where that holds it back), "at its upper bound", "at its lower bound", "within the
-    deadband", "without authority: given up". Only the deadband means that the target is held.
+    ", slew limit" where that holds it back), "at its upper bound", "at its lower bound", "within
+    the deadband", "without authority: given up". Only the deadband means that the target is
+    held.
 
     Examples
     --------
