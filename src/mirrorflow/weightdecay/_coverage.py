@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ._checks import one_of
 from ._group_state import INITIAL, own_decay, separated
 from ._ledger import Account, Entry
+from ._masks import check_mask
 from ._targets import (
     Rule,
     Target,
@@ -52,6 +53,7 @@ class CoveragePlan:
     on_change: str = "warn"
     rounding: str | None = None
     seed: int = 0
+    mask: Any = None
 
     def __post_init__(self) -> None:
         """Raise unless all of it can be done."""
@@ -64,6 +66,13 @@ class CoveragePlan:
         if self.coupling is not None:
             one_of("coupling", self.coupling, COUPLINGS)
         one_of("on_change", self.on_change, _ON_CHANGE)
+        if self.mask is not None:
+            check_mask(self.mask)
+            if not self.decoupled:
+                raise ValueError(
+                    "mask= chooses where the decay from outside acts, got decoupled=False. Use "
+                    "decoupled=True"
+                )
         if self.rounding is not None:
             one_of("rounding", self.rounding, ("stochastic",))
             if not self.decoupled:
@@ -265,6 +274,11 @@ class Coverage:
                 'learning rate: use convention="fixed", by which the rate itself acts'
             )
         self.asks_again = self.asks_again or asks_again(optimizer, group)
+        if self.asks_again and isinstance(self.plan.mask, str):
+            raise ValueError(
+                f"mask={self.plan.mask!r} needs the gradient of the step, got a {name}, which asks "
+                "its closure again and decays before. Give a tensor as mask"
+            )
         return "fixed" if math.isnan(lr_of(group)) else "decoupled"
 
 

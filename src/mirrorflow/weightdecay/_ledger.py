@@ -128,16 +128,19 @@ class Entry:
         entered: float = 1.0,
         reached: float = 1.0,
         still: Sequence[int] = (),
+        parts: Mapping[int, float] | None = None,
     ) -> None:
         """Enter a step that the optimizer has taken with this decay and these settings.
 
-        The tensors at the places ``still`` of the set took no part in it.
+        The tensors at the places ``still`` of the set took no part in it; ``parts`` is what reached
+        each of the others, where that differs.
 
         Of the decay the part ``entered`` gets into SGD's gradient, and the part ``reached`` of what
         is then subtracted changes the weights: 1 unless their precision swallows some of it.
         """
-        if still or self.others:
-            self._record_others(set(still), step, decay, group, entered, reached)
+        if still or self.others or parts:
+            shares = parts or {}
+            self._record_others(set(still), step, decay, group, entered, reached, shares)
         lr = math.nan if group.get("lr") is None else float(group["lr"])
         share = reached * self._share(entered * decay, lr, group)
         self.taken += 1
@@ -156,9 +159,10 @@ class Entry:
         group: Mapping[str, Any],
         entered: float,
         reached: float,
+        parts: Mapping[int, float],
     ) -> None:
         """Enter a step into the accounts of the tensors that have missed this step or others."""
-        for place in still - self.others.keys():  # these part from the rest here
+        for place in (still | parts.keys()) - self.others.keys():  # these part from the rest here
             self.others[place] = Entry(self.coupling, self.taken, self.absorbed, self.held)
             self._parted = None
         if len(still) == len(self.others):
@@ -166,7 +170,7 @@ class Entry:
         self._parted = None
         for place, own in self.others.items():
             if place not in still:
-                own.record(step, decay, group, entered, reached)
+                own.record(step, decay, group, entered, parts.get(place, reached))
                 own.pieces.clear()
 
     def empty(self) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
+from ._masks import shrink_masked
 from ._momentum import follow, forget, keep_apart
 from ._rounding import RoundedSet, half, warn_if_rounded
 from ._stochastic import shrink_stochastically
@@ -193,8 +194,8 @@ class Stepping:
 
     def _in_half_precision(self) -> dict[int, RoundedSet]:
         """Return the sets that have tensors in half precision, by their places."""
-        if self.plan.rounding is not None:
-            return {}  # what is rounded by chance acts as a whole
+        if self.plan.rounding is not None or self.plan.mask is not None:
+            return {}  # what is rounded by chance acts as a whole; a mask counts by itself
         groups, outside = self.optimizer.param_groups, self.plan.decoupled
         return {
             place: RoundedSet(entry.coupling, outside, self.optimizer, target.group)
@@ -220,7 +221,8 @@ class Stepping:
         self._acted = True
         if self.plan.decoupled:
             seed = None if self.plan.rounding is None else self.seed
-            self._context.shrink(self.account.steps, self.coverage.asks_again, seed)
+            mask, again = self.plan.mask, self.coverage.asks_again
+            self._context.shrink(self.account.steps, again, seed, mask)
         else:
             keep_apart(self.optimizer, self._context.pairs(), self.rates, self._again)
 
@@ -369,6 +371,7 @@ class StepContext:
         self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
         self._passed: dict[int, tuple[float, float]] = {}  # by place, where weights are rounded
+        self._parts: dict[int, dict[int, float]] = {}  # by place and tensor, where decay is masked
         self.read()
 
     def read(self) -> None:
@@ -393,19 +396,29 @@ class StepContext:
             part = tried.passed(moved, found.decay, lr, step, entry.held)
             self._passed[place] = part.entered, part.reached
 
-    def shrink(self, step: int, everything: bool = False, seed: int | None = None) -> None:
+    def shrink(
+        self, step: int, everything: bool = False, seed: int | None = None, mask: Any = None
+    ) -> None:
         """Shrink the weights that have a gradient, or ``everything`` that may get one yet.
 
-        With a seed what is in half precision is rounded by chance.
+        With a seed what is in half precision is rounded by chance; a mask chooses entries.
         """
         places = enumerate(zip(self._ledgers, self._effective, strict=True))
         for place, ((_, entry), found) in places:
-            moved = [
-                p for p in found.params if p.grad is not None or (everything and p.requires_grad)
-            ]
+            chosen = {
+                i: p
+                for i, p in enumerate(found.params)
+                if p.grad is not None or (everything and p.requires_grad)
+            }
+            moved = list(chosen.values())
             # w <- (1 - lr lambda) w, before the step, as AdamW does
             part = strength(found.decay, found.settings, entry.coupling)
-            if seed is None:
+            if mask is not None:
+                own = None if seed is None else seed + place
+                acted = shrink_masked(moved, mask, part, own, step)
+                self._parts[place] = dict(zip(chosen, acted, strict=True))
+                self._passed[place] = 1.0, _mean(acted, moved)
+            elif seed is None:
                 shrink(moved, 1 - part)
             else:
                 shrink_stochastically(moved, part, seed + place, step)
@@ -421,7 +434,8 @@ class StepContext:
             if moved and place not in done:
                 passed = self._passed.get(place, (1.0, 1.0))
                 still = () if target.group in self._ungated else found.still
-                entry.record(step, found.decay, found.settings, *passed, still)
+                parts = self._parts.get(place)
+                entry.record(step, found.decay, found.settings, *passed, still, parts)
                 done.add(place)
 
     def idle(self, seen: Collection[int]) -> list[int]:
@@ -449,6 +463,13 @@ class StepContext:
                 warnings.warn(text, stacklevel=4)
                 return True
         return False
+
+
+def _mean(parts: Sequence[float], params: Sequence[torch.Tensor]) -> float:
+    """Return the mean of what acted on tensors, over their entries."""
+    total = sum(p.numel() for p in params)
+    pairs = zip(parts, params, strict=True)
+    return sum(part * p.numel() for part, p in pairs) / total if total else 1.0
 
 
 _TOO_MUCH = (

@@ -13,14 +13,17 @@ from collections.abc import Sequence
 import torch
 
 from ._rounding import HALF, in_memory_order
-from .conventions import shrink
 
 __all__ = ["shrink_stochastically"]
 
 
 @torch.no_grad()
 def shrink_stochastically(
-    params: Sequence[torch.Tensor], strength: float, seed: int, step: int
+    params: Sequence[torch.Tensor],
+    strength: float,
+    seed: int,
+    step: int,
+    masks: Sequence[torch.Tensor | None] | None = None,
 ) -> None:
     """Multiply parameters by 1 - strength, in place, rounded up or down by chance.
 
@@ -35,6 +38,8 @@ def shrink_stochastically(
         lr x decay.
     seed, step : int
         The random numbers depend on both, and on nothing else.
+    masks : sequence of Tensor or None, optional
+        A factor on the strength for each entry, in the order of the weights' memory.
 
     Examples
     --------
@@ -45,17 +50,20 @@ def shrink_stochastically(
     """
     if strength == 0:
         return
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in params]
-    shrink([p for p in local if p.dtype not in HALF], 1 - strength)
+    factors = masks or [None] * len(params)
     dithers: dict[torch.device, _Dither] = {}
-    for p in local:
+    for p, mask in zip(params, factors, strict=True):
+        local = p.to_local() if hasattr(p, "to_local") else p
+        flat = in_memory_order(local.detach(), local).view(-1)
         if p.dtype not in HALF:
+            flat.mul_(1 - strength * (1.0 if mask is None else mask.to(p.dtype)))
             continue
-        if p.device not in dithers:
-            dithers[p.device] = _Dither(p.device, _mixed(seed, step))
-        flat = in_memory_order(p.detach(), p).view(-1)
-        for part in flat.split(dithers[p.device].most):
-            _shrink_part(part, strength, dithers[p.device])
+        if local.device not in dithers:
+            dithers[local.device] = _Dither(local.device, _mixed(seed, step))
+        dither = dithers[local.device]
+        for start in range(0, len(flat), dither.most):
+            part = slice(start, start + dither.most)
+            _shrink_part(flat[part], strength, dither, None if mask is None else mask[part])
 
 
 def _mixed(seed: int, step: int) -> int:
@@ -91,10 +99,14 @@ class _Dither:
         return self._base[:length].add(self._angles.random()).frac_().sub_(0.5)
 
 
-def _shrink_part(w: torch.Tensor, strength: float, dither: _Dither) -> None:
+def _shrink_part(
+    w: torch.Tensor, strength: float, dither: _Dither, mask: torch.Tensor | None
+) -> None:
     """Shrink a part of the weights, in place, by whole gaps whose number is right in the mean."""
     finfo, exact = torch.finfo(w.dtype), w.float()
     taken = exact * strength
+    if mask is not None:
+        taken.mul_(mask)
     # The gap between numbers at (1 - s) w: eps 2^e, with 2^e the float32 without its mantissa
     power = (exact - taken).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
     least = max(finfo.smallest_normal * finfo.eps, torch.finfo(torch.float32).tiny)

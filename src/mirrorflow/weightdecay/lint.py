@@ -412,8 +412,11 @@ def _acting_parts(
 ) -> Iterable[tuple[int, float]]:
     """Return the part of the decay that acts on groups in half precision; NaN where it depends."""
     if scheduler is not None and scheduler.steps:
-        pairs = zip(scheduler.targets, scheduler.acting_parts, strict=True)
-        yield from ((t.group, part) for t, part in pairs if not math.isnan(part) and part != 1)
+        groups = optimizer.param_groups
+        for target, part in zip(scheduler.targets, scheduler.acting_parts, strict=True):
+            rounded = scheduler.plan.mask is None and half(target.params(groups[target.group]))
+            if rounded and not math.isnan(part):
+                yield target.group, part
         return
     for i, how in couplings.items():
         group = optimizer.param_groups[i]

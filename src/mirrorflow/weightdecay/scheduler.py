@@ -64,6 +64,12 @@ class WeightDecayScheduler:
     seed : int
         Of the stochastic rounding, whose random numbers depend on it and on the step alone. All
         processes that hold the same weights need the same. It travels in `state_dict`.
+    mask : {"cautious", "touched-rows"}, Tensor or mapping of parameters to Tensor, optional
+        With ``decoupled=True``: where decay acts, ``w <- (1 - lr x decay x mask) w``. "cautious":
+        where gradient x weight >= 0; "touched-rows": rows with a gradient that is not 0, as of an
+        embedding. A tensor in [0, 1] fits the shape of each parameter; what a mapping lacks decays
+        as a whole. What acts is counted, tensor by tensor: the mean of the mask over the entries,
+        weighted with their squares, in the order of `by_tensor`.
     exact_off : bool
         For SGD with momentum, which takes L2 into its buffer: follow the decay's part of each
         buffer, and take it out when the rate becomes 0, so that the next steps are as with a
@@ -138,6 +144,7 @@ class WeightDecayScheduler:
         on_change: str = "warn",
         rounding: str | None = None,
         seed: int = 0,
+        mask: Any = None,
     ) -> None:
         self.optimizer = inner(optimizer)
         check_free(self.optimizer, Stepping)
@@ -155,6 +162,7 @@ class WeightDecayScheduler:
             on_change,
             rounding,
             seed,
+            mask,
         )
         self._fingerprints = Fingerprints()
         with undone_if_it_fails(self.optimizer):
