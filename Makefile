@@ -85,7 +85,7 @@ wheel: .venv/.installed ## build the wheel, install it into an empty environment
 	cd .venv-wheel && bin/python ../.ci/wheel.py
 
 docs: .venv/.installed-docs ## build the documentation into docs/_build
-	$(BIN)/sphinx-build -W -q docs docs/_build/html
+	$(THREADS) $(BIN)/sphinx-build -W -q docs docs/_build/html
 
 clean: ## remove what make has made
 	rm -rf .venv .venv-lowest .venv-wheel dist demo docs/_build

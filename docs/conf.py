@@ -1,20 +1,39 @@
-"""Sphinx: myst for the pages, autodoc for the reference."""
+"""Sphinx: myst for the guides, notebooks for the tutorials, one page a name for the reference."""
+
+import sys
+from pathlib import Path
 
 import mirrorflow
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "mirrorflow"
 copyright = "the mirrorflow authors"
 version = release = mirrorflow.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "command_pages",
+    "linked_names",
+    "offline_math",
 ]
-myst_enable_extensions = ["dollarmath"]  # pages write mathematics as $R_a$
+myst_enable_extensions = ["dollarmath", "colon_fence"]  # pages write mathematics as $R_a$
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 
+# Tutorials are notebooks in text form; a cell that raises, or a tutorial of over 2 minutes, fails.
+nb_execution_mode = "force"
+nb_execution_timeout = 120
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+# By name: an environment of an earlier build does not know of new files.
+autosummary_generate = [str(page) for page in (Path(__file__).parent / "reference").glob("*.md")]
+default_role = "py:obj"  # `SwitchOff` in a docstring leads to its page
 napoleon_use_ivar = True  # attributes that are properties, too, are described once
 napoleon_google_docstring = False  # docstrings are numpydoc
 autodoc_member_order = "groupwise"
@@ -25,6 +44,10 @@ autodoc_default_options = {
     "exclude-members": "set_fit_request, set_score_request, set_predict_request"
 }
 
+copybutton_exclude = ".linenos, .gp, .go"  # neither the prompt nor what a command prints
 html_theme = "furo"
+html_title = "mirrorflow"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
+html_show_search_summary = False  # it fetches pages, which browsers refuse for files
+html_copy_source = False  # the sources are in the repository

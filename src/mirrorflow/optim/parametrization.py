@@ -31,7 +31,7 @@ class HadamardFactors(nn.Module):
     Parameters
     ----------
     scale : float
-        A = |m^2 - w^2| / 2 of the factors that an assigned x gets, > 0.
+        ``A = |m^2 - w^2| / 2`` of the factors that an assigned x gets, > 0.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class HadamardFactors(nn.Module):
         return m * w
 
     def right_inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return factors of x with m > |w|; this also resets the geometry of an assigned weight."""
+        """Return factors of x with ``m > |w|``, which also resets the geometry of the weight."""
         m = torch.sqrt(self.scale + torch.hypot(x, x.new_tensor(self.scale)))
         return m, x / m
 
@@ -88,7 +88,7 @@ class Folded:
     sizes, zeros : dict of str to int
         The numbers of weights, and of those that are exactly 0.
     threshold : float
-        The largest |x| that was set to 0; NaN if none was.
+        The largest ``|x|`` that was set to 0; NaN if none was.
     """
 
     sizes: dict[str, int]
@@ -168,9 +168,9 @@ def fold(
     module : nn.Module
         A module on which `overparametrize` was called.
     threshold : float, optional
-        Set weights with |x| <= threshold to 0.
+        Set weights with ``|x| <= threshold`` to 0.
     sparsity : float, optional
-        Set this fraction of all folded weights to 0, in [0, 1]: those of smallest |x|, across
+        Set this fraction of all folded weights to 0, in [0, 1]: those of smallest ``|x|``, across
         layers. With neither of the two, weights keep their values.
 
     Returns
