@@ -313,7 +313,7 @@ def test_a_folder_whose_shards_are_not_all_there_is_refused(tmp_path):
         audit(tmp_path)
     first.write_bytes(kept)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(ValueError, match="no index of a sharded checkpoint"):
+    with pytest.raises(ValueError, match="not an index of a sharded checkpoint"):
         audit(tmp_path)
 
 

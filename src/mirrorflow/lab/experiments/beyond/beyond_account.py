@@ -218,7 +218,7 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         .encode(
             x=alt.X(
                 "distance:Q",
-                title="relative distance of the predicted end from the trained one",
+                title="relative distance",
                 scale=alt.Scale(type="log", padding=8),
                 axis=alt.Axis(format=".0e", values=decades(low, high)),
             ),
@@ -227,15 +227,20 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
                 "prediction:N",
                 sort=names,
                 scale=alt.Scale(domain=names, range=[STYLES[i]["color"] for i in (0, 2, 3)]),
-                legend=alt.Legend(orient="bottom"),
+                legend=alt.Legend(orient="bottom", columns=1, title=None),
             ),
             shape=alt.Shape(
                 "prediction:N",
                 sort=names,
                 scale=alt.Scale(domain=names),
-                legend=alt.Legend(orient="bottom"),
+                legend=alt.Legend(orient="bottom", columns=1, title=None),
             ),
             tooltip=["training:N", "prediction:N", alt.Tooltip("distance:Q", format=".2g")],
         )
     )
-    return [("Each point is a run: how far its end is from what is predicted.", chart)]
+    return [
+        (
+            "Each point is a run: the relative distance between its end and each prediction of it.",
+            chart,
+        )
+    ]
