@@ -62,14 +62,14 @@ def decay_numbers(scheduler: WeightDecayScheduler, layers: Mapping[int, str]) ->
     """
     sets: dict[tuple[str, int], list[_Acting]] = {}
     decays = scheduler.get_last_weight_decay()
-    for target, decay, entry in zip(
-        scheduler.targets, decays, scheduler.account.entries, strict=True
+    for target, decay, entry, a in zip(
+        scheduler.targets, decays, scheduler.account.entries, scheduler.accumulated, strict=True
     ):
         if target.schedule is not None:
             group, key = scheduler.optimizer.param_groups[target.group], id(target.schedule)
             name = layers.get(key) or str(group.get("name", target.group))
             acting = strength(decay, group, entry.coupling)
-            sets.setdefault((name, key), []).append((decay, acting, entry.absorbed))
+            sets.setdefault((name, key), []).append((decay, acting, 0.0 - a))
     numbers = _largest([row for of_set in sets.values() for row in of_set], "")
     if len(sets) > 1 or layers:
         for suffix, of_set in zip(_suffixes([n for n, _ in sets]), sets.values(), strict=True):
