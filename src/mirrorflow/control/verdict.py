@@ -169,8 +169,9 @@ def _spent(loop: Feedback, absorbed: float) -> str:
 def verdict(report: RunReport) -> RunReport:
     """Return a report with the sentences that follow from its numbers."""
     shows = (*_of_decay(report), *_of_spectra(report), *_of_D(report))
-    numbers = {name: getattr(report, name) for name in report.__dataclass_fields__}
-    return RunReport(**numbers | {"shows": shows, "cannot_show": tuple(_limits(report))})
+    numbers: dict[str, Any] = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    sentences: dict[str, Any] = {"shows": shows, "cannot_show": tuple(_limits(report))}
+    return RunReport(**(numbers | sentences))
 
 
 def _of_decay(report: RunReport) -> list[str]:

@@ -16,7 +16,9 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+    from lightning.pytorch.utilities.rank_zero import (
+        rank_zero_info,  # pyright: ignore[reportPrivateImportUsage]
+    )
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "DecayCallback needs lightning, of the extra lightning: pip install '.[lightning]'",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ def shrink_stochastically(
     factors = masks or [None] * len(params)
     dithers: dict[torch.device, _Dither] = {}
     for p, mask in zip(params, factors, strict=True):
-        local = p.to_local() if hasattr(p, "to_local") else p
+        sharded: Any = p
+        local = sharded.to_local() if hasattr(p, "to_local") else p
         flat = in_memory_order(local.detach(), local).view(-1)
         if p.dtype not in HALF:
             flat.mul_(1 - strength * (1.0 if mask is None else mask.to(p.dtype)))

@@ -183,8 +183,9 @@ def _marked(model: Module) -> dict[int, str]:
     for module in model.modules():
         asked: Any = getattr(module, "no_weight_decay", None)
         words: Any = getattr(module, "no_weight_decay_keywords", None)
-        names = set(asked()) if callable(asked) else set[str]()
-        parts = set(words()) if callable(words) else set[str]()
+        listed: Any = asked() if callable(asked) else ()
+        keywords: Any = words() if callable(words) else ()
+        names, parts = set(listed), set(keywords)
         if not names and not parts:
             continue
         for name, p in module.named_parameters(remove_duplicate=False):

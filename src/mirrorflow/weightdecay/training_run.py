@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -281,7 +280,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     steps: Any = values.get("max_steps")
     return {
-        "steps": steps if isinstance(steps, Real) and steps > 0 else None,
+        "steps": steps if isinstance(steps, (int, float)) and steps > 0 else None,
         "lr": values.get("learning_rate"),
         "decay": values.get("weight_decay", 0.0),
         "optimizer": _plain(values.get("optim", "adamw_torch")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ class Config(contract.Config):
 
     n: int = Field(default=4, ge=1)
     d: int = Field(default=16, ge=4)
-    ways: tuple[Way, ...] = Field(default=tuple(WAYS), min_length=1)
+    ways: tuple[Way, ...] = Field(default=get_args(Way), min_length=1)
     seeds: tuple[int, ...] = Field(default=tuple(range(20)), min_length=1)
 
     @classmethod
@@ -98,8 +98,9 @@ def _one(config: Config, way: str, seed: int) -> tuple[Record, dict[str, Array]]
         momentum=momentum, batch=batch, label_noise=mf.SwitchOff(noise, off), seed=seed,
         split_every=10,
     )  # fmt: skip
-    x, account = trained.value, trained.path.account
-    R, decay = mf.legendre(g, h, start), float(trained.path.a[-1]) / (1 - momentum)
+    path: Any = trained.path
+    x, account = trained.value, path.account
+    R, decay = mf.legendre(g, h, start), float(path.a[-1]) / (1 - momentum)
     # Training stops a little short of Zx = y: the end with the tilt is exact for what it fits.
     tilted = R.folded(account.a[-1], account.tilt(Z))
     ends = {
