@@ -233,6 +233,7 @@ def until(condition, seconds=600):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_orphans_and_the_same_command_ends_as_if_nothing_happened(
     tmp_path, alone
 ):
