@@ -1,11 +1,11 @@
 """The account of D of what is tracked: against literal steps, over intervals, and resumed."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-import mirrorflow as mf
 from mirrorflow.balance import product_step
 from mirrorflow.control import ControlledDecay
 from mirrorflow.spectrum import SpectralTracker
@@ -52,17 +52,9 @@ def assemble(every, optimizer="adamw", net=None, **options):
     net = net or Shared()
     made = OPTIMIZERS[optimizer](net.parameters())
     pairs = {"mlp": NAMED["mlp"]}
-    with pytest.warns() if optimizer == "adam" and not options.get("decoupled") else _nothing():
+    with pytest.warns() if optimizer == "adam" and not options.get("decoupled") else nullcontext():
         control = ControlledDecay(net, made, rate, pairs=pairs, balance_every=every, **options)
     return net, made, control
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
 
 
 def train(net, optimizer, control, start=0, stop=STEPS, each=None):
