@@ -1,5 +1,6 @@
 """The account of D of what is tracked: against literal steps, over intervals, and resumed."""
 
+import copy
 import json
 from contextlib import nullcontext
 
@@ -188,6 +189,20 @@ def test_the_account_leaves_training_and_its_logs_as_they_are():
         train(*run, each=lambda said=said, run=run: said.append(run[2].logs()))
     assert all(map(torch.equal, plain[0].parameters(), accounted[0].parameters()))
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("stop", [0, 4])
+def test_a_copied_run_goes_on_with_its_account(stop):
+    whole = assemble(1)
+    train(*whole)
+    first = assemble(1)
+    train(*first, stop=stop)
+    run = copy.deepcopy(first)
+    train(*run, start=stop)
+    for name, split in whole[2]._balance.report().items():
+        for part in PARTS:
+            ours = getattr(run[2]._balance.report()[name], part)
+            torch.testing.assert_close(ours, getattr(split, part), rtol=0, atol=1e-12)
 
 
 def test_closing_releases_the_optimizer():

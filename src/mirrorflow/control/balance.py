@@ -51,6 +51,10 @@ class RunBalance:
         self._saved: Mapping[str, Any] | None = None
         self._at, self._first = 0, 0  # the steps that are in it, and the step where it began
         self._running = False
+        self._attach()
+
+    def _attach(self) -> None:
+        """Register the hook, outside what torch.compile traces."""
         opaque: Any = torch.compiler.disable
         self._handle = self._optimizer.register_step_pre_hook(opaque(self._begin))
 
@@ -142,3 +146,12 @@ class RunBalance:
     def close(self) -> None:
         """Release the optimizer."""
         self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the hook, as the optimizer leaves its own."""
+        return {key: value for key, value in vars(self).items() if key != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the hook into the copied optimizer."""
+        self.__dict__.update(state)
+        self._attach()
