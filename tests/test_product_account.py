@@ -191,6 +191,34 @@ def test_the_account_leaves_training_and_its_logs_as_they_are():
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_factor_that_misses_steps_shrinks_in_its_own_only(every):
+    """As one that is unfrozen later: neither it, nor the others, take the wrong decay."""
+    whole = assemble(every)
+    shrinks, states = [], [factors(whole[0])]
+    net, made, control = whole
+    for step in range(9):
+        made.zero_grad()
+        net(batch(step)).backward()
+        if missed := step in (0, 1, 4):
+            net.up.weight.grad = None
+        made.step()
+        control.step()
+        s = 1 - LR * rate(step)
+        shrinks.append((s, 1.0 if missed else s))
+        states.append(factors(net))
+        if step == 5:
+            control.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    split = control._balance.report()["mlp"]
+    kept = torch.tensor(shrinks, dtype=torch.float64).prod(0)
+    assert split.shrink == pytest.approx(tuple(kept.tolist())) and split.outside.abs().max() == 0
+    (A, B), (a, b) = states[0], kept
+    left = a**2 * A.mT @ A - b**2 * B @ B.mT
+    torch.testing.assert_close(split.left_by_decay, left, rtol=0, atol=1e-12)
+    A, B = states[-1]
+    torch.testing.assert_close(split.D, A.mT @ A - B @ B.mT, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("stop", [0, 4])
 def test_a_copied_run_goes_on_with_its_account(stop):
     whole = assemble(1)

@@ -81,8 +81,7 @@ class RunBalance:
         self._account = ProductAccount(self.tracker, each_step=self.every == 1)
         if self._saved is None:
             self._at = self._first = steps
-            for entry in self._scheduler.account.entries:
-                entry.take_kept()
+            self._shrink()  # what was before does not count
             return
         self._account.load_state_dict(self._saved["account"])
         self._at, self._first = int(self._saved["at"]), int(self._saved["first"])
@@ -114,9 +113,10 @@ class RunBalance:
         found: dict[int, float] = {}
         groups, entries = self._optimizer.param_groups, self._scheduler.account.entries
         for target, entry in zip(self._scheduler.targets, entries, strict=True):
-            kept = entry.take_kept()
-            factor = 1.0 if math.isnan(entry.absorbed) else kept
-            found |= dict.fromkeys(map(id, target.params(groups[target.group])), factor)
+            params = target.params(groups[target.group])
+            kept = entry.take_kept(len(params))
+            if not math.isnan(entry.absorbed):
+                found |= zip(map(id, params), kept, strict=True)
         return {key: found.get(id(self.tracker.weight(key)), 1.0) for key in self._keys}
 
     def report(self) -> dict[str, BalanceSplit]:
