@@ -64,9 +64,12 @@ def run() -> list[dict]:
     )
     tracker = mf.SpectralTracker(model)
     tracked = measure({"measure": tracker.measure}, 5)["measure"]
+    account = tracker.account()
+    accounted = measure({"step": lambda: account.step(1 - 1e-5)}, 9)["step"]
     rows = [
         ("scheduler, one group of 48 tensors", alone["hooked"] - alone["bare"], 0.001),
         (f"tracking {len(tracker.pairs)} LoRA updates every {EVERY} steps", tracked / EVERY, 0.01),
+        (f"account of D of {len(tracker.pairs)} LoRA updates at each step", accounted, 0.02),
     ]
     return [
         {

@@ -51,6 +51,10 @@ class RunBalance:
         self._saved: Mapping[str, Any] | None = None
         self._at, self._first = 0, 0  # the steps that are in it, and the step where it began
         self._running = False
+        self._attach()
+
+    def _attach(self) -> None:
+        """Register the hook, outside what torch.compile traces."""
         opaque: Any = torch.compiler.disable
         self._handle = self._optimizer.register_step_pre_hook(opaque(self._begin))
 
@@ -77,8 +81,7 @@ class RunBalance:
         self._account = ProductAccount(self.tracker, each_step=self.every == 1)
         if self._saved is None:
             self._at = self._first = steps
-            for entry in self._scheduler.account.entries:
-                entry.take_kept()
+            self._shrink()  # what was before does not count
             return
         self._account.load_state_dict(self._saved["account"])
         self._at, self._first = int(self._saved["at"]), int(self._saved["first"])
@@ -110,9 +113,10 @@ class RunBalance:
         found: dict[int, float] = {}
         groups, entries = self._optimizer.param_groups, self._scheduler.account.entries
         for target, entry in zip(self._scheduler.targets, entries, strict=True):
-            kept = entry.take_kept()
-            factor = 1.0 if math.isnan(entry.absorbed) else kept
-            found |= dict.fromkeys(map(id, target.params(groups[target.group])), factor)
+            params = target.params(groups[target.group])
+            kept = entry.take_kept(len(params))
+            if not math.isnan(entry.absorbed):
+                found |= zip(map(id, params), kept, strict=True)
         return {key: found.get(id(self.tracker.weight(key)), 1.0) for key in self._keys}
 
     def report(self) -> dict[str, BalanceSplit]:
@@ -142,3 +146,12 @@ class RunBalance:
     def close(self) -> None:
         """Release the optimizer."""
         self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the hook, as the optimizer leaves its own."""
+        return {key: value for key, value in vars(self).items() if key != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the hook into the copied optimizer."""
+        self.__dict__.update(state)
+        self._attach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -169,9 +170,7 @@ def _spent(loop: Feedback, absorbed: float) -> str:
 def verdict(report: RunReport) -> RunReport:
     """Return a report with the sentences that follow from its numbers."""
     shows = (*_of_decay(report), *_of_spectra(report), *_of_D(report))
-    numbers: dict[str, Any] = {name: getattr(report, name) for name in report.__dataclass_fields__}
-    sentences: dict[str, Any] = {"shows": shows, "cannot_show": tuple(_limits(report))}
-    return RunReport(**(numbers | sentences))
+    return replace(report, shows=shows, cannot_show=tuple(_limits(report)))
 
 
 def _of_decay(report: RunReport) -> list[str]:

@@ -51,28 +51,31 @@ class Factor:
 
     def rows(self, tensor: Tensor) -> Tensor | Rows:
         """Take the factor out of its weight; of a sharded one `Rows`, so that nothing travels."""
-        matrix = tensor.flatten(1) if tensor.ndim > 2 else tensor
-        rows = matrix.mT if self.transposed else matrix
-        if not is_sharded(rows):
-            return self._taken(rows)
+        if not is_sharded(tensor):
+            return self._taken_of(tensor)
+        rows = self._all_of(tensor)
         return Rows(rows, None if self.stop is None else self._taken(torch.arange(len(rows))))
 
-    def all_rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a sharded weight as a DTensor, if the factor is all of it.
+    def sharded_rows(self, tensor: Any, heads: int) -> Tensor:
+        """Return the rows of a DTensor, gathered if shards cut its heads, or it is but a part."""
+        part = self.stop is not None or self.start or self.block or tensor.ndim > 2
+        rows = tensor if part or not self.transposed else tensor.mT
+        cut = any(
+            getattr(placement, "dim", None) == 0 and heads % rows.device_mesh.size(axis)
+            for axis, placement in enumerate(rows.placements)
+        )
+        if part or (cut and heads > 1):
+            return self._taken_of(tensor.full_tensor())
+        return rows
 
-        Raises
-        ------
-        ValueError
-            If it is a part, whose rows lie across the shards.
-        """
-        if self.stop is not None or self.start or self.block:
-            raise ValueError(
-                f"{self.key} must be a factor as a whole where it is sharded, got rows "
-                f"{self.start} to {self.stop} of it. Leave it out by match=, or leave "
-                "balance_every at 0."
-            )
+    def _all_of(self, tensor: Tensor) -> Tensor:
+        """Return all rows of a weight."""
         matrix = tensor.flatten(1) if tensor.ndim > 2 else tensor
         return matrix.mT if self.transposed else matrix
+
+    def _taken_of(self, tensor: Tensor) -> Tensor:
+        """Return the rows of the factor from a whole weight."""
+        return self._taken(self._all_of(tensor))
 
     def _taken(self, rows: Tensor) -> Tensor:
         """Take rows from start to stop, of each block."""

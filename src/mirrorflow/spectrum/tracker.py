@@ -142,15 +142,21 @@ class SpectralTracker:
 
         Attention whose heads are known is divided into them, whatever the level: the loss depends
         on each head's product, so that D of a head has a law. Query heads that share a key head
-        stand above each other in one A, of which that is true likewise.
+        stand above each other in one A, of which that is true likewise. Sharded weights stay so,
+        as DTensors, unless shards cut heads, or a factor is a part of its weight: these are
+        gathered. Every process has to call then.
 
         Raises
         ------
         ValueError
-            If a weight has no data here, or a sharded one is divided into parts.
+            If a weight has no data here.
         """
         return [
-            by_key_head(pair, self._load_whole(pair.left), self._load_whole(pair.right))
+            by_key_head(
+                pair,
+                self._load_whole(pair.left, pair.heads),
+                self._load_whole(pair.right, pair.key_heads),
+            )
             for pair in self.pairs
         ]
 
@@ -237,10 +243,12 @@ class SpectralTracker:
         """Return the rows of a factor."""
         return factor.rows(self._readable(factor))
 
-    def _load_whole(self, factor: Factor) -> Tensor:
+    def _load_whole(self, factor: Factor, heads: int | None) -> Tensor:
         """Return the rows of a factor as one tensor, of a sharded weight as a DTensor."""
         weight = self._readable(factor)
-        return factor.all_rows(weight) if is_sharded(weight) else cast(Tensor, factor.rows(weight))
+        if is_sharded(weight):
+            return factor.sharded_rows(weight, heads or 1)
+        return cast(Tensor, factor.rows(weight))
 
     def _readable(self, factor: Factor) -> Tensor:
         """Return the weight of a factor, if it has data here."""

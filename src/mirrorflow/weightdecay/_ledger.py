@@ -163,7 +163,8 @@ class Entry:
     ) -> None:
         """Enter a step into the accounts of the tensors that have missed this step or others."""
         for place in (still | parts.keys()) - self.others.keys():  # these part from the rest here
-            self.others[place] = Entry(self.coupling, self.taken, self.absorbed, self.held)
+            own = Entry(self.coupling, self.taken, self.absorbed, self.held, kept=self.kept)
+            self.others[place] = own
             self._parted = None
         if len(still) == len(self.others):
             return
@@ -179,13 +180,15 @@ class Entry:
         for own in self.others.values():
             own.held = 0.0
 
-    def take_kept(self) -> float:
-        """Return how much the steps since the last call have left of a weight, and begin anew.
+    def take_kept(self, count: int) -> list[float]:
+        """Return how much the steps since the last call have left of each tensor, and begin anew.
 
-        NaN where tensors of the set have accounts of their own: no one number holds for them.
+        ``count`` is the number of tensors in the set.
         """
-        kept, self.kept = self.kept, 1.0
-        return math.nan if self.others else kept
+        kept = [self.others.get(place, self).kept for place in range(count)]
+        for own in (self, *self.others.values()):
+            own.kept = 1.0
+        return kept
 
     def rest(self, group: Mapping[str, Any]) -> None:
         """Take note of a step with learning rate, decay and gradient 0, which is not counted."""
@@ -294,6 +297,9 @@ class Entry:
         self.passed = float(state.get("passed", math.nan))
         self.kept = float(state.get("kept", math.nan))
         self.part(state.get("others", ()))
+        if self.kept == 1:  # no decay has acted since the last call, nor on the others
+            for own in self.others.values():
+                own.kept = 1.0
         self.pieces = [Piece(*piece) for piece in state["pieces"]]
 
     def totals(self) -> tuple[str, int, float, float]:
