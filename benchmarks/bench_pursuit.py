@@ -119,7 +119,7 @@ def compare(
 
 
 def _residual(Z, y, x) -> float:
-    """Give |Zx - y| / |y|."""
+    """Return |Zx - y| / |y|."""
     return float(np.linalg.norm(Z @ x - y) / np.linalg.norm(y))
 
 

@@ -87,7 +87,7 @@ def converting(b: Tensor, a: Tensor) -> Callable[[], Factors]:
 
 
 def off(found: Factors, exact: Factors) -> float:
-    """Give the relative distance of two products of rank k, without forming them."""
+    """Return the relative distance of two products of rank k, without forming them."""
     left = torch.cat([found[0].double(), exact[0].double()], 1)
     right = torch.cat([found[1].double(), -exact[1].double()])
     core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT

@@ -13,7 +13,7 @@ OFF, SWITCHED = mf.Constant(0.0), mf.Piecewise((0.5, 1.2), (0.3, 0.8, 0.0))
 
 
 def start(seed, d):
-    """Give m0, w0 of either sign, with |m0| > |w0| in some coordinates."""
+    """Return m0, w0 of either sign, with |m0| > |w0| in some coordinates."""
     rng = np.random.default_rng(seed)
     big, small = rng.choice([-1, 1], d) * rng.uniform(0.6, 1.1, d), rng.uniform(-0.5, 0.5, d)
     swap = rng.integers(0, 2, d).astype(bool)
@@ -64,14 +64,14 @@ def loop(Z, y, m, w, rate, lr, steps, beta, draw):
 
 
 def logs(m, w):
-    """Give a and mu from the factors: half of log|uv/u0v0| and of log|u v0/v u0|."""
+    """Return a and mu from the factors: half of log|uv/u0v0| and of log|u v0/v u0|."""
     u, v = np.log(np.abs(m + w)), np.log(np.abs(m - w))
     u, v = u - u[0], v - v[0]
     return (u + v) / 2, (u - v) / 2
 
 
 def replay(gradients, rate, lr, beta):
-    """Give a of the factors u and v alone, moved by given gradients."""
+    """Return a of the factors u and v alone, moved by given gradients."""
     u, v = np.ones_like(gradients[0]), np.ones_like(gradients[0])
     bu, bv, rows = 0 * u, 0 * v, [0 * u]
     for k, G in enumerate(gradients):
@@ -256,7 +256,7 @@ def test_single_precision_is_accounted_for_to_its_rounding():
 
 
 def commuting(seed, n=4, count=3):
-    """Give matrices with shared eigenvectors V, targets, and U0 with U0 U0^T = V S V^T."""
+    """Return matrices with shared eigenvectors V, targets, and U0 with U0 U0^T = V S V^T."""
     rng = np.random.default_rng(seed)
     V, _ = np.linalg.qr(rng.standard_normal((n, n)))
     Q, _ = np.linalg.qr(rng.standard_normal((n, n)))

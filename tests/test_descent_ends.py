@@ -18,7 +18,7 @@ def tensors(*arrays):
 
 
 def problem(seed, n=4, d=16):
-    """Give measurements of a sparse x, so conditioned that short runs fit, and a start."""
+    """Return measurements of a sparse x, so conditioned that short runs fit, and a start."""
     rng = np.random.default_rng(seed)
     Z, truth = np.linalg.qr(rng.standard_normal((d, n)))[0].T * np.sqrt(d), np.zeros(d)
     truth[:3] = rng.choice([-1, 1], 3) * rng.uniform(0.5, 1.5, 3)
@@ -66,7 +66,7 @@ class Training:
         )  # fmt: skip
 
     def errors(self, seed):
-        """Give how far the end is from those of decay alone, the account, and with the tilt."""
+        """Return how far the end is from those of decay alone, the account, and with the tilt."""
         (Z, y, w0), sol = problem(seed), self.run(seed)
         R, account = mf.legendre(H, DECAY, tensors(*w0)), sol.path.account
         assert distance(Z @ sol.value.numpy(), y) < 1e-4

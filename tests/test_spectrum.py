@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirrorflow.spectrum import SpectralTracker, product_spectrum
-from mirrorflow.spectrum import product as gram
+from mirrorflow.spectrum import _grams as gram
 
 
 def factors(seed, n, r, m, batch=(), dtype=torch.float64):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mirrorflow.spectrum import SpectralTracker, product_spectrum
-from mirrorflow.spectrum.product import gram, spectrum_of_grams
+from mirrorflow.spectrum._grams import gram
+from mirrorflow.spectrum.product import spectrum_of_grams
 
 S = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
 RATIO = S.sum() / S.norm()

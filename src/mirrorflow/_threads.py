@@ -62,7 +62,7 @@ def _limited(kind: str) -> Iterator[None]:
 
 
 def _set() -> None:
-    """Give each pool one thread or its own number, whichever who is inside asks for."""
+    """Set each pool to one thread while a block asks for it, and to its own number otherwise."""
     for (pool, scipys), own in zip(_pools(), _before, strict=True):
         one = _inside[_ALL] or (scipys and _inside[_SCIPY])
         pool.set_num_threads(1 if one else own)

@@ -198,7 +198,7 @@ def _crosstalk(
 def _brackets(probe: Probe, turn: float) -> list[Condition]:
     """Measure [grad g_i, grad g_j] and [grad g_i, grad h] - turn grad g_i at every point."""
     found = []
-    # Distinct coordinates of an elementwise g share no parameter, and [grad g, grad g] = 0.
+    # Coordinates of an elementwise g have parameters of their own, so that [grad g, grad g] = 0.
     if not probe.g.elementwise and probe.shape.numel() > 1:
         pairs = [(probe.direction(), probe.direction()) for _ in range(2)]
         size = max(

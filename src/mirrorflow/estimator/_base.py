@@ -119,7 +119,7 @@ def check_decay(decay: Decay, last: float) -> None:
 class FlowPoint:
     """A point of a flow, to be fitted: its scale, its time (perhaps infinity), its accuracy."""
 
-    log_A: float  # noqa: N815
+    log_A: float  # noqa: N815 - the parameter's public name, with the paper's A
     t: float
     decay: Decay
     tol: float

@@ -126,7 +126,7 @@ class BatchedFlows:
     X: Any
     y: Array
     weights: Array
-    log_A: Array  # noqa: N815
+    log_A: Array  # noqa: N815 - as the parameter is called
     rate: Array
     off: Array
     center: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def endpoints(
     if positive and not found.status.ok:  # `limit` may stall where it cannot prove that no x fits
         face, part, fitted = _nonnegative(space, y)
         found = _path(part.Q.T, part.targets(fitted), log_As, positive, max_steps)
-        turn = lambda theta: space.U @ part.dual(theta)  # noqa: E731
+        turn = partial(_turned, space, part)
     if not found.status.ok:
         warn_unfinished(max_steps, found.status.value)
     x = np.zeros((len(log_As), len(face)))
@@ -55,6 +56,11 @@ def endpoints(
         for row, nu in zip(x, theta, strict=True)
     ]
     return Endpoints(x, theta, np.array(gaps), int(np.sum(found.stats.steps)))
+
+
+def _turned(space: RowSpace, part: RowSpace, theta: Array) -> Array:
+    """Return the dual variable of the rows as given, from the one of a face's columns."""
+    return space.U @ part.dual(theta)
 
 
 def _path(Q: Array, b: Array, log_As: Array, positive: bool, max_steps: int) -> Any:

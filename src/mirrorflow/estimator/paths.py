@@ -13,11 +13,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._threads import small_on_one_thread
 from ._base import DECAY, LOG_A, Decay, check_decay, rate_and_end, weights_of
+from ._candidates import scales, times
 from ._chebyshev import BatchedFlows, integrate
 from ._data import prepare
 from ._endpoints import endpoints, warn_unfinished
 from ._row_space import row_space
-from .regression import MirrorFlowRegressorCV, scales, times
+from .regression import MirrorFlowRegressorCV
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

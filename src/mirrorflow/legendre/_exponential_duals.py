@@ -16,7 +16,7 @@ from .dual import Array, ExponentialDual
 __all__ = ["ColumnDual", "HyperbolicDual", "OneSidedDual", "flat", "shared_slope"]
 
 LARGE = 5_000_000  # r^2 d, from which Newton steps are computed in single precision
-APART = 1e-9  # distance from b to the x of the right signs at which there is no solution
+APART = 1e-9  # distance from b to the x of the right signs that proves Zx = b infeasible
 
 
 def flat(value: torch.Tensor) -> Array:

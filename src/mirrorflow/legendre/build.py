@@ -19,7 +19,7 @@ from ..reparam import (
     SymmetricFactor,
     factors,
 )
-from .base import LegendreFunction, RangeError
+from .base import LegendreFunction
 from .homogeneous import RescaledFunction
 from .hyperbolic import HyperbolicEntropy, OneSidedEntropy
 from .logcosh import LogCoshEntropy
@@ -29,21 +29,7 @@ from .power import PowerEntropy
 from .product import ProductEntropy
 from .quadratic import QuadraticEntropy, in_double
 
-__all__ = [
-    "HyperbolicEntropy",
-    "IncompatiblePair",
-    "Inversion",
-    "LegendreFunction",
-    "LogCoshEntropy",
-    "MatrixEntropy",
-    "OneSidedEntropy",
-    "PowerEntropy",
-    "ProductEntropy",
-    "QuadraticEntropy",
-    "RangeError",
-    "RescaledFunction",
-    "legendre",
-]
+__all__ = ["IncompatiblePair", "legendre"]
 
 
 class IncompatiblePair(ValueError):

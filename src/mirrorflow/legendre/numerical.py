@@ -53,7 +53,7 @@ class WeightsProblem(DualProblem):
     centre: Callable[[float], tuple[Parameters, float]]
 
     @property
-    def Z(self) -> Array:  # type: ignore[override]
+    def Z(self) -> Array:  # type: ignore[override] - a field there, read off `general` here
         """The measurements (n, d)."""
         return self.general.Z
 
@@ -169,10 +169,10 @@ class Inversion(LegendreFunction):
         lower, upper = self._ends(a).to(self.dtype)
         return lower, upper
 
-    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> Inversion:
+    def folded(self, a: Scalar, tilt: Scalar = 0.0) -> LegendreFunction:
         """Return R_a(x) - <tilt, x>, up to a constant, from the start w(tilt, a)."""
         if not self.elementwise:
-            return super().folded(a, tilt)  # type: ignore[return-value]
+            return super().folded(a, tilt)  # which raises
         mu = torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape)
         return Inversion(self.g, self.h, self._unpack(self._flow(mu, a).detach()))
 
@@ -306,7 +306,7 @@ class Inversion(LegendreFunction):
         return moved
 
     def _moved(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor | None:
-        """Integrate dw = J^T dmu + grad h da from a state; return None if there is no solution."""
+        """Integrate dw = J^T dmu + grad h da from a state; return None where w ends before."""
 
         def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
             w, moved = self._unpack(s), torch.zeros_like(s)
@@ -433,7 +433,7 @@ def integrate(
     rtol: float = RTOL,
     own_scale: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Integrate (state, extra) over unit time; return None if there is no solution.
+    """Integrate (state, extra) over unit time; return None where the solution ends before.
 
     The absolute tolerance follows the size of w coordinate by coordinate, so that a factor that is
     0 next to one that has decayed to e^{-150} is accurate relative to that one; with ``own_scale``

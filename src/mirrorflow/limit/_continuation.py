@@ -97,7 +97,7 @@ class _Continuation:
         return spent
 
     def failed(self, tau: float) -> DualPoint:
-        """Return the last iterate at ``tau``, and whether there is no solution."""
+        """Return the last iterate at ``tau``, and whether Zx = b is proved to have no solution."""
         theta = self.trial
         self.dual.evaluate(theta, tau)
         residual = float(np.linalg.norm(self.b - self.dual.Q @ self.dual.x))

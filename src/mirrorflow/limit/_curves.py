@@ -37,7 +37,7 @@ EASY, HARD = 4, 6  # Newton steps up to which the stride grows, or stays
 SHORTEST = 1e-4
 LARGEST, SMALLEST = 600.0, -600.0  # tau, between which e^tau is a number
 FAINT = 1e-130  # x at SMALLEST below which a coordinate fades
-APART = 1e-9  # distance from b to the x in the domain at which there is no solution
+APART = 1e-9  # distance from b to the x in the domain that proves Zx = b infeasible
 
 
 def solve_along_curves(

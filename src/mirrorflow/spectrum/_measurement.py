@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._grams import CHUNK, double, gram
 from ._shards import Rows
 from .pairs import Factor, Pair
 from .product import (
-    CHUNK,
     ProductSpectrum,
-    double,
     few_threads,
-    gram,
     spectrum_of_grams,
     spectrum_of_products,
 )

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ._grams import double
 from ._shards import is_sharded
 from .pairs import Factor, Pair, clean
-from .product import double, unreadable
+from .product import unreadable
 from .tracker import SpectralTracker
 from .truncation import (
     RankChoice,

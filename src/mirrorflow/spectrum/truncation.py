@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._grams import double
 from .pairs import Pair, label
-from .product import ROUNDING, double, lost_of, smallest_rank
+from .product import ROUNDING, lost_of, smallest_rank
 
 __all__ = [
     "RankChoice",

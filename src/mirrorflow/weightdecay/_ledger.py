@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece"]
 
+# The numbers of a ledger travel twice: with the record in the scheduler's state, and as plain
+# numbers in the optimizer's parameter groups, whose checkpoint therefore knows its step.
+# The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
+TOTALS = "weight_decay_ledger"
+# Beside it, for each ledger, (place, taken, absorbed, held) of tensors with accounts of their own
+TENSORS = "weight_decay_tensors"
+
+
 _MOST_PIECES = 64
-_ROUNDING = 1e-7  # of sums in another order, relative to the sum
 _NONE = math.nan  # "no momentum buffer yet", where only floats can be kept
 
 
@@ -307,32 +313,6 @@ class Entry:
         held = _NONE if self.held is None else self.held
         return self.coupling, self.taken, self.absorbed, held
 
-    def fits(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> bool:
-        """Return whether the totals of step ``theirs`` can be those of this record's own run.
-
-        What a step takes is >= 0, so that a later sum is not smaller; an earlier one has to be
-        that of the record up to there, or lie within a piece of it.
-        """
-        _, taken, absorbed, _ = totals
-        if theirs > ours:
-            more = taken - self.taken
-            return 0 <= more <= theirs - ours and _between(self.absorbed, absorbed, math.inf)
-        if theirs == ours and taken != self.taken:
-            return False
-        low = sum(p.absorbed for p in self.pieces if p.stop <= theirs)
-        parts = [self._part(p, theirs) for p in self.pieces if p.start < theirs < p.stop]
-        least, most = (low + sum(ends) for ends in zip((0.0, 0.0), *parts, strict=True))
-        return taken <= self.taken and _between(least, absorbed, most)
-
-    def _part(self, piece: Piece, step: int) -> tuple[float, float]:
-        """Return bounds of what a piece had absorbed at a step within it."""
-        even = piece.constant(piece.decay) and piece.lr == piece.lr_end
-        even = even and self.passed == self.asked  # what rounding lets through changes
-        if not even or self.coupling == "sgd":  # whose buffer fills by and by
-            return 0.0, piece.absorbed
-        part = piece.absorbed * (step - piece.start) / (piece.stop - piece.start)
-        return part, part
-
     def adopt(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> None:
         """Move from step ``ours`` to step ``theirs``, whose totals the optimizer knows."""
         before = self.absorbed
@@ -364,14 +344,6 @@ class Entry:
             last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
 
 
-def _between(low: float, value: float, high: float) -> bool:
-    """Return whether a sum lies between two others, up to rounding; of NaN nothing is known."""
-    if math.isnan(low) or math.isnan(value) or math.isnan(high):
-        return True
-    slack = _ROUNDING * max(abs(low), abs(value))
-    return low - slack <= value <= high + slack
-
-
 def _unknown(start: int, stop: int, absorbed: float) -> Piece:
     """Return a piece of which only the sum is known."""
     nan = math.nan
@@ -387,19 +359,6 @@ def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
         else:
             result.append(piece)
     return result
-
-
-# The ledgers agree with the checkpoint that the optimizer loads. Their numbers travel twice: with
-# the record in the scheduler's state, and as plain numbers in the optimizer's parameter groups,
-# whose checkpoint therefore knows the step that it belongs to.
-
-# The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
-TOTALS = "weight_decay_ledger"
-# Beside it, for each ledger, (place, taken, absorbed, held) of tensors with accounts of their own
-TENSORS = "weight_decay_tensors"
-
-Groups = Sequence[Mapping[str, Any]]
-Totals = tuple[str, int, float, float]
 
 
 class Account:
@@ -431,127 +390,45 @@ class Account:
     def __init__(self) -> None:
         self.steps, self.fresh, self.alone = 0, False, False
         self.entries: list[Entry] = []
-        self._group_of: list[int] = []
-        self._loaded: Mapping[str, Any] | None = None  # since the last step
+        self.group_of: list[int] = []
+        self.loaded: Mapping[str, Any] | None = None  # since the last step
         self._shared: list[tuple[Any, ...]] = []  # what the groups hold until a load
-        self._missing: tuple[int, int] | None = None
+        self.missing: tuple[int, int] | None = None
 
     def open(self, entry: Entry, group: int) -> None:
         """Add a ledger for tensors of a group."""
         self.entries.append(entry)
-        self._group_of.append(group)
+        self.group_of.append(group)
 
     def close_step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Count a step whose entries have been made."""
         self.steps += 1
-        self.fresh, self._loaded = True, None
+        self.fresh, self.loaded = True, None
         self.share(groups)
 
     def share(self, groups: Sequence[dict[str, Any]]) -> None:
         """Write the totals to the optimizer's groups."""
-        self._shared = self._totals(len(groups))
+        self._shared = self.totals(len(groups))
         for group, values in zip(groups, self._shared, strict=True):
             group[TOTALS] = values
         if any(entry.others for entry in self.entries):
             parted: list[list[Any]] = [[] for _ in groups]
-            for entry, index in zip(self.entries, self._group_of, strict=True):
+            for entry, index in zip(self.entries, self.group_of, strict=True):
                 parted[index].append(entry.parted())
             for group, values in zip(groups, parted, strict=True):
                 group[TENSORS] = tuple(values)
 
-    def _totals(self, count: int) -> list[tuple[Any, ...]]:
+    def totals(self, count: int) -> list[tuple[Any, ...]]:
         """Return what travels in each of the groups."""
         totals: list[list[Any]] = [[self.steps] for _ in range(count)]
-        for entry, index in zip(self.entries, self._group_of, strict=True):
+        for entry, index in zip(self.entries, self.group_of, strict=True):
             totals[index].extend(entry.totals())
         return [tuple(values) for values in totals]
 
-    # The optimizer's knowledge counts, which belongs to the weights
-
-    def agree(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Move to the step and the totals of the optimizer's groups, if they are others."""
+    def agrees(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether the groups hold what was last shared with them, the same objects."""
         known = [group.get(TOTALS) for group in groups]
-        if len(known) == len(self._shared) and all(map(operator.is_, known, self._shared)):
-            return
-        if not any(known):
-            self.share(groups)
-        elif not self._is_that_of(groups) and not self._is_that_loaded(groups):
-            self._adopt(groups)
-
-    def _is_that_of(self, groups: Groups) -> bool:
-        """Return whether the groups know these totals; new groups know none yet."""
-        mine = self._totals(len(groups))
-        pairs = zip((group.get(TOTALS) for group in groups), mine, strict=True)
-        return all(theirs is None or _same(theirs, ours) for theirs, ours in pairs)
-
-    def _is_that_loaded(self, groups: Groups) -> bool:
-        """Go back to the state that was loaded last; return whether the groups know its totals.
-
-        A state loaded before the optimizer's own has moved to the step where the optimizer was.
-        """
-        if self._loaded is None:
-            return False
-        self._take(self._loaded)
-        return self._is_that_of(groups)
-
-    def check(self, groups: Groups) -> None:
-        """Raise if the totals in the groups are not those of such ledgers.
-
-        Raises
-        ------
-        ValueError
-            If they were written with other rules, or for a decay that acts in another way.
-        """
-        for index, group in enumerate(groups):
-            theirs = list(_divided(group.get(TOTALS, ())))
-            ours = [e for e, i in zip(self.entries, self._group_of, strict=True) if i == index]
-            if theirs and len(theirs) != len(ours):
-                raise ValueError(
-                    "the optimizer's checkpoint was written with other rules (groups=, decoupled=):"
-                    f" its group {index} holds {len(theirs)} ledgers, here it needs {len(ours)}. "
-                    "Make the scheduler with the same rules, or remove the key "
-                    f"{TOTALS!r} from the param_groups of the checkpoint to begin at step 0"
-                )
-            for entry, totals in zip(ours, theirs, strict=False):
-                _check_coupling(entry.coupling, totals[0], totals[1], f"group {index}")
-
-    def _adopt(self, groups: Groups) -> None:
-        """Take over the totals of the groups."""
-        self.check(groups)
-        known = [list(_divided(group.get(TOTALS, ()))) for group in groups]
-        steps = next(int(group[TOTALS][0]) for group in groups if TOTALS in group)
-        moves = [
-            (entry, known[index].pop(0))
-            for entry, index in zip(self.entries, self._group_of, strict=True)
-            if known[index]
-        ]
-        parted = [list(group.get(TENSORS, ())) for group in groups]
-        for entry, index in zip(self.entries, self._group_of, strict=True):
-            entry.part(parted[index].pop(0) if parted[index] else ())
-        ours, self.steps, self.fresh = self.steps, steps, False
-        if all(entry.fits(totals, ours, steps) for entry, totals in moves):
-            for entry, totals in moves:
-                entry.adopt(totals, ours, steps)
-            self._missing = (ours, steps) if steps > ours else None
-            return
-        for entry, totals in moves:
-            entry.replace(totals, steps)
-        self._missing = (0, steps)
-
-    def warn_if_missing(self) -> None:
-        """Warn, once, of the steps that the record lacks."""
-        if self._missing is None:
-            return
-        (start, stop), self._missing = self._missing, None
-        if stop == start:
-            return
-        warnings.warn(
-            f"the optimizer is at step {stop}, the state of WeightDecayScheduler at step {start}: "
-            "it was not loaded, not saved together with the optimizer's, or is of another run. "
-            f"Schedule and totals go on from step {stop}; only the record of steps {start} to "
-            f"{stop} is lost to audit()",
-            stacklevel=4,
-        )
+        return len(known) == len(self._shared) and all(map(operator.is_, known, self._shared))
 
     # The scheduler's own state
 
@@ -559,79 +436,9 @@ class Account:
         """Return everything in plain numbers, strings and lists."""
         return {"steps": self.steps, "entries": [entry.state() for entry in self.entries]}
 
-    def load(self, state: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-        """Continue from what `state` gave, at the step that the optimizer is at.
-
-        Raises
-        ------
-        ValueError
-            If it is not the state of such ledgers; nothing is changed then.
-        """
-        entries = _checked(state, len(self.entries))
-        for i, (entry, saved) in enumerate(zip(self.entries, entries, strict=True)):
-            _check_coupling(
-                entry.coupling, saved.get("kind", entry.coupling), saved["taken"], f"ledger {i}"
-            )
-        self._loaded = {"steps": state["steps"], "entries": entries}
-        self._take(self._loaded)
-        if any(group.get(TOTALS, (0,))[0] for group in groups):
-            self.agree(groups)
-        else:
-            self.alone = self.steps > 0
-            self.share(groups)
-
-    def _take(self, state: Mapping[str, Any]) -> None:
+    def take(self, state: Mapping[str, Any]) -> None:
         """Take over a state that has been checked."""
         for entry, saved in zip(self.entries, state["entries"], strict=True):
             entry.load(saved)
         self._shared = []
-        self.steps, self.fresh, self._missing = int(state["steps"]), False, None
-
-
-def _divided(values: Sequence[Any]) -> list[Totals]:
-    """Return (steps, kind, taken, absorbed, held, ...) as tuples (kind, taken, absorbed, held)."""
-    if len(values) % 4 != bool(values):
-        raise ValueError(
-            f"the optimizer's checkpoint holds {TOTALS}={tuple(values)!r}, which this version did "
-            "not write: remove the key from its param_groups to begin at step 0"
-        )
-    parts = zip(values[1::4], values[2::4], values[3::4], values[4::4], strict=True)
-    return [(str(kind), int(n), float(a), float(held)) for kind, n, a, held in parts]
-
-
-def _same(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
-    """Return whether totals are the same, in which NaN stands for what is not known."""
-    if len(theirs) != len(ours):
-        return False
-    return all(a == b or (a != a and b != b) for a, b in zip(theirs, ours, strict=True))
-
-
-def _check_coupling(ours: str, theirs: str, taken: int, where: str) -> None:
-    """Raise if what was taken so far acted in another way than the decay acts here."""
-    if ours == theirs or not taken:
-        return
-    raise ValueError(
-        f"the decay of {where} acts as {ours!r} here, and as {theirs!r} in the checkpoint: one sum "
-        "cannot go on as the other. Make the scheduler with the optimizer, decoupled= and "
-        "coupling= of the run that wrote it; or begin a new account: remove the key "
-        f"{TOTALS!r} from the param_groups of the optimizer's checkpoint, and do not load the "
-        "scheduler's state"
-    )
-
-
-def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
-    """Return the entries of a state; raise if they are not those of this scheduler."""
-    if not isinstance(state, Mapping) or not {"steps", "entries"} <= set(state):
-        known = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            "not a state of WeightDecayScheduler: it must have the keys steps and entries, got "
-            f"{known}"
-        )
-    entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
-    if len(entries) != count:
-        raise ValueError(
-            f"the state has {len(entries)} ledgers, this optimizer needs {count}: one for each "
-            "parameter group, or for each set of tensors that groups= chooses. Add the groups that "
-            "were added in the run, then load"
-        )
-    return entries
+        self.steps, self.fresh, self.missing = int(state["steps"]), False, None

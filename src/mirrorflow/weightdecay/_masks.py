@@ -15,7 +15,7 @@ import torch
 from ._rounding import HALF, in_memory_order
 from ._stochastic import shrink_stochastically
 
-__all__ = ["NAMED", "check_mask", "mask_of", "shrink_masked"]
+__all__ = ["NAMED", "check_mask", "mask_of", "mean_over_entries", "shrink_masked"]
 
 NAMED = ("cautious", "touched-rows")
 
@@ -163,3 +163,10 @@ def _multiply(
     if before is None:
         return pair
     return ((before * (before - p.float())).sum() / strength).double(), pair[1]
+
+
+def mean_over_entries(parts: Sequence[float], params: Sequence[torch.Tensor]) -> float:
+    """Return the mean of what acted on tensors, over their entries."""
+    total = sum(p.numel() for p in params)
+    pairs = zip(parts, params, strict=True)
+    return sum(part * p.numel() for part, p in pairs) / total if total else 1.0

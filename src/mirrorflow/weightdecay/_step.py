@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ._agreement import settle, warn_if_missing
 from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
 from ._ledger import TOTALS, Account, Entry
-from ._masks import shrink_masked
+from ._load import check_load, keep_own
+from ._masks import mean_over_entries, shrink_masked
 from ._momentum import follow, forget, keep_apart
-from ._rounding import RoundedSet, half, warn_if_rounded
+from ._rounded_sets import let_through, rounded_sets, warn_of_rounding
+from ._rounding import RoundedSet
 from ._stochastic import shrink_stochastically
 from ._targets import Target
 from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
@@ -23,13 +26,11 @@ from .conventions import (
     NoValueError,
     UnknownPeakError,
     decay_of,
-    lr_of,
     rate_at,
     read_effective,
     shrink,
     strength,
 )
-from .coupling import COUNTED
 from .feedback import feed
 
 __all__ = ["StepContext", "StepCounter", "Stepping"]
@@ -38,8 +39,7 @@ __all__ = ["StepContext", "StepCounter", "Stepping"]
 class Stepping:
     """The work of a `WeightDecayScheduler`, in the hooks of its optimizer.
 
-    One step enters this file, `_ledger`, `conventions` and the schedule's own, and no other unless
-    the groups of the optimizer have changed.
+    One step enters this file, `_ledger`, `conventions` and the schedule's own.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Stepping:
 
     def begin(self) -> None:
         """Continue from what the optimizer knows; a schedule needs a first value."""
-        self.account.agree(self.optimizer.param_groups)
+        settle(self.account, self.optimizer.param_groups)
         recall(self.coverage.loops, self.optimizer.param_groups)
         try:
             self.write(strict=self.account.steps == 0)
@@ -166,13 +166,15 @@ class Stepping:
         _check_not_captured()
         groups = self.optimizer.param_groups
         self.cover()
-        self.account.agree(groups)
+        if not self.account.agrees(groups):
+            settle(self.account, groups)
         # The step of a superclass, called within it, does not pass closure=None on.
         within = self._rests and stands_still(self.optimizer)
         self._rests = within or ("closure" in kwargs and only_makes_state(self.optimizer, kwargs))
         if self._rests:
             return self._rest()
-        self.account.warn_if_missing()
+        if self.account.missing:
+            warn_if_missing(self.account)
         self._again = self.counter.continues(groups)
         if self._again:
             self._write(self.account.steps - 1, strict=True)
@@ -184,24 +186,13 @@ class Stepping:
         self._context = StepContext(self.ledgers, groups, outside, self.coverage.ungated)
         self._warned = self._warned or self._context.warn_if_too_much(self.account.steps)
         if self._rounded is None:
-            self._rounded = self._in_half_precision()
+            self._rounded = rounded_sets(self.plan, self.optimizer, self.ledgers)
         changed = _followed(self._gradients_are_there, args, kwargs)
         if changed is None or self.coverage.asks_again:
             if self._rounded:
                 self._context.round(self._rounded, self.account.steps)
             self._act()
         return changed
-
-    def _in_half_precision(self) -> dict[int, RoundedSet]:
-        """Return the sets that have tensors in half precision, by their places."""
-        if self.plan.rounding is not None or self.plan.mask is not None:
-            return {}  # what is rounded by chance acts as a whole; a mask counts by itself
-        groups, outside = self.optimizer.param_groups, self.plan.decoupled
-        return {
-            place: RoundedSet(entry.coupling, outside, self.optimizer, target.group)
-            for place, (target, entry) in enumerate(self.ledgers)
-            if entry.coupling in COUNTED and half(target.params(groups[target.group]))
-        }
 
     def _gradients_are_there(self) -> None:
         """Read what acts by the gradients that the closure has computed."""
@@ -253,17 +244,9 @@ class Stepping:
                 self.counts.ends(self.optimizer, self.account)
         self.counter.counted(groups)
         if self._rounded and not self._strayed:
-            self._strayed = self._warn_if_rounded()
+            self._strayed = warn_of_rounding(self.ledgers, groups)
         if self._watchdog and self._watchdog.sees(self._recorded, context.idle, self._again):
             self._watchdog = None
-
-    def _warn_if_rounded(self) -> bool:
-        """Warn where the precision of weights changes their decay, and return whether it does."""
-        groups = self.optimizer.param_groups
-        return any(
-            warn_if_rounded(t.params(groups[t.group]), entry.acting_part, entry.taken, t.group)
-            for t, entry in self.ledgers
-        )
 
     def _rest(self) -> None:
         """Keep decay out of a step that only makes the optimizer's state, and does not count."""
@@ -276,54 +259,20 @@ class Stepping:
                 follow(self.optimizer, group, target.params(group), 0.0)
         self._context = StepContext(self.ledgers, groups, [0.0] * len(self.ledgers))
 
-    # A load
-
     def before_load(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Refuse, before anything is changed, what these ledgers cannot go on from."""
         saved = state["param_groups"]
-        if len(saved) != len(self.optimizer.param_groups):
-            return  # which torch refuses itself
-        self.account.check(saved)
-        recall(self.coverage.loops, saved, only_try=True)
-        notes = [
-            f"group {index} had {group[INITIAL]:g} and has {own:g}"
-            for index, (group, own) in enumerate(zip(saved, self.coverage.own, strict=False))
-            if self._matters(index) and float(group.get(INITIAL, own)) != own
-        ]
-        if notes and self.plan.on_change != "program":
-            self.object_to(
-                f"the groups' own decay differs from the checkpoint's: {'; '.join(notes)}",
-                "The checkpoint's value counts",
-            )
-
-    def object_to(self, change: str, effect: str) -> None:
-        """Warn that another program wrote the checkpoint, or raise, as ``on_change`` asks."""
-        if self.plan.on_change == "error":
-            raise ValueError(f'{change}. This load is refused because of on_change="error"')
-        if self.plan.on_change == "warn":
-            warnings.warn(
-                f'{change}. {effect}; on_change="error" refuses such a load, on_change="program" '
-                "takes the program's values without a warning",
-                stacklevel=3,
-            )
-
-    def _matters(self, index: int) -> bool:
-        """Return whether a group's own decay acts."""
-        own = [t for t in self.coverage.targets if t.group == index]
-        if self.plan.relative:
-            return any(t.schedule is not None for t in own)
-        return self.plan.decoupled and any(t.schedule is None for t in own)
+        if len(saved) == len(self.optimizer.param_groups):  # torch itself refuses another number
+            check_load(self.plan, self.coverage, self.account, saved)
 
     def after_load(self, optimizer: Optimizer) -> None:
         """Take over what the loaded groups know."""
         groups = self.optimizer.param_groups
-        for group, own in zip(groups, self.coverage.own, strict=False):
-            if self.plan.on_change == "program" or INITIAL not in group:
-                group[INITIAL] = own
+        keep_own(self.plan, self.coverage, groups)
         separated(groups, self.optimizer.defaults)
         self.counts.loaded(self.optimizer)
         self.account.alone = self.account.alone and not any(TOTALS in group for group in groups)
-        self.account.agree(groups)
+        settle(self.account, groups)
         recall(self.coverage.loops, groups)
         self.write()
         if not self.plan.exact_off:
@@ -388,13 +337,7 @@ class StepContext:
 
     def round(self, rounded: Mapping[int, RoundedSet], step: int) -> None:
         """Find out what the precision of the weights will let through."""
-        for place, tried in rounded.items():
-            (target, entry), found = self._ledgers[place], self._effective[place]
-            everything = target.group in self._ungated
-            moved = [p for p in found.params if p.grad is not None or everything]
-            lr = lr_of(found.settings)
-            part = tried.passed(moved, found.decay, lr, step, entry.held)
-            self._passed[place] = part.entered, part.reached
+        self._passed |= let_through(rounded, self._ledgers, self._effective, self._ungated, step)
 
     def shrink(
         self, step: int, everything: bool = False, seed: int | None = None, mask: Any = None
@@ -417,7 +360,7 @@ class StepContext:
                 own = None if seed is None else seed + place
                 acted = shrink_masked(moved, mask, part, own, step)
                 self._parts[place] = dict(zip(chosen, acted, strict=True))
-                self._passed[place] = 1.0, _mean(acted, moved)
+                self._passed[place] = 1.0, mean_over_entries(acted, moved)
             elif seed is None:
                 shrink(moved, 1 - part)
             else:
@@ -463,13 +406,6 @@ class StepContext:
                 warnings.warn(text, stacklevel=4)
                 return True
         return False
-
-
-def _mean(parts: Sequence[float], params: Sequence[torch.Tensor]) -> float:
-    """Return the mean of what acted on tensors, over their entries."""
-    total = sum(p.numel() for p in params)
-    pairs = zip(parts, params, strict=True)
-    return sum(part * p.numel() for part, p in pairs) / total if total else 1.0
 
 
 _TOO_MUCH = (
@@ -534,28 +470,15 @@ def _check_not_captured() -> None:
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Return whether a GradScaler makes a fused optimizer skip this step.
-
-    Other optimizers it does not call at all then.
-    """
+    """Return whether a GradScaler makes a fused optimizer skip this step; others it never calls."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
-    """Let something follow each call of the closure of a step, if it has one.
+    """Let something follow each call of the closure of a step, when the gradients are there.
 
-    Parameters
-    ----------
-    after : callable
-        What follows: the gradients are there then.
-    args, kwargs : tuple and dict
-        Those of ``optimizer.step``, the optimizer first.
-
-    Returns
-    -------
-    None or (args, kwargs)
-        As a step hook of torch returns them, with the closure replaced.
+    Return the arguments of ``optimizer.step`` with the closure replaced; None if there is none.
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch.optim import Optimizer
 
+from ._agreement import load
 from ._checks import (
     check_decay,
     check_exact_off,
@@ -21,6 +22,7 @@ from ._coverage import CoveragePlan
 from ._fingerprint import Fingerprints
 from ._group_state import cleared, undone_if_it_fails
 from ._ledger import Account
+from ._load import object_to
 from ._momentum import forget
 from ._step import Stepping
 from ._targets import Rule, Target, cleaned, names_of, parameter_names, rules
@@ -329,11 +331,11 @@ class WeightDecayScheduler:
         change = self._fingerprints.change(state, self.targets)
         effect = "The program's counts from here on"
         if change and self.plan.on_change == "error":
-            self._stepping.object_to(change, effect)
-        self.account.load(state, self.optimizer.param_groups)
+            object_to(self._stepping.plan, change, effect)
+        load(self.account, state, self.optimizer.param_groups)
         self._stepping.seed = int(state.get("seed", self._stepping.seed))
         if change:
-            self._stepping.object_to(change, effect)
+            object_to(self._stepping.plan, change, effect)
         self.step()
 
     def close(self) -> None:

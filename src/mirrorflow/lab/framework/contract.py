@@ -98,7 +98,7 @@ class Config(BaseModel):
     @classmethod
     def preset(cls, name: str) -> Config:
         """Return a preset: smoke (under 5 s), cpu (a minute or a few), full (the paper's)."""
-        raise NotImplementedError
+        raise NotImplementedError  # pydantic's classes cannot be abstract without a metaclass
 
 
 class Experiment(Protocol):

@@ -1,0 +1,33 @@
+"""Parametrizations x = g(w): their derivatives, and what the theory knows about each."""
+
+from .custom import CustomReparam
+from .matrices import CommutingQuadratic, Product, SymmetricFactor
+from .model import (
+    Parameters,
+    Reparam,
+    detached_pullback,
+    factors,
+    flatten,
+    unflatten,
+)
+from .products import Depth, Hadamard
+from .separable import Identity, LogRatio, PowerDifference, SeparableReparam
+
+__all__ = [
+    "CommutingQuadratic",
+    "CustomReparam",
+    "Depth",
+    "Hadamard",
+    "Identity",
+    "LogRatio",
+    "Parameters",
+    "PowerDifference",
+    "Product",
+    "Reparam",
+    "SeparableReparam",
+    "SymmetricFactor",
+    "detached_pullback",
+    "factors",
+    "flatten",
+    "unflatten",
+]

@@ -1,0 +1,78 @@
+"""Products of factors, coordinate by coordinate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import Parameters, Reparam, factors
+
+__all__ = ["Depth", "Hadamard"]
+
+
+class _Products(Reparam):
+    """Products of factors, coordinate by coordinate."""
+
+    elementwise = True
+    alike = True
+
+    def penalty_advice(self, h: Any, mixed: bool) -> str:
+        """Return what commutes with a product: for more than two factors, up to a clock."""
+        if len(self.names) > 2:
+            return (
+                "A product of more than two factors commutes with multiples of its coordinates "
+                "and, up to a change of clock, with WeightDecay()."
+            )
+        return (
+            "h must commute with every coordinate of g: WeightDecay() does, and so do multiples of "
+            f"the coordinates {'_i '.join(self.names)}_i."
+        )
+
+
+class Hadamard(_Products):
+    """x = m * w, the diagonal linear network (Section 4)."""
+
+    takes_arrays = True
+    names = ("m", "w")
+
+    def __call__(self, w: Parameters) -> Tensor:
+        """Multiply the two factors."""
+        m, v = w
+        return m * v
+
+    def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
+        """Return (w dx, m dx)."""
+        m, v = w
+        return v * dx, m * dx
+
+
+class Depth(_Products):
+    """x = w_1 * w_2 * ... * w_k, the deep diagonal network (Theorem D.2).
+
+    Parameters
+    ----------
+    k : int
+        The number of factors, >= 2. ``Depth(2)`` equals `Hadamard`.
+    """
+
+    def __init__(self, k: int) -> None:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 2:
+            raise ValueError(f"Depth: k must be an integer >= 2, got {k!r}")
+        self.k = k
+        self.names = tuple(f"w{i + 1}" for i in range(k))
+
+    def __call__(self, w: Parameters) -> Tensor:
+        """Multiply all factors."""
+        return torch.stack(factors(w)).prod(0)
+
+    def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
+        """Return dx times the product of the other factors, without dividing by one that is 0."""
+        parts = factors(w)
+        others = (torch.stack(parts[:i] + parts[i + 1 :]).prod(0) for i in range(self.k))
+        return tuple(o * dx for o in others)
+
+    def __repr__(self) -> str:
+        """Show the number of factors."""
+        return f"Depth(k={self.k})"
