@@ -185,6 +185,25 @@ def test_a_run_that_was_killed_continues_behind_its_finished_parts(tmp_path, fai
     assert left == {"config.json", "metrics.jsonl", "result.json", "trajectory.npz"}
 
 
+@pytest.mark.parametrize("name", ["part0.json", "part0.npz"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"records": []}', b"PK broken"])
+def test_a_part_that_is_broken_is_computed_again(tmp_path, name, content):
+    toy, whole = Toy(), Toy()
+    toy.fails = {2: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        ex.execute(toy, ToyConfig(), tmp_path)
+    folder = ex.result_folder(toy, ToyConfig(), tmp_path)
+    (folder / "parts" / name).write_bytes(content)
+    toy.fails = {}
+    ex.execute(toy, ToyConfig(), tmp_path)
+    assert toy.computed == [0, 1, 0, 2]
+    ex.execute(whole, ToyConfig(), tmp_path / "whole")
+    again, once = ex.find_results(tmp_path)[0], ex.find_results(tmp_path / "whole")[0]
+    assert again["records"] == once["records"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["part"] for line in lines) == ["part0", "part1", "part2"]
+
+
 def test_the_log_can_be_read_while_the_run_is_going_on(tmp_path):
     toy, read = Toy(), []
     folder = ex.result_folder(toy, ToyConfig(), tmp_path)

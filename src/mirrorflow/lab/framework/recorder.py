@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,8 @@ class Recorder:
     def logging(self) -> Iterator[None]:
         """Open the log, with the lines of finished parts that an earlier run has left in it."""
         path = self.folder / "metrics.partial.jsonl"
-        done = {part.stem for part in self.folder.glob("parts/*.json")}
+        keys = [part.stem for part in self.folder.glob("parts/*.json")]
+        done = {key for key in keys if self._stored(key) is not None}
         with replacing(path) as stream:
             stream.writelines(line for line, part in _lines(path) if part in done)
         with path.open("a", encoding="utf-8") as self._stream:
@@ -103,15 +105,16 @@ class Recorder:
         ArithmeticError
             If it holds NaN or infinite numbers; it is not stored then.
         """
-        if self._finished(key):
-            self.earlier += self._content(key)["seconds"]
-        else:
-            self._current, begun = key, time.perf_counter()
-            part = compute()
-            self._current = None
-            require_finite(key, part)
-            self._store(key, part, time.perf_counter() - begun)
-        self.parts[key] = self._read(key)
+        if (stored := self._stored(key)) is not None:
+            self.parts[key], seconds = stored
+            self.earlier += seconds
+            return self.parts[key]
+        self._current, begun = key, time.perf_counter()
+        part = compute()
+        self._current = None
+        require_finite(key, part)
+        self._store(key, part, time.perf_counter() - begun)
+        self.parts[key] = self._read(key)  # as an interrupted run would find it
         return self.parts[key]
 
     def progress(self, done: int, total: int, label: str) -> None:
@@ -123,9 +126,12 @@ class Recorder:
         """Return the curves of all parts, under <part>/<name>."""
         return {f"{key}/{name}": v for key, p in self.parts.items() for name, v in p.arrays.items()}
 
-    def _finished(self, key: str | None) -> bool:
-        """Whether a part is stored; its JSON file is written last."""
-        return key is not None and (self.folder / "parts" / f"{key}.json").exists()
+    def _stored(self, key: str) -> tuple[Part, float] | None:
+        """Return a part and the seconds that it took; None if it is not stored, or is broken."""
+        try:
+            return self._read(key), float(self._content(key)["seconds"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            return None  # it is computed again
 
     def _store(self, key: str, part: Part, seconds: float) -> None:
         (self.folder / "parts").mkdir(exist_ok=True)
