@@ -7,7 +7,6 @@ import torch
 
 import mirrorflow as mf
 
-
 # Refusals.
 
 NAN, INF = math.nan, math.inf
