@@ -48,6 +48,6 @@ copybutton_exclude = ".linenos, .gp, .go"  # neither the prompt nor what a comma
 html_theme = "furo"
 html_title = "mirrorflow"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["tables.css", "pages.css"]
 html_show_search_summary = False  # it fetches pages, which browsers refuse for files
 html_copy_source = False  # the sources are in the repository
