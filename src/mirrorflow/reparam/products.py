@@ -49,7 +49,7 @@ class Hadamard(_Products):
 
 
 class Depth(_Products):
-    """x = w_1 * w_2 * ... * w_k, the deep diagonal network (Theorem D.2).
+    """x = w_1 * w_2 * … * w_k, the deep diagonal network (Theorem D.2).
 
     Parameters
     ----------
