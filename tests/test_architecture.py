@@ -28,7 +28,7 @@ ALLOWED = {
     "descent": THEORY,
     "estimator": (*THEORY, "_threads", "flow", "limit"),
     "weightdecay": ("schedule",),
-    "control": ("schedule", "weightdecay", "spectrum", "balance"),
+    "control": ("schedule", "weightdecay", "spectrum", "balance", "optim"),
     "integrations": ("schedule", "weightdecay", "spectrum", "control"),
     "lab.framework": (),
     "lab.experiments": (

@@ -6,6 +6,7 @@ from ._solution import Status as Status
 from .conditions import Report as Report
 from .conditions import check as check
 from .control import ControlledDecay as ControlledDecay
+from .control import recommend as recommend
 from .descent import descend as descend
 from .estimator import MatrixCompletion as MatrixCompletion
 from .estimator import MatrixCompletionCV as MatrixCompletionCV

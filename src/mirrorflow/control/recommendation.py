@@ -1,0 +1,333 @@
+"""A schedule for a goal, or none, by what the stored experiments show and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from ..optim import HadamardFactors
+from ..schedule import Constant, Schedule, SwitchOff, schedule_to_dict
+from ..spectrum import SpectralTracker
+from ..weightdecay import budget, coupling, learning_rates
+from ..weightdecay._checks import inner, one_of
+from ..weightdecay._laws import law_of
+from ..weightdecay.coupling import COUNTED
+from ..weightdecay.feedback import number, whole
+from ..weightdecay.outlook import wrapped
+from ._evidence import Arm, Recovery, RecoveryArm, Study, falls, recoveries, studies
+
+__all__ = ["GOALS", "Recommendation", "recommend"]
+
+GOALS = ("loss", "rank", "sparsity")
+_SEEDS = 3  # fewer show nothing that a schedule could rest on
+_CLOSE = 0.01  # the error at which a solution counts as recovered
+_NO_CURVE = (
+    "how many ranks can then be cut at which loss: the curve of truncation over a "
+    "(beyond_compression) is not stored; the ratio of nuclear to Frobenius norm stands in for it"
+)
+_NOTHING = "no stored experiment trains a model whose products are of this kind"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A schedule of weight decay for a goal, or none, and what that rests on.
+
+    Parameters
+    ----------
+    goal : str
+        What it is for.
+    schedule : Schedule or None
+        For `WeightDecayScheduler`, or None: no decay, ``weight_decay=0``.
+    a : float
+        -sum of lr x decay that the schedule comes to in the run, <= 0.
+    reason : str
+        Why, with numbers.
+    numbers : tuple of Arm or RecoveryArm
+        The stored runs that were compared.
+    evidence : tuple of str
+        The folders of results that these are from; empty where nothing is stored.
+    unknown : tuple of str
+        What the evidence does not show.
+    """
+
+    goal: str
+    schedule: Schedule | None
+    a: float
+    reason: str
+    numbers: tuple[Arm | RecoveryArm, ...] = ()
+    evidence: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the answer, the reason, what it rests on, and what is not known."""
+        answer = "no decay" if self.schedule is None else f"{self.schedule}, a = {self.a:.3g}"
+        rests = ", ".join(self.evidence) or "nothing that is stored"
+        lines = [f"For {self.goal}: {answer}.", self.reason, f"It rests on {rests}."]
+        return wrapped([*lines, *(f"Not known: {what}." for what in self.unknown)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; what is NaN is None, as JSON has no NaN."""
+        schedule = None if self.schedule is None else schedule_to_dict(self.schedule)
+        rows = [asdict(arm) for arm in self.numbers]
+        for row in rows:
+            row.update({k: None for k, v in row.items() if isinstance(v, float) and v != v})
+        return {**asdict(self), "schedule": schedule, "numbers": rows}
+
+
+def recommend(
+    model: torch.nn.Module,
+    optimizer: Any,
+    lr_scheduler: Any = None,
+    steps: int | None = None,
+    goal: str = "loss",
+    *,
+    price: float = 0.01,
+) -> Recommendation:
+    """Return the weight decay that the stored experiments speak for, which may be none.
+
+    Nothing is trained. The products that train (LoRA's B A, attention's Q K^T, m * w of
+    `mirrorflow.optim.overparametrize`) decide which experiments count. A schedule comes to the a
+    of the stored run that it follows, under this learning rate, and is switched off at the same
+    part of the run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        What trains.
+    optimizer : torch.optim.Optimizer
+        Its optimizer; the group with most weights counts.
+    lr_scheduler : LRScheduler, optional
+        Its learning-rate scheduler; without it the learning rate stays as it is.
+    steps : int
+        The optimizer steps of the run, >= 1.
+    goal : {"loss", "rank", "sparsity"}
+        The validation loss; a low ratio of nuclear to Frobenius norm; few non-zero entries.
+    price : float
+        For "rank": the part of its loss, >= 0, by which a stored run may end above no decay, its
+        95% interval included.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the goal is none of these, ``steps`` is missing, or ``price`` is negative.
+
+    Examples
+    --------
+    >>> model = torch.nn.MultiheadAttention(16, 4)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> print(recommend(model, optimizer, steps=1500).schedule)
+    None
+    >>> recommend(model, optimizer, steps=1500, goal="rank").schedule.at
+    750.0
+    """
+    one_of("goal", goal, GOALS)
+    if steps is None:
+        raise ValueError("steps must be given, got None. Give the optimizer steps of the run")
+    run = _Run(model, inner(optimizer), lr_scheduler, whole("steps", steps))
+    number("price", price, 0.0)
+    if goal == "loss":
+        return _for_loss(run)
+    return _for_rank(run, price) if goal == "rank" else _for_sparsity(run)
+
+
+class _Run:
+    """The run that is asked about.
+
+    Parameters
+    ----------
+    model, optimizer, lr_scheduler, steps
+        As for `recommend`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, steps: int
+    ) -> None:
+        self.optimizer, self.steps = optimizer, steps
+        groups = optimizer.param_groups
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        self.group = groups[sizes.index(max(sizes))]
+        self._lrs: Any = float(self.group["lr"]) if lr_scheduler is None else lr_scheduler
+        self.product = _product_of(model)
+        found = coupling(optimizer, self.group)
+        self.counted = found in COUNTED
+        self._kind = found if self.counted else "decoupled"  # as decoupled=True would do it
+        self.law = law_of(optimizer, self.group)
+
+    @property
+    def name(self) -> str:
+        """The class of the optimizer."""
+        return type(self.optimizer).__name__
+
+    def schedule(self, off: float, a: float) -> Schedule | None:
+        """Return the schedule that comes to a; None if a step would have to overshoot 0."""
+        at = max(1, round(off * self.steps))
+        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
+        settings: dict[str, Any] = {"kind": self._kind, "momentum": momentum}
+        one = SwitchOff(1.0, at=at) if off < 1 else Constant(1.0)
+        each = budget(one, self._lrs, self.steps, **settings)  # a is linear in the rate
+        if each == 0 or -a / each * self._steepest() >= 1:
+            return None
+        rate = float(f"{-a / each:.4g}")
+        return SwitchOff(rate, at=at) if off < 1 else Constant(rate)
+
+    def absorbed(self, schedule: Schedule) -> float:
+        """Return a of a schedule."""
+        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
+        return -budget(schedule, self._lrs, self.steps, kind=self._kind, momentum=momentum)
+
+    def _steepest(self) -> float:
+        """Return the largest lr x decay of a step at a rate of 1."""
+        if self._kind == "fixed":
+            return 1.0
+        if isinstance(self._lrs, float):
+            return self._lrs
+        return max(learning_rates(self._lrs, self.steps))
+
+    def caveats(self, study: Study | Recovery) -> tuple[str, ...]:
+        """Return how the run differs from what is stored."""
+        theirs = study.optimizer if isinstance(study, Study) else "full-batch gradient descent"
+        found = [f"whether it holds beyond {study.title}"]
+        if theirs != self.name:
+            found.append(f"whether it holds under {self.name}: the stored runs are of {theirs}")
+        if not self.counted:
+            found.append(
+                f"what decay comes to within {self.name}: the schedule is for decoupled=True"
+            )
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.group["params"]):
+            found.append("what rounding lets through in half precision: mf.preview tells")
+        return tuple(found)
+
+
+def _product_of(model: torch.nn.Module) -> str:
+    """Return the kind of the products that train: "m*w", "lora", "attention" or "none"."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            steps = [step for steps in module.parametrizations.values() for step in steps]  # pyright: ignore
+            if any(isinstance(step, HadamardFactors) for step in steps):
+                return "m*w"
+    try:
+        kinds = {pair.kind for pair in SpectralTracker(model).pairs}
+    except ValueError:  # nothing to measure
+        return "none"
+    return "lora" if "lora" in kinds else "attention" if "attention" in kinds else "none"
+
+
+def _for_loss(run: _Run) -> Recommendation:
+    """Return no decay: in no stored study did it end clearly below training without."""
+    if not (found := studies(run.product)):
+        return _nothing("loss", run)
+    first = found[0]
+    best = min((arm for arm in first.arms if arm.a), key=lambda arm: arm.loss)
+    reason = (
+        f"No decay ended at a loss of {first.none.loss:.4g} in {first.title} ({first.optimizer}, "
+        f"{first.seeds} seeds). The best of {len(first.arms) - 1} runs with decay is {best.run}, "
+        f"a = {best.a:.2g}: {best.loss:.4g}, {best.gap:+.2g} ± {best.interval:.1g}, which is "
+        f"{'worse' if best.gap > best.interval else 'no difference'}."
+    )
+    names = tuple(study.result for study in found)
+    return Recommendation("loss", None, 0.0, reason, first.arms, names, run.caveats(first))
+
+
+def _for_rank(run: _Run, price: float) -> Recommendation:
+    """Return the schedule of the stored run of lowest ratio that cost no more than the price."""
+    able = [study for study in studies(run.product) if study.seeds >= _SEEDS]
+    if not able:
+        return _nothing("rank", run)
+    study = able[0]
+    able = [arm for arm in study.arms if arm.dearest <= price * study.none.loss]
+    chosen = min(able, key=lambda arm: arm.ratio, default=study.none)
+    names, unknown = (study.result,), (_NO_CURVE, *run.caveats(study))
+    if chosen.a == 0:
+        reason = (
+            f"In {study.title} every run with decay ended more than {100 * price:.3g}% above the "
+            f"loss of no decay, {study.none.loss:.4g}, or may have, by its interval."
+        )
+        return Recommendation("rank", None, 0.0, reason, study.arms, names, unknown)
+    reason = (
+        f"In {study.title}, decay of a = {chosen.a:.2g} ({_when(chosen.off)}; {study.optimizer}, "
+        f"{study.seeds} seeds) ended at a ratio of {chosen.ratio:.3g}, no decay at "
+        f"{study.none.ratio:.3g}. It cost {chosen.gap:+.2g} ± {chosen.interval:.1g} of a loss of "
+        f"{study.none.loss:.4g}; of the stored runs within {100 * price:.3g}% of that, this one "
+        "has the lowest ratio."
+    )
+    for found in falls(run.product, run.name):
+        names = (*names, found.result)
+        reason += (
+            f" In a model that was trained before less may happen: in {found.title} "
+            f"a = {found.a:.2g} lowered the ratio by {found.fall:.2g} ± {found.interval:.1g}."
+        )
+    return _following("rank", run, chosen, (reason, study.arms, names, unknown))
+
+
+def _for_sparsity(run: _Run) -> Recommendation:
+    """Return decay that is switched off for m * w under gradient descent, and none for others."""
+    if run.product != "m*w":
+        reason = (
+            "The weights are no products m * w, so that nothing stores a preference for sparse "
+            "ones: weight decay itself prefers short solutions. "
+            "mirrorflow.optim.overparametrize makes products of weights."
+        )
+        unknown = ("whether decay makes plain weights sparse: no stored run tries it",)
+        return Recommendation("sparsity", None, 0.0, reason, (), (), unknown)
+    (found,) = recoveries("m*w")
+    if run.law.name != "gradient flow":
+        reason = (
+            f"Under {run.name} the law is {run.law.name}: {run.law.stores}. This is derived, and "
+            "no stored run shows otherwise. SGD, or mirrorflow.optim.MirrorAdam, stores L1."
+        )
+        unknown = (f"what {run.name} recovers: the stored runs are of gradient descent",)
+        return Recommendation("sparsity", None, 0.0, reason, (), (), unknown)
+    chosen = max((arm for arm in found.arms if arm.error <= _CLOSE), key=lambda arm: arm.a)
+    errors = ", ".join(f"{arm.error:.2g} at a = {arm.a:g}" for arm in found.arms)
+    reason = (
+        f"In {found.title}, x = m * w with decay that was off after half of the run ended at an "
+        f"error of {errors} ({found.seeds} problems): a = {chosen.a:g} is the least of these that "
+        "recovers the truth."
+    )
+    return _following(
+        "sparsity", run, chosen, (reason, found.arms, (found.result,), run.caveats(found))
+    )
+
+
+def _following(
+    goal: str,
+    run: _Run,
+    chosen: Arm | RecoveryArm,
+    because: tuple[str, Sequence[Arm] | Sequence[RecoveryArm], tuple[str, ...], tuple[str, ...]],
+) -> Recommendation:
+    """Return the schedule that does in this run what was done in a stored one."""
+    reason, arms, names, unknown = because
+    schedule = run.schedule(chosen.off, chosen.a)
+    if schedule is None:
+        reason += (
+            f" This run cannot come to it: in {run.steps:,} steps of its learning rate one step "
+            "would have to shrink weights by all they are."
+        )
+        return Recommendation(goal, None, 0.0, reason, tuple(arms), names, unknown)
+    a = run.absorbed(schedule)
+    return Recommendation(goal, schedule, a, reason, tuple(arms), names, unknown)
+
+
+def _nothing(goal: str, run: _Run) -> Recommendation:
+    """Return no decay where nothing is stored that could speak for it."""
+    reason = f"{_NOTHING.capitalize()}: no decay is what nothing speaks against."
+    if goal == "rank":
+        (found,) = recoveries("factor")
+        none, kept, off = found.arms
+        reason += (
+            f" In {found.title}, decay to a = {off.a:g} and then off ended {off.error:.2g} from "
+            f"the truth, no decay {none.error:.2g}, decay that was kept {kept.error:.2g}: a "
+            "problem that low rank solves, of which this run is not known to be one."
+        )
+        unknown = (_NO_CURVE, *run.caveats(found))
+        return Recommendation(goal, None, 0.0, reason, found.arms, (found.result,), unknown)
+    return Recommendation(goal, None, 0.0, reason, (), (), (_NOTHING,))
+
+
+def _when(off: float) -> str:
+    """Return when decay was off."""
+    return "kept" if off == 1 else f"off after {100 * off:.3g}% of the run"

@@ -1,0 +1,245 @@
+"""`recommend` says what is stored, and nothing that is not: each number again from results/."""
+
+import json
+import math
+import statistics
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import t as student
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import mirrorflow as mf
+from mirrorflow.optim import overparametrize
+
+ROOT = Path(__file__).parents[1]
+TABLES = tomllib.loads((ROOT / "src/mirrorflow/control/evidence.toml").read_text("utf-8"))
+
+
+def records(result):
+    return json.loads((ROOT / result / "result.json").read_text("utf-8"))
+
+
+def interval(values):
+    n = len(values)
+    if n == 1:
+        return math.nan
+    return student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def close(value, rel=1e-2, floor=0.0):
+    return pytest.approx(value, rel=rel, abs=floor, nan_ok=True)
+
+
+@pytest.mark.parametrize("study", TABLES["study"], ids=lambda s: s["result"].split("/")[-1])
+def test_the_numbers_of_a_study_are_those_of_its_results(study):
+    stored = records(study["result"])
+    runs = defaultdict(dict)
+    for row in stored["records"]:
+        runs[row["run"]][row["seed"]] = row
+    assert len(runs["0"]) == study["seeds"] and stored["config"]["steps"] == study["steps"]
+    fixed = {run for run, by in runs.items() if by[0]["kind"] not in ("hold", "level")}
+    assert {arm["run"] for arm in study["arms"]} == fixed  # none is left out
+    for arm in study["arms"]:
+        rows = runs[arm["run"]]
+        gaps = [row["loss"] - runs["0"][seed]["loss"] for seed, row in rows.items()]
+        for key in ("a", "ratio", "loss"):
+            mean = statistics.mean(row[key] for row in rows.values())
+            assert arm[key] == close(mean, rel=1e-4)
+        assert arm["gap"] == close(statistics.mean(gaps), floor=1e-6)
+        assert arm["interval"] == close(interval(gaps), rel=0.06)
+        off = rows[0]["off"]
+        assert arm["off"] == pytest.approx(1.0 if off is None else off / study["steps"])
+
+
+def test_the_studies_are_of_the_optimizers_that_they_name():
+    for study in TABLES["study"]:
+        config = records(study["result"])["config"]
+        assert study["optimizer"] == ("SGD" if "momentum" in config else "AdamW")
+
+
+def test_the_errors_of_recoveries_are_those_of_their_results():
+    for table in TABLES["recovery"]:
+        product = {"m*w": "m·w", "factor": "factor"}[table["product"]]
+        rows = [
+            r
+            for r in records(table["result"])["records"]
+            if r.get("panel", "end") == "end" and r["model"] == product
+        ]
+        for arm in table["arms"]:
+            off = arm["off"] < 1
+            same = [r for r in rows if r["a"] == arm["a"]]
+            if table["product"] == "factor":
+                same = [r for r in same if r["scenario"].endswith("off") == off]
+            errors = [r["error"] for r in same]
+            assert len(errors) == table["seeds"]
+            assert arm["error"] == close(statistics.median(errors))
+
+
+@pytest.mark.parametrize("table", TABLES["fall"], ids=lambda s: s["optimizer"])
+def test_the_fall_of_the_ratio_in_fine_tuning_is_that_of_its_results(table):
+    name = table["optimizer"].lower()
+    rows = [
+        r
+        for r in records(table["result"])["records"]
+        if r["optimizer"] == name and r["rate"] == "constant"
+    ]
+    decays = sorted({r["decay"] for r in rows})
+    ends = [{r["seed"]: r for r in rows if r["decay"] == d} for d in (decays[0], decays[-1])]
+    falls = [ends[0][seed]["ratio"] - ends[1][seed]["ratio"] for seed in ends[0]]
+    assert len(falls) == table["seeds"]
+    assert table["fall"] == close(statistics.mean(falls), rel=0.03)
+    assert table["interval"] == close(interval(falls), rel=0.3)
+    assert -table["a"] == close(statistics.mean(r["budget"] for r in ends[1].values()))
+
+
+# What is recommended
+
+
+def lora():
+    peft = pytest.importorskip("peft")
+    net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    return peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+
+
+def attention():
+    return torch.nn.MultiheadAttention(16, 4)
+
+
+def products():
+    net = torch.nn.Linear(6, 6)
+    overparametrize(net)
+    return net
+
+
+def arms_of(found) -> list:
+    """Return the stored runs, whatever their kind."""
+    return list(found.numbers)
+
+
+def switch(found) -> mf.SwitchOff:
+    """Return the schedule, which is a switch-off here."""
+    assert isinstance(found.schedule, mf.SwitchOff)
+    return found.schedule
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+MODELS = [lora, attention, products, lambda: torch.nn.Linear(3, 3)]
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("cls", [SGD, AdamW, Adam])
+def test_for_the_loss_no_decay_is_recommended(make, cls):
+    model = make()
+    found = mf.recommend(model, cls(trained(model), lr=0.1), None, 100, "loss")
+    assert found.schedule is None and found.a == 0 and found.unknown
+    for result in found.evidence:
+        assert (ROOT / result / "result.json").is_file()
+    if make in (lora, attention):  # in what is stored no run with decay is clearly better
+        for study in TABLES["study"]:
+            assert all(not arm["gap"] < -arm["interval"] for arm in study["arms"])
+        assert "No decay ended at a loss of" in found.reason and found.evidence
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("goal", ["loss", "rank", "sparsity"])
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_whatever_is_named_is_stored(make, goal, cls):
+    model = make()
+    found = mf.recommend(model, cls(trained(model), lr=0.1), None, 1000, goal)
+    assert all((ROOT / result / "result.json").is_file() for result in found.evidence)
+    if found.schedule is not None:
+        assert found.evidence and found.numbers and found.unknown
+    if goal == "rank":
+        assert any("beyond_compression" in what for what in found.unknown)
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 80 and text.startswith(f"For {goal}: ")
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["goal"] == goal
+
+
+def acted(optimizer, lr, schedule, steps):
+    """Return a of a literal run on a weight of 1 whose gradient is 0."""
+    scheduler = mf.WeightDecayScheduler(optimizer, schedule)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        lr.step()
+    return scheduler.accumulated[0]
+
+
+@pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
+@pytest.mark.parametrize(
+    ("make", "cls", "settings"),
+    [
+        (lora, AdamW, {}),
+        (lora, SGD, {"momentum": 0.9}),
+        (attention, AdamW, {}),
+        (attention, SGD, {}),
+    ],
+)
+def test_the_schedule_for_rank_comes_to_the_a_of_the_stored_run(make, cls, settings):
+    model = make()
+    optimizer = cls(trained(model), lr=0.02, weight_decay=1.0, **settings)
+    lr = CosineAnnealingLR(optimizer, T_max=400)
+    found = mf.recommend(model, optimizer, lr, 400, "rank")
+    none = next(arm for arm in arms_of(found) if arm.a == 0)
+    arms = [arm for arm in arms_of(found) if arm.a and arm.dearest <= 0.01 * none.loss]
+    assert switch(found).at in {round(400 * arm.off) for arm in arms}
+    real = acted(optimizer, lr, found.schedule, 400)
+    assert real == pytest.approx(found.a, rel=1e-6)
+    assert any(found.a == pytest.approx(arm.a, rel=1e-3) for arm in arms_of(found))
+    differs = cls is not {lora: SGD, attention: AdamW}[make]
+    assert differs == any("the stored runs are of" in what for what in found.unknown)
+
+
+def test_a_higher_price_buys_a_lower_ratio():
+    model = attention()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    ratios = []
+    for price in (0.0, 0.001, 0.01, 0.1, 0.2):
+        found = mf.recommend(model, optimizer, None, 1500, "rank", price=price)
+        none = next(arm for arm in arms_of(found) if arm.a == 0)
+        by_a = {round(arm.a, 2): arm.ratio for arm in arms_of(found)}
+        ratios.append(none.ratio if found.schedule is None else by_a[round(found.a, 2)])
+    assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) >= 3
+    assert mf.recommend(model, optimizer, None, 1500, "rank", price=0.0).schedule is None
+
+
+def test_sparsity_is_recommended_for_products_under_gradient_descent_alone():
+    model = products()
+    found = mf.recommend(model, SGD(model.parameters(), lr=0.1), None, 1000, "sparsity")
+    assert switch(found).at == 500 and found.a == pytest.approx(-10)
+    adaptive = mf.recommend(model, AdamW(model.parameters(), lr=0.1), None, 1000, "sparsity")
+    assert adaptive.schedule is None and not adaptive.evidence and "never L1" in adaptive.reason
+    plain = mf.recommend(attention(), SGD(attention().parameters(), lr=0.1), None, 9, "sparsity")
+    assert plain.schedule is None and not plain.evidence
+
+
+def test_a_run_that_is_too_short_for_the_stored_a_gets_no_schedule():
+    model = products()
+    found = mf.recommend(model, SGD(model.parameters(), lr=0.1), None, 10, "sparsity")
+    assert found.schedule is None and "cannot come to it" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": None}, "steps must be given"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps": 10, "goal": "speed"}, "goal must be one of loss, rank, sparsity"),
+        ({"steps": 10, "goal": "rank", "price": -1}, "price must be"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(given, said):
+    model = attention()
+    with pytest.raises(ValueError, match=said):
+        mf.recommend(model, AdamW(model.parameters()), **given)
