@@ -110,6 +110,24 @@ def test_in_half_precision_a_is_what_a_loop_in_it_loses(strength, draw, foreach)
         assert found.part == 0 and "bfloat16 swallows lr x decay below 0.002" in found.notes[0]
 
 
+def test_of_a_mask_the_part_that_acts_is_said():
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(500, dtype=torch.float64))
+    mask = torch.rand(500) < 0.3
+    optimizer = AdamW([w], lr=1e-3, weight_decay=1.0)
+    options = {"decoupled": True, "mask": mask}
+    (found,) = seen_of(optimizer, Constant(1.0), 10, options=options).outlooks
+    with WeightDecayScheduler(optimizer, Constant(1.0), **options) as scheduler:
+        for _ in range(10):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        (real,) = scheduler.accumulated
+    assert found.a == pytest.approx(real, rel=0.02) and "mask" in found.notes[0]
+    options = {"decoupled": True, "mask": "cautious"}
+    (found,) = seen_of(optimizer, Constant(1.0), 10, options=options).outlooks
+    assert math.isnan(found.a) and "cautious" in found.notes[0]
+
+
 def test_the_weights_are_as_they_were():
     w = torch.nn.Parameter(torch.randn(1000).to(BF16))
     before = w.detach().clone()

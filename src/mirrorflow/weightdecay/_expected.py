@@ -1,13 +1,14 @@
-"""The part of a decay that will act on weights in half precision, as far as it is known before."""
+"""The part of a decay that rounding and masks will let act, as far as it is known before."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._masks import mask_of
 from ._rounding import HALF, rounds_together
 from .conventions import shrink
 
@@ -21,7 +22,7 @@ _SAMPLE = 16384  # entries, evenly over the tensors
 
 
 class ExpectedPart:
-    """What rounding will let through of the decay of one set of tensors.
+    """What rounding and a mask will let through of the decay of one set of tensors.
 
     It is tried on entries of the weights as they are now: a decay near the threshold acts on some
     mantissas only, and differs by a factor of 2 between normal and uniform weights.
@@ -54,9 +55,11 @@ class ExpectedPart:
         self._whole = not halves or scheduler.plan.rounding is not None
         # Decay and update share a rounding there: only the gradients say what passes
         self._joint = bool(halves) and not scheduler.decoupled
-        self._joint &= coupling == "sgd" or (
-            bool(halves) and rounds_together(scheduler.optimizer, group)
-        )
+        if self._joint and coupling != "sgd":
+            self._joint = rounds_together(scheduler.optimizer, group)
+        mask = scheduler.plan.mask
+        self._joint |= isinstance(mask, str)  # by the gradients of each step
+        self._masked = 1.0 if mask is None or self._joint else _masked(params, mask)
         total = sum(p.numel() for p in params)
         self._share = sum(p.numel() for p in halves) / total if total else 0.0
         self._weights = [] if self._whole or self._joint else _entries(halves)
@@ -65,13 +68,15 @@ class ExpectedPart:
     def __call__(self, decay: float, lr: float) -> float:
         """Return the part that acts in a step; NaN where that depends on the gradients."""
         strength = decay if self._coupling == "fixed" else lr * decay
-        if self._whole or not strength or math.isnan(strength):
+        if not strength or math.isnan(strength):
             return 1.0
         if self._joint:
             return math.nan
+        if self._whole:
+            return self._masked
         if strength not in self._known:
             part = self._fraction(strength) / strength
-            self._known[strength] = 1 + self._share * (part - 1)
+            self._known[strength] = self._masked * (1 + self._share * (part - 1))
         return self._known[strength]
 
     def _fraction(self, strength: float) -> float:
@@ -87,6 +92,19 @@ class ExpectedPart:
         pairs = [(w.double(), v.double()) for w, v in zip(self._weights, after, strict=True)]
         square = sum(float(w @ w) for w, _ in pairs)
         return sum(float(w @ (w - v)) for w, v in pairs) / square
+
+
+@torch.no_grad()
+def _masked(params: Sequence[torch.Tensor], mask: torch.Tensor | Mapping[Any, Any]) -> float:
+    """Return the mean over entries of <w, m w> / <w, w> of each tensor, as the weights are now."""
+    acting, total = 0.0, 0
+    for p in params:
+        found, square = mask_of(p, mask), p.double().square()
+        whole, part = float(square.sum()), 1.0
+        if found is not None and whole > 0:
+            part = float((square * found.to(p.device)).sum()) / whole
+        acting, total = acting + part * p.numel(), total + p.numel()
+    return acting / total if total else 1.0
 
 
 def _entries(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -38,6 +38,8 @@ _GRADIENT = (
     "what {} lets through depends on the gradients: decoupled=True with rounding='stochastic' "
     "makes all of it act"
 )
+_BY_GRADIENT = "mask={!r} lets decay act where the gradients of the run say"
+_BY_MASK = "the mask leaves the rest alone"
 _SWALLOWED = (
     "{} swallows lr x decay below {:.2g}, and distorts it up to ten times that: keep the "
     "weights in float32, or use decoupled=True, rounding='stochastic'"
@@ -230,6 +232,9 @@ def _notes(
     params = target.params(scheduler.optimizer.param_groups[target.group])
     halves = [p.dtype for p in params if p.dtype in HALF]
     name = str(halves[0]).removeprefix("torch.") if halves else ""
+    mask = scheduler.plan.mask
+    if mask is not None and a != asked:
+        return (_BY_GRADIENT.format(mask) if isinstance(mask, str) else _BY_MASK,)
     if math.isnan(a):
         return (_GRADIENT.format(name),)
     if halves and abs(a - asked) > 0.01 * abs(asked):
