@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import browser
 import mirrorflow as mf
-from mirrorflow.cli.app import _build, _difference
+from mirrorflow.cli.page import build_page, difference
 from mirrorflow.lab import framework, report
 from mirrorflow.lab.report import page as pages
 
@@ -48,14 +48,14 @@ def page(tmp_path_factory, smoke):
     """Make the page of all experiments by the command line's own function."""
     for name in NAMES:
         smoke(name)
-    return _build(smoke.out, tmp_path_factory.mktemp("page") / "index.html")
+    return build_page(smoke.out, tmp_path_factory.mktemp("page") / "index.html")
 
 
 @pytest.fixture(scope="module")
 def stored_page(tmp_path_factory):
     """Make the page of the results that the repository holds: their legends are the longest."""
     results = Path(__file__).parents[1] / "results"
-    return _build(results, tmp_path_factory.mktemp("stored") / "index.html")
+    return build_page(results, tmp_path_factory.mktemp("stored") / "index.html")
 
 
 def test_text_is_escaped_and_the_parts_are_there(tmp_path):
@@ -92,10 +92,10 @@ def test_runs_of_one_experiment_have_headings_of_their_own():
     other = {"experiment": "fig01", "hash": "z", "config": {"seeds": [0]}}
     small, large = run("a", lr=0.1, model="small"), run("b", lr=0.1, model="large")
     again = run("c", lr=0.2, model="large")
-    said = [_difference(r, [small, large, again, other]) for r in (small, large, again, other)]
+    said = [difference(r, [small, large, again, other]) for r in (small, large, again, other)]
     assert said == [" (model small)", " (model large, lr 0.1)", " (model large, lr 0.2)", ""]
     twins = [run("a", lr=0.1), {**run("b", lr=0.1), "config": {"seeds": [1], "lr": 0.1}}]
-    assert [_difference(r, twins) for r in twins] == [" (result a)", " (result b)"]
+    assert [difference(r, twins) for r in twins] == [" (result a)", " (result b)"]
 
 
 def test_the_page_is_replaced_in_one_step_and_leaves_no_draft(tmp_path):

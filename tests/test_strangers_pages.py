@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import browser
-from mirrorflow.cli.app import _section
+from mirrorflow.cli.page import _section
 from mirrorflow.lab import framework, report
 from mirrorflow.lab.report import checkpoint, page
 from mirrorflow.spectrum import audit

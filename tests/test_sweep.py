@@ -348,9 +348,14 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(tmp_path):
     assert not (tmp_path / "runs").exists()
     done = mirrorflow("sweep", str(study), *out, "--workers", "2")
     folder = str(tmp_path / "runs" / "fig02_matrix_sensing")
-    assert done.stdout.splitlines()[-1] == f"2 of 2 runs finished: {folder}"
+    *_, last, following = done.stdout.splitlines()
+    assert last == f"2 of 2 runs finished: {folder}"
+    assert following == f"next: mirrorflow sweep export {folder} records.csv"
     told = mirrorflow("sweep", "status", folder)
     assert told.stdout.splitlines()[-1] == "2 finished" and "start=0.1, seed=0" in told.stdout
+    told = json.loads(mirrorflow("sweep", "status", folder, "--json").stdout)
+    assert told["counts"] == {"finished": 2} and len(told["runs"]) == 2
+    assert {run["state"] for run in told["runs"]} == {"finished"}
     table = mirrorflow("sweep", "export", folder, str(tmp_path / "t.csv"))
     assert table.returncode == 0 and "rows:" in table.stdout
     for wrong, message in (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json as encoding
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +16,10 @@ import typer
 from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError, disk_error
+from .page import build_page
 from .plan import plan_command
 from .sweeps import sweeps
-from .terminal import shown
+from .terminal import say, tell
 from .truncate import truncate_command
 
 __all__ = ["UserError", "app", "main"]
@@ -24,7 +27,6 @@ __all__ = ["UserError", "app", "main"]
 app = typer.Typer(
     help="What weight decay does to a model, and when to switch it off.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # a traceback that can be pasted into an issue
 )
@@ -42,6 +44,7 @@ EXTRAS = {
     "pyarrow": "networks",
 }
 PRESETS = "smoke (seconds), cpu (minutes), or full (the paper's)"
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all results.")]
 
 
@@ -71,14 +74,9 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(message: str) -> None:
-    """Print one line beside the output."""
-    print(f"mirrorflow: {shown(message)}", file=sys.stderr)
-
-
 def _fail(message: str, code: int) -> NoReturn:
     """Print one line and end with an exit code."""
-    _tell(message)
+    tell(message)
     sys.exit(code)
 
 
@@ -99,32 +97,67 @@ def _options(
 
 
 @app.command("list")
-def list_(out: Out = Path("runs")) -> None:
+def list_(out: Out = Path("runs"), json: Json = False) -> None:
     """List the experiments, the figures they reproduce, and whether results are stored."""
     from ..lab import framework
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Give the folder of results.")
-    stored = [result["experiment"] for result in framework.find_results(out, _tell)]
-    for name in framework.experiments():
-        module = framework.load(name)
-        count = stored.count(module.NAME)
-        print(f"{name}\n    {module.TITLE}\n    {module.PAPER}\n    results in {out}: {count}")
+    stored = [result["experiment"] for result in framework.find_results(out, tell)]
+    modules = [framework.load(name) for name in framework.experiments()]
+    rows = [
+        {"name": m.NAME, "title": m.TITLE, "paper": m.PAPER, "results": stored.count(m.NAME)}
+        for m in modules
+    ]
+    if json:
+        return print(encoding.dumps(rows, indent=1))
+    for row in rows:
+        say(f"{row['name']}\n    {row['title']}\n    {row['paper']}")
+        say(f"    results in {out}: {row['results']}")
+
+
+def _beginnings(incomplete: str) -> list[str]:
+    """Return the experiments that a name may become, for the completion of a shell."""
+    from ..lab import framework
+
+    return [name for name in framework.experiments() if name.startswith(incomplete)]
 
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="An experiment, as `mirrorflow list` names it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="An experiment, as `mirrorflow list` names it, or a part of its name.",
+            autocompletion=_beginnings,
+        ),
+    ],
     preset: Annotated[str, typer.Option(help=PRESETS)] = "cpu",
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; may be given again.")] = None,
     out: Out = Path("runs"),
     force: Annotated[bool, typer.Option(help="Compute again what is there.")] = False,
 ) -> None:
-    """Run an experiment, unless its result is stored already."""
+    """Run an experiment, unless its result is stored already, and say what it shows."""
     overrides = {"seeds": tuple(seed)} if seed else {}
-    folder = _execute(name, preset, config, overrides, out, force)
-    print(f"result: {folder / 'result.json'}")
+    folder = _execute(_chosen(name), preset, config, overrides, out, force)
+    say(_summary(folder))
+    print(f"result: {folder / 'result.json'}\nnext: mirrorflow report {shlex.quote(str(out))}")
+
+
+def _chosen(name: str) -> str:
+    """Return the only experiment whose name is this, begins so, or has it as a part."""
+    from ..lab import framework
+
+    known = framework.experiments()
+    if name in known:
+        return name
+    found = [k for k in known if k.startswith(name)] or [k for k in known if name in k]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"experiment must be one, got {name!r}, which may be {', '.join(found)}.")
+    raise UserError(f"experiment must be one of {', '.join(known)}, got {name!r}.")
 
 
 @app.command()
@@ -134,7 +167,7 @@ def report(
 ) -> None:
     """Make one self-contained page from stored results."""
     try:
-        print(f"page: {_build(folder, output or folder / 'index.html')}")
+        print(f"page: {build_page(folder, output or folder / 'index.html')}")
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -142,6 +175,7 @@ def report(
 @app.command()
 def check(
     target: Annotated[str, typer.Argument(help="path/to/file.py:name")],
+    json: Json = False,
 ) -> None:
     """Check whether the theory holds for your own g and h.
 
@@ -155,12 +189,12 @@ def check(
     g, h, w0 = _load_pair(target)
     try:
         found = check_pair(g, h, w0)
-        text = found.explain()
+        text = encoding.dumps(found.to_dict(), indent=1) if json else found.explain()
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     except Exception as error:  # of the functions in the user's file
         raise UserError(f"{target} failed: {type(error).__name__}: {error}") from error
-    print(text)
+    print(text) if json else say(text)
     raise typer.Exit(0 if found.applies else 1)
 
 
@@ -176,8 +210,8 @@ def demo(out: Out = Path("demo")) -> None:
     for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):
         overrides = {"seeds": (0,)} if name.startswith("fig02") else {}
         folder = _execute(name, "cpu", None, overrides, out, force=False)
-        print(f"\n{_summary(folder)}\n")
-    page = _build(out, out / "index.html")
+        say(f"\n{_summary(folder)}\n")
+    page = build_page(out, out / "index.html")
     print(f"page: {page.resolve()}")
 
 
@@ -192,9 +226,6 @@ def _execute(
     """Configure an experiment and run it, with progress."""
     from ..lab import framework
 
-    if name not in framework.experiments():
-        known = ", ".join(framework.experiments())
-        raise UserError(f"experiment must be one of {known}, got {name!r}.")
     module = framework.load(name)
     try:
         chosen = framework.config_from(module, preset, config, overrides)
@@ -230,9 +261,10 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
     if not sys.stderr.isatty():
         yield _lines(name)
         return
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name)
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=f"{name} {label}"
@@ -241,108 +273,11 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def _summary(folder: Path) -> str:
     """Return in words what a stored run shows."""
-    import json
-    import textwrap
-
     from ..lab import framework
 
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = framework.read_result(folder / "result.json")
     module = framework.load(result["experiment"])
-    return textwrap.fill(f"{module.TITLE}. {module.summary(result['records'])}", 100)
-
-
-def _build(folder: Path, output: Path) -> Path:
-    """Read the stored results of a folder and make the page."""
-    from ..lab import framework
-    from ..lab import report as page
-
-    results = framework.find_results(folder, _tell)
-    if not results:
-        raise UserError(
-            f"{folder} must hold finished results, got none. Make some with mirrorflow run."
-        )
-    # The paper's figures first, then the studies of our own.
-    results.sort(key=lambda result: not result["experiment"].startswith(("fig", "tab")))
-    sections = [s for result in results if (s := _section_if_whole(folder, result, results))]
-    try:
-        return page.build(sections, output, __version__)
-    except OSError as error:
-        raise disk_error(error, output.parent) from error
-
-
-def _section_if_whole(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """Return the section of a stored run, or None, and say why, where a file of it is broken."""
-    try:
-        return _section(folder, result, results)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # whatever a broken file makes its figures raise
-        _tell(f"{result['folder']} is left out: {type(error).__name__}: {error}")
-        return None
-
-
-def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """Return the page's section of a stored run, as its experiment describes it."""
-    from ..lab import framework
-    from ..lab import report as page
-
-    module, records = framework.load(result["experiment"]), result["records"]
-    curves = framework.trajectory(result["folder"])  # never a path that the file names
-    return page.Section(
-        title=module.TITLE + _difference(result, results),
-        paper=module.PAPER,
-        summary=module.summary(records),
-        result=result,
-        figure=module.draw(records, curves),
-        charts=module.charts(records, curves),
-        table=module.table(records),
-        command=_command(module, result["config"]),
-    )
-
-
-def _difference(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """Name the settings that tell a run from the others of its experiment: names before numbers."""
-    mine = result["config"]
-    others = [r["config"] for r in results
-              if r["experiment"] == result["experiment"] and r is not result]  # fmt: skip
-    said = []
-    for key in sorted(mine, key=lambda name: (not isinstance(mine[name], str), name)):
-        alike = [other for other in others if other.get(key) == mine[key]]
-        if isinstance(mine[key], str | int | float) and len(alike) < len(others):
-            said.append(f"{key} {mine[key]}")
-            others = alike
-    if others:  # lists differ, or nothing but what the hash sees
-        said.append(f"result {result['hash']}")
-    return f" ({', '.join(said)})" if said else ""
-
-
-def _command(module: Any, config: dict[str, Any]) -> str:
-    """Return the command that makes a run: a preset, its seeds, and a file of other changes."""
-    from ..lab import framework
-
-    stored = module.Config(**config)
-    changes = {p: _changes(framework.config_from(module, p), stored) for p in framework.PRESETS}
-    preset = min(("cpu", "full", "smoke"), key=lambda p: len(changes[p]))
-    seeds = changes[preset].pop("seeds", ())
-    command = f"mirrorflow run {module.NAME} --preset {preset}"
-    command += "".join(f" --seed {seed}" for seed in seeds)
-    if not changes[preset]:
-        return command
-    lines = "\n".join(f"{key} = {_toml(value)}" for key, value in changes[preset].items())
-    return f"{command} --config changes.toml\n\n# changes.toml\n{lines}"
-
-
-def _changes(base: Any, config: Any) -> dict[str, Any]:
-    """Return the settings in which two configurations differ."""
-    left, right = base.model_dump(), config.model_dump()
-    return {key: right[key] for key in right if right[key] != left[key]}
-
-
-def _toml(value: Any) -> str:
-    """Write a number, a string or a tuple of them as TOML."""
-    import json
-
-    return json.dumps(value)  # the same text for all of these
+    return f"{module.TITLE}. {module.summary(result['records'])}"
 
 
 def _load_pair(target: str) -> tuple[Any, Any, Any]:

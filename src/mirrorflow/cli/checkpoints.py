@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json as encoding
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from .. import __version__
 from .errors import UserError
-from .terminal import shown
+from .terminal import say, width
 
 __all__ = ["audit", "lint"]
 
@@ -50,7 +52,7 @@ def audit(
     except (OSError, ValueError, ImportError) as error:
         hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
         raise UserError(f"{error}{hint}") from error
-    print(found.to_json() if json else shown(table(found)))
+    print(found.to_json()) if json else say(table(found, width()))
     if page is not None:
         _write_audit(found.to_dict(), path.name, page)
 
@@ -94,6 +96,7 @@ def lint(
     path: Annotated[
         Path, typer.Argument(help="A saved optimizer: optimizer.pt, a checkpoint, or its folder.")
     ],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Look for mistakes in the weight decay of saved optimizers.
 
@@ -105,8 +108,8 @@ def lint(
         found = lint_file(path)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    for finding in found:
-        print(shown(str(finding)))
-    if not found:
-        print("nothing found")
+    if json:
+        print(encoding.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        say("\n".join(map(str, found)) or "nothing found")
     raise typer.Exit(1 if any(finding.level == "warning" for finding in found) else 0)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UserError, disk_error
-from .terminal import shown
+from .terminal import say
 
 __all__ = ["plan_command"]
 
@@ -70,7 +70,7 @@ def plan_command(
         seen = run.preview(size=size, start=start, target=target)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    print(encoding.dumps(seen.to_dict(), indent=1) if json else shown(seen.verdict))
+    print(encoding.dumps(seen.to_dict(), indent=1)) if json else say(seen.verdict)
 
 
 def _decay(text: str | None) -> Any:

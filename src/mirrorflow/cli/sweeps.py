@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json as encoding
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import INTERRUPTED, UserError, disk_error
+from .terminal import columns, say, shown
 
 if TYPE_CHECKING:
     from ..lab.sweep.driver import Outcome, Progress
@@ -68,7 +72,7 @@ def run(
     try:
         chosen = package.Study.read(study)
         if dry_run:
-            print(package.plan(chosen, out))
+            say(str(package.plan(chosen, out)))
             return
         where = _engine(engine, address, out, workers, (cpus, gpus), store, hooks)
         with _shown() as watch:
@@ -86,7 +90,10 @@ def run(
 
 
 @sweeps.command()
-def status(folder: Folder) -> None:
+def status(
+    folder: Folder,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
     """Say how far a sweep is, run by run."""
     from ..lab import sweep as package
 
@@ -94,11 +101,20 @@ def status(folder: Folder) -> None:
         runs = package.status(folder)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    for found in runs:
-        changes = ", ".join(f"{key}={value}" for key, value in found.changes.items())
-        print(f"{found.key}  {found.state:<11} {changes:<40} {found.detail}".rstrip())
     states = [found.state for found in runs]
-    print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    if json:
+        return print(
+            encoding.dumps({"counts": counts, "runs": [asdict(r) for r in runs]}, indent=1)
+        )
+    if runs:
+        print(shown(columns((r.key, r.state, _changes(r.changes), r.detail) for r in runs)))
+    say(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def _changes(changes: dict[str, Any]) -> str:
+    """Write what is particular to a run."""
+    return ", ".join(f"{key}={value}" for key, value in changes.items())
 
 
 @sweeps.command()
@@ -137,21 +153,23 @@ def _engine(
 def _conclude(outcome: Outcome, folder: Path) -> None:
     """Say how it ended."""
     for label, reason in outcome.failed.items():
-        print(f"failed: {label}: {reason}")
+        say(f"failed: {label}: {reason}")
     finished = len(outcome.plan.runs) - len(outcome.failed)
     print(f"{finished} of {len(outcome.plan.runs)} runs finished: {folder}")
     if outcome.failed:
         print("the same command tries the failed ones again")
         raise typer.Exit(1)
+    print(f"next: mirrorflow sweep export {shlex.quote(str(folder))} records.csv")
 
 
 @contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
     """Show the progress: live on a terminal, a line for each run that ends in a log."""
     if sys.stderr.isatty():
+        from rich.console import Console
         from rich.live import Live
 
-        with Live(transient=True, refresh_per_second=4) as live:
+        with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
             yield _after_plan(lambda progress: live.update(_text(progress)))
         return
     last = (-1, -1)
@@ -173,7 +191,8 @@ def _after_plan(watch: Callable[[Progress], None]) -> Callable[[Progress], None]
         nonlocal told
         if not told:
             told = True
-            print(progress.plan, flush=True)
+            say(str(progress.plan))
+            sys.stdout.flush()
         watch(progress)
 
     return tell

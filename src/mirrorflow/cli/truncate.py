@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import UserError
-from .terminal import shown
+from .terminal import say, width
 
 __all__ = ["truncate_command"]
 
@@ -42,7 +42,7 @@ def truncate_command(
 
     try:
         plan = plan_truncation(adapter, rank=rank, energy=energy, error=error, match=match)
-        print(plan.report.to_json() if json else shown(plan.report.table()))
+        print(plan.report.to_json()) if json else say(plan.report.table(width()))
         if out is not None:
             print(f"adapter: {plan.write(out).resolve()}", file=sys.stderr)
     except (OSError, ValueError, ImportError) as problem:

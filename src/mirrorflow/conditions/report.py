@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,24 @@ class Report:
             size = "" if np.isnan(c.size) else f" ({c.size:.2g})"
             lines.append(f"  {'yes' if c.ok else 'NO ':3} {c.name}{size}: {c.detail}")
         return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; a size that is not a number is None, as JSON has no NaN."""
+        conditions = [
+            asdict(c) | {"ok": bool(c.ok), "size": _finite(c.size)} for c in self.conditions
+        ]
+        return {
+            "pair": self.pair,
+            "applies": self.applies,
+            "degree": self.degree,
+            "conditions": conditions,
+            "advice": self.advice,
+        }
+
+
+def _finite(size: float) -> float | None:
+    """Return a number that JSON can hold."""
+    return float(size) if np.isfinite(size) else None
 
 
 def advice(g: Reparam, h: Regularizer, conditions: list[Condition], ranks: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, isnan, nan
 from typing import Any
 
+from ._text import aligned
 from .pairs import label
 
 __all__ = ["Measurement", "Record", "table", "without_nan"]
@@ -132,8 +133,14 @@ class Measurement:
         return sum(values) / len(values) if values else nan
 
 
-def table(measurement: Measurement) -> str:
+def table(measurement: Measurement, width: int | None = None) -> str:
     """Return a measurement as lines of text: a row for each record, and the means.
+
+    Parameters
+    ----------
+    measurement : Measurement
+    width : int, optional
+        Columns of the terminal: a wider table is cut into blocks of columns.
 
     Examples
     --------
@@ -152,12 +159,7 @@ def table(measurement: Measurement) -> str:
         rows.append([record.label, str(record.shape[1]), *cells])
     summary = measurement.summary()
     rows.append(["mean", "", *(_cell(summary[f"mean_{column}"]) for column in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, *_remarks(measurement)])
+    return "\n".join([*aligned(rows, width), *_remarks(measurement)])
 
 
 def _cell(value: float) -> str:

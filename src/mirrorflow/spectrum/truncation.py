@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._grams import double
+from ._text import aligned
 from .pairs import Pair, label
 from .product import ROUNDING, lost_of, smallest_rank
 
@@ -297,19 +298,17 @@ class TruncationReport:
         """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def table(self) -> str:
-        """Return lines of text: a row for each product, and what has to be known beside them."""
+    def table(self, width: int | None = None) -> str:
+        """Return lines of text: a row for each product, and what has to be known beside them.
+
+        A table of more than ``width`` columns is cut into blocks.
+        """
         rows = [["product", "rank", "kept", "error", "as stored", "energy"]]
         for found in self.records:
             numbers = (found.error, found.stored_error, found.energy)
             cells = (found.old_rank, found.new_rank, *(f"{number:.4g}" for number in numbers))
             rows.append([found.label, *map(str, cells)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self._remarks()])
+        return "\n".join([*aligned(rows, width), *self._remarks()])
 
     def _remarks(self) -> list[str]:
         """Return the notes, and what was skipped."""
