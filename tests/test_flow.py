@@ -119,7 +119,7 @@ def test_weights_that_decay_to_almost_nothing_still_decide(view):
     assert difference(sol.path.mu[-1], mu) < 1e-4 * mu.abs().max()
 
 
-@pytest.mark.parametrize("view", ("parameters", "primal"))
+@pytest.mark.parametrize("view", ("parameters", pytest.param("primal", marks=pytest.mark.slow)))
 def test_constant_decay_for_a_very_long_time_ends_at_the_lasso(view):
     """From m = 0, a = -1000: the stationary points of m * w under decay are those of the lasso."""
     w0 = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
@@ -130,7 +130,7 @@ def test_constant_decay_for_a_very_long_time_ends_at_the_lasso(view):
     assert difference(sol.value, lasso.coef_) < 1e-6
 
 
-@pytest.mark.parametrize("view", ("parameters", "primal"))
+@pytest.mark.parametrize("view", ("parameters", pytest.param("primal", marks=pytest.mark.slow)))
 def test_weights_that_decay_below_the_tolerance_are_a_warning(view):
     """At a = -1000 the weights are e^{-1000}; x is still 0 at t = 100, as mu says."""
     w0 = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))

@@ -95,7 +95,8 @@ def test_the_package_runs_as_a_module():
     assert done.returncode == 0 and "audit" in done.stdout
 
 
-@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+# mypy reads all of torch, which takes minutes: `make lint` runs both.
+@pytest.mark.parametrize("tool", [pytest.param("mypy", marks=pytest.mark.slow), "pyright"])
 def test_type_checkers_find_the_mistakes_of_a_script(tool, tmp_path):
     """A misspelt keyword, a string for a rate, a misspelt name; and nothing in a right script."""
     if not find_spec(tool):

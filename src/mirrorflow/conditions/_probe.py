@@ -64,10 +64,15 @@ class Probe:
     def move(self, w: Parameters, mu: Tensor, a: float) -> Parameters | None:
         """Follow dw = J^T mu + a grad h over unit time; None if the flow ends before."""
 
+        pulled, decays = bool(mu.any()), a != 0  # derivatives of what does not act cost as much
+
         def velocity(_: float, flat: np.ndarray) -> np.ndarray:
-            here = unflatten(torch.from_numpy(flat), self.w0)
-            along = flatten(self.g.pullback(here, mu))
-            return (along + a * flatten(self.penalty()(here))).numpy()
+            here, speed = unflatten(torch.from_numpy(flat), self.w0), torch.zeros(len(flat))
+            if pulled:
+                speed = flatten(self.g.pullback(here, mu))
+            if decays:
+                speed = speed + a * flatten(self.penalty()(here))
+            return speed.to(torch.float64).numpy()
 
         if not np.isfinite(velocity(0.0, flatten(w).numpy())).all():
             return None  # SciPy's first step would be NaN, and never end

@@ -84,7 +84,8 @@ class MatrixCompletionCV(RowCompletion):
     >>> rng = np.random.default_rng(0)
     >>> X = 3 + rng.standard_normal((40, 1)) + rng.standard_normal(30)
     >>> noisy = X + 0.3 * rng.standard_normal(X.shape)
-    >>> model = MatrixCompletionCV().fit(np.where(rng.random(X.shape) < 0.5, noisy, np.nan))
+    >>> model = MatrixCompletionCV(offset_penalties=(None, 0.0), cv=2)
+    >>> model = model.fit(np.where(rng.random(X.shape) < 0.5, noisy, np.nan))
     >>> model.best_offset_penalty_ is not None, bool(np.abs(model.matrix() - X).std() < 0.2)
     (True, True)
     """
