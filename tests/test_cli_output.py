@@ -138,8 +138,9 @@ def test_a_part_of_a_name_runs_the_only_match_and_says_what_it_shows(
     *said, result, following = capsys.readouterr().out.splitlines()
     assert result == f"result: {smoke(NAME)[1] / 'result.json'}"
     assert following == f"next: mirrorflow report {smoke.out}"
-    summary = framework.load(NAME).summary(smoke(NAME)[2]["records"])
-    assert summary.split()[-3:] == " ".join(said).split()[-3:]
+    outcomes = " ".join(b for _, b in framework.load(NAME).verdicts(smoke(NAME)[2]["records"]))
+    words = " ".join(said).split()
+    assert all(word in words for word in outcomes.split())
 
 
 def test_names_that_several_experiments_have_are_listed(monkeypatch, capsys):

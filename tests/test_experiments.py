@@ -82,7 +82,7 @@ def test_every_axis_of_the_figure_holds_data(name, smoke):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_charts_table_and_summary_come_from_the_records(name, smoke):
+def test_charts_table_and_verdicts_come_from_the_records(name, smoke):
     module, _, result, curves = smoke(name)
     made = module.charts(result["records"], curves)
     assert made and all(isinstance(caption, str) for caption, _ in made)
@@ -94,7 +94,10 @@ def test_charts_table_and_summary_come_from_the_records(name, smoke):
         assert values and all(len(rows) > 3 or "rule" in str(layers) for rows in values)
     rows = module.table(result["records"])
     assert len(rows) >= 3 and all(set(row) == set(rows[0]) for row in rows)
-    assert any(c.isdigit() for c in module.summary(result["records"]))
+    verdicts = module.verdicts(result["records"])
+    assert len(verdicts) >= 3 and len(dict(verdicts)) == len(verdicts)
+    assert any(c.isdigit() for _, outcome in verdicts for c in outcome)
+    assert all(len(outcome) < 200 for _, outcome in verdicts)
     assert module.TITLE and module.PAPER.startswith(("Figure", "Table", "Beyond"))
 
 

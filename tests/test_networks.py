@@ -230,10 +230,12 @@ def test_nothing_follows_from_runs_that_diverged():
     assert [r["diverged"] for r in records] == [False] * 4 + [True]
     found = {c["against"]: c["diverged"] for c in _networks.compared(LOSS, records)}
     assert found == {"constant": False, "half": False, "budget": False, "none": True}
-    told = _network_figures.sentences(LOSS, records)
-    assert "For decay 0.1 it holds in its one seed: +0.2 against keeping it" in told
-    assert "nothing follows against no decay at all." in told
-    assert "-6" not in told and "The best of all runs is decay off" in told
+    told = dict(_network_figures.verdicts(LOSS, records))
+    claim = "Decay 0.1 switched off ends better than kept, and than half of it"
+    assert told[claim] == "holds in its one seed"
+    assert told["Decay 0.1: gain against keeping it"] == "+0.2"
+    assert "nothing follows" in told["Decay 0.1: against no decay at all"]
+    assert "-6" not in str(told) and told["Best of all runs"].startswith("decay off")
     table = {row["decay"]: row["what"] for row in _network_figures.rows(LOSS, records)}
     assert table["none"] == "no decay at all (1 of 1 diverged)"
     assert table["off"] == "switched off"
@@ -271,10 +273,11 @@ def test_runs_are_told_apart_without_colour():
 
 def test_a_switched_off_run_that_diverged_is_not_judged():
     records = [ended(k, v) for k, v in {"constant": 3.0, "off": 7.0, "half": 2.9}.items()]
-    told = _network_figures.sentences(LOSS, records)
-    assert "For decay 0.1 it cannot be judged. Runs diverged" in told
-    assert "against keeping it, half of it." in told
-    assert "Every run" in _network_figures.sentences(LOSS, [ended("off", 7.0), ended("half", 8.0)])
+    (_, judged), (against, note), *_ = _network_figures.verdicts(LOSS, records)
+    assert judged == "cannot be judged" and note.startswith("runs diverged")
+    assert against == "Decay 0.1: against keeping it, half of it"
+    lost = _network_figures.verdicts(LOSS, [ended("off", 7.0), ended("half", 8.0)])
+    assert dict(lost)["Best of all runs"] == "every run has diverged"
 
 
 def test_windows_of_text_are_a_function_of_seed_and_step():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import altair as alt
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import browser
 from mirrorflow.cli.page import _section
@@ -91,20 +90,11 @@ class Open:
     def said(records):
         return " ".join(f"{key} {value}" for record in records for key, value in record.items())
 
-    summary = said
+    def verdicts(self, records):
+        return [(f"{key} {value}", self.said(records)) for r in records for key, value in r.items()]
 
     def table(self, records):
         return records
-
-    def draw(self, records, curves):
-        figure = Figure(figsize=(1, 1))
-        axis = figure.subplots()
-        text = self.said(records).replace("$", "S")
-        axis.plot([0, 1], [0, 1], label=text[:50])
-        axis.set_title(text[50:100])
-        axis.set_axis_off()
-        axis.legend()
-        return figure
 
     def charts(self, records, curves):
         text = self.said(records)
@@ -232,7 +222,7 @@ def test_no_name_and_no_field_of_a_checkpoint_runs_a_script_in_the_audit(
 
 
 def made_of(result):
-    return report.Section("", "", "", result, Figure(), [], [], "")
+    return report.Section("", "", [], result, [], [], "")
 
 
 @pytest.mark.parametrize("key", ["hash", "experiment"])

@@ -16,10 +16,10 @@ import typer
 from .. import __version__
 from .checkpoints import audit, lint
 from .errors import INTERRUPTED, UserError, disk_error
-from .page import build_page
+from .page import build_page, draw_figures
 from .plan import plan_command
 from .sweeps import sweeps
-from .terminal import say, tell
+from .terminal import fitted, pairs, say, shown, tell
 from .truncate import truncate_command
 
 __all__ = ["UserError", "app", "main"]
@@ -141,7 +141,7 @@ def run(
     """Run an experiment, unless its result is stored already, and say what it shows."""
     overrides = {"seeds": tuple(seed)} if seed else {}
     folder = _execute(_chosen(name), preset, config, overrides, out, force)
-    say(_summary(folder))
+    print(_shows(folder))
     print(f"result: {folder / 'result.json'}\nnext: mirrorflow report {shlex.quote(str(out))}")
 
 
@@ -164,9 +164,14 @@ def _chosen(name: str) -> str:
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of results.")],
     output: Annotated[Path | None, typer.Option(help="The page; FOLDER/index.html.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="A folder for the printable figures, as SVG files.")
+    ] = None,
 ) -> None:
     """Make one self-contained page from stored results."""
     try:
+        for path in draw_figures(folder, figures) if figures is not None else ():
+            print(f"figure: {path}")
         print(f"page: {build_page(folder, output or folder / 'index.html')}")
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -210,7 +215,7 @@ def demo(out: Out = Path("demo")) -> None:
     for name in ("fig02_matrix_sensing", "fig09_fig11_fig14_legendre"):
         overrides = {"seeds": (0,)} if name.startswith("fig02") else {}
         folder = _execute(name, "cpu", None, overrides, out, force=False)
-        say(f"\n{_summary(folder)}\n")
+        print(f"\n{_shows(folder)}\n")
     page = build_page(out, out / "index.html")
     print(f"page: {page.resolve()}")
 
@@ -271,13 +276,13 @@ def _progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
         )
 
 
-def _summary(folder: Path) -> str:
-    """Return in words what a stored run shows."""
+def _shows(folder: Path) -> str:
+    """Return in words and numbers what a stored run shows."""
     from ..lab import framework
 
     result = framework.read_result(folder / "result.json")
     module = framework.load(result["experiment"])
-    return f"{module.TITLE}. {module.summary(result['records'])}"
+    return shown(f"{fitted(module.TITLE)}\n\n{pairs(module.verdicts(result['records']))}\n")
 
 
 def _load_pair(target: str) -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ from .. import __version__
 from .errors import UserError, disk_error
 from .terminal import tell
 
-__all__ = ["build_page", "difference"]
+__all__ = ["build_page", "difference", "draw_figures"]
 
 
 def build_page(folder: Path, output: Path) -> Path:
@@ -29,6 +29,24 @@ def build_page(folder: Path, output: Path) -> Path:
         return page.build(sections, output, __version__)
     except OSError as error:
         raise disk_error(error, output.parent) from error
+
+
+def draw_figures(folder: Path, output: Path) -> list[Path]:
+    """Draw the printable figure of each stored result, as SVG."""
+    from ..lab import framework
+
+    drawn = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for result in framework.find_results(folder, tell):
+            module = framework.load(result["experiment"])
+            figure = module.draw(result["records"], framework.trajectory(result["folder"]))
+            path = output / f"{module.NAME}-{result['hash'][:12]}.svg"
+            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            drawn.append(path)
+    except OSError as error:
+        raise disk_error(error, output) from error
+    return drawn
 
 
 def _section_if_whole(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]) -> Any:
@@ -52,9 +70,8 @@ def _section(folder: Path, result: dict[str, Any], results: list[dict[str, Any]]
     return page.Section(
         title=module.TITLE + difference(result, results),
         paper=module.PAPER,
-        summary=module.summary(records),
+        verdicts=module.verdicts(records),
         result=result,
-        figure=module.draw(records, curves),
         charts=module.charts(records, curves),
         table=module.table(records),
         command=_command(module, result["config"]),

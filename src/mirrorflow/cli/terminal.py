@@ -7,8 +7,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from itertools import zip_longest
 
-__all__ = ["columns", "fitted", "say", "shown", "tell", "width"]
+__all__ = ["columns", "fitted", "pairs", "say", "shown", "tell", "width"]
 
 # What moves the cursor, colours, or turns the direction of text round.
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -75,6 +76,24 @@ def columns(rows: Iterable[tuple[str, ...]]) -> str:
         room = max(20, width() - len(head))
         parts = textwrap.wrap(last, room, break_long_words=False, break_on_hyphens=False) or [""]
         lines += [(head + parts[0]).rstrip(), *(" " * len(head) + part for part in parts[1:])]
+    return "\n".join(lines)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """Return rows of two texts, each folded within its half of the width.
+
+    Examples
+    --------
+    >>> print(pairs([("the error", "0.1"), ("its range", "0.05 to 0.2")]))
+    the error  0.1
+    its range  0.05 to 0.2
+    """
+    rows = list(rows)
+    left = min(max(len(first) for first, _ in rows), width() // 2 - 1)
+    lines = []
+    for first, second in rows:
+        sides = (textwrap.wrap(first, left), textwrap.wrap(second, width() - left - 2))
+        lines += [f"{a:<{left}}  {b}".rstrip() for a, b in zip_longest(*sides, fillvalue="")]
     return "\n".join(lines)
 
 

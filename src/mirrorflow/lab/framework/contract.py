@@ -62,6 +62,7 @@ __all__ = [
     "Part",
     "Recorder",
     "Trajectory",
+    "Verdict",
     "checksum",
     "config_from",
     "execute",
@@ -85,6 +86,7 @@ _FIELDS = {
 PRESETS = ("smoke", "cpu", "full")
 
 Trajectory = Mapping[str, NDArray[Any]]
+Verdict = tuple[str, str]  # what was asked or measured, and what came out, with its numbers
 
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -108,7 +110,7 @@ class Experiment(Protocol):
     runs by ``timelines(config)`` and trains one of them to a step by ``advance``, so that sweeps
     share what runs have in common.
 
-    ``run`` computes and never draws. ``draw``, ``charts``, ``table`` and ``summary`` read what was
+    ``run`` computes and never draws. ``draw``, ``charts``, ``table`` and ``verdicts`` read what was
     stored and never compute; matplotlib and altair are imported inside them.
     """
 
@@ -121,8 +123,8 @@ class Experiment(Protocol):
         """Compute the records: flat dicts of numbers and strings."""
         ...
 
-    def summary(self, records: list[Record]) -> str:
-        """Say in two sentences what this run shows, with its numbers."""
+    def verdicts(self, records: list[Record]) -> list[Verdict]:
+        """Return what this run shows, with its numbers, the main result first."""
         ...
 
     def draw(self, records: list[Record], trajectory: Trajectory) -> Figure:

@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
     "DASHES",
+    "GREY",
     "MARKERS",
     "STYLES",
-    "ZOOM_HINT",
     "decades",
+    "emphasized",
     "middle",
     "name_band",
-    "shade",
     "short",
     "zoomable",
 ]
 
-# Colours that differ in lightness too; the dashes tell the lines apart in grey.
+# Colours with a contrast above 3 on white and on the page's dark; dashes tell lines apart in grey.
+# The page draws what is #000000 in its text's colour.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": (0, (6, 2)), "linewidth": 1.6},
-    {"color": "#E69F00", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.8},
+    {"color": "#D55E00", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.8},
     {"color": "#009E73", "linestyle": (0, (1.2, 1.2)), "linewidth": 2.0},
     {"color": "#000000", "linestyle": "solid", "linewidth": 1.8},
 )
 DASHES = ("solid", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1.2, 1.2)))
 MARKERS = "osD^vP*X"
-ZOOM_HINT = "Drag to move, Ctrl or Alt with the wheel to zoom, double-click to reset."
+GREY = "#868C95"
+ORDERED = ("#2F6FDE", "#00916A", "#B07D0A", "#D1440C")  # from cold to warm, contrast as above
 
 
-def shade(i: int, count: int) -> str:
-    """Return the i-th of an ordered series of colours, from light to dark."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+def emphasized(count: int, chosen: Sequence[int] = ()) -> list[str]:
+    """Return the colours of an ordered series: at most four stand out, the rest are grey.
 
-    return to_hex(colormaps["viridis"](0.85 * (1 - i / max(1, count - 1))))
+    Parameters
+    ----------
+    count : int
+        The number of lines.
+    chosen : sequence of int, optional
+        Which of them stand out; without it both ends, and what lies evenly between them.
+
+    Examples
+    --------
+    >>> emphasized(5)
+    ['#2F6FDE', '#00916A', '#868C95', '#B07D0A', '#D1440C']
+    >>> emphasized(2, chosen=[1])
+    ['#868C95', '#2F6FDE']
+    """
+    kept = min(count, len(ORDERED))
+    places = list(chosen) or [round(i * (count - 1) / max(1, kept - 1)) for i in range(kept)]
+    step = (len(ORDERED) - 1) / max(1, len(places) - 1)
+    colours = {place: ORDERED[round(i * step)] for i, place in enumerate(places[: len(ORDERED)])}
+    return [colours.get(i, GREY) for i in range(count)]
 
 
 def name_band(axis: Any) -> None:

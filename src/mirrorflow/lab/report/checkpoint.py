@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._policy import inline, policy
 from .page import (
@@ -15,20 +15,15 @@ from .page import (
     _fill,
     _resource,
     _responsive,
-    _svg,
     _table,
     _written,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["audit_page"]
 
 SHOWN = ("ratio", "effective_rank", "stable_rank", "nuclear", "frobenius", "gap", "imbalance")
 CHARTS = {"ratio": "nuclear / Frobenius norm", "effective_rank": "effective rank"}
 HEADS = {"place": "no.", "frobenius": "Frobenius"}
-MARKERS = "osD^vP*X"
 COLOURS = ["#0072B2", "#B34700", "#009E73", "#7A3E9D"]
 
 
@@ -66,8 +61,10 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
             _fill("chart.html", id=f"audit-{key}", caption=escape(_caption(label)))
             for key, label in CHARTS.items()
         ),
-        figure=_svg(_figure(rows), "audit", f"Spectra of {source}"),
-        table=_table([{HEADS.get(k, k.replace("_", " ")): v for k, v in r.items()} for r in rows]),
+        table=_table(
+            [{HEADS.get(k, k.replace("_", " ")): v for k, v in r.items()} for r in rows],
+            f"Spectra of {source}",
+        ),
         remarks=_remarks(content["skipped"]),
         scripts=f"{_data(specs)}\n{inline([script])}",
     )
@@ -139,26 +136,6 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str,
         .properties(height=260)
     )  # fmt: skip
     return _responsive(chart.to_dict(), _caption(label))
-
-
-def _figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the same for print and for readers without JavaScript."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    for axis, (key, label) in zip(figure.subplots(2, 1, sharex=True), CHARTS.items(), strict=True):
-        for marker, kind in zip(MARKERS, dict.fromkeys(r["kind"] for r in rows), strict=False):
-            mine = [row for row in _defined(rows) if row["kind"] == kind]
-            axis.plot([r["place"] for r in mine], [r[key] for r in mine], marker, markersize=4,
-                      label=kind)  # fmt: skip
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-    axis.set_xlabel("number of the product")
-    figure.axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    return figure
 
 
 def _remarks(skipped: Sequence[Mapping[str, str]]) -> str:

@@ -124,7 +124,8 @@ const CASES = {
     make: (u, v, a) => power(3, u, v, a),
   },
   ratio: {
-    label: "log u − log v, penalty log u + log v", aMin: -2, start: UV,
+    label: "log u − log v, penalty log u + log v", start: UV,
+    aMin: (u, v) => -(u * u + v * v) / 4, // where Rₐ ends to exist
     note: "Decay lowers the scale of R until u or v reaches 0, at 2a = −min(u₀², v₀²).",
     make: (u, v, a) => logCosh(u * u, v * v, a),
   },
@@ -212,16 +213,17 @@ function startExplorer(root) {
     .map(([name, c]) => `<option value="${name}">${c.label}</option>`).join("");
 
   function chooseCase() {
-    const { start: sliders, aMin } = CASES[choice.value];
+    const { start: sliders } = CASES[choice.value];
     start.innerHTML = sliders.map(([label, low, high, value]) =>
       `<label>${label} <output></output><input type="range" min="${low}" max="${high}" step="0.01" value="${value}"></label>`).join("");
-    a.min = aMin;
     redraw();
   }
 
   function redraw() {
     const inputs = [...start.querySelectorAll("input")];
     const [p, q] = inputs.map((input) => Number(input.value));
+    const { aMin } = CASES[choice.value]; // the slider covers where Rₐ exists
+    a.min = typeof aMin === "function" ? Math.ceil(99 * aMin(p, q)) / 100 : aMin;
     const half = +(10 ** Number(reach.value)).toPrecision(2), here = Number(a.value);
     for (const input of inputs) input.parentElement.querySelector("output").textContent = text(+input.value);
     find("a-value").textContent = text(here);

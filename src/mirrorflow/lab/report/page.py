@@ -1,15 +1,15 @@
 """One self-contained HTML page from stored results: it renders and computes nothing.
 
 The page holds everything it needs: the style, the charts with their data, the libraries that draw
-them (once), the figures as SVG for print, and the explorer of R_a. This module imports nothing of
-the theory: what an experiment makes of its stored records (figure, charts, table, summary) is
-handed over as a `Section` by the command line.
+them (once), and the explorer of R_a. A chart is drawn when the reader comes near it, and before
+printing. This module imports nothing of the theory: what an experiment makes of its stored records
+(charts, table, verdicts) is handed over as a `Section` by the command line.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,6 @@ from ._policy import inline, policy
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
-    from matplotlib.figure import Figure
 
 __all__ = ["Section", "build"]
 
@@ -44,12 +43,12 @@ class Section:
 
     Attributes
     ----------
-    title, paper, summary : str
-        The heading, the figures of the paper, and what the run shows in two sentences.
+    title, paper : str
+        The heading, and the figures of the paper.
+    verdicts : sequence of (str, str)
+        What was asked or measured, and what came out; the main result first.
     result : mapping
         The content of result.json: experiment, hash, config, status, seconds, started, meta.
-    figure : matplotlib Figure
-        The static figure, for print and for readers without JavaScript.
     charts : sequence of (caption, altair chart)
         The interactive ones.
     table : sequence of dict
@@ -65,9 +64,8 @@ class Section:
 
     title: str
     paper: str
-    summary: str
+    verdicts: Sequence[tuple[str, str]]
     result: Mapping[str, Any]
-    figure: Figure
     charts: Sequence[tuple[str, TopLevelMixin]]
     table: Sequence[Mapping[str, Any]]
     command: str
@@ -137,7 +135,7 @@ def _page(sections: Sequence[Section], version: str) -> str:
         mark=MARK,
         version=escape(version),
         css=_resource("page.css"),
-        index="\n".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections),
+        claims=_claims(sections),
         sections="\n".join(bodies),
         scripts=f"{_data(specs)}\n{inline(scripts)}",
     )
@@ -166,10 +164,9 @@ def _section(section: Section, specs: dict[str, Any]) -> str:
         anchor=section.anchor,
         title=escape(section.title),
         paper=escape(section.paper),
-        summary=escape(section.summary),
+        verdicts=_verdicts(section.verdicts),
         charts="".join(containers),
-        figure=_svg(section.figure, section.anchor, section.title),
-        table=_folded(_table(section.table), len(section.table)),
+        table=_folded(_table(section.table, f"Numbers: {section.title}"), len(section.table)),
         command=escape(section.command),
         config=escape(_settings(section.result["config"])),
         provenance="<br>".join(escape(line) for line in _provenance(section.result)),
@@ -189,14 +186,45 @@ def _folded(table: str, rows: int) -> str:
     return f"<details><summary>The table: {rows} rows</summary>{table}</details>"
 
 
+def _claims(sections: Sequence[Section]) -> str:
+    """Render the table that a reader sees first: each question, and what came out."""
+    rows = []
+    for section in sections:
+        link = f'<a href="#{section.anchor}">{escape(section.title)}</a>'
+        what, outcome = (section.verdicts or [("", "")])[0]
+        said = f"{_signed(what)}: <b>{_signed(outcome)}</b>" if what else ""
+        seeds = section.result["config"].get("seeds")
+        count = str(len(seeds)) if isinstance(seeds, list | tuple) else ""
+        cells = f"<td>{link}</td><td>{escape(section.paper)}</td><td>{said}</td>"
+        rows.append(f'<tr>{cells}<td class="number">{count}</td></tr>')
+    heads = "".join(f"<th>{head}</th>" for head in ("Question", "Where", "Main result"))
+    return (
+        f'<table class="claims"><thead><tr>{heads}<th class=number>Seeds</th></tr></thead><tbody>'
+        f"{''.join(rows)}</tbody></table>"
+    )
+
+
+def _verdicts(rows: Sequence[tuple[str, str]]) -> str:
+    """Render what a run shows: a question and an outcome a row."""
+    cells = (f"<tr><th scope=row>{_signed(a)}</th><td>{_signed(b)}</td></tr>" for a, b in rows)
+    return f'<table class="verdicts"><tbody>{"".join(cells)}</tbody></table>' if rows else ""
+
+
+def _signed(text: str) -> str:
+    """Escape a text, with the minus sign in its numbers, behind which no line breaks."""
+    return escape(re.sub(r"-(?=\d)", "−", text))
+
+
 def _responsive(spec: dict[str, Any], caption: str) -> dict[str, Any]:
     """Let a single or layered chart take the width of its container; others keep their own.
 
-    Screen readers read the caption as the chart's name.
+    Screen readers read the caption as the chart's name. Colours of text, axes and legends come from
+    the page's style, which knows dark screens and paper.
     """
     across = {"labelFlush": False, "labelSeparation": 8}  # the ends of an axis run into no label
-    look = {"font": "system-ui, sans-serif", "background": "white", "axisX": across}
-    spec = {**spec, "description": caption, "config": {**spec.get("config", {}), **look}}
+    look = {"font": "system-ui, sans-serif", "background": "transparent", "axisX": across}
+    spec = {**_compact(spec), "description": caption}
+    spec["config"] = {**spec.get("config", {}), **look}
     if spec.get("mark", {}).get("type") == "image":  # pictures keep their size, and would overlap
         return spec
     single = "mark" in spec or "layer" in spec
@@ -206,31 +234,84 @@ def _responsive(spec: dict[str, Any], caption: str) -> dict[str, Any]:
     return spec
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """Render a figure as SVG that scales with the page; ``name`` keeps its ids apart."""
-    import matplotlib
+def _compact(value: Any) -> Any:
+    """Return a specification whose data are columns, texts written once; charts.js unfolds them."""
+    if isinstance(value, list):
+        return [_compact(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    rows = value.get("values")
+    if set(value) == {"values"} and isinstance(rows, list) and len(rows) > 8:
+        return {"columns": _columns(rows)} if _alike(rows) else value
+    return {key: _compact(entry) for key, entry in value.items()}
 
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r'^<svg (.*?)width="\S+" ', r"<svg \1", text[text.index("<svg") :], count=1)
-    return f'<svg role="img" aria-label="{escape(label)}" {text.removeprefix("<svg ")}'
+
+def _alike(rows: list[Any]) -> bool:
+    """Return whether rows are of plain values under the same names."""
+    names = set(rows[0]) if isinstance(rows[0], dict) else None
+    return all(
+        isinstance(row, dict)
+        and set(row) == names
+        and not any(isinstance(entry, dict | list) for entry in row.values())
+        for row in rows
+    )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Render rows as a table whose numbers align to the right."""
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the columns of rows; one of texts as its different texts, and their places."""
+    found: dict[str, Any] = {}
+    for name in rows[0]:
+        column = [row[name] for row in rows]
+        if all(isinstance(entry, str) for entry in column):
+            texts = {text: place for place, text in enumerate(dict.fromkeys(column))}
+            found[name] = {"texts": list(texts), "at": [texts[text] for text in column]}
+        else:
+            found[name] = [_whole(entry) for entry in column]
+    return found
+
+
+def _whole(value: Any) -> Any:
+    """Return a number without the zero behind its point, which JSON would carry."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
+    """Render rows as a table whose numbers have the same digits behind the point."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         return ""
     numeric = {c for c in columns if all(_is_number(row.get(c)) for row in rows)}
+    forms = {c: _form([row.get(c) for row in rows]) for c in numeric}
     head = _cells("th", ((c, c in numeric) for c in columns))
-    body = (_cells("td", ((_shown(row.get(c)), c in numeric) for c in columns)) for row in rows)
+    body = (
+        _cells("td", ((_shown(row.get(c), forms.get(c, "")), c in numeric) for c in columns))
+        for row in rows
+    )
     return (
-        f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>'
+        f'<div class="table" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead>'
+        f"<tr>{head}</tr></thead><tbody>"
         + "".join(f"<tr>{cells}</tr>" for cells in body)
         + "</tbody></table></div>"
     )
+
+
+def _form(column: Sequence[Any]) -> str:
+    """Return how the numbers of a column are written: as many digits as the largest needs.
+
+    Examples
+    --------
+    >>> _form([1.5, 0.25, None]), _form([2, 30]), _form([1.0, 1e-7])
+    ('.3f', 'd', '.2e')
+    """
+    if all(value is None or isinstance(value, int) for value in column):
+        return "d"
+    sizes = [abs(v) for v in column if v and math.isfinite(v)]
+    if not sizes:
+        return ".4g"
+    low, high = (math.floor(math.log10(size)) for size in (min(sizes), max(sizes)))
+    if high > 6 or high - low > 3 or low < -4:
+        return ".2e"
+    return f".{max(0, 3 - high)}f"
 
 
 def _cells(tag: str, cells: Iterable[tuple[str, bool]]) -> str:
@@ -246,11 +327,13 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
-    """Write a cell: four digits are what a reader compares."""
+def _shown(value: Any, form: str = "") -> str:
+    """Write a cell; zero and what is not finite keep their short form."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not _is_number(value) or value == 0 or not math.isfinite(value):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:{form or '.4g'}}" if form or isinstance(value, float) else str(value)
 
 
 def _provenance(result: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import STYLES, decades, short
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Way = Literal[
     "full gradient", "batch 1", "batch 1, decay", "label noise", "label noise, decay",
     "momentum", "momentum, label noise",
 ]  # fmt: skip
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "black", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#B07D0A", "#009E73", "black", "#CC79A7", "#56B4E9", "#D55E00")
 VIEWS = {"alone": "decay alone", "account": "whole account", "tilted": "account and tilt"}
 
 
@@ -141,19 +141,25 @@ def _medians(records: list[Record]) -> dict[str, dict[str, float]]:
     }
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     found = _medians(records)
     closer = {way: m["alone"] / m["account"] for way, m in found.items()}
     least, most = min(closer, key=closer.__getitem__), max(closer, key=closer.__getitem__)
     worst = max(r["tilted"] for r in records)
-    return (
-        "The paper leaves large learning rates and stochastic noise open: counted per coordinate "
-        "as decay, they put the predicted end "
-        f"{closer[least]:.0f} ({least}) to {closer[most]:.0f} times ({most}) closer to the trained "
-        "one than decay alone does (medians over the seeds). What is left is the part of μ outside "
-        f"the row space of Z: with it as a tilt, all ends agree to {worst:.0e}."
-    )
+    return [
+        (
+            "Counted per coordinate as decay, steps and noise put the predicted end closer to the "
+            "trained one than decay alone does, by a factor of (medians over the seeds)",
+            f"{closer[least]:.0f} ({least}) to {closer[most]:.0f} ({most})",
+        ),
+        (
+            "What is left is the part of μ outside the row space of Z: with it as a tilt all ends "
+            "agree to",
+            f"{worst:.0e}",
+        ),
+        ("The paper", "leaves large learning rates and stochastic noise open"),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...framework.contract import Record
-from ...framework.drawing import DASHES, ZOOM_HINT, shade, short, zoomable
+from ...framework.drawing import DASHES, emphasized, short, zoomable
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -89,7 +89,7 @@ def draw_figure(rows: list[Row]) -> Figure:
     for line, row in zip(axes, rows, strict=True):
         for axis, (key, label) in zip(line, METRICS.items(), strict=True):
             for i, (curve, values) in enumerate(row.curves.items()):
-                style: Any = {"color": shade(i, len(row.curves)), "linewidth": 1.7}
+                style: Any = {"color": emphasized(len(row.curves))[i], "linewidth": 1.7}
                 style["linestyle"] = DASHES[i % len(DASHES)]
                 axis.plot(row.x(curve), values[key], label=curve, **style)
             axis.set(xlabel=row.name, ylabel=label + row.note)
@@ -103,9 +103,7 @@ def make_charts(
     curves: dict[str, dict[str, Array]], captions: dict[str, str], title: str
 ) -> list[tuple[str, TopLevelMixin]]:
     """Make a chart of each quantity against the iteration."""
-    return [
-        (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(curves, key, title))) for key in METRICS
-    ]
+    return [(f"{captions[key]}", zoomable(_chart(curves, key, title))) for key in METRICS]
 
 
 def _chart(curves: dict[str, dict[str, Array]], key: str, title: str) -> Any:
@@ -118,7 +116,7 @@ def _chart(curves: dict[str, dict[str, Array]], key: str, title: str) -> Any:
         for name, values in curves.items()
         for step, value in enumerate(values[key])
     ]
-    colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    colours = alt.Scale(domain=names, range=emphasized(len(names)))
     cycle = [[1, 0], [6, 2], [6, 2, 1, 2], [2, 2]]
     dashes = alt.Scale(domain=names, range=[cycle[i % len(cycle)] for i in range(len(names))])
     legend = alt.Legend(

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ._problem import Row, draw_figure, images, learned, make_charts, run_codes
 
 if TYPE_CHECKING:
@@ -99,19 +99,24 @@ def _power(config: Config, X: Any, D: Any, start: Any, k: int, source: str) -> P
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     first, last = records[0], records[-1]
     effect = max(r["penalty_nuclear"] for r in records)
-    return (
-        f"The MSE of the codes ({first['data']}) settles sooner for larger k as in the paper, but "
-        f"the norm does not: it ends at {first['nuclear_end']:.0f} for k = {first['k']} and at "
-        f"{last['nuclear_end']:.0f} for k = {last['k']}, and without the penalty it is the same to "
-        f"{effect:.0e}. The range of the mirror map, which widens as decay accumulates (errata 2), "
-        "cannot explain it: what differs is the speed of the codes, (2k)² (u⁴ᵏ⁻² + v⁴ᵏ⁻²), which "
-        f"grows {last['speed'] / first['speed']:.0f} times; on its clock the curves nearly meet "
-        "(lower row)."
-    )
+    return [
+        (
+            f"Nuclear norm of the codes ({first['data']}) at the end: it does not settle sooner "
+            "for larger k, as the MSE does",
+            f"{first['nuclear_end']:.0f} for k = {first['k']}, "
+            f"{last['nuclear_end']:.0f} for k = {last['k']}",
+        ),
+        ("What the penalty changes in that norm, relative", f"{effect:.0e} at most"),
+        (
+            "Speed of the codes, (2k)² (u⁴ᵏ⁻² + v⁴ᵏ⁻²), on whose clock the curves nearly meet",
+            f"{last['speed'] / first['speed']:.0f} times larger for k = {last['k']}",
+        ),
+        ("Range of the mirror map, the paper's reason", "widens as decay accumulates (errata 2)"),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:
@@ -121,11 +126,11 @@ def table(records: list[Record]) -> list[Record]:
             "k": r["k"],
             "mean speed at the start": r["speed"],
             "nuclear norm, start": r["nuclear_start"],
-            "end": r["nuclear_end"],
+            "nuclear norm, end": r["nuclear_end"],
             "MSE, start": r["mse_start"],
             "MSE, end": r["mse_end"],
             "effect of the penalty on the norm": r["penalty_nuclear"],
-            "on the MSE": r["penalty_mse"],
+            "effect of the penalty on the MSE": r["penalty_mse"],
         }
         for r in records
     ]

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ._problem import Row, draw_figure, images, learned, make_charts, run_codes
 
 if TYPE_CHECKING:
@@ -88,20 +88,27 @@ def _one(config: Config, X: Any, D: Any, alpha: float, clock: float, source: str
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     free = min(records, key=lambda r: r["alpha"])
     most = max(records, key=lambda r: r["alpha"])
     more = most["nuclear_end"] / free["nuclear_end"] - 1
     worse = most["mse_end"] / free["mse_end"] - 1
-    return (
-        f"With α = {most['alpha']:g} the nuclear norm of the codes ({free['data']}) ends "
-        f"{100 * more:.2g} % above that without decay, and the MSE "
-        f"{100 * abs(worse):.2g} % {'below' if worse < 0 else 'above'} it. "
-        f"With the corrected formula decay lowers the scale of Rₐ (here to "
-        f"{100 * most['scale']:.3g} % of its start) and thereby speeds the codes up; the printed "
-        "formula, with −2a, would raise it and slow them down (errata 3)."
-    )
+    return [
+        (
+            f"Nuclear norm of the codes ({free['data']}) with α = {most['alpha']:g}",
+            f"{100 * abs(more):.2g} % {'above' if more > 0 else 'below'} that without decay",
+        ),
+        (
+            "Their MSE",
+            f"{100 * abs(worse):.2g} % {'below' if worse < 0 else 'above'} that without decay",
+        ),
+        (
+            "Scale of Rₐ, relative to its start",
+            f"{100 * most['scale']:.3g} %, which speeds the codes up; the printed formula, with "
+            "−2a, would raise it and slow them down (errata 3)",
+        ),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:
@@ -113,8 +120,8 @@ def table(records: list[Record]) -> list[Record]:
             "a at the end": r["a"],
             "scale of Rₐ, relative": r["scale"],
             "nuclear norm, start": r["nuclear_start"],
-            "end": r["nuclear_end"],
-            "more than without decay": r["nuclear_end"] / free["nuclear_end"] - 1,
+            "nuclear norm, end": r["nuclear_end"],
+            "norm above that without decay, relative": r["nuclear_end"] / free["nuclear_end"] - 1,
             "MSE, end": r["mse_end"],
         }
         for r in records

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...framework.contract import Record, Trajectory
-from ...framework.drawing import STYLES, ZOOM_HINT, decades, middle, name_band, short, zoomable
+from ...framework.drawing import STYLES, decades, middle, name_band, short, zoomable
 from ._problem import DEPTHS
 
 if TYPE_CHECKING:
@@ -109,10 +109,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
         "ratio": "The ratio of the L1 to the L2 norm for the model chosen in the menu"
         f"{middle(records)}; grey: the truth's.",
     }
-    return [
-        (f"{captions[key]} {ZOOM_HINT}", zoomable(_chart(records, trajectory, key)))
-        for key in LABELS
-    ]
+    return [(f"{captions[key]}", zoomable(_chart(records, trajectory, key))) for key in LABELS]
 
 
 def _chart(records: list[Record], trajectory: Trajectory, key: str) -> Any:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ._problem import DEPTHS, Problems, speeds, train
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _median(records: list[Record], model: str, alpha: float, key: str) -> float:
     return statistics.median(r[key] for r in _of(records, model, alpha))
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     top = max(r["alpha"] for r in records)
     shallow, deep = (_median(records, name, top, "error") for name in ("m·w", "m·w·v"))
@@ -170,14 +170,19 @@ def summary(records: list[Record]) -> str:
     dead = _of(records, "m·w·v", top)
     alive = statistics.median(r["alive_truth"] for r in dead)
     fit = max((r["from_fit"] for r in dead if "from_fit" in r), default=float("nan"))
-    return (
-        f"After the decay is switched off m·w ends {shallow:.1e} from the truth for α = {top:g}, "
-        f"and {best['m·w']:.1e} at best over the α; the linear m forgets its penalty "
-        f"({best['m']:.1e} at best). For m·w·v the best is {best['m·w·v']:.1e}, but with α = "
-        f"{top:g} it ends {deep:.2g} away: what holds it back is not a range but that coordinates "
-        f"have died under the decay (of the true ones {alive:g} could still move, median over the "
-        f"seeds), and the living ones fit what they can, to {fit:.0e}."
-    )
+    return [
+        (
+            "|x − x*| of m·w after the decay is switched off",
+            f"{shallow:.1e} for α = {top:g}, {best['m·w']:.1e} at best over the α",
+        ),
+        ("|x − x*| of the linear m, which forgets its penalty", f"{best['m']:.1e} at best"),
+        ("|x − x*| of m·w·v", f"{best['m·w·v']:.1e} at best, {deep:.2g} for α = {top:g}"),
+        (
+            f"Why: true coordinates of m·w·v that can still move, α = {top:g}",
+            f"{alive:g} (median over the seeds); the others have died under the decay, and the "
+            f"living ones fit what they can, to {fit:.0e}",
+        ),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:
@@ -191,15 +196,15 @@ def table(records: list[Record]) -> list[Record]:
                 "model": model,
                 "α": alpha,
                 "|x − x*| at the end": statistics.median(errors),
-                "of the seeds": f"{min(errors):.2g} to {max(errors):.2g}",
+                "range over the seeds": f"{min(errors):.2g} to {max(errors):.2g}",
                 "|x|₁ / |x|₂": statistics.median(r["ratio"] for r in found),
                 "alive at the switch": f"{statistics.median(r['alive'] for r in found):g}",
-                "of the true ones": f"{statistics.median(r['alive_truth'] for r in found):g}",
+                "true ones among them": f"{statistics.median(r['alive_truth'] for r in found):g}",
             }
             for key, label in (
-                ("predicted", "limit: |x̂ − x*|"),
-                ("gap", "trained to limit"),
-                ("from_fit", "from the fit of the living"),
+                ("predicted", "predicted end: |x̂ − x*|"),
+                ("gap", "trained end to predicted end"),
+                ("from_fit", "trained end to the best fit of the living"),
             ):
                 values = [r[key] for r in found if key in r]
                 row[label] = statistics.median(values) if values else None

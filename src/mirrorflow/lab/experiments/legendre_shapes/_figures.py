@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...framework.contract import Record, Trajectory
-from ...framework.drawing import DASHES, ZOOM_HINT, decades, shade, short, zoomable
+from ...framework.drawing import DASHES, decades, emphasized, short, zoomable
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -19,6 +19,8 @@ __all__ = ["draw_figure", "make_charts"]
 FIGURES = {"power": "Fig. 9", "log": "Fig. 11", "hadamard": "Fig. 14a", "one_sided": "Fig. 14b"}
 PRINTED = "#D55E00"
 POINTS = 61  # of a line in a chart
+
+DECAYS = ("none", "weak", "medium", "strong")  # how a menu's models call their values of a
 
 
 def _labels(records: list[Record]) -> dict[str, str]:
@@ -51,7 +53,10 @@ def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
 def _lines(axis: Axes, stored: dict[str, Any], name: str, values: Any) -> None:
     """Draw one line for each a."""
     for i, a in enumerate(stored["a"]):
-        style: Any = {"color": shade(i, len(stored["a"])), "linestyle": DASHES[i % len(DASHES)]}
+        style: Any = {
+            "color": emphasized(len(stored["a"]))[i],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
         axis.plot(stored["x"], values[i], label=f"a = {a:g}", linewidth=1.6, **style)
     axis.set_ylabel(name, fontsize=9)
     axis.grid(alpha=0.25)
@@ -101,7 +106,7 @@ def _draw_speed(axis: Axes, stored: dict[str, Any], records: list[Record]) -> No
     """Draw the inverse metric, with the value at the centre."""
     _lines(axis, stored, "inverse metric", stored["inverse_metric"])
     for i, record in enumerate(records):
-        colour = shade(i, len(records))
+        colour = emphasized(len(records))[i]
         axis.plot(record["centre"], record["inverse_metric"], "o", color=colour, markersize=5)
     axis.set_yscale("log")
     axis.set_title("speed: inverse metric (dot: at the centre)", fontsize=10)
@@ -117,12 +122,13 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
     gradients = _menu_chart(rows, "gradient", "μ = ∇Rₐ(x)", records)
     return [
         (
-            f"The shape of Rₐ for the model chosen in the menu. {ZOOM_HINT}",
+            "The shape of Rₐ for the model chosen in the menu. The table and the pointer say "
+            "which a each model has.",
             zoomable(shapes),
         ),
         (
             "The gradient of Rₐ (mirror map); dashed: as printed in the paper; points: the flow, "
-            f"integrated without any formula. {ZOOM_HINT}",
+            "integrated without any formula.",
             zoomable(gradients),
         ),
         (
@@ -163,13 +169,14 @@ def _menu_chart(rows: list[Record], kind: str, title: str, records: list[Record]
         name=f"model_{kind}", value=names[0], bind=alt.binding_select(options=names, name="model ")
     )
     kinds = {"shape"} if kind == "shape" else {"gradient", "printed", "flow"}
-    data = alt.Data(values=[r for r in rows if r["kind"] in kinds])
-    colour = alt.Color(
-        "a:O",
-        sort="descending",
-        scale=alt.Scale(scheme="viridis"),
-        legend=alt.Legend(orient="bottom"),
-    )
+    levels = {name: sorted({r["a"] for r in rows if r["model"] == name}, reverse=True)
+              for name in names}  # fmt: skip
+    values = [{**r, "decay": DECAYS[min(levels[r["model"]].index(r["a"]), 3)]} for r in rows
+              if r["kind"] in kinds]  # fmt: skip
+    data = alt.Data(values=values)
+    scale = alt.Scale(domain=list(DECAYS), range=emphasized(len(DECAYS)))
+    legend = alt.Legend(orient="bottom", title="accumulated decay")
+    colour = alt.Color("decay:N", sort=list(DECAYS), scale=scale, legend=legend)
     symlog = alt.Scale(type="symlog", constant=0.5) if kind == "gradient" else alt.Scale()
     base = (
         alt.Chart(data)
@@ -204,7 +211,7 @@ def _speeds(records: list[Record]) -> Any:
     speeds = [row["speed"] for row in rows]
     axis = alt.Axis(format=".0e", values=decades(min(speeds), max(speeds)))
     names = list(_labels(records).values())
-    colours = alt.Scale(domain=names, range=["#0072B2", "#E69F00", "#000000", "#777777"])
+    colours = alt.Scale(domain=names, range=emphasized(len(names)))
     dashes = alt.Scale(domain=names, range=[[1, 0], [6, 2], [6, 2, 1, 2], [2, 2]])
     legend = alt.Legend(orient="bottom", columns=2, symbolType="stroke", symbolSize=300)
     return (

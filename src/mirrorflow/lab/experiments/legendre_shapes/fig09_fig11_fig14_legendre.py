@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from scipy.special import expit
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -30,8 +30,8 @@ __all__ = [
     "printed_one_sided",
     "printed_power",
     "run",
-    "summary",
     "table",
+    "verdicts",
 ]
 
 NAME = "fig09_fig11_fig14_legendre"
@@ -248,20 +248,30 @@ def _of(records: list[Record], case: str) -> list[Record]:
     return [r for r in records if r["case"] == case]
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     power, log, wide = (_of(records, case) for case in ("power", "log", "hadamard"))
     worst = max(r["flow_off"] for r in records)
     speed, growth = [r["inverse_metric"] for r in power], [r["growth"] for r in wide]
-    return (
-        f"Decay moves the centre of Rₐ of m·w from {wide[0]['centre']:.2g} to "
-        f"{wide[-1]['centre']:.1e} and its growth from x^{growth[0]:.2f} to x^{growth[-1]:.2f} "
-        f"(2 is L2, 1 is L1), slows u⁴ − v⁴ down at its centre from {speed[0]:.2g} to "
-        f"{speed[-1]:.1e} without shrinking its range, and changes the scale and the centre of "
-        f"log u − log v, which goes from {log[0]['centre']:.2g} to {log[-1]['centre']:.2g}, away "
-        "from 0. The curves are those of the corrected formulas, which meet the integrated flow "
-        f"to {worst:.0e}; the printed ones, drawn beside them, do not once decay has accumulated."
-    )
+    return [
+        (
+            "m·w: decay changes the growth of Rₐ (2 is L2, 1 is L1)",
+            f"x^{growth[0]:.2f} → x^{growth[-1]:.2f}",
+        ),
+        ("m·w: its centre", f"{wide[0]['centre']:.2g} → {wide[-1]['centre']:.1e}"),
+        (
+            "u⁴ − v⁴: the speed at its centre, while its range does not shrink",
+            f"{speed[0]:.2g} → {speed[-1]:.1e}",
+        ),
+        (
+            "log u − log v: its centre, which moves away from 0",
+            f"{log[0]['centre']:.2g} → {log[-1]['centre']:.2g}",
+        ),
+        (
+            "The corrected formulas and the integrated flow agree to",
+            f"{worst:.0e}; the printed ones do not, once decay has accumulated",
+        ),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...framework.contract import Record, Trajectory
-from ...framework.drawing import STYLES, ZOOM_HINT, decades, middle, shade, short, zoomable
+from ...framework.drawing import STYLES, decades, emphasized, middle, short, zoomable
 from ._figures import (
     METRIC_LABELS,
     MODEL_LABELS,
@@ -33,6 +33,12 @@ CAPTIONS = {
     "train": "Training error. Every model without decay fits; what differs is which X it finds.",
     "nuclear": "Nuclear norm of X. The truth has 1.",
 }
+MAPS = {  # what lies below the errors at the end
+    "absorbed": "U Uᵀ: the error at the end against the accumulated decay, for each α. Hollow: "
+    "never switched off.",
+    "off": "The same runs against the time at which the decay was switched off.",
+}
+TITLES = {"absorbed": "accumulated decay −a", "off": "switch-off time t"}
 
 
 def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
@@ -44,16 +50,13 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
         for m, text in CAPTIONS.items()
     ]
     if any(r["panel"] == "map" for r in records):
-        text = (
-            "U Uᵀ: the error at the end for each α and switch-off time; the last point of a line "
-        )
-        made.append((text + "was never switched off.", _map_chart(records)))
+        made += [(text, _map_chart(records, key)) for key, text in MAPS.items()]
     text = (
         "Commuting sensing matrices: relative distance of the flow to the end point that is "
         "computed without training. The more decay is stored, the slower the last approach."
     )
     made.append((text, _commuting_chart(records, trajectory)))
-    return [(f"{caption} {ZOOM_HINT}", zoomable(chart)) for caption, chart in made]
+    return [(caption, zoomable(chart)) for caption, chart in made]
 
 
 def _curve_chart(
@@ -75,9 +78,12 @@ def _curve_chart(
     band = base.mark_area(opacity=0.12, clip=True).encode(
         y=alt.Y("low:Q", **kept), y2="high:Q", detail="model:N"
     )
+    below = alt.Legend(orient="bottom", columns=1, symbolType="stroke")  # fits a telephone
+    pale = alt.Scale(domain=labels, range=[1, 0.4])  # four lines stand out
     line = base.mark_line(clip=True).encode(
         y=alt.Y("median:Q", **kept),
-        strokeDash=alt.StrokeDash("model:N", scale=dash, sort=labels, legend=legend),
+        strokeDash=alt.StrokeDash("model:N", scale=dash, sort=labels, legend=below),
+        opacity=alt.Opacity("model:N", scale=pale, sort=labels, legend=below),
     )
     numbers = [alt.Tooltip(f"{k}:Q", format=".3g") for k in ("t", "median", "low", "high")]
     hover = base.mark_point(size=60, opacity=0, clip=True).encode(
@@ -127,38 +133,52 @@ def _rows(trajectory: Trajectory, names: list[str], model: str, metric: str) -> 
     ]
 
 
-def _map_chart(records: list[Record]) -> Any:
-    """Draw the error at the end against the switch-off time."""
+def _map_chart(records: list[Record], key: str) -> Any:
+    """Draw the error at the end; runs whose decay never ended are points beside the lines."""
     import altair as alt
 
-    lines = map_lines(records)
-    names = [f"{alpha:g}" for alpha in lines]
-    rows = [
-        {"α": f"{alpha:g}", **{k: short(cell[k]) for k in ("off", "a", "error")}}
-        for alpha, cells in lines.items()
-        for cell in cells
-    ]
+    rows = _map_rows(records)
+    names = list(dict.fromkeys(row["α"] for row in rows))
     errors = [row["error"] for row in rows]
-    scale = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    scale = alt.Scale(domain=names, range=emphasized(len(names)))
     vertical = alt.Axis(format=".0e", values=decades(min(errors), max(errors)))
-    numbers = [alt.Tooltip(f"{key}:Q", format=".3g") for key in ("off", "a", "error")]
+    numbers = [alt.Tooltip(f"{key}:Q", format=".3g") for key in ("off", "absorbed", "error")]
     legend = alt.Legend(orient="bottom")  # one for both: the scales have the same domain
-    return (
-        alt.Chart(alt.Data(values=rows), height=260)
-        .mark_line(point=alt.OverlayMarkDef(size=50))
-        .encode(
-            x=alt.X("off:Q", title="switch-off time t", scale=alt.Scale(zero=False, padding=8)),
-            y=alt.Y(
-                "error:Q",
-                title="|X − X*| at the end",
-                scale=alt.Scale(type="log", nice=False, padding=8),
-                axis=vertical,
-            ),
-            color=alt.Color("α:N", scale=scale, sort=names, legend=legend),
-            shape=alt.Shape("α:N", sort=names, scale=alt.Scale(domain=names), legend=legend),
-            tooltip=["α:N", *numbers],
-        )
+    across = alt.Scale(type="log") if key == "absorbed" else alt.Scale(zero=False, padding=8)
+    base = alt.Chart(alt.Data(values=rows), height=260).encode(
+        x=alt.X(f"{key}:Q", title=TITLES[key], scale=across),
+        y=alt.Y(
+            "error:Q",
+            title="|X − X*| at the end",
+            scale=alt.Scale(type="log", nice=False, padding=8),
+            axis=vertical,
+        ),
+        color=alt.Color("α:N", scale=scale, sort=names, legend=legend),
+        shape=alt.Shape("α:N", sort=names, scale=alt.Scale(domain=names), legend=legend),
+        tooltip=["α:N", "run:N", *numbers],
     )
+    ended = base.transform_filter("datum.run == 'switched off'")
+    never = base.transform_filter("datum.run != 'switched off'")
+    return alt.layer(
+        ended.mark_line(point=alt.OverlayMarkDef(size=50)),
+        never.mark_point(size=90, filled=False, strokeWidth=2),
+    )
+
+
+def _map_rows(records: list[Record]) -> list[Record]:
+    """Return a row for each α and switch-off time; a = 0 has no place on a logarithmic axis."""
+    return [
+        {
+            "α": f"{alpha:g}",
+            "run": "never switched off" if cell["never"] else "switched off",
+            "off": short(cell["off"]),
+            "absorbed": short(abs(cell["a"])),
+            "error": short(cell["error"]),
+        }
+        for alpha, cells in map_lines(records).items()
+        for cell in cells
+        if cell["a"]
+    ]
 
 
 def _commuting_chart(records: list[Record], trajectory: Trajectory) -> Any:

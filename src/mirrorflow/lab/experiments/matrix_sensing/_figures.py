@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...framework.contract import Record, Trajectory
-from ...framework.drawing import MARKERS, STYLES, name_band, shade
+from ...framework.drawing import MARKERS, STYLES, emphasized, name_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +157,7 @@ def _draw_map(axis: Axes, key: str, label: str, records: list[Record]) -> None:
     """Draw the error at the end against the switch-off time or -a; runs never off are hollow."""
     lines = map_lines(records)
     for i, (alpha, cells) in enumerate(lines.items()):
-        style: Any = {"marker": MARKERS[i % len(MARKERS)], "color": shade(i, len(lines))}
+        style: Any = {"marker": MARKERS[i % len(MARKERS)], "color": emphasized(len(lines))[i]}
         x, error = np.array([(abs(c[key]), c["error"]) for c in cells]).T
         last = -1 if cells[-1]["never"] else len(cells)
         axis.plot(x[:last], error[:last], markersize=5, label=f"α = {alpha:g}", **style)

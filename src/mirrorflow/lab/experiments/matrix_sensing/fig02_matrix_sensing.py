@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import middle
 from ._problem import METRICS, Curves, Scenario, SensingProblem, train_factor, train_linear
 
@@ -246,21 +246,31 @@ def _flow(config: Config, problem: SensingProblem, off: float, times: Any) -> tu
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     ends = [_median(records, "factor", name)["error"] for name in _scenarios(records)]
     linear = _median(records, "linear", _scenarios(records)[-1])["error"]
     before = _median(records, "linear", _scenarios(records)[-2])["error"]
     commuting = max(r["gap"] for r in records if r["panel"] == "commuting")
-    return (
-        f"With weight decay switched off during training U Uᵀ ends {ends[-1]:.1e} from the truth "
-        f"(|X − X*|{middle(records)}), against {ends[0]:.1e} without decay and "
-        f"{min(ends[1:-1]):.1e} with constant decay; the penalized linear model X goes from "
-        f"{before:.1e} to {linear:.1e} only, because it forgets its penalty. Where the sensing "
-        f"matrices commute, the end of the flow equals the minimizer of Rₐ that limit computes "
-        f"without training (relative distance at most {commuting:.0e}); for the random ones of the "
-        f"paper that minimizer is a surrogate, {_gaps(records)} from where training ends."
-    )
+    return [
+        (
+            f"|X − X*| of U Uᵀ, decay switched off during training{middle(records)}",
+            f"{ends[-1]:.1e}; {ends[0]:.1e} without decay, {min(ends[1:-1]):.1e} with decay kept",
+        ),
+        (
+            "|X − X*| of the linear model X, which forgets its penalty",
+            f"{before:.1e} → {linear:.1e} by switching off",
+        ),
+        (
+            "Commuting sensing matrices: training ends at the minimizer of Rₐ, which limit "
+            "computes without training; relative distance",
+            f"{commuting:.0e} at most",
+        ),
+        (
+            "The paper's random matrices do not commute: distance from that minimizer",
+            _gaps(records),
+        ),
+    ]
 
 
 def _gaps(records: list[Record]) -> str:
@@ -297,12 +307,12 @@ def table(records: list[Record]) -> list[Record]:
                     "decay": name,
                     "a at the end": found[0]["a"],
                     "|X − X*|": middle["error"],
-                    "of the seeds": _range(errors),
+                    "range over the seeds": _range(errors),
                     "|X − X*|²": statistics.median(e * e for e in errors),
                     "training error": middle["train"],
                     "nuclear norm": middle["nuclear"],
-                    "surrogate: |X̂ − X*|": middle.get("predicted"),
-                    "surrogate to trained": middle.get("gap"),
+                    "minimizer of Rₐ: |X̂ − X*|": middle.get("predicted"),
+                    "trained end to that minimizer": middle.get("gap"),
                 }
             )
     return rows

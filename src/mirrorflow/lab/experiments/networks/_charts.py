@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...framework.contract import Record, Trajectory
-from ...framework.drawing import ZOOM_HINT, short, zoomable
+from ...framework.drawing import short, zoomable
 from ._figures import COLOURS, KINDS, NONE, RATIO, around, curves, ends
 from ._study import Study
 
@@ -28,6 +28,10 @@ PATTERNS = {
     "none": [1, 0], "time": [12, 3], "hold": [1, 3], "level": [8, 2, 2, 2, 2, 2],
 }  # fmt: skip
 
+# The first decay kept, switched off and halved; no decay at all is the fourth that stands out.
+CLAIMED = {(0, "constant"): "#D1440C", (0, "off"): "#2F6FDE", (0, "half"): "#B07D0A"}
+GREYS = ("#4F555E", "#757B84", "#989EA7")
+
 
 def make_charts(
     study: Study, records: list[Record], trajectory: Trajectory
@@ -39,11 +43,11 @@ def make_charts(
             f"{label[0].upper()}{label[1:]}, mean over seeds; click in the legend to single out"
         )
         chart = _chart(records, trajectory, up, label)
-        made.append((f"{caption} a run. {ZOOM_HINT}", zoomable(chart)))
+        made.append((f"{caption} a run.", zoomable(chart)))
     ending = f"Where each run ends: its ratio and its {study.label}, mean over seeds."
     if any(r["diverged"] for r in records):
         ending += " Runs that diverged lie outside of it."
-    return [*made, (f"{ending} {ZOOM_HINT}", zoomable(_scatter(study, records)))]
+    return [*made, (f"{ending}", zoomable(_scatter(study, records)))]
 
 
 def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -> Any:
@@ -99,13 +103,14 @@ def _chart(records: list[Record], trajectory: Trajectory, up: str, label: str) -
 
 
 def _colours(runs: list[tuple[float, str]]) -> list[str]:
-    """Return the colour of each run: those of one family take the shades of its colour in turn."""
+    """Return the colour of each run: the claim's runs stand out, the others take greys in turn."""
     families = list(dict.fromkeys(family for family, _ in runs))
     before = [[f for f, _ in runs[:i]].count(family) for i, (family, _) in enumerate(runs)]
     return [
-        NONE if kind == "none" else COLOURS[families.index(family) % 2][place % 3]
+        NONE if kind == "none" else CLAIMED.get((families.index(family), kind))
+        or GREYS[(place + families.index(family)) % 3]
         for (family, kind), place in zip(runs, before, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _scatter(study: Study, records: list[Record]) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...framework.contract import Record, Trajectory
+from ...framework.contract import Record, Trajectory, Verdict
 from ...framework.drawing import MARKERS, name_band
 from ._study import Study, compared, interval, values
 
@@ -25,7 +25,7 @@ __all__ = [
     "draw_figure",
     "ends",
     "rows",
-    "sentences",
+    "verdicts",
 ]
 
 KINDS = {
@@ -49,54 +49,70 @@ RATIO = "mean nuclear / Frobenius norm"
 COLOURS = (("#7F3C00", "#E66100", "#F5B27A"), ("#00264D", "#0072B2", "#7CC0E8"))
 SHORT = {"half": " (half)", "budget": " (same budget)", "none": " (none)"}
 DRAWN = ("constant", "off", "half")
-NONE = "#777777"  # no decay at all belongs to no family
+NONE = "#000000"  # no decay at all belongs to no family
 LINES = {"constant": "solid", "off": (0, (5, 1.5)), "half": (0, (1.2, 1.2))}
 
 
 # --- In words and numbers -------------------------------------------------------------------------
 
 
-def sentences(study: Study, records: list[Record]) -> str:
+def verdicts(study: Study, records: list[Record]) -> list[Verdict]:
     """Say whether the paper's claim holds in these runs, at equal budget too."""
     found = compared(study, records)
-    parts = [_verdict(study, family, found) for family in dict.fromkeys(c["family"] for c in found)]
+    parts = [row for family in dict.fromkeys(c["family"] for c in found)
+             for row in _verdicts(family, found)]  # fmt: skip
     seeds = found[0]["seeds"]
-    return (
-        f"The paper's claim is that decay switched off ends better than the same decay kept and "
-        f"than half of it. {' '.join(parts)} Gains are of {study.label}, means over {seeds} "
-        f"seed{'s, with 95% intervals of the differences within a seed' * (seeds != 1)}. "
-        f"{_best(study, records)} The paper's numbers in the table are for {study.setting}; the "
-        "preset and the configuration of these runs stand below it."
-    )
+    return [
+        *parts,
+        ("Best of all runs", _best(study, records)),
+        (
+            "Gains",
+            f"of {study.label}, means over {seeds} "
+            f"seed{'s, with 95% intervals of the differences within a seed' * (seeds != 1)}",
+        ),
+        ("The paper's numbers in the table", f"are for {study.setting}"),
+    ]
 
 
 def _best(study: Study, records: list[Record]) -> str:
     """Name the best of all runs: less decay may be better than any decay switched off."""
     sound = [end for end in ends(study, records) if not end["diverged"]]
     if not sound:
-        return "Every run has diverged."
+        return "every run has diverged"
     best = max(sound, key=lambda end: study.better * end["mean"])
     return (
-        f"The best of all runs is decay {best['run']} ({KINDS[best['kind']]}): {best['mean']:.4g} "
-        f"at a ratio of {best['ratio']:.3g}."
+        f"decay {best['run']} ({KINDS[best['kind']]}): {best['mean']:.4g} at a ratio of "
+        f"{best['ratio']:.3g}"
     )
 
 
-def _verdict(study: Study, family: float, found: list[Record]) -> str:
+def _verdicts(family: float, found: list[Record]) -> list[Verdict]:
     """Judge one family; where a run has diverged, a difference says nothing."""
     sound = {c["against"]: c for c in found if c["family"] == family and not c["diverged"]}
     lost = [AGAINST[c["against"]] for c in found if c["family"] == family and c["diverged"]]
-    gains = ", ".join(f"{_gain(found)} against {AGAINST[kind]}" for kind, found in sound.items())
-    note = " Runs diverged (their loss ends above its start): nothing follows against {}."
-    told = f": {gains}." * bool(gains) or "."
-    told += note.format(", ".join(lost)) * bool(lost)
+    rows = [
+        (
+            f"Decay {family:g} switched off ends better than kept, and than half of it",
+            _judged(sound),
+        )
+    ]
+    rows += [
+        (f"Decay {family:g}: gain against {AGAINST[kind]}", _gain(c)) for kind, c in sound.items()
+    ]
+    if lost:
+        note = "runs diverged (their loss ends above its start): nothing follows"
+        rows.append((f"Decay {family:g}: against {', '.join(lost)}", note))
+    return rows
+
+
+def _judged(sound: dict[str, Record]) -> str:
+    """Say whether the claim holds, by what has not diverged."""
     if not {"constant", "half"} <= set(sound):
-        return f"For decay {family:g} it cannot be judged{told}"
+        return "cannot be judged"
     judged = [sound["constant"], sound["half"]]
     holds, clear = (all(c[key] for c in judged) for key in ("holds", "clear"))
     unsure = "holds on average" if judged[0]["seeds"] > 1 else "holds in its one seed"
-    verdict = ("holds" if clear else unsure) if holds else "does not hold"
-    return f"For decay {family:g} it {verdict}{told}"
+    return ("holds" if clear else unsure) if holds else "does not hold"
 
 
 def _gain(found: Record) -> str:

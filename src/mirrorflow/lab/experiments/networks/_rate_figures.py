@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...framework.contract import Record, Trajectory
-from ...framework.drawing import DASHES, ZOOM_HINT, name_band, shade, short, zoomable
+from ...framework.contract import Record, Trajectory, Verdict
+from ...framework.drawing import DASHES, emphasized, name_band, short, zoomable
 from ._study import interval, values
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["changes", "draw_figure", "make_charts", "sentences"]
+__all__ = ["changes", "draw_figure", "make_charts", "verdicts"]
 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 RATES = {
@@ -60,36 +60,49 @@ def _said(numbers: Any, form: str, unit: str = "") -> str:
     return f"{mean:{form}}{unit}" + (f" ± {width:.1g}" if width > 0 else "")
 
 
-def sentences(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the falling learning rate does, and what is left of it at held decay."""
     seeds = len({r["seed"] for r in records})
-    verdicts = " ".join(_verdict(records, optimizer) for optimizer in NAMES)
-    return (
-        f"{verdicts} So a falling learning rate does act on the ratio like less decay, as "
-        "Appendix G says, as far as holding lr·decay brings the effect back; the rest, and what "
-        "accuracy keeps at held decay, is the learning rate's own. Means over "
-        f"{seeds} seed{'s' * (seeds != 1)}{', with 95% intervals' * (seeds > 1)}; differences are "
-        "taken within a seed."
-    )
+    return [
+        *(row for optimizer in NAMES for row in _verdicts(records, optimizer)),
+        (
+            "Reading",
+            "a falling learning rate acts on the ratio like less decay, as Appendix G says, as far "
+            "as holding lr·decay brings the effect back; the rest is the learning rate's own",
+        ),
+        (
+            "Numbers",
+            f"means over {seeds} seed{'s' * (seeds != 1)}{', with 95% intervals' * (seeds > 1)}; "
+            "differences are taken within a seed",
+        ),
+    ]
 
 
-def _verdict(records: list[Record], optimizer: str) -> str:
+def _verdicts(records: list[Record], optimizer: str) -> list[Verdict]:
     """Compare the three learning rates under one optimizer."""
     fixed, fallen, held = (_effects(records, optimizer, rate) for rate in RATES)
     accuracy = [_accuracies(records, optimizer, rate) for rate in RATES]
     absorbed = [_mean(records, "budget", optimizer=optimizer, rate=rate) for rate in RATES]
     weaker = float(np.mean(fixed - fallen))
     back = f"{float(np.mean(held - fallen)) / weaker:.0%}" if weaker else "none"
-    return (
-        f"{NAMES[optimizer]}: from the weakest to the strongest decay the ratio falls by "
-        f"{_said(fixed, '.2g')} at a constant learning rate and by {_said(fallen, '.2g')} under "
-        "the cosine, which "
-        f"absorbs {absorbed[1] / absorbed[0]:.0%} as much decay; with lr·decay held under the "
-        f"cosine it falls by {_said(held, '.2g')}, which brings {back} of the difference back. "
-        f"Accuracy (mean over the decays) is {_said(accuracy[0], '.1f', '%')} at a constant "
-        f"learning rate; the cosine changes it by {_said(accuracy[1] - accuracy[0], '+.1f')} "
-        f"points, and by {_said(accuracy[2] - accuracy[0], '+.1f')} at held decay."
-    )
+    name, share = NAMES[optimizer], absorbed[1] / absorbed[0]
+    return [
+        (
+            f"{name}: fall of the ratio from the weakest to the strongest decay, at a constant "
+            "learning rate",
+            _said(fixed, ".2g"),
+        ),
+        (f"{name}: under the cosine, which absorbs {share:.0%} as much", _said(fallen, ".2g")),
+        (
+            f"{name}: under the cosine with lr·decay held",
+            f"{_said(held, '.2g')}, which brings {back} of the difference back",
+        ),
+        (
+            f"{name}: accuracy (mean over the decays), at a constant learning rate",
+            f"{_said(accuracy[0], '.1f', '%')}; {_said(accuracy[1] - accuracy[0], '+.1f')} points "
+            f"by the cosine, {_said(accuracy[2] - accuracy[0], '+.1f')} at held decay",
+        ),
+    ]
 
 
 def draw_figure(records: list[Record], trajectory: Trajectory) -> Figure:
@@ -159,7 +172,7 @@ def make_charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str
     """Make a chart of the ratio and one of the accuracy, with menus."""
     return [
         (f"{label[0].upper()}{label[1:]}, mean over seeds, for the chosen optimizer and learning "
-         f"rate. {ZOOM_HINT}",
+         f"rate.",
          zoomable(_chart(records, trajectory, key, label)))
         for key, label in LABELS.items()
     ]  # fmt: skip
@@ -177,7 +190,7 @@ def _chart(records: list[Record], trajectory: Trajectory, key: str, label: str) 
         for field, names in (("optimizer", NAMES), ("rate", RATES))
     ]  # fmt: skip
     names = _strengths(records)
-    colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    colours = alt.Scale(domain=names, range=emphasized(len(names)))
     shapes = alt.Scale(domain=names)  # as the colours have it: one legend for both
     legend = alt.Legend(orient="bottom", columns=3, title=f"decay of {' / '.join(NAMES.values())}")
     return (

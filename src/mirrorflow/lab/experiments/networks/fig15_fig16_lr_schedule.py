@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._study import Array, diverged, interval, values
 from ._vision import ImageConfig
@@ -290,11 +290,11 @@ def _trained(config: Config, seed: int, checkpoints: Checkpoints) -> Any:
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the falling learning rate does, and what is left of it at held decay."""
-    from ._rate_figures import sentences
+    from . import _rate_figures
 
-    return sentences(records)
+    return _rate_figures.verdicts(records)
 
 
 def table(records: list[Record]) -> list[Record]:

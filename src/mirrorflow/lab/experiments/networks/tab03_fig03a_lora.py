@@ -11,8 +11,9 @@ from pydantic import Field
 
 from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
+from . import _figures
 from ._charts import make_charts
-from ._figures import draw_figure, rows, sentences
+from ._figures import draw_figure, rows
 from ._study import PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 
 if TYPE_CHECKING:
@@ -235,5 +236,5 @@ def _tokens(config: Config) -> Any:
 
 
 # What the page shows of it.
-summary, table = partial(sentences, STUDY), partial(rows, STUDY)
+verdicts, table = partial(_figures.verdicts, STUDY), partial(rows, STUDY)
 draw, charts = partial(draw_figure, STUDY), partial(make_charts, STUDY)

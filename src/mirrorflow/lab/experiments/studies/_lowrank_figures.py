@@ -23,9 +23,9 @@ __all__ = ["draw_figure", "make_charts"]
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "solid", "linewidth": 2.2},
     {"color": "#0072B2", "linestyle": (0, (6, 2)), "linewidth": 2.2},
-    {"color": "#E69F00", "linestyle": (0, (1.2, 1.2)), "linewidth": 1.8},
+    {"color": "#D55E00", "linestyle": (0, (1.2, 1.2)), "linewidth": 1.8},
     {"color": "#009E73", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.4},
-    {"color": "#CC79A7", "linestyle": (0, (3, 1)), "linewidth": 1.2},
+    {"color": "#757B84", "linestyle": (0, (3, 1)), "linewidth": 1.2},
 )
 ERROR = "relative error"
 Lines = dict[str, list[tuple[str, float]]]

@@ -17,8 +17,8 @@ __all__ = ["draw_figure", "kind", "make_charts"]
 
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
 COLOURS = (
-    "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F",
-    "#8C6D31",
+    "#000000", "#0072B2", "#D55E00", "#00916A", "#4F555E", "#757B84", "#989EA7", "#4F555E",
+    "#757B84",
 )  # fmt: skip
 MARKERS = "osD^vP*X<"
 SHAPES = (

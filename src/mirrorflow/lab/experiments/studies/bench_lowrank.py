@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ._lowrank_data import SYNTHETIC, Entries, LowRankData, drawn, faces, medians, pixels
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _grey(X: Array) -> NDArray[np.uint8]:
 CELL = ("data", "rank", "seen", "noise")
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     groups: dict[str, list[Record]] = {"without noise": [], "with noise": [], "on images": []}
     for r in (r for r in records if "error" in r):
@@ -200,13 +200,14 @@ def summary(records: list[Record]) -> str:
         name = ("with noise" if r["noise"] else "without noise") if synthetic else "on images"
         groups[name].append(r)
     present = {name: found for name, found in groups.items() if found}
-    ahead = ", ".join(f"{_ahead(found)} {name}" for name, found in present.items())
-    best = "; ".join(f"{name} {_leaders(found)}" for name, found in present.items())
-    return (
-        f"Switching the decay off brings a smaller error than keeping it in {ahead}. The cells in "
-        f"which a method has the least error, or is within {CLOSE - 1:.0%} of it: {best}. "
-        f"{_times(records)}{_left_out(records)}"
-    )
+    return [
+        *((f"Decay off brings a smaller error than kept, {k}", _ahead(v))
+          for k, v in present.items()),
+        *((f"Cells with the least error, or within {CLOSE - 1:.0%} of it, {k}", _leaders(v))
+          for k, v in present.items()),
+        (f"Times as multiples of {OFF}'s (medians over the cells)", _times(records)),
+        *_left_out(records),
+    ]  # fmt: skip
 
 
 def _ahead(records: list[Record]) -> str:
@@ -236,14 +237,13 @@ def _times(records: list[Record]) -> str:
         name: statistics.median(c[name]["seconds"] / c[OFF]["seconds"] for c in cells if name in c)
         for name in names
     }
-    listed = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
-    return f"Times as multiples of {OFF}'s (medians over the cells, the choice included): {listed}."
+    return ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
 
 
-def _left_out(records: list[Record]) -> str:
+def _left_out(records: list[Record]) -> list[Verdict]:
     """Say what is missing, and why."""
     found = [f"{r['method']} ({r['reason']})" for r in records if r["data"] == "left out"]
-    return f" Left out: {', '.join(found)}." if found else ""
+    return [("Left out", ", ".join(found))] if found else []
 
 
 def table(records: list[Record]) -> list[Record]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -220,35 +220,39 @@ def cells(records: list[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...],
     }  # fmt: skip
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the run shows, with its numbers."""
     synthetic = [r for r in records if r["data"] == "synthetic"]
     keys = ("truth", "correlation", "ratio", "snr")
-    said = []
+    said: list[Verdict] = []
     for truth in dict.fromkeys(r["truth"] for r in synthetic):
         found = cells([r for r in synthetic if r["truth"] == truth], keys)
         ahead = sum(c[OURS]["r2"] >= c["lasso"]["r2"] for c in found.values())
         best = [max(c, key=lambda m: c[m]["r2"]) for c in found.values()]
         leader = max(dict.fromkeys(best), key=best.count)
         mine = sum(b.startswith(OURS) for b in best)
-        said.append(
-            f"where the truth is {truth} its test R² is at least the lasso's in {ahead} of "
-            f"{len(found)} cells, it is the best of all in {mine}, and {leader} leads most often "
-            f"({best.count(leader)})"
-        )
+        where = f"of {len(found)} cells"
+        said += [
+            (f"{truth.capitalize()} truth: test R² at least the lasso's", f"{ahead} {where}"),
+            (
+                f"{truth.capitalize()} truth: best of all",
+                f"{mine} {where}; {leader} leads most often ({best.count(leader)})",
+            ),
+        ]
     ratio = statistics.median(
         c[OURS]["seconds"] / c["lasso"]["seconds"] for c in cells(synthetic, keys).values()
     )
-    return (
-        f"MirrorFlowRegressorCV: {'; '.join(said)}. It takes {ratio:.1f} times the time of LassoCV "
-        f"(median over the cells).{_left_out(records)}"
-    )
+    return [
+        *said,
+        ("Time of MirrorFlowRegressorCV, as a multiple of LassoCV's (median)", f"{ratio:.1f}"),
+        *_left_out(records),
+    ]
 
 
-def _left_out(records: list[Record]) -> str:
+def _left_out(records: list[Record]) -> list[Verdict]:
     """Say what is missing, and why."""
     found = [f"{r['method']} ({r['reason']})" for r in records if r["data"] == "left out"]
-    return f" Left out where a row is missing: {', '.join(found)}." if found else ""
+    return [("Left out", ", ".join(found))] if found else []
 
 
 def table(records: list[Record]) -> list[Record]:
