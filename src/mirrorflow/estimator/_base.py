@@ -13,9 +13,10 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from ..schedule import Constant, SwitchOff
-from ._chebyshev import BatchedFlows, integrate
-from ._data import Data
+from ._chebyshev import integrate
+from ._data import Data, gram
 from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
+from ._flows import Flows, GramFlows, RowFlows, tall
 from ._row_space import row_space
 
 __all__ = [
@@ -189,40 +190,32 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
     def _stopped(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
         """Integrate the flow to its time; also give how far log A has fallen."""
         (rate, end), K = rate_and_end(run.decay), data.y.shape[1]
-        data = data.compressed()
         coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
-        active = np.flatnonzero(data.pull > 0)
         self.n_iter_ = 1
-        for k in active:  # each output has its own unit of time, in which decay is given
-            coef[k], nus[:, k] = self._one(data, int(k), run, rate, end)
-        return coef, data.all_rows(nus), -2 * rate * min(run.t, end)
+        for k in np.flatnonzero(data.pull > 0).tolist():  # decay is in each output's unit of time
+            coef[k], nus[:, k] = self._one(data, k, run, rate, end)
+        return coef, nus, -2 * rate * min(run.t, end)
 
     def _one(
         self, data: Data, k: int, run: FlowPoint, rate: float, end: float
     ) -> tuple[Array, Array]:
         """Integrate one output."""
         found: dict[str, Array] = {}
-        unit = data.unit(run.log_A, self.positive)[k]
-
-        def save(_: Any, __: Any, nu: Array, x: Array, ___: Any) -> None:
-            found.update(nu=nu[:, 0], x=x[:, 0])
-
-        flows = BatchedFlows(
-            data.X,
-            data.y[:, [k]],
-            data.weights[:, None],
-            data.log_A(run.log_A)[[k]],
-            np.array([rate / unit]),
-            np.array([end * unit]),
-            data.center,
-            self.positive,
-        )
+        unit = float(data.unit(run.log_A, self.positive)[k])
         times = np.array([[run.t * unit]])
+
+        def save(_: int, __: int, state: Array, x: Array, ___: float) -> None:
+            found.update(state=state, x=x)
+
+        flows = whole_flow(data, k, run.log_A, rate / unit, end * unit, self.positive)
         reached, steps = integrate(flows, times, save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
         if not reached[0]:
             warn_unfinished(self.max_iter)
-        return found["x"], found["nu"]
+        nu = found["state"]
+        if isinstance(flows, GramFlows):
+            nu = data.weights * (times[0, 0] * data.y[:, k] - data.X @ nu)
+        return found["x"], nu
 
     def _interpolated(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
         """Solve for the end of the flow of each output."""
@@ -264,6 +257,18 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         tags.input_tags.sparse = True
         tags.target_tags.multi_output = True
         return tags
+
+
+def whole_flow(data: Data, k: int, log_A: float, rate: float, off: float, positive: bool) -> Flows:
+    """Return the flow of target k on all samples; ``rate`` and ``off`` are in its units of time."""
+    start, rates, ends = data.log_A(log_A)[[k]], np.array([rate]), np.array([off])
+    y, weights = data.y[:, k], data.weights[None]
+    if issparse(data.X) or not tall(*data.X.shape):
+        return RowFlows(
+            start, rates, ends, positive, data.X, y[None], weights, data.center
+        )  # a dense X is centred, but its rounding is not
+    G, b = gram(data.X, data.weights), (data.weights * y) @ data.X
+    return GramFlows(start, rates, ends, positive, G[None], b[None])
 
 
 def validated(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:

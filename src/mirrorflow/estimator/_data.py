@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from sklearn.utils.sparsefuncs import inplace_column_scale, mean_variance_axis
 
 from ..legendre._kernels import arcsinh_ratio
 
-__all__ = ["Data", "centered", "growth", "prepare", "triangle", "warn_of_scales"]
+__all__ = ["BLOCK", "CONSTANT", "Data", "gram", "growth", "prepare", "warn_of_scales"]
 
 Array = NDArray[np.float64]
 DAMPING = 1e-5  # of the shortest solution, relative to the largest singular value
 FEW = 2000  # rows or columns of a sparse X up to which its Gram matrix is formed
 ROUNDING = 1e-13  # eigenvalues, relative to the largest, that are 0 up to rounding
 UNEQUAL = 10  # ratio of the scales of columns from which there is a warning
+BLOCK = 2048  # rows of X that are read at once: they stay in the cache
 CONSTANT = 1e-13  # spread, relative to the size, below which numbers count as constant
 
 
@@ -57,8 +58,6 @@ class Data:
         What the columns of X were divided by: ``spreads``, or 1.
     rounding : array of shape (d,)
         The length, weighted, of the rounding of each column as it was given.
-    back : array of shape (n, m), optional
-        Gives the dual variables of n rows from those of the m that they were compressed to.
     """
 
     X: Any
@@ -74,7 +73,6 @@ class Data:
     spreads: Array
     units: Array
     rounding: Array
-    back: Array | None = None
 
     def log_A(self, relative: float) -> Array:
         """Return log A for each output, from log(A / scale)."""
@@ -96,26 +94,6 @@ class Data:
         found = np.zeros((nu.shape[1], self.samples))
         found[:, self.rows] = nu.T
         return found
-
-    def all_rows(self, nu: Array) -> Array:
-        """Return the dual variables of the rows before compression."""
-        return nu if self.back is None else self.back @ nu
-
-    def compressed(self) -> Data:
-        """Return the same problem with d + K rows, where there are many more: the flow is the same.
-
-        It depends on X^T w X and X^T w y alone, which are those of the triangular factor.
-        """
-        (n, d), K = self.X.shape, self.y.shape[1]
-        if issparse(self.X) or n <= 2 * (d + K):
-            return self
-        root = np.sqrt(self.weights)[:, None]
-        Q, R = np.linalg.qr(root * np.hstack([self.X, self.y]))
-        size = np.sqrt(len(R))
-        return replace(
-            self, X=size * R[:, :d], y=size * R[:, d:], weights=np.full(len(R), size**-2),
-            center=False, back=size * root * Q,
-        )  # fmt: skip
 
 
 def growth(relative: float, positive: bool) -> float:
@@ -283,7 +261,11 @@ def _largest(operator: Any) -> float:
     return size
 
 
-def triangle(X: Array, y: Array, weights: Array) -> tuple[Array, Array]:
-    """Return R_X and R_y of few rows: |R_X x - R_y|^2 = sum_i w_i (X x - y)_i^2 for every x."""
-    R: Any = np.linalg.qr(np.sqrt(weights)[:, None] * np.hstack([X, y]), mode="r")
-    return R[:, : X.shape[1]], R[:, X.shape[1] :]
+def gram(X: Array, weights: Array) -> Array:
+    """Return X^T w X, row block by row block: each is read once and stays in the cache."""
+    found = np.zeros((X.shape[1], X.shape[1]))
+    root = np.sqrt(weights)
+    for start in range(0, len(X), BLOCK):
+        rows = root[start : start + BLOCK, None] * X[start : start + BLOCK]
+        found += rows.T @ rows
+    return found

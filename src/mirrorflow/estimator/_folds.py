@@ -11,42 +11,22 @@ from typing import Any
 import numpy as np
 from joblib import effective_n_jobs
 from numpy.typing import NDArray
-from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.parallel import Parallel, delayed
 
 from .._threads import one_thread
 from ._base import Decay, least_squares, rate_and_end, without_small
-from ._chebyshev import BatchedFlows, Saved, integrate
-from ._data import Data, centered, triangle
+from ._chebyshev import integrate
+from ._data import Data
+from ._flows import Flows
+from ._fold_problems import FoldProblem, fold_problem
 
 __all__ = ["Folds"]
 
-KEPT = 2**22  # numbers of dual variables up to which they are kept: 32 MB
+KEPT = 2**22  # numbers of states up to which they are kept: 32 MB
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Folds whose flows share the products with X.
-
-    Attributes
-    ----------
-    X, y, train : arrays of shape (n, d), (n, K), (n, number of folds)
-        What they are trained on; the weights of each fold sum to 1.
-    center : bool
-        Whether each fold has means of its own to subtract.
-    error : callable
-        Gives, of coefficients (d, c) for target k and these folds, the squared errors (c,) on what
-        was left out.
-    """
-
-    X: Any
-    y: Array
-    train: Array
-    center: bool
-    error: Callable[[Array, int, Index], Array]
+Saved = Callable[[int, int, Array, Array], None]  # takes fold, index of the time, state and x
 
 
 @dataclass(frozen=True)
@@ -61,9 +41,9 @@ class Folds:
         The weight of each row in the training and in the test part; columns sum to 1.
     decay, positive, tol, max_iter
         As for `MirrorFlowRegressorCV`.
-    duals : dict
-        The dual variables (n, n_ts, folds) of flows that have been integrated, by part, target and
-        flow, as far as they are few numbers.
+    states : dict
+        The states (n_ts, n_folds, size) of flows that have been integrated, by target and flow, as
+        far as they are few numbers.
     """
 
     data: Data
@@ -73,7 +53,7 @@ class Folds:
     positive: bool
     tol: float
     max_iter: int
-    duals: dict[Any, Any] = field(default_factory=dict)
+    states: dict[Any, Any] = field(default_factory=dict)
 
     def errors(self, log_A: float, shrinkage: float, ts: Array) -> Array:
         """Return the errors (n_ts, n_folds) of one flow, the mean over the targets.
@@ -81,14 +61,14 @@ class Folds:
         Flows are integrated one by one, and with one thread, so that neither the other candidates
         nor the way in which the work is shared out can change a bit.
         """
-        targets, parts = range(self.data.y.shape[1]), range(len(self.parts))
         with one_thread():
-            found = [[self._errors(p, k, log_A, shrinkage, ts) for p in parts] for k in targets]
-        return np.mean([np.concatenate(errors, axis=1) for errors in found], axis=0)
+            targets = range(self.data.y.shape[1])
+            return np.mean([self._errors(k, log_A, shrinkage, ts) for k in targets], axis=0)
 
     def all_errors(self, log_As: Array, shrinkages: Array, ts: Array, n_jobs: Any) -> Array:
         """Return the errors (n_flows, n_ts, n_folds), the work shared out by flows."""
         flows = zip(log_As.tolist(), shrinkages.tolist(), strict=True)
+        _ = self.problem  # once, before it is shared out
         if effective_n_jobs(n_jobs) == 1:  # None asks joblib's context
             found = [self.errors(*flow, ts) for flow in flows]
         else:
@@ -109,9 +89,7 @@ class Folds:
         ways = (False, True) if refit else (False,)
         found: list[list[Array]] = [[] for _ in ways]
         for k in range(self.data.y.shape[1]):
-            parts = range(len(self.parts))
-            coefs = [self._coefs(p, k, log_A, shrinkage, ts, j) for p in parts]
-            rows = np.concatenate(coefs, axis=1).T
+            rows = self._coefs(k, log_A, shrinkage, ts, j)
             for way, errors in zip(ways, found, strict=True):
                 each = [self._thresholded(c, k, f, zero_tols, way) for f, c in enumerate(rows)]
                 errors.append(np.stack(each, axis=1))
@@ -119,120 +97,87 @@ class Folds:
 
     def intercept_errors(self) -> Array:
         """Return the errors (n_folds,) of the intercept alone."""
-        zero, folds = np.zeros((self.data.X.shape[1], 1)), range(self.train.shape[1])
+        zero, folds = np.zeros(self.data.X.shape[1]), range(self.train.shape[1])
         found = [
-            [self._missed(zero, k, np.array([f]))[0] / self._units[k] for f in folds]
+            [self.problem.error(zero, k, f) / self._units[k] for f in folds]
             for k in range(self.data.y.shape[1])
         ]
         return np.mean(found, axis=0)
 
     @cached_property
-    def parts(self) -> list[_Part]:
-        """The folds: all together, or each by itself where its rows can be made few."""
-        (n, d), K = self.data.X.shape, self.data.y.shape[1]
-        if issparse(self.data.X) or n <= 2 * (d + K):
-            return [_Part(self.data.X, self.data.y, self.train, self.data.center, self._missed)]
-        return [self._compressed(f) for f in range(self.train.shape[1])]
+    def problem(self) -> FoldProblem:
+        """The training parts and the test errors."""
+        return fold_problem(self.data, self.train, self.test, self.positive, self.tol)
 
-    def _missed(self, x: Array, k: int, fold: Index) -> Array:
-        """Return the squared errors, with the intercept of the training part."""
-        missed = self.data.y[:, [k]] - self.data.X @ x
-        if self.data.center:
-            missed -= (self.train[:, fold] * missed).sum(axis=0)
-        return (self.test[:, fold] * missed**2).sum(axis=0)
+    def _errors(self, k: int, log_A: float, shrinkage: float, ts: Array) -> Array:
+        """Return the errors (n_ts, n_folds) of one target."""
+        found = np.full((len(ts), self.train.shape[1]), np.inf)
+        flows, *_ = self._flows(k, log_A, shrinkage)
+        size = flows.start.shape[1]
+        kept = found.size * size <= KEPT
+        states = np.zeros((len(ts), found.shape[1], size)) if kept else None
 
-    def _compressed(self, f: int) -> _Part:
-        """Return a fold as few rows: its flow and its errors depend on triangular factors alone."""
-        X, y, train = self.data.X, self.data.y, self.train[:, f]
-        if self.data.center:
-            (X, means), (y, offsets) = centered(X, train), centered(y, train)
-            test = triangle(self.data.X - means, self.data.y - offsets, self.test[:, f])
-        else:
-            test = triangle(X, y, self.test[:, f])
-        few, targets = triangle(X, y, train)
-        size = np.sqrt(len(few))
+        def save(fold: int, index: int, state: Array, x: Array) -> None:
+            found[index, fold] = self.problem.error(x, k, fold) / self._units[k]
+            if states is not None:
+                states[index, fold] = state
 
-        def error(x: Array, k: int, _: Index) -> Array:
-            return ((test[0] @ x - test[1][:, [k]]) ** 2).sum(axis=0)
-
-        return _Part(size * few, size * targets, np.full((len(few), 1), size**-2), False, error)
-
-    def _errors(self, p: int, k: int, log_A: float, shrinkage: float, ts: Array) -> Array:
-        """Return the errors (n_ts, folds of the part) of one target."""
-        part = self.parts[p]
-        found = np.full((len(ts), part.train.shape[1]), np.inf)
-        kept = found.size * len(part.y) <= KEPT
-        duals = np.zeros((len(part.y) if kept else 0, *found.shape))
-
-        def save(fold: Index, index: Index, nu: Array, x: Array, _: Array) -> None:
-            found[index, fold] = part.error(x, k, fold) / self._units[k]
-            if kept:
-                duals[:, index, fold] = nu
-
-        reached = self._run(part, k, log_A, shrinkage, ts, save)
+        reached = self._run(k, log_A, shrinkage, ts, save)
         found[np.arange(len(ts))[:, None] >= reached] = np.inf
         if kept:
-            self.duals[p, k, log_A, shrinkage] = duals
+            self.states[k, log_A, shrinkage] = states
         return found
 
-    def _coefs(self, p: int, k: int, log_A: float, shrinkage: float, ts: Array, j: int) -> Array:
-        """Return the coefficients (d, folds of the part) of one flow at its j-th time."""
-        part, known = self.parts[p], self.duals.get((p, k, log_A, shrinkage))
-        folds = part.train.shape[1]
+    def _coefs(self, k: int, log_A: float, shrinkage: float, ts: Array, j: int) -> Array:
+        """Return the coefficients (n_folds, d) of one flow at its j-th time."""
+        flows, unit, size = self._flows(k, log_A, shrinkage)
+        states = self.states.get((k, log_A, shrinkage))
         if not self.data.pull[k] > 0:
-            return np.zeros((part.X.shape[1], folds))
-        nus = np.zeros((len(part.y), folds))
+            return np.zeros((len(flows.start), self.data.X.shape[1]))
+        chosen = np.zeros_like(flows.start) if states is None else states[j]
+        if states is None:  # the same steps as before
 
-        def save(fold: Index, index: Index, nu: Array, _: Array, __: Array) -> None:
-            if index[0] == j:
-                nus[:, fold] = nu
+            def save(fold: int, index: int, state: Array, _: Array) -> None:
+                if index == j:
+                    chosen[fold] = state
 
-        if known is None:  # the same steps as before
-            self._run(part, k, log_A, shrinkage, ts, save)
-        else:
-            nus = np.ascontiguousarray(known[:, j])
-        flows, unit = self._flows(part, k, log_A, shrinkage)
-        return flows.primal(nus, np.full(folds, unit * ts[j]))[0]
+            self._run(k, log_A, shrinkage, ts, save)
+        t = np.full(len(chosen), float(self.data.unit(log_A, self.positive)[k] * ts[j]) / unit)
+        x, _ = flows.primal(flows.mirror(chosen, t), t)
+        return size * x.astype(np.float64)
 
-    def _run(
-        self, part: _Part, k: int, log_A: float, shrinkage: float, ts: Array, save: Saved
-    ) -> Index:
-        """Integrate a flow on the folds of a part; return how many times each has reached."""
-        folds = part.train.shape[1]
+    def _run(self, k: int, log_A: float, shrinkage: float, ts: Array, save: Saved) -> Index:
+        """Integrate a flow on all folds; return how many times each has reached."""
+        folds = self.train.shape[1]
+        flows, unit, size = self._flows(k, log_A, shrinkage)
         if not self.data.pull[k] > 0:  # a constant target: all coefficients stay 0
-            nu, x = (np.zeros((size, 1)) for size in part.X.shape)
+            zero = np.zeros(self.data.X.shape[1])
             for fold, index in np.ndindex(folds, len(ts)):
-                save(np.array([fold]), np.array([index]), nu, x, np.zeros(1))
+                save(fold, index, flows.start[fold], zero)
             return np.full(folds, len(ts))
-        flows, unit = self._flows(part, k, log_A, shrinkage)
-        return integrate(flows, np.tile(unit * ts, (folds, 1)), save, self.tol, self.max_iter)[0]
+        times = float(self.data.unit(log_A, self.positive)[k]) * ts / unit
 
-    def _flows(
-        self, part: _Part, k: int, log_A: float, shrinkage: float
-    ) -> tuple[BatchedFlows, float]:
-        """Return a flow on the folds of a part, one column each, and its unit of time."""
-        unit, one = float(self.data.unit(log_A, self.positive)[k]), np.ones(part.train.shape[1])
+        def in_own_units(fold: int, index: int, state: Array, x: Array, _: float) -> None:
+            save(fold, index, state, size * x.astype(np.float64))
+
+        return integrate(flows, np.tile(times, (folds, 1)), in_own_units, self.tol, self.max_iter)[
+            0
+        ]
+
+    def _flows(self, k: int, log_A: float, shrinkage: float) -> tuple[Flows, float, float]:
+        """Return a flow on all folds, one row each, with its units of time and of x."""
+        unit = float(self.data.unit(log_A, self.positive)[k])
         rate, end = rate_and_end(self.decay)
-        stays = shrinkage > 0
-        flows = BatchedFlows(
-            part.X,
-            np.tile(part.y[:, [k]], (1, len(one))),
-            part.train,
-            self.data.log_A(log_A)[k] * one,
-            (shrinkage * self.data.pull[k] if stays else rate / unit) * one,
-            (np.inf if stays else end * unit) * one,
-            part.center,
-            self.positive,
-        )
-        return flows, unit
+        if shrinkage > 0:
+            return self.problem.flows(k, log_A, shrinkage * float(self.data.pull[k]), np.inf)
+        return self.problem.flows(k, log_A, rate / unit, end * unit)
 
     def _thresholded(self, coef: Array, k: int, f: int, zero_tols: Array, refit: bool) -> Array:
         """Return the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
         rows = without_small(np.tile(coef, (len(zero_tols), 1)), zero_tols[:, None])
         if refit:
             rows = self._refitted(k, rows != 0, self.train[:, f])
-        part = self.parts[0] if len(self.parts) == 1 else self.parts[f]
-        return part.error(rows.T, k, np.full(len(rows), f)) / self._units[k]
+        return self.problem.error(rows, k, f) / self._units[k]
 
     def _refitted(self, k: int, supports: NDArray[np.bool_], weights: Array) -> Array:
         """Fit on each of the nested supports, on equal ones once."""

@@ -12,9 +12,9 @@ from sklearn.utils._param_validation import Interval, validate_params
 from sklearn.utils.validation import check_is_fitted
 
 from .._threads import small_on_one_thread
-from ._base import DECAY, LOG_A, Decay, check_decay, rate_and_end, weights_of
+from ._base import DECAY, LOG_A, Decay, check_decay, rate_and_end, weights_of, whole_flow
 from ._candidates import scales, times
-from ._chebyshev import BatchedFlows, integrate
+from ._chebyshev import integrate
 from ._data import prepare
 from ._endpoints import endpoints, warn_unfinished
 from ._row_space import row_space
@@ -89,20 +89,17 @@ def flow_path(
     at, (rate, end) = times(ts), rate_and_end(decay)
     check_decay(decay, at[-1])
     with small_on_one_thread(X.size):
-        data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive).compressed()
+        data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive)
     coefs = np.zeros((X.shape[1], len(at)))
     if data.pull[0] > 0:
 
-        def save(_: Any, index: Any, __: Array, x: Array, ___: Array) -> None:
+        def save(_: int, index: int, __: Array, x: Array, ___: float) -> None:
             coefs[:, index] = x
 
-        unit = data.unit(log_A, positive)
-        flows = BatchedFlows(
-            data.X, data.y, data.weights[:, None], data.log_A(log_A), rate / unit,
-            end * unit, data.center, positive,
-        )  # fmt: skip
+        unit = float(data.unit(log_A, positive)[0])
         with small_on_one_thread(X.size):
-            reached, _ = integrate(flows, unit[:, None] * at, save, tol, int(max_iter))
+            flows = whole_flow(data, 0, log_A, rate / unit, end * unit, positive)
+            reached, _ = integrate(flows, unit * at[None], save, tol, int(max_iter))
         if reached[0] < len(at):
             warn_unfinished(max_iter)
     return at, coefs.astype(X.dtype), data.intercept(coefs.T, repeat=True).astype(X.dtype)

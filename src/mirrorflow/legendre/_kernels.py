@@ -38,16 +38,20 @@ def exp_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
 
 
 def shared_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
-    """Return A sinh(t) and A cosh(t) for arrays t (d, K) and log A (K,) that columns share.
+    """Return A sinh(t) and A cosh(t) for arrays t (K, d) and log A (K, 1) that rows share.
 
-    One exponential for each entry, since A e^-t = A^2 / (A e^t); x is right to an eps of A + |x|.
+    One exponential for each entry, since A e^-t = A^2 / (A e^t); x is right to an eps of A + |x|,
+    in the precision of t.
     """
-    log_half = log_A - LOG_2
+    log_half = log_A - np.asarray(LOG_2, dtype=t.dtype)
     large = np.abs(t)
     large += log_half
     np.exp(large, out=large)  # (A/2) e^|t|
-    small = np.exp(2 * log_half) / np.maximum(large, 1e-300)
-    return np.copysign(large - small, t), large + small
+    small = np.maximum(large, np.finfo(t.dtype).tiny)
+    np.divide(np.exp(2 * log_half), small, out=small)
+    x = large - small
+    large += small
+    return np.copysign(x, t, out=x), large
 
 
 def _exponentials(log_A: Any, t: Any) -> tuple[Any, Any, Any]:
