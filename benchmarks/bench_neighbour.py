@@ -24,9 +24,13 @@ TARGET = 1.2  # times the idle time
 def calls() -> dict[str, Callable[[], Any]]:
     """Return calls of moderate size, one of each kind."""
     X, y, _ = bench_regression.problem(100, 500, 10)
+    spectra = bench_regression.spectra(215, 100)
     attention = torch.randn(768, 64), torch.randn(64, 768)
     return {
         "MirrorFlowRegressorCV, 100 x 500": lambda: mf.MirrorFlowRegressorCV().fit(X, y),
+        "MirrorFlowRegressorCV, 215 x 100 spectra": lambda: mf.MirrorFlowRegressorCV().fit(
+            *spectra
+        ),
         "MirrorFlowRegressor, 100 x 500": lambda: mf.MirrorFlowRegressor().fit(X, y),
         "MirrorFlowRegressor(interpolate=True), 100 x 500": lambda: mf.MirrorFlowRegressor(
             interpolate=True

@@ -2,8 +2,16 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
-from benchmarks import bench_neighbour, bench_paths, bench_pursuit, bench_scaling, bench_spectrum
+from benchmarks import (
+    bench_neighbour,
+    bench_paths,
+    bench_pursuit,
+    bench_regression,
+    bench_scaling,
+    bench_spectrum,
+)
 from benchmarks._measure import kept, measure, once
 
 
@@ -73,3 +81,19 @@ def test_a_neighbour_is_busy_meanwhile_and_gone_afterwards():
     (row,) = bench_neighbour.compare({"nothing": lambda: made.append(0)}, repeats=1)
     assert row["case"] == "nothing, with a busy neighbour" and made
     assert row["ratio"] == pytest.approx(row["seconds"] / row["without, seconds"])
+
+
+def test_both_cross_validations_predict_and_their_ratios_are_those_of_their_times():
+    X, y = bench_regression.spectra(60, 20)
+    row = bench_regression.compare("spectra", X, y, 1, 3.0)
+    ratio = row["processor seconds"] / row["LassoCV, processor seconds"]
+    assert row["times LassoCV's processor time"] == pytest.approx(ratio)
+    for name in ("", "LassoCV: "):
+        assert row[f"{name}error on the samples left out"] < 0.1 * y.var()
+    neighbours = np.corrcoef(X.T)[np.arange(19), np.arange(1, 20)]
+    assert neighbours.min() > 0.9
+
+
+def test_the_memory_of_a_fit_holds_its_data():
+    row = bench_regression.memory(50, 2000)
+    assert 2 < row["times X"] < 8  # X and its centred copy, and what small problems add

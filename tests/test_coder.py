@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import nnls
 from sklearn.decomposition import SparseCoder
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LinearRegression
@@ -372,3 +373,48 @@ def test_bad_dictionaries_are_named():
     D[4, 0] = np.nan
     with pytest.raises(ValueError, match="dictionary contains NaN"):
         mf.MirrorFlowCoder(D).transform(np.ones((2, 8)))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_positive_codes_are_those_of_the_positive_lasso(k):
+    D, X = dictionary(), signals("normal", 6, 8)
+    coder = mf.MirrorFlowCoder(D, k=k, alpha=0.2, positive_code=True, tol=1e-6, zero_tol=1e-4)
+    z = coder.transform(X)
+    lasso_cd = {"transform_algorithm": "lasso_cd", "transform_alpha": 0.2}
+    expected = SparseCoder(D, **lasso_cd, positive_code=True).transform(X)
+    assert z.min() == 0 and (expected > 0).any()
+    np.testing.assert_allclose(z, expected, atol=2e-3 * expected.max())
+
+
+def test_positive_codes_without_decay_are_nonnegative_least_squares():
+    D, X = dictionary(6, 8), signals("normal", 5, 8)
+    coder = mf.MirrorFlowCoder(D, alpha=0.0, positive_code=True, tol=1e-5, zero_tol=0)
+    expected = np.stack([nnls(D.T, x)[0] for x in X])
+    np.testing.assert_allclose(coder.transform(X), expected, atol=1e-2 * expected.max())
+
+
+def test_positive_codes_by_steps_of_one_length_keep_v_at_0():
+    D, X = dictionary(), signals("normal", 4, 8)
+    options = {"learning_rate": 0.1, "n_steps": 4000, "positive_code": True, "beta": 0.1}
+    z = mf.MirrorFlowCoder(D, alpha=0.2, zero_tol=1e-2, **options).transform(X)
+    settled = mf.MirrorFlowCoder(D, alpha=0.2, positive_code=True, zero_tol=1e-2).transform(X)
+    assert z.min() == 0
+    np.testing.assert_allclose(z, settled, atol=2e-2 * settled.max())
+
+
+def test_the_largest_codes_are_kept():
+    D, X = dictionary(), signals("normal", 6, 8)
+    every = mf.MirrorFlowCoder(D, alpha=0.01).transform(X)
+    few = mf.MirrorFlowCoder(D, alpha=0.01, n_nonzero=3).transform(X)
+    for before, after in zip(every, few, strict=True):
+        largest = np.argsort(-abs(before))[:3]
+        np.testing.assert_array_equal(np.sort(np.flatnonzero(after)), np.sort(largest))
+        np.testing.assert_array_equal(after[largest], before[largest])
+
+
+def test_positive_codes_refuse_what_has_a_sign():
+    with pytest.raises(ValueError, match="positive_code=True must go with form='power'"):
+        mf.MirrorFlowCoder(dictionary(), form="log", positive_code=True).transform(np.ones((1, 8)))
+    with pytest.raises(ValueError, match="start must be >= 0 with positive_code=True, got -1"):
+        coder = mf.MirrorFlowCoder(dictionary(), start=-1.0, positive_code=True)
+        coder.transform(np.ones((1, 8)))

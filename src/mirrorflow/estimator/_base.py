@@ -126,12 +126,15 @@ class FlowPoint:
     tol: float
     zero_tol: float  # what is smaller, relative to the largest, is 0
     refit: bool  # whether the others are fitted again
+    ts: Array | None = None  # times up to t at which the path is kept
 
 
 class FlowRegressor(RegressorMixin, BaseEstimator):
     """A regressor by the flow: the run of the flow, and prediction."""
 
     coef_: Array
+    coef_path_: Array
+    support_: NDArray[np.bool_]
     intercept_: Any
     n_iter_: int
     positive: bool
@@ -148,8 +151,11 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
 
     def _fit(self, data: Data, run: FlowPoint, dtype: Any, single: bool) -> None:
         """Run the flow to its time, perhaps infinity, and keep its end."""
-        end = np.isinf(run.t)
-        coef, nu, drop = self._interpolated(data, run) if end else self._stopped(data, run)
+        end, path = np.isinf(run.t), None
+        if end:
+            coef, nu, drop = self._interpolated(data, run)
+        else:
+            coef, nu, drop, path = self._stopped(data, run)
         relative = run.log_A + drop
         log_A = data.log_A(0.0) + relative
         kkts, gaps = self._certificates(data, coef, nu, log_A, end)
@@ -166,6 +172,8 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             "kkt_residual_": kkts,
             "gap_": gaps,
         }
+        if path is not None and run.ts is not None:
+            values["coef_path_"] = (path / data.units[:, None]).astype(dtype)
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)
 
@@ -187,35 +195,39 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             gaps[k] = gap(x, predictions[:, k] @ nu[:, k], mu[:, k], positive)
         return kkts, gaps
 
-    def _stopped(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
-        """Integrate the flow to its time; also give how far log A has fallen."""
+    def _stopped(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float, Array]:
+        """Integrate the flow to its time; also give how far log A has fallen, and the path."""
         (rate, end), K = rate_and_end(run.decay), data.y.shape[1]
-        coef, nus = np.zeros((K, data.X.shape[1])), np.zeros((len(data.weights), K))
+        ts = np.array([run.t]) if run.ts is None else run.ts
+        path, nus = np.zeros((K, data.X.shape[1], len(ts))), np.zeros((len(data.weights), K))
         self.n_iter_ = 1
         for k in np.flatnonzero(data.pull > 0).tolist():  # decay is in each output's unit of time
-            coef[k], nus[:, k] = self._one(data, k, run, rate, end)
-        return coef, nus, -2 * rate * min(run.t, end)
+            path[k], nus[:, k] = self._one(data, k, run, rate, end, ts)
+        return path[:, :, -1], nus, -2 * rate * min(run.t, end), path
 
     def _one(
-        self, data: Data, k: int, run: FlowPoint, rate: float, end: float
+        self, data: Data, k: int, run: FlowPoint, rate: float, end: float, ts: Array
     ) -> tuple[Array, Array]:
-        """Integrate one output."""
-        found: dict[str, Array] = {}
-        unit = float(data.unit(run.log_A, self.positive)[k])
-        times = np.array([[run.t * unit]])
+        """Integrate one output through the times; return its path (d, m) and nu at the last."""
+        last: dict[str, Any] = {}
+        unit, path = (
+            float(data.unit(run.log_A, self.positive)[k]),
+            np.zeros((data.X.shape[1], len(ts))),
+        )
 
-        def save(_: int, __: int, state: Array, x: Array, ___: float) -> None:
-            found.update(state=state, x=x)
+        def save(_: int, index: int, state: Array, x: Array, t: float) -> None:
+            path[:, index:] = x[:, None]
+            last.update(state=state, t=t)
 
         flows = whole_flow(data, k, run.log_A, rate / unit, end * unit, self.positive)
-        reached, steps = integrate(flows, times, save, run.tol, int(self.max_iter))
+        reached, steps = integrate(flows, unit * ts[None], save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
-        if not reached[0]:
+        if reached[0] < len(ts):
             warn_unfinished(self.max_iter)
-        nu = found["state"]
+        nu = last["state"]
         if isinstance(flows, GramFlows):
-            nu = data.weights * (times[0, 0] * data.y[:, k] - data.X @ nu)
-        return found["x"], nu
+            nu = data.weights * (last["t"] * data.y[:, k] - data.X @ nu)
+        return path, nu
 
     def _interpolated(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
         """Solve for the end of the flow of each output."""

@@ -1,21 +1,34 @@
-"""The candidates of a cross-validation, and whether they were enough."""
+"""The candidates of a model choice, whether they were enough, and criteria of information."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln
 
-from ._base import LOG_A
+from ._base import LOG_A, Zeros
+from ._folds import Folds
 
-__all__ = ["scales", "thresholds", "times", "warn_at_the_last_time"]
+__all__ = [
+    "CRITERIA",
+    "Informed",
+    "informed",
+    "scales",
+    "shrunken",
+    "thresholds",
+    "times",
+    "warn_at_the_last_time",
+]
 
 Array = NDArray[np.float64]
 FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
 FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
+SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
 ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 
 
@@ -33,6 +46,17 @@ def scales(values: Any) -> Array:
     if not (found.min() >= LOG_A[0] and found.max() <= LOG_A[1]):
         raise ValueError(f"log_As must be between {LOG_A[0]} and {LOG_A[1]}, got {values!r}")
     return found
+
+
+def shrunken(values: Any, decay: Any) -> Array:
+    """Return the shrinkages of flows whose decay stays on; none by default where there is decay."""
+    given = (() if decay else SHRUNK) if values is None else values
+    shrunk = np.asarray(given, dtype=np.float64)
+    if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
+        raise ValueError(f"shrinkages must be numbers between 0 and 1, got {given!r}")
+    if decay and shrunk.size:
+        raise ValueError("decay and shrinkages both set the decay: give one of them")
+    return shrunk
 
 
 def times(values: Any) -> Array:
@@ -68,3 +92,61 @@ def warn_at_the_last_time(errors: Array, ts: Array, spread: float) -> None:
             UserWarning,
             stacklevel=5,
         )
+
+
+# Criteria of information: what a coefficient has to bring in fit, instead of held-out samples.
+
+CRITERIA = ("cv", "bic", "ebic")
+SATURATED = 0.5  # coefficients for each sample from which a fit says nothing about the noise
+EXACT = 1e-12  # of the variance of y: errors below it count as this
+
+
+@dataclass(frozen=True)
+class Informed:
+    """The choice by a criterion: flow, time and zeros, and the criterion of all candidates.
+
+    ``path`` is (n_flows, n_ts, n_tols), the better of refitted and not.
+    """
+
+    i: int
+    j: int
+    zeros: Zeros
+    path: Array
+
+
+def informed(
+    folds: Folds,
+    log_As: Array,
+    shrinkages: Array,
+    ts: Array,
+    zero_tols: Array,
+    refit: bool,
+    extended: bool,
+) -> Informed:
+    """Return the candidate of least criterion; ``folds`` has one, of all samples.
+
+    Where the intercept alone has less, the threshold is infinite. Of equal ones the first counts.
+    """
+    ways = (False, True) if refit else (False,)
+    path = np.empty((len(log_As), len(ts), len(ways), len(zero_tols)))
+    for i, flow in enumerate(zip(log_As.tolist(), shrinkages.tolist(), strict=True)):
+        for j in range(len(ts)):
+            errors = folds.zero_errors(*flow, ts, j, zero_tols, refit)
+            sizes = folds.sizes(*flow, ts, j, zero_tols)
+            path[i, j] = [_information(e[:, 0], sizes, folds, extended) for e in errors]
+    i, j, way, k = (int(v) for v in np.unravel_index(path.argmin(), path.shape))
+    alone = _information(folds.intercept_errors(), np.zeros(1), folds, extended)[0]
+    chosen = Zeros(float(zero_tols[k]), ways[way])
+    if alone <= path[i, j, way, k]:
+        chosen = Zeros(np.inf, False)
+    return Informed(i, j, chosen, path.min(axis=2))
+
+
+def _information(errors: Array, sizes: Array, folds: Folds, extended: bool) -> Array:
+    """Return n log(error) + k log n, extended by 2 log(d over k): the choice among d features."""
+    n, d = folds.data.X.shape
+    fit = n * np.log(np.maximum(errors, EXACT * folds.spread))
+    found = fit + sizes * np.log(n)
+    if extended:
+        found += 2 * (gammaln(d + 1) - gammaln(sizes + 1) - gammaln(d - sizes + 1))
+    return np.where(sizes > SATURATED * n, np.inf, found)

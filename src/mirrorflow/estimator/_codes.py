@@ -39,14 +39,18 @@ def codes(
     start: Array,
     step: float,
     off: float = np.inf,
+    positive: bool = False,
 ) -> Iterator[Array]:
     r"""Return the codes z (n_samples, n_components) before the first step, after it, and so on.
 
     The steps descend :math:`\tfrac12 |x - z D|^2 + \alpha h(u, v)`, with the h that commutes with
-    g (Corollary 3.7): u^{2k} + v^{2k}, or log u + log v. From step ``off`` on alpha is 0.
+    g (Corollary 3.7): u^{2k} + v^{2k}, or log u + log v. From step ``off`` on alpha is 0. With
+    ``positive`` v is 0 and stays 0.
     """
     w = np.stack(_start(form, k, beta, np.broadcast_to(start, (len(X), len(dictionary)))))
     w = w.astype(X.dtype)
+    if positive:
+        w[1] = 0
     gram, pull = dictionary @ dictionary.T, X @ dictionary.T
     signs = np.array([1.0, -1.0], dtype=X.dtype)[:, None, None]
     count = 0
@@ -89,6 +93,7 @@ def settled_codes(
     tol: float,
     n_steps: int,
     off: int | None,
+    positive: bool = False,
 ) -> tuple[Array, Array]:
     """Return codes at rest, and each signal's distance from rest, to compare with tol.
 
@@ -101,9 +106,10 @@ def settled_codes(
     problem = CodingProblem(
         X / (size * np.sqrt(curvature))[:, None],
         dictionary / np.sqrt(curvature),
-        form, k, alpha / (size * curvature),
+        form, k, alpha / (size * curvature), positive,
     )  # fmt: skip
     w = np.stack(_start(form, k, beta, start / size[:, None]), axis=1)
+    w = w[:, :1] if positive else w
     w, distance = settle(problem, w, tol, n_steps if off is None else off)
     if off is not None:
         problem = replace(problem, alpha=np.zeros_like(problem.alpha))
@@ -113,7 +119,10 @@ def settled_codes(
 
 @dataclass(frozen=True)
 class CodeState:
-    """u and v of each signal, w of shape (n_samples, 2, n_components), and what is known there."""
+    """u and v of each signal, w of shape (n_samples, 2, n_components), and what is known there.
+
+    Of codes >= 0 it is u alone, (n_samples, 1, n_components).
+    """
 
     w: Array
     value: Array
@@ -139,6 +148,7 @@ class CodingProblem:
     form: str
     k: int
     alpha: Array
+    positive: bool = False
 
     def rows(self, rows: Array) -> CodingProblem:
         """Keep some signals."""
@@ -146,20 +156,23 @@ class CodingProblem:
 
     def codes(self, w: Array) -> Array:
         """Return z = g(u, v)."""
-        parts = w ** (2 * self.k) if self.form == "power" else np.log(w)
-        return parts[:, 0] - parts[:, 1]
+        return self._difference(w ** (2 * self.k) if self.form == "power" else np.log(w))
+
+    def _difference(self, parts: Array) -> Array:
+        return parts[:, 0] if self.positive else parts[:, 0] - parts[:, 1]
 
     def state(self, w: Array) -> CodeState:
         """Return value, gradient and distance from rest."""
         power, k, alpha = self.form == "power", self.k, self.alpha
         h = w ** (2 * k) if power else np.log(w)
         slope = 2 * k * w ** (2 * k - 1) if power else 1 / w
-        z = h[:, 0] - h[:, 1]
+        z = self._difference(h)
         residual = self.X - _rows_times(z, self.D)
         g = -_rows_times(residual, self.D.T)
         value = 0.5 * (residual**2).sum(axis=1) + alpha * _sums(h)
-        gradient = slope * (np.stack([g, -g], axis=1) + alpha[:, None, None])
-        distance = self._gap(z, residual, g) if alpha.any() else self._force(g)
+        signed = g[:, None] if self.positive else np.stack([g, -g], axis=1)
+        gradient = slope * (signed + alpha[:, None, None])
+        distance = self._gap(z, residual, g) if alpha.any() else self._force(z, g)
         return CodeState(w, value, gradient, distance)
 
     def longest(self, point: CodeState) -> Array:
@@ -180,17 +193,26 @@ class CodingProblem:
 
         It is absolute for a signal that is 0.
         """
-        largest = np.maximum(np.abs(g).max(axis=1), np.finfo(float).tiny)
+        size = -g if self.positive else np.abs(g)  # of codes >= 0 the dual set has one side
+        largest = np.maximum(size.max(axis=1), np.finfo(float).tiny)
         s = np.minimum(1.0, self.alpha / largest)
         energy, fit = (residual**2).sum(axis=1), (residual * self.X).sum(axis=1)
         value = 0.5 * energy + self.alpha * np.abs(z).sum(axis=1)
         gap = value - (s * fit - 0.5 * s**2 * energy)
         return gap / np.where(self.X.any(axis=1), value, 1.0)
 
-    def _force(self, g: Array) -> Array:
-        """Return the largest force on z, relative to the first where that is not 0."""
-        first = np.abs(_rows_times(self.X, self.D.T)).max(axis=1)  # with all codes 0
-        return np.abs(g).max(axis=1) / np.where(first > 0, first, 1.0)
+    def _force(self, z: Array, g: Array) -> Array:
+        """Return the largest force on z, relative to the first where that is not 0.
+
+        A code >= 0 that is small beside the others gives way to a force that pushes it to 0.
+        """
+        pulls = _rows_times(self.X, self.D.T)  # with all codes 0
+        if self.positive:
+            share = z / np.maximum(z.max(axis=1, keepdims=True), np.finfo(float).tiny)
+            force, first = np.maximum(-g, np.abs(g) * share), pulls.max(axis=1)
+        else:
+            force, first = np.abs(g), np.abs(pulls).max(axis=1)
+        return np.maximum(force.max(axis=1), 0.0) / np.where(first > 0, first, 1.0)
 
 
 def settle(problem: CodingProblem, w: Array, tol: float, n_steps: int) -> tuple[Array, Array]:

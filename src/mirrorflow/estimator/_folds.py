@@ -95,6 +95,19 @@ class Folds:
                 errors.append(np.stack(each, axis=1))
         return [np.mean(errors, axis=0) for errors in found]
 
+    def sizes(self, log_A: float, shrinkage: float, ts: Array, j: int, zero_tols: Array) -> Array:
+        """Return how many coefficients of the first target and fold each threshold keeps."""
+        x = self._coefs(0, log_A, shrinkage, ts, j)[0]
+        kept = without_small(np.tile(x, (len(zero_tols), 1)), zero_tols[:, None]) != 0
+        return kept.sum(axis=1)
+
+    def frequencies(
+        self, log_A: float, shrinkage: float, ts: Array, j: int, zero_tol: float
+    ) -> Array:
+        """Return in which fraction of the folds each coefficient (K, d) is not set to 0."""
+        rows = [self._coefs(k, log_A, shrinkage, ts, j) for k in range(self.data.y.shape[1])]
+        return np.stack([(without_small(x, zero_tol) != 0).mean(axis=0) for x in rows])
+
     def intercept_errors(self) -> Array:
         """Return the errors (n_folds,) of the intercept alone."""
         zero, folds = np.zeros(self.data.X.shape[1]), range(self.train.shape[1])

@@ -66,6 +66,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     zero_tol : float, default=1e-3
         Codes smaller than ``zero_tol`` times the largest of their signal are set to exactly 0:
         training makes them small, never 0. With 0 they are left as they are.
+    positive_code : bool, default=False
+        Whether codes are >= 0: z = u^{2k}, without v. For the power only.
+    n_nonzero : int or None, default=None
+        The most codes of a signal that are not 0: the largest are left as they are, the others are
+        set to 0 (they are not fitted again).
 
     Attributes
     ----------
@@ -92,7 +97,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     The parameters of `SparseCoder` and ours: ``transform_alpha`` is ``alpha``,
     ``transform_max_iter`` is ``n_steps``, ``transform_algorithm`` has its nearest in "lasso_cd".
-    There is no ``split_sign``, ``positive_code``, ``transform_n_nonzero_coefs`` or ``n_jobs``.
+    ``transform_n_nonzero_coefs`` has its nearest in ``n_nonzero``. There is no ``split_sign`` and
+    no ``n_jobs``.
 
     Examples
     --------
@@ -117,6 +123,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         "tol": [Interval(Real, 0, 1, closed="neither")],
         "switch_off": [Interval(Integral, 0, None, closed="left"), None],
         "zero_tol": [Interval(Real, 0, 1, closed="left")],
+        "positive_code": ["boolean"],
+        "n_nonzero": [Interval(Integral, 1, None, closed="left"), None],
     }
 
     def __init__(
@@ -133,6 +141,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         tol: float = 1e-3,
         switch_off: int | None = None,
         zero_tol: float = 1e-3,
+        positive_code: bool = False,
+        n_nonzero: int | None = None,
     ) -> None:
         self.dictionary = dictionary
         self.form = form
@@ -145,6 +155,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.tol = tol
         self.switch_off = switch_off
         self.zero_tol = zero_tol
+        self.positive_code = positive_code
+        self.n_nonzero = n_nonzero
 
     def fit(self, X: Any, y: Any = None) -> MirrorFlowCoder:
         """Check the parameters: there is nothing to learn.
@@ -174,6 +186,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
                 f"switch_off={self.switch_off} comes after n_steps={self.n_steps}: the decay would "
                 "never be switched off; None says so"
             )
+        if self.form == "log" and self.positive_code:
+            raise ValueError(
+                "positive_code=True must go with form='power', got form='log'. "
+                "Its codes without v would have no 0"
+            )
         if self.form == "log" and self.alpha > 0 and self.learning_rate == "adaptive":
             raise ValueError(
                 "with form='log' and alpha > 0 there is no least value to settle at: give "
@@ -196,14 +213,19 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         D = self._atoms(X)
         find = self._settle if self.learning_rate == "adaptive" else self._descend
-        return without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
+        z = without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
+        if self.n_nonzero is None or self.n_nonzero >= len(D):
+            return z
+        smaller = np.argsort(-np.abs(z), axis=1, kind="stable")[:, self.n_nonzero :]
+        np.put_along_axis(z, smaller, 0.0, axis=1)
+        return z
 
     def _settle(self, X: Array, D: Array, start: Array) -> Array:
         """Train until codes have settled, and warn of those that have not."""
         with np.errstate(all="ignore"):
             z, distance = settled_codes(
                 X.astype(np.float64), D.astype(np.float64), self.form, self.k, self.alpha,
-                self.beta, start, self.tol, self.n_steps, self.switch_off,
+                self.beta, start, self.tol, self.n_steps, self.switch_off, self.positive_code,
             )  # fmt: skip
         if not np.isfinite(distance).all():
             raise ValueError(
@@ -225,7 +247,10 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         beta = self.beta * sizes(X, D)[:, None] if self.form == "power" else self.beta
         rate: Any = self.learning_rate
         off = np.inf if self.switch_off is None else self.switch_off
-        path = codes(X, D, self.form, self.k, self.alpha, beta, start, rate / lipschitz(D), off)
+        path = codes(
+            X, D, self.form, self.k, self.alpha, beta, start, rate / lipschitz(D), off,
+            self.positive_code,
+        )  # fmt: skip
         with np.errstate(all="ignore"):
             for z in islice(path, self.n_steps + 1):
                 if not np.isfinite(z).all():
@@ -237,6 +262,11 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         start = np.asarray(self.start, dtype=np.float64)
         if not np.isfinite(start).all():
             raise ValueError("start holds NaN or infinite numbers")
+        if self.positive_code and start.min(initial=0.0) < 0:
+            raise ValueError(
+                f"start must be >= 0 with positive_code=True, got {start.min():g}. Codes cannot be "
+                "negative"
+            )
         try:
             return np.broadcast_to(start, shape)
         except ValueError:

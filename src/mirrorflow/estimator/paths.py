@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["MirrorFlowCVDisplay", "entropy_path", "flow_path"]
 
 Array = NDArray[np.float64]
+TIME = "t, in units of the time to grow"
 FLOATS = [np.float64, np.float32]
 SHARED = {
     "positive": ["boolean"],
@@ -171,7 +172,7 @@ def entropy_path(
 
 
 class MirrorFlowCVDisplay:
-    """The cross-validation error against the time, one line for each scale.
+    """The cross-validation error against the time, one line for each scale, or the chosen path.
 
     Parameters
     ----------
@@ -183,43 +184,86 @@ class MirrorFlowCVDisplay:
         The errors.
     shrinkages : array of shape (n_flows,), default=None
         The shrinkage of each flow; None is 0 for all.
+    chosen : tuple of (flow, time), default=None
+        The indices of the chosen candidate; None marks nothing.
+    coef_path : array of shape (n_features, m), default=None
+        The coefficients of the chosen flow at the first m times: what `plot_path` draws.
+    support : array of bool of shape (n_features,), default=None
+        Which of them the model keeps; None is all.
 
     Attributes
     ----------
     ax_, figure_ : matplotlib objects
-        After `plot`.
+        After `plot` or `plot_path`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mirrorflow import MirrorFlowCVDisplay, MirrorFlowRegressorCV
+    >>> X = np.random.default_rng(0).standard_normal((40, 20))
+    >>> model = MirrorFlowRegressorCV(ts=5).fit(X, X[:, 0] + X[:, 1])
+    >>> display = MirrorFlowCVDisplay.from_estimator(model, kind="path")
+    >>> display.ax_.get_ylabel()
+    'coefficient'
     """
 
     def __init__(
-        self, *, log_As: Array, ts: Array, mse_path: Array, shrinkages: Array | None = None
+        self,
+        *,
+        log_As: Array,
+        ts: Array,
+        mse_path: Array,
+        shrinkages: Array | None = None,
+        chosen: tuple[int, int] | None = None,
+        coef_path: Array | None = None,
+        support: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.log_As, self.ts, self.mse_path = log_As, ts, mse_path
+        self.log_As, self.ts, self.mse_path, self.chosen = log_As, ts, mse_path, chosen
         self.shrinkages = np.zeros(len(log_As)) if shrinkages is None else shrinkages
+        self.coef_path, self.support = coef_path, support
 
     @classmethod
-    def from_estimator(cls, estimator: Any, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
+    def from_estimator(
+        cls, estimator: Any, *, kind: str = "error", ax: Axes | None = None
+    ) -> MirrorFlowCVDisplay:
         """Plot a fitted `MirrorFlowRegressorCV`.
 
         Parameters
         ----------
         estimator : MirrorFlowRegressorCV
-            Fitted.
+            Fitted; to one target for the path.
+        kind : {"error", "path"}, default="error"
+            The errors of all candidates (`plot`), or the coefficients of the chosen flow
+            (`plot_path`).
         ax : matplotlib Axes, default=None
             Where to plot; a new figure if None.
 
         Returns
         -------
         MirrorFlowCVDisplay
+
+        Raises
+        ------
+        TypeError
+            If the estimator is another one.
+        ValueError
+            If ``kind`` is another word, or the path is asked for of several targets.
         """
         if not isinstance(estimator, MirrorFlowRegressorCV):
             raise TypeError(f"a MirrorFlowRegressorCV is needed, got {type(estimator).__name__}")
         check_is_fitted(estimator, "mse_path_")
-        shown = {"ts": estimator.ts_, "mse_path": estimator.mse_path_}
-        display = cls(log_As=estimator.log_As_, shrinkages=estimator.shrinkages_, **shown)
-        return display.plot(ax=ax)
+        if kind not in ("error", "path"):
+            raise ValueError(f"kind must be 'error' or 'path', got {kind!r}")
+        path, support = estimator.coef_path_, estimator.support_
+        shown: dict[str, Any] = {"coef_path": path, "support": support} if path.ndim == 2 else {}
+        display = cls(
+            log_As=estimator.log_As_, ts=estimator.ts_, mse_path=estimator.mse_path_,
+            shrinkages=estimator.shrinkages_, chosen=estimator.best_index_, **shown,
+        )  # fmt: skip
+        return display.plot(ax=ax) if kind == "error" else display.plot_path(ax=ax)
 
     def plot(self, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
-        """Plot the mean over the folds, with a standard error as a band.
+        """Plot the mean over the folds, with a standard error as a band, and the chosen point.
 
         Parameters
         ----------
@@ -230,14 +274,7 @@ class MirrorFlowCVDisplay:
         -------
         self
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
-            ) from error
-
-        axis = plt.subplots()[1] if ax is None else ax
+        axis = _axis(ax)
         reached = np.where(np.isinf(self.mse_path), np.nan, self.mse_path)  # leaves gaps
         mean = reached.mean(axis=2)
         error = reached.std(axis=2) / np.sqrt(reached.shape[2])
@@ -248,9 +285,59 @@ class MirrorFlowCVDisplay:
             (line,) = axis.plot(self.ts, mean[i], label=f"log A = {log_A:g}{shrunk}", **style)
             band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
             axis.fill_between(self.ts, mean[i] - error[i], mean[i] + error[i], **band)
-        axis.set(
-            xscale="log", xlabel="t, in units of the time to grow", ylabel="mean squared error"
-        )
+        if self.chosen is not None:
+            i, j = self.chosen
+            ring: Any = {"s": 180, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+            axis.scatter(self.ts[j], mean[i, j], label="chosen", **ring)
+        axis.set(xscale="log", xlabel=TIME, ylabel="mean squared error")
         axis.legend()
         self.ax_, self.figure_ = axis, axis.figure
         return self
+
+    def plot_path(self, *, ax: Axes | None = None) -> MirrorFlowCVDisplay:
+        """Plot the coefficients of the chosen flow up to the chosen time, where the model is.
+
+        Those that the model sets to 0 are grey.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to plot; a new figure if None.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If there is no ``coef_path``.
+        """
+        if self.coef_path is None:
+            raise ValueError(
+                "the path must be that of one target, got none. Fit a model to each target"
+            )
+        axis, ts = _axis(ax), self.ts[: self.coef_path.shape[1]]
+        kept = (
+            np.asarray(np.ones(len(self.coef_path)) if self.support is None else self.support) > 0
+        )
+        if not kept.all():
+            axis.plot(ts, self.coef_path[~kept].T, color="0.8", linewidth=0.8)
+        axis.plot(ts, self.coef_path[kept].T, marker=".")
+        axis.axvline(ts[-1], color="black", linestyle="--", label=f"chosen: t = {ts[-1]:.3g}")
+        span = self.ts[0], self.ts[-1]  # also what was not chosen
+        axis.set(xscale="log", xlim=span, xlabel=TIME, ylabel="coefficient")
+        axis.legend()
+        self.ax_, self.figure_ = axis, axis.figure
+        return self
+
+
+def _axis(ax: Axes | None) -> Axes:
+    """Return the axes, new ones if there are none."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plot needs matplotlib, of the extra lab: pip install '.[lab]'", name="matplotlib"
+        ) from error
+    return plt.subplots()[1] if ax is None else ax

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn import get_config
 from sklearn.model_selection import check_cv
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 
 from .._threads import one_thread, small_on_one_thread
@@ -22,11 +22,20 @@ from ._base import (
     Decay,
     FlowPoint,
     FlowRegressor,
+    Zeros,
     check_decay,
     choose_zeros,
     validated,
 )
-from ._candidates import scales, thresholds, times, warn_at_the_last_time
+from ._candidates import (
+    CRITERIA,
+    informed,
+    scales,
+    shrunken,
+    thresholds,
+    times,
+    warn_at_the_last_time,
+)
 from ._data import growth, prepare, warn_of_scales
 from ._folds import Folds
 
@@ -67,8 +76,7 @@ class MirrorFlowRegressor(FlowRegressor):
         Whether to run the flow on the columns of X divided by their standard deviations (by their
         root mean squares without an intercept), so that their units decide nothing. ``coef_`` is in
         the units of X; ``zero_tol``, ``A_``, ``dual_coef_`` and the certificates belong to the
-        divided columns. Without it, a flow that is stopped
-        warns of columns on unequal scales.
+        divided columns. Without it, a stopped flow warns of columns on unequal scales.
     zero_tol : float, default=1e-3
         Coefficients smaller than ``zero_tol`` times the largest are set to exactly 0: the flow
         itself makes them small, never 0. With 0 they are left as they are.
@@ -207,8 +215,6 @@ class MirrorFlowRegressor(FlowRegressor):
 
 
 # The regressor that chooses its scale and its stopping time by cross-validation.
-
-SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
 Array = NDArray[np.float64]
 
 
@@ -245,6 +251,11 @@ class MirrorFlowRegressorCV(FlowRegressor):
     refit : bool, default=False
         Whether the coefficients that are not 0, fitted again by least squares, are candidates as
         well; they are taken only where they predict at least as well.
+    criterion : {"cv", "bic", "ebic"}, default="cv"
+        What chooses: the error on samples left out, or, for one target and n samples, the least
+        n log(mean squared error) + k log(n) of any flow, time and threshold with k coefficients,
+        k <= n / 2; "ebic" adds 2 log(d over k), for more columns than samples. Then ``cv`` and
+        ``n_jobs`` are not used, and the errors below are those of one fold, all samples.
     tol : float, default=1e-2
         As for `MirrorFlowRegressor`; the last fit uses a tenth of it.
     max_iter : int, default=10000
@@ -256,6 +267,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
     ----------
     best_log_A_, best_t_ : float
         The candidates of least error.
+    best_index_ : tuple of int
+        The place of that candidate in ``mse_path_``: its flow, and its time.
     best_decay_ : SwitchOff, Constant or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
     best_zero_tol_ : float
@@ -265,8 +278,16 @@ class MirrorFlowRegressorCV(FlowRegressor):
     mse_path_ : array of shape (n_flows, n_ts, n_folds)
         The mean squared error on the fold that was left out, without zeros; several targets are
         each divided by their variance.
+    coef_path_ : array of shape (n_features, m) or (n_targets, n_features, m)
+        The coefficients of the chosen flow on all samples at the first m of ``ts_``, up to
+        ``best_t_``, before any are set to 0.
+    selection_frequency_ : array of shape (n_features,) or (n_targets, n_features)
+        In which fraction of the folds the chosen flow, on the training part and with the chosen
+        threshold, keeps a coefficient: near 1 for a support that does not depend on the draw.
     zero_mse_path_ : array of shape (n_zero_tols, n_folds)
         The same of the chosen flow, for each threshold; refitted with ``refit``.
+    criterion_path_ : array of shape (n_flows, n_ts, n_zero_tols)
+        The criterion, instead of ``zero_mse_path_``, where it is not "cv".
     intercept_mse_ : array of shape (n_folds,)
         The same of the intercept alone.
     log_As_, shrinkages_ : arrays of shape (n_flows,)
@@ -310,6 +331,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         "fit_intercept": ["boolean"],
         "standardize": ["boolean"],
         "refit": ["boolean"],
+        "criterion": [StrOptions(set(CRITERIA))],
         "tol": [Interval(Real, 0, 1, closed="neither")],
         "max_iter": [Interval(Real, 1, None, closed="left")],
         "n_jobs": [Integral, None],
@@ -328,6 +350,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         fit_intercept: bool = True,
         standardize: bool = False,
         refit: bool = False,
+        criterion: str = "cv",
         tol: float = 1e-2,
         max_iter: int = 10_000,
         n_jobs: int | None = None,
@@ -342,6 +365,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.fit_intercept = fit_intercept
         self.standardize = standardize
         self.refit = refit
+        self.criterion = criterion
         self.tol = tol
         self.max_iter = max_iter
         self.n_jobs = n_jobs
@@ -377,47 +401,64 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
         check_decay(self.decay, self.ts_[-1])
         X, y, sample_weight = validated(self, X, y, sample_weight)
-        split = self._split(X, y, sample_weight, params)
+        by_cv = self.criterion == "cv"
+        split = self._split(X, y, sample_weight, params) if by_cv else None
         data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
         warn_of_scales(data, above=1)
-        train, test = (part[data.rows] for part in split)
+        every = data.weights[:, None]
+        train, test = (every, every) if split is None else (part[data.rows] for part in split)
         folds = Folds(data, train, test, self.decay, self.positive, self.tol, int(self.max_iter))
-        self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, self.n_jobs)
-        self._fit(data, self._best(folds), X.dtype, y.ndim == 1)
+        jobs = self.n_jobs if by_cv else 1
+        self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, jobs)
+        self.intercept_mse_ = folds.intercept_errors()
+        i, j, zeros = self._by_error(folds) if by_cv else self._by_criterion(folds)
+        frequency = folds.frequencies(*self._candidate(i), j, zeros.zero_tol)
+        self.selection_frequency_ = frequency[0] if y.ndim == 1 else frequency
+        self._fit(data, self._best(i, j, zeros), X.dtype, y.ndim == 1)
 
     def _flows(self) -> tuple[Array, Array]:
         """Return log A and shrinkage of each flow."""
-        log_As = scales(self.log_As)
-        given = self.shrinkages
-        if given is None:
-            given = () if self.decay else SHRUNK
-        shrunk = np.asarray(given, dtype=np.float64)
-        if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
-            raise ValueError(f"shrinkages must be numbers between 0 and 1, got {given!r}")
-        if self.decay and shrunk.size:
-            raise ValueError("decay and shrinkages both set the decay: give one of them")
+        log_As, shrunk = scales(self.log_As), shrunken(self.shrinkages, self.decay)
         middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
         return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
 
-    def _best(self, folds: Folds) -> FlowPoint:
-        """Return the flow of least error, and how much of it is set to 0."""
+    def _candidate(self, i: int) -> tuple[float, float, Array]:
+        """Return log A, shrinkage and times of a flow."""
+        return float(self.log_As_[i]), float(self.shrinkages_[i]), self.ts_
+
+    def _by_error(self, folds: Folds) -> tuple[int, int, Zeros]:
+        """Choose flow and time by the least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
-        i, j = np.unravel_index(np.argmin(mean), mean.shape)
+        i, j = (int(v) for v in np.unravel_index(np.argmin(mean), mean.shape))
         warn_at_the_last_time(mean[i], self.ts_, folds.spread)
-        log_A, t, shrinkage = (
-            float(v) for v in (self.log_As_[i], self.ts_[j], self.shrinkages_[i])
-        )
-        at = log_A, shrinkage, self.ts_, int(j)
-        paths = folds.zero_errors(*at, self.zero_tols_, self.refit)
-        self.intercept_mse_, refitted = folds.intercept_errors(), paths[1] if self.refit else None
-        zeros = choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
+        paths = folds.zero_errors(*self._candidate(i), j, self.zero_tols_, self.refit)
         self.zero_mse_path_ = paths[-1]
+        refitted = paths[1] if self.refit else None
+        return i, j, choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
+
+    def _by_criterion(self, folds: Folds) -> tuple[int, int, Zeros]:
+        """Choose flow, time and zeros by what coefficients bring on the samples themselves."""
+        if folds.data.y.shape[1] > 1:
+            raise ValueError(
+                f"y must be one target with criterion={self.criterion!r}, got "
+                f"{folds.data.y.shape[1]}. Fit a model to each, or take criterion='cv'"
+            )
+        candidates = self.log_As_, self.shrinkages_, self.ts_, self.zero_tols_
+        found = informed(folds, *candidates, self.refit, self.criterion == "ebic")
+        self.criterion_path_ = found.path
+        return found.i, found.j, found.zeros
+
+    def _best(self, i: int, j: int, zeros: Zeros) -> FlowPoint:
+        """Keep what was chosen, and return it."""
+        log_A, shrinkage, ts = self._candidate(i)
+        t = float(ts[j])
+        self.best_index_, self.best_log_A_, self.best_t_ = (i, j), log_A, t
         self.best_zero_tol_, self.best_refit_ = zeros.zero_tol, zeros.refit
-        self.best_log_A_, self.best_t_, self.best_decay_ = log_A, t, self.decay
+        self.best_decay_ = self.decay
         if shrinkage > 0:
             self.best_decay_ = SwitchOff(shrinkage * growth(log_A, self.positive), t)
         return FlowPoint(
-            log_A, t, self.best_decay_, 0.1 * self.tol, self.best_zero_tol_, self.best_refit_
+            log_A, t, self.best_decay_, 0.1 * self.tol, zeros.zero_tol, zeros.refit, ts[: j + 1]
         )
 
     def _split(
@@ -439,9 +480,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
                 np.bincount(np.arange(len(y))[part], minlength=len(y)) * weights for part in parts
             )
             if not (train.sum() > 0 and test.sum() > 0):
-                raise ValueError(
-                    "cv gives a fold without samples, or with none of weight > 0, on one side"
-                )
+                said = "cv gives a fold without samples, or with none of weight > 0, on one side"
+                raise ValueError(said)
             folds.append((train / train.sum(), test / test.sum()))
         if not folds:
             raise ValueError("cv gives no fold")
