@@ -10,25 +10,35 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mirrorflow"
 
 # Each room with the rooms that it may import; a folder counts as one, the lab's folders as theirs.
-THEORY = ("_solution", "_loss", "schedule", "reparam", "regularizer", "conditions", "legendre")
+THEORY = (
+    "_html",
+    "_solution",
+    "_loss",
+    "schedule",
+    "reparam",
+    "regularizer",
+    "conditions",
+    "legendre",
+)
 ALLOWED = {
-    "_solution": (),
+    "_html": (),
+    "_solution": ("_html",),
     "_loss": (),
     "_threads": (),
-    "schedule": (),
+    "schedule": ("_html",),
     "optim": (),
-    "spectrum": ("balance",),
+    "spectrum": ("_html", "balance"),
     "balance": (),
     "reparam": (),
     "regularizer": ("reparam",),
-    "conditions": ("reparam", "regularizer"),
+    "conditions": ("_html", "reparam", "regularizer"),
     "legendre": ("reparam", "regularizer", "conditions"),
     "flow": (*THEORY, "descent"),
     "limit": (*THEORY, "_threads"),
     "descent": THEORY,
     "estimator": (*THEORY, "_threads", "flow", "limit"),
-    "weightdecay": ("schedule",),
-    "control": ("schedule", "weightdecay", "spectrum", "balance", "optim"),
+    "weightdecay": ("_html", "schedule"),
+    "control": ("_html", "schedule", "weightdecay", "spectrum", "balance", "optim"),
     "integrations": ("schedule", "weightdecay", "spectrum", "control"),
     "lab.framework": (),
     "lab.experiments": (

@@ -447,7 +447,7 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
     assert "odd.query_key_value.weight: " in text and "undefined" in text
     body = re.sub(r"<script.*?</script>", "", text, flags=re.S)  # libraries name their licences
     assert not re.search(r'(?:src|href)="(?!data:|#)', body)
-    assert 'id="audit-ratio"' in body
+    assert 'id="audit-ratio"' in body and ">99%</th>" in body and ">random</th>" in body
     # A point of the charts is found in the table by its number.
     assert ">no.</th>" in body and re.findall(r"<tr><td class=number>(\d)<", body) == ["1", "2"]
 

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._html import html_table
+
 __all__ = ["Path", "Solution", "Status"]
 
 
@@ -58,7 +60,7 @@ class Path:
     account: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The result of a solver, as data: failure is in ``status``, never hidden in ``value``.
 
@@ -81,3 +83,15 @@ class Solution:
     stats: Any
     path: Path | None = None
     aux: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Say why the solver stopped, and of which shape the value is."""
+        shape = " x ".join(map(str, getattr(self.value, "shape", ()))) or "one number"
+        path = "" if self.path is None else f", a path of {len(self.path.t)} times"
+        return f"Solution({self.status.name}, value: {shape}{path})"
+
+    def _repr_html_(self) -> str:
+        """Show the status and what was measured."""
+        measured = getattr(self.stats, "__dict__", {})
+        shown = [(k, v) for k, v in measured.items() if isinstance(v, (bool, int, float, str))]
+        return html_table(repr(self), [], shown, [self.status.value])

@@ -35,26 +35,38 @@ def audit(
     values: Annotated[
         bool, typer.Option("--values", help="Also W_O W_V of attention layers.")
     ] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="Another checkpoint of the model: differences per product.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     page: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
 ) -> None:
     """Measure the spectra of a checkpoint's products: LoRA's B A, attention's Q K^T.
 
-    The file is read pair by pair: memory stays below 16 copies of the largest pair in float64.
+    Beside each ratio stand the mean of random factors of that shape and the most that is possible,
+    then the ranks that hold 90, 95 and 99% of the squared singular values. The file is read pair by
+    pair: memory stays below 16 copies of the largest pair in float64.
     """
-    from ..spectrum import audit as measure
-    from ..spectrum import table
+    from .. import spectrum
 
     pairs = _pairs(pair or [])
     _check_audit(match, page)
     try:
-        found = measure(path, level=level, match=match, pairs=pairs, values=values)
+        found, *other = (
+            spectrum.audit(file, level=level, match=match, pairs=pairs, values=values)
+            for file in (path, compare) if file is not None
+        )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
         raise UserError(f"{error}{hint}") from error
-    print(found.to_json()) if json else say(table(found, width()))
+    content, text = found.to_dict(), spectrum.table(found, width())
+    if other:
+        both = spectrum.compare(found, other[0])
+        content |= {"comparison": both.to_dict()}
+        text += f"\n\ncompared with {compare}:\n{both.table(width())}"
+    print(encoding.dumps(content, indent=1, allow_nan=False)) if json else say(text)
     if page is not None:
-        _write_audit(found.to_dict(), path.name, page)
+        _write_audit(content, path.name, page)
 
 
 def _pairs(given: list[str]) -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._html import html_table
 from ..regularizer import Regularizer
 from ..reparam import Reparam
 
@@ -23,7 +24,7 @@ class Condition:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The result of `check`; true in a boolean context if Theorem 3.2 applies.
 
@@ -90,6 +91,16 @@ class Report:
             size = "" if np.isnan(c.size) else f" ({c.size:.2g})"
             lines.append(f"  {'yes' if c.ok else 'NO ':3} {c.name}{size}: {c.detail}")
         return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
+
+    def __repr__(self) -> str:
+        """Say whether the theory applies to the pair."""
+        return f"Report({self.pair}: Theorem 3.2 {'applies' if self.applies else 'does not apply'})"
+
+    def _repr_html_(self) -> str:
+        """Show the conditions as a table."""
+        rows = [("yes" if c.ok else "NO", c.name, float(c.size), c.detail) for c in self.conditions]
+        heads = ("", "condition", "size", "what decides it")
+        return html_table(repr(self), heads, rows, [self.advice] if self.advice else [])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; a size that is not a number is None, as JSON has no NaN."""

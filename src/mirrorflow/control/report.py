@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .._html import html_table
 from ..spectrum.records import without_nan
 
 __all__ = ["DRow", "DecayRow", "LoopRow", "ProductRow", "RunReport", "save_report"]
@@ -125,7 +126,7 @@ class LoopRow:
     outcome: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """What decay did in a run, as far as the run can tell: `ControlledDecay.report` makes it.
 
@@ -165,6 +166,21 @@ class RunReport:
     def to_json(self, indent: int | None = 1) -> str:
         """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def __repr__(self) -> str:
+        """Say of how long a run it is, and of how many groups and products."""
+        counts = f"{len(self.decay)} groups, {len(self.products)} products"
+        return f"RunReport({self.steps:,} steps of {self.optimizer}, {counts})"
+
+    def _repr_html_(self) -> str:
+        """Show the decay, the products, and what the run shows and cannot show."""
+        parts = [
+            html_table(repr(self), _DECAY, map(_decay_cells, self.decay)),
+            html_table(self._title(), _PRODUCTS, map(_product_cells, self.products)),
+            html_table("What this run shows", [], [], self.shows),
+            html_table("What it cannot show", [], [], self.cannot_show),
+        ]
+        return "".join(parts)
 
     def __str__(self) -> str:
         """Return the report as plain text."""

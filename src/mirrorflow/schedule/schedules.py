@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._html import html_table
+
 __all__ = [
     "Array",
     "Constant",
@@ -54,6 +56,12 @@ class Schedule(ABC):
     def accumulated(self, t: Any) -> Any:
         """Evaluate a_t = -int_0^t alpha(s) ds, the regularization stored by time t."""
         return 0.0 - self.integral(t)
+
+    def _repr_html_(self) -> str:
+        """Show from each breakpoint on the rate, and what had accumulated before it."""
+        ends = [0.0, *self.breakpoints[:20]]
+        rows = [(t, float(self.rate(t)), float(self.accumulated(t))) for t in ends]
+        return html_table(repr(self), ("from t", "rate", "a until then"), rows)
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -22,6 +22,7 @@ from .records import Record
 
 __all__ = ["measure"]
 
+ENERGIES = (0.9, 0.95, 0.99)
 MEMORY = 1 << 24  # elements of factors and Gram matrices that a batch holds at most
 
 
@@ -203,6 +204,7 @@ def _numbers(spectrum: ProductSpectrum) -> list[Any]:
         spectrum.stable_rank,
         spectrum.gap,
         torch.linalg.matrix_norm(spectrum.imbalance),
+        *(spectrum.rank_for(energy) for energy in ENERGIES),
     )
     return torch.stack(numbers, -1).tolist()
 
@@ -218,7 +220,7 @@ def _record(
     pair: Pair, head: int | None, numbers: Iterable[float], shape: tuple[int, int, int]
 ) -> Record:
     """Make a record."""
-    nuclear, frobenius, spectral, ratio, effective, stable, gap, imbalance = numbers
+    nuclear, frobenius, spectral, ratio, effective, stable, gap, imbalance, *ranks = numbers
     status = "not finite" if isnan(gap) else "undefined" if isnan(ratio) else "ok"
     size = abs(pair.scale)
     return Record(
@@ -236,6 +238,9 @@ def _record(
         stable_rank=stable,
         gap=gap,
         imbalance=imbalance,
+        rank_90=ranks[0],
+        rank_95=ranks[1],
+        rank_99=ranks[2],
         scale=pair.scale,
         notes=pair.notes,
     )

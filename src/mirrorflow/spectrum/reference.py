@@ -10,6 +10,7 @@ import numpy as np
 __all__ = ["RandomProduct", "random_product"]
 
 DRAWS = 256  # singular values that are averaged over, at least
+LARGEST = 384  # of the smallest side: larger products have the spectrum of a smaller one, stretched
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ def random_product(n: int, r: int, m: int) -> RandomProduct:
     """
     if min(n, r, m) < 1:
         raise ValueError(f"n, r and m must be positive, got {n}, {r}, {m}. Give a product's shape.")
+    if (smallest := min(n, r, m)) > LARGEST:  # ratio^2 and effective rank grow with the size
+        times = smallest / LARGEST
+        small = random_product(*(round(size / times) for size in (n, r, m)))
+        return RandomProduct(small.ratio * times**0.5, small.effective_rank * times)
     rng = np.random.default_rng(0)
     draws = max(1, DRAWS // min(n, r, m))
     core = _triangular(rng, draws, n, r).transpose(0, 2, 1) @ _triangular(rng, draws, m, r)

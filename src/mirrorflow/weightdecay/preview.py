@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from .._html import html_table
 from ._expected import ExpectedPart
 from ._ledger import Entry
 from ._targets import Target
@@ -28,7 +29,7 @@ _DASHES = ("-", "--", "-.", ":")
 _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_end", "absorbed", "a")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preview:
     """The decay that a scheduler will apply in a run.
 
@@ -48,6 +49,18 @@ class Preview:
     curves: dict[str, tuple[list[float], list[float], list[float]]]
     remarks: list[str] = field(default_factory=list)
     outlooks: list[Outlook] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Say of how many groups it is, and what they would absorb."""
+        ends = {name: curve[2][-1] for name, curve in self.curves.items() if curve[2]}
+        said = "".join(f", a = {a:.4g} for {name}" for name, a in list(ends.items())[:3])
+        return f"Preview({len(self.curves)} groups{said}{', ...' * (len(ends) > 3)})"
+
+    def _repr_html_(self) -> str:
+        """Show the runs of steps, and what they come to."""
+        columns = [c for c in _COLUMNS if any(c in row for row in self.rows)]
+        rows = [[row.get(c, "") for c in columns] for row in self.rows]
+        return html_table(repr(self), columns, rows, [*sentences(self.outlooks), *self.remarks])
 
     def __str__(self) -> str:
         """Return the table, the remarks, and what it comes to in three sentences."""

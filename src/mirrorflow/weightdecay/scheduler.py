@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch.optim import Optimizer
 
+from .._html import html_table
 from ._agreement import load
 from ._checks import (
     check_decay,
@@ -196,6 +197,17 @@ class WeightDecayScheduler:
         Where the schedule has ended, the last decay stays: only a step that is taken needs one.
         """
         self._stepping.write()
+
+    def __repr__(self) -> str:
+        """Say which schedule it follows, and how far it is."""
+        form = type(self).__name__
+        return f"{form}({self.schedule!r}, step {self.steps}, {len(self.targets)} groups)"
+
+    def _repr_html_(self) -> str:
+        """Show each group's decay, and what it has absorbed."""
+        rows = zip(self.targets, self.get_last_weight_decay(), self.accumulated, strict=True)
+        shown = [(self.name(target), decay, a) for target, decay, a in rows]
+        return html_table(repr(self), ("group", "next decay", "a absorbed"), shown)
 
     def get_last_weight_decay(self) -> list[float]:
         """Return the decay of the step that comes next, in the order of ``accumulated``."""

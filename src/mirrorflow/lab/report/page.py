@@ -301,10 +301,10 @@ def _form(column: Sequence[Any]) -> str:
     Examples
     --------
     >>> _form([1.5, 0.25, None]), _form([2, 30]), _form([1.0, 1e-7])
-    ('.3f', 'd', '.2e')
+    ('.3f', '.0f', '.2e')
     """
-    if all(value is None or isinstance(value, int) for value in column):
-        return "d"
+    if all(v is None or (float(v).is_integer() and abs(v) < 1e7) for v in column):
+        return ".0f"
     sizes = [abs(v) for v in column if v and math.isfinite(v)]
     if not sizes:
         return ".4g"
