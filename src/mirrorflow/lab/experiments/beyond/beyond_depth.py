@@ -1,0 +1,240 @@
+"""Weight decay that is switched off against a smaller start, for products of several factors."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ...framework import contract
+from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.drawing import DASHES, STYLES, middle, short
+
+if TYPE_CHECKING:
+    from altair import TopLevelMixin
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+NAME = "beyond_depth"
+TITLE = "Decay that has accumulated to a acts as a start scaled by eᵃ, at every depth"
+PAPER = "Beyond the paper (Theorem D.2: deeper products do not commute with weight decay)"
+
+SWITCH = 2.0  # the time at which decay is switched off
+Array = NDArray[np.float64]
+
+
+class Config(contract.Config):
+    """The setting of the runs.
+
+    Attributes
+    ----------
+    n, d, nonzeros : int
+        Rows and columns of a Gaussian Z, and the entries of ±1 of the truth.
+    depths : tuple of int
+        The numbers of factors.
+    decays : tuple of float
+        The a at the switch-off, <= 0.
+    time : float
+        How long the flow goes on after the switch-off, in units of its clock e^{(k-2) a}.
+    seeds : tuple of int
+        One problem and one unbalanced start each.
+    """
+
+    n: int = Field(default=10, ge=1)
+    d: int = Field(default=30, ge=2)
+    nonzeros: int = Field(default=3, ge=1)
+    depths: tuple[int, ...] = Field(default=(2, 3, 4), min_length=1)
+    decays: tuple[float, ...] = Field(default=(0.0, -0.5, -1.0, -1.5, -2.0), min_length=1)
+    time: float = Field(default=1000.0, gt=0)
+    seeds: tuple[int, ...] = Field(default=tuple(range(5)), min_length=1)
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """Return smoke (a small problem), or five seeds of 10 x 30 (cpu and full)."""
+        if name == "smoke":
+            return cls(n=4, d=8, nonzeros=1, decays=(0.0, -1.0), time=300.0, seeds=(0,))
+        return cls()
+
+
+def run(config: Config, recorder: Recorder) -> list[Record]:
+    """Integrate both flows at each depth and decay."""
+    records: list[Record] = []
+    jobs = [(k, a) for k in config.depths for a in config.decays]
+    for number, (k, a) in enumerate(jobs):
+        part = recorder.part(f"depth{k}-a{-a:g}", lambda k=k, a=a: _part(config, k, a))
+        records += part.records
+        recorder.progress(number + 1, len(jobs), f"{k} factors, a = {a:g}")
+    return records
+
+
+def _part(config: Config, k: int, a: float) -> Part:
+    """Integrate at one depth and decay from each seed."""
+    made = [_one(config, k, a, seed) for seed in config.seeds]
+    ends = {key: np.stack([end[key] for _, end in made]) for key in made[0][1]}
+    return Part([record for record, _ in made], ends, checksum(*ends.values()))
+
+
+def _one(config: Config, k: int, a: float, seed: int) -> tuple[Record, dict[str, Array]]:
+    """Compare the end after decay with the end from e^a w0, and both with argmin R_a."""
+    import mirrorflow as mf
+
+    Z, truth, start = _problem(config, seed)
+    y, w0 = Z @ truth, tuple(start[:k])
+    g, h, loss = mf.Depth(k), mf.WeightDecay(), mf.LeastSquares(Z, y)
+    after = config.time * math.exp(-(k - 2) * a)  # after the switch-off d nu = e^{(k-2) a} dmu
+
+    def end(w: Any, schedule: mf.Schedule) -> Tensor:
+        return mf.flow(loss, g, h, w, schedule, SWITCH + after, rtol=1e-10).value
+
+    x = end(w0, mf.SwitchOff(-a / SWITCH, SWITCH))
+    scaled = end(tuple(math.exp(a) * w for w in w0), mf.Constant(0.0))
+    R = mf.legendre(g, h, w0)
+    predicted, ignored = (mf.limit(R, Z, y, at).value for at in (a, 0.0))
+    record: Record = {
+        "depth": k, "a": a, "seed": seed,
+        "from the scaled start": _distance(x, scaled),
+        "from argmin R_a": _distance(x, predicted),
+        "from argmin R_0": _distance(x, ignored),
+        "error": _distance(x, truth),
+        "l1": float(x.abs().sum() / truth.abs().sum()),
+        "residual": _distance(Z @ x, y),
+    }  # fmt: skip
+    ends = {"decayed": x, "scaled": scaled, "predicted": predicted}
+    return record, {key: value.numpy() for key, value in ends.items()}
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Return |x - y| / |y|."""
+    return float((x - y).norm() / y.norm())
+
+
+def _problem(config: Config, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Z, a sparse truth, and four factors of a start with a small x."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    Z, truth = rng.standard_normal((config.n, config.d)), np.zeros(config.d)
+    where = rng.choice(config.d, config.nonzeros, replace=False)
+    truth[where] = rng.choice([-1.0, 1.0], config.nonzeros)
+    start = 0.8 * rng.uniform(0.8, 1.2, (4, config.d))
+    start[0] = rng.uniform(-0.2, 0.2, config.d)
+    return torch.from_numpy(Z), torch.from_numpy(truth), torch.from_numpy(start)
+
+
+# --- What the page shows of it --------------------------------------------------------------------
+
+
+def _medians(records: list[Record], key: str) -> dict[int, dict[float, float]]:
+    """Return the medians of a number over the seeds, by depth and a."""
+    found: dict[int, dict[float, list[float]]] = {}
+    for r in records:
+        of = found.setdefault(int(r["depth"]), {})
+        of.setdefault(float(r["a"]), []).append(float(r[key]))
+    return {k: {a: float(np.median(v)) for a, v in sorted(of.items())} for k, of in found.items()}
+
+
+def summary(records: list[Record]) -> str:
+    """Say what the run shows, with its numbers."""
+    least = min(float(r["a"]) for r in records)
+    worst = {
+        key: max(float(r[key]) for r in records)
+        for key in ("from the scaled start", "from argmin R_a")
+    }
+    error = _medians(records, "error")
+    fell = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
+    return (
+        "Theorem D.2 gives up weight decay on deeper products; it holds with another clock: the "
+        "end after decay is that of a start scaled by eᵃ without decay, to "
+        f"{worst['from the scaled start']:.0e} at most, and that of argmin R_a, to "
+        f"{worst['from argmin R_a']:.0e}. From a = 0 to {least:g} the relative error falls from "
+        f"{fell}."
+    )
+
+
+def table(records: list[Record]) -> list[Record]:
+    """Return a row for each depth and a, with medians over the seeds."""
+    columns = {
+        "from the scaled start": "from the scaled start", "from argmin R_a": "from argmin R_a",
+        "from argmin R_0": "from argmin R_0", "error": "relative error",
+        "l1": "L1 norm, of the truth's",
+    }  # fmt: skip
+    found = {key: _medians(records, key) for key in columns}
+    return [
+        {"factors": k, "a": a, **{name: found[key][k][a] for key, name in columns.items()}}
+        for k, of in found["error"].items()
+        for a in sorted(of, reverse=True)
+    ]
+
+
+def draw(records: list[Record], trajectory: Trajectory) -> Figure:
+    """Draw the ends against each other, their distances, and the error over a."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    ends, distances, errors = figure.subplots(1, 3)
+    for i, k in enumerate(_medians(records, "error")):
+        style, marker = STYLES[i % len(STYLES)], "os^D"[i % 4]
+        names = [name for name in trajectory if name.startswith(f"depth{k}-")]
+        x, scaled = (
+            np.concatenate([trajectory[n].ravel() for n in sorted(names) if n.endswith(f"/{end}")])
+            for end in ("decayed", "scaled")
+        )
+        ends.plot(scaled, x, marker, color=style["color"], markersize=4, alpha=0.6, label=f"{k}")
+        for j, key in enumerate(("from argmin R_0", "from argmin R_a", "from the scaled start")):
+            of = _medians(records, key)[k]
+            distances.plot(
+                [-a for a in of], [max(v, 1e-17) for v in of.values()], color=style["color"],
+                linestyle=DASHES[j], marker=marker, markersize=4,
+            )  # fmt: skip
+        of = _medians(records, "error")[k]
+        errors.plot([-a for a in of], list(of.values()), marker=marker, markersize=5, **style)
+    for j, label in enumerate(("decay ignored (R at a = 0)", "argmin R_a", "the scaled start")):
+        distances.plot([], [], color="0.3", linestyle=DASHES[j], label=label)
+    ends.set(
+        xlabel="coefficients from the start eᵃ w₀, no decay", ylabel="coefficients after decay"
+    )
+    distances.set(yscale="log", ylabel="relative distance of the end from")
+    errors.set(yscale="log", ylabel="relative error of x")
+    for axis in (distances, errors):
+        axis.set_xlabel("decay until the switch-off, −a")
+    ends.legend(title="factors")
+    distances.legend(fontsize=8)
+    for axis in figure.axes:
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
+    """Make the interactive chart of the error over a, a line for each depth."""
+    import altair as alt
+
+    rows = [
+        {"factors": str(k), "decay, −a": -a, "error": short(value)}
+        for k, of in _medians(records, "error").items()
+        for a, value in of.items()
+    ]
+    depths = list(dict.fromkeys(row["factors"] for row in rows))
+    colour = alt.Color(
+        "factors:N",
+        scale=alt.Scale(domain=depths, range=[STYLES[i % 4]["color"] for i in range(len(depths))]),
+        legend=alt.Legend(orient="bottom"),
+    )
+    chart = alt.Chart(alt.Data(values=rows), height=260).encode(
+        x=alt.X("decay, −a:Q"),
+        y=alt.Y("error:Q", scale=alt.Scale(type="log"), title="relative error of x"),
+        color=colour,
+        tooltip=["factors:N", "decay, −a:Q", alt.Tooltip("error:Q", format=".2g")],
+    )
+    points = chart.mark_point(filled=True, size=60).encode(
+        shape=alt.Shape("factors:N", scale=alt.Scale(domain=depths), legend=None)
+    )
+    return [
+        (
+            "The error of the end over the decay that was switched off: more factors need less"
+            f"{middle(records)}.",
+            chart.mark_line() + points,
+        )
+    ]

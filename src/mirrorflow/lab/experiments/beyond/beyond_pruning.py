@@ -1,0 +1,302 @@
+"""Test accuracy after small weights are cut, for digits networks whose weights are m * w."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ...framework import contract
+from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.drawing import STYLES, middle, short
+
+if TYPE_CHECKING:
+    import torch
+    from altair import TopLevelMixin
+    from matplotlib.figure import Figure
+
+NAME = "beyond_pruning"
+TITLE = "With MirrorAdam and decay that is switched off, most weights of m * w are not needed"
+PAPER = "Beyond the paper (its networks are trained as they are)"
+
+# The optimizer of the weights, whether they are m * w, and whether decay acts.
+WAYS: dict[str, tuple[str, bool, bool]] = {
+    "MirrorAdam on m * w": ("MirrorAdam", True, True),
+    "MirrorAdam on m * w, no decay": ("MirrorAdam", True, False),
+    "AdamW on m * w": ("AdamW", True, True),
+    "AdamW on plain weights": ("AdamW", False, True),
+}
+Way = Literal[
+    "MirrorAdam on m * w", "MirrorAdam on m * w, no decay", "AdamW on m * w",
+    "AdamW on plain weights",
+]  # fmt: skip
+CUTS = (0.0, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+Array = NDArray[np.float64]
+
+
+class Config(contract.Config):
+    """The setting of the runs.
+
+    Attributes
+    ----------
+    width : int
+        Of the two hidden layers of a perceptron on scikit-learn's digits, 8 x 8.
+    epochs, batch : int
+        Over 1,297 of the 1,797 images, in batches of this size; 500 are for the test.
+    lr : float
+        Of all optimizers, constant in the first half and falling to 0 in the second.
+    a : float
+        sum log(1 - lr * decay) of the first half, <= 0; there is no decay in the second.
+    ways : tuple of str
+        The trainings, in the order of `WAYS`.
+    seeds : tuple of int
+        One start, order of the images and split each.
+    """
+
+    width: int = Field(default=256, ge=1)
+    epochs: int = Field(default=200, ge=2)
+    batch: int = Field(default=64, ge=1, le=1297)
+    lr: float = Field(default=0.003, gt=0)
+    a: float = Field(default=-2.0, le=0)
+    ways: tuple[Way, ...] = Field(default=get_args(Way), min_length=1)
+    seeds: tuple[int, ...] = Field(default=tuple(range(5)), min_length=1)
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """Return smoke (a small network, 6 epochs), or five seeds of 256 units (cpu and full)."""
+        return cls(width=16, epochs=6, lr=0.01, seeds=(0,)) if name == "smoke" else cls()
+
+
+def run(config: Config, recorder: Recorder) -> list[Record]:
+    """Train in each way from each seed, and cut the smallest weights."""
+    records: list[Record] = []
+    jobs = [(way, seed) for seed in config.seeds for way in config.ways]
+    for number, (way, seed) in enumerate(jobs):
+        name = f"{list(WAYS).index(way)}-seed{seed}"
+        part = recorder.part(name, lambda way=way, seed=seed: _part(config, way, seed))
+        records += part.records
+        recorder.progress(number + 1, len(jobs), f"{way}, seed {seed}")
+    return records
+
+
+def _part(config: Config, way: str, seed: int) -> Part:
+    """Train once; return the accuracy at each cut, and the sorted sizes of the weights."""
+    import torch
+
+    torch.manual_seed(seed)
+    train, test = _digits(seed)
+    net = _perceptron(config.width)
+    losses = _train(net, config, way, seed, train)
+    sizes = _sizes(net)
+    records: list[Record] = [
+        {"way": way, "seed": seed, "cut": cut, "accuracy": _accuracy(_cut(net, way, cut), test),
+         "loss": float(losses[-20:].mean())}
+        for cut in CUTS
+    ]  # fmt: skip
+    quantiles = np.quantile(sizes, np.linspace(0, 1, 201))
+    return Part(records, {"sizes": quantiles, "loss": losses}, checksum(train[0].numpy()))
+
+
+def _digits(seed: int) -> tuple[Any, Any]:
+    """Return (images, labels) for training and test, in an order drawn by the seed."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    X = torch.from_numpy(digits.data[order] / 16).to(torch.float32)
+    y = torch.from_numpy(digits.target[order])
+    return (X[:1297], y[:1297]), (X[1297:], y[1297:])
+
+
+def _perceptron(width: int) -> torch.nn.Sequential:
+    """Return a perceptron with two hidden layers."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    )
+
+
+def _train(net: Any, config: Config, way: str, seed: int, data: Any) -> Array:
+    """Train in place, decay in the first half of the steps only; return the losses."""
+    import torch
+
+    (X, y), batches = data, 1297 // config.batch
+    optimizer, biases = _optimizers(net, way)
+    decays = WAYS[way][2]
+    steps, order = config.epochs * batches, torch.Generator().manual_seed(seed)
+    half, losses = steps // 2, np.empty(steps)
+    factor, rows = math.exp(config.a / half), torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if step % batches == 0:
+            rows = torch.randperm(len(X), generator=order)
+        fall = max(0.0, (step - half) / (steps - half))
+        lr = 0.5 * config.lr * (1 + math.cos(math.pi * fall))
+        decay = (1 - factor) / lr if decays and step < half else 0.0
+        optimizer.param_groups[0].update(lr=lr, weight_decay=decay)
+        biases.param_groups[0].update(lr=lr)
+        chosen = rows[step % batches * config.batch :][: config.batch]
+        loss = torch.nn.functional.cross_entropy(net(X[chosen]), y[chosen])
+        net.zero_grad()
+        loss.backward()
+        optimizer.step()
+        biases.step()
+        losses[step] = loss.item()
+    return losses
+
+
+def _optimizers(net: Any, way: str) -> tuple[Any, Any]:
+    """Return the optimizer of the weights, made m * w where the way says so, and of the biases."""
+    import torch
+
+    from mirrorflow.optim import MirrorAdam, overparametrize
+
+    name, product, _ = WAYS[way]
+    biases = [p for key, p in net.named_parameters() if key.endswith("bias")]
+    weights = [p for key, p in net.named_parameters() if key.endswith("weight")]
+    if product:
+        pairs = overparametrize(net).pairs
+        weights = [factor for pair in pairs for factor in pair]
+        if name == "MirrorAdam":
+            return MirrorAdam(pairs), torch.optim.Adam(biases)
+    return torch.optim.AdamW(weights), torch.optim.Adam(biases)
+
+
+def _cut(net: Any, way: str, cut: float) -> Any:
+    """Return a copy of the network whose smallest weights, of all layers, are 0."""
+    from mirrorflow.optim import fold
+
+    net = copy.deepcopy(net)
+    if WAYS[way][1]:
+        fold(net, sparsity=cut)
+        return net
+    weights = _weights(net)
+    threshold = float(np.quantile(_sizes(net), cut)) if cut else -1.0
+    for weight in weights:
+        weight.detach().masked_fill_(weight.detach().abs() <= threshold, 0.0)
+    return net
+
+
+def _weights(net: Any) -> list[Any]:
+    """Return the weights of the layers, products or plain."""
+    return [layer.weight for layer in net if hasattr(layer, "weight")]
+
+
+def _sizes(net: Any) -> Array:
+    """Return the absolute values of all weights."""
+    flat = [weight.detach().abs().flatten().numpy() for weight in _weights(net)]
+    return np.concatenate(flat).astype(np.float64)
+
+
+def _accuracy(net: Any, data: Any) -> float:
+    """Return the part of images whose label is found."""
+    import torch
+
+    with torch.no_grad():
+        return float((net(data[0]).argmax(1) == data[1]).double().mean())
+
+
+# --- What the page shows of it --------------------------------------------------------------------
+
+
+def _medians(records: list[Record]) -> dict[str, dict[float, float]]:
+    """Return the median accuracies over the seeds, by way of training and cut."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for r in records:
+        of = found.setdefault(str(r["way"]), {})
+        of.setdefault(float(r["cut"]), []).append(float(r["accuracy"]))
+    return {way: {c: float(np.median(v)) for c, v in of.items()} for way, of in found.items()}
+
+
+def _worst_loss(records: list[Record], way: str, cut: float) -> float:
+    """Return the largest number of points that a seed loses by a cut."""
+    mine = [r for r in records if r["way"] == way]
+    whole = {r["seed"]: float(r["accuracy"]) for r in mine if r["cut"] == 0}
+    return max(100 * (whole[r["seed"]] - float(r["accuracy"])) for r in mine if r["cut"] == cut)
+
+
+def summary(records: list[Record]) -> str:
+    """Say what the run shows, with its numbers."""
+    at = [
+        f"{way}: {of[0.0]:.3f} with all weights, {of[0.98]:.3f} with 2% and {of[0.99]:.3f} with 1% "
+        f"of them (the worst seed loses {_worst_loss(records, way, 0.98):.1f} points at 2%)"
+        for way, of in _medians(records).items()
+    ]
+    return (
+        "Test accuracy on the digits after the smallest weights are cut, without fine-tuning. "
+        + "; ".join(at)
+        + ". One small network on one small set: it says nothing about larger ones."
+    )
+
+
+def table(records: list[Record]) -> list[Record]:
+    """Return a row for each training, with the median accuracy at each cut."""
+    return [
+        {"training": way, **{f"{100 * cut:g}% cut": of[cut] for cut in CUTS}}
+        for way, of in _medians(records).items()
+    ]
+
+
+def draw(records: list[Record], trajectory: Trajectory) -> Figure:
+    """Draw the accuracy over the part that is left, the sizes of the weights, and the loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    accuracy, sizes, losses = figure.subplots(1, 3)
+    for i, (way, of) in enumerate(_medians(records).items()):
+        style = STYLES[i % len(STYLES)]
+        left = [100 * (1 - cut) for cut in of]
+        accuracy.plot(left, list(of.values()), marker="os^D"[i % 4], markersize=4, label=way,
+                      **style)  # fmt: skip
+        first = next(r["seed"] for r in records if r["way"] == way)
+        name = f"{list(WAYS).index(way)}-seed{first}"
+        share = np.linspace(0, 100, 201)
+        sizes.plot(share, np.maximum(trajectory[f"{name}/sizes"], 1e-12), **style)
+        loss = trajectory[f"{name}/loss"]
+        window = max(1, len(loss) // 100)
+        means = loss[: len(loss) // window * window].reshape(-1, window).mean(1)
+        losses.plot(window * np.arange(1, len(means) + 1), means, **style)
+    accuracy.set(xscale="log", xlabel="weights that are left, %", ylabel="test accuracy")
+    accuracy.invert_xaxis()
+    sizes.set(yscale="log", xlabel="part of the weights, %", ylabel="|x|, sorted (first seed)")
+    losses.set(yscale="log", xlabel="step", ylabel="training loss (first seed)")
+    for axis in figure.axes:
+        axis.grid(alpha=0.25)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, TopLevelMixin]]:
+    """Make the interactive chart of the accuracy over the part that is left."""
+    import altair as alt
+
+    found = _medians(records)
+    rows = [
+        {"training": way, "left, %": short(100 * (1 - cut)), "accuracy": short(value)}
+        for way, of in found.items()
+        for cut, value in of.items()
+    ]
+    scale = alt.Scale(domain=list(found), range=[STYLES[i % 4]["color"] for i in range(len(found))])
+    chart = alt.Chart(alt.Data(values=rows), height=260).encode(
+        x=alt.X("left, %:Q", scale=alt.Scale(type="log", reverse=True)),
+        y=alt.Y("accuracy:Q", title="test accuracy", scale=alt.Scale(zero=False)),
+        color=alt.Color(
+            "training:N", scale=scale, legend=alt.Legend(orient="bottom", columns=2, title=None)
+        ),
+        tooltip=["training:N", "left, %:Q", alt.Tooltip("accuracy:Q", format=".3f")],
+    )
+    points = chart.mark_point(filled=True, size=60).encode(
+        shape=alt.Shape("training:N", scale=alt.Scale(domain=list(found)), legend=None)
+    )
+    return [
+        (
+            "Test accuracy over the part of the weights that is left after the smallest are cut"
+            f"{middle(records)}.",
+            chart.mark_line() + points,
+        )
+    ]
