@@ -51,6 +51,13 @@ class Regularizer(ABC):
         """Evaluate grad h(w), with the structure of ``w``."""
         return torch.func.grad(lambda p: self.value(p, g))(w)
 
+    def followed(self, w: Parameters, a: float | Tensor) -> Parameters | None:
+        """Return where dw = grad h da leads from ``w``; None where that has to be integrated.
+
+        ``a`` is a number, or one for each coordinate.
+        """
+        return None
+
     def bounded_below(self, g: Reparam) -> tuple[bool, str] | None:
         """Return whether h is bounded below, and a sentence why; None where that is not known."""
         return None
@@ -81,6 +88,13 @@ class WeightDecay(Regularizer):
     def gradient(self, w: Parameters, g: Reparam) -> Parameters:
         """Return w."""
         return w
+
+    def followed(self, w: Parameters, a: float | Tensor) -> Parameters:
+        """Return e^a w."""
+        parts = factors(w)
+        scale = torch.exp(torch.as_tensor(a, dtype=parts[0].dtype))
+        moved = tuple(scale * f for f in parts)
+        return moved[0] if isinstance(w, Tensor) else moved
 
     def bounded_below(self, g: Reparam) -> tuple[bool, str]:
         """Return that it is, by 0."""
@@ -200,7 +214,7 @@ class CustomRegularizer(Regularizer):
 
 
 def detached_gradient(h: Regularizer, w: Parameters, g: Reparam) -> Parameters:
-    """Return h.gradient(w, g) without a graph; see `detached_pullback`."""
+    """Return h.gradient(w, g) without a graph: integrators call it thousands of times."""
     if type(h).gradient is not Regularizer.gradient:
         with torch.no_grad():
             return h.gradient(w, g)

@@ -3,63 +3,25 @@ r"""R_a of any commuting pair, a user's own included, by integrating w along its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import DOP853
 from torch import Tensor
 
 from ..regularizer import Regularizer, detached_gradient
-from ..reparam import (
-    Parameters,
-    Reparam,
-    detached_pullback,
-    factors,
-    flatten,
-    unflatten,
-)
+from ..reparam import Parameters, Reparam, factors, flatten
+from ._weights import RTOL, PackedWeights, WeightsProblem, advance, integrate
 from .base import LegendreFunction, RangeError, Scalar, checked
-from .dual import Array, DualProblem, NewtonProblem
+from .dual import Array, NewtonProblem
 
-__all__ = ["Inversion", "WeightsProblem", "integrate"]
+__all__ = ["Inversion"]
 
 RANGE_RTOL = 1e-10
+CHECKED = 1e-10  # of the integration that an end point is compared with
+FAINTEST = 1e-300  # |w| at which float64 ends
 SMALLEST = 1e-70  # |w| from which x can be reached
 EFOLDS = 10.0  # what |w| or |J| changes by between two looks at the end of a range
-
-
-@dataclass(frozen=True)
-class WeightsProblem(DualProblem):
-    """A problem whose w can be followed along its flow, dw = J_g(w)^T dmu.
-
-    Attributes
-    ----------
-    general : NewtonProblem
-        The same problem by the maps of R_a, for where the flow does not arrive.
-    g : Reparam
-        The parametrization.
-    elementwise : bool
-        Whether J_g J_g^T is a diagonal.
-    centre : callable
-        Returns w at mu = 0 for a given a, and d mu per unit of the dual variable of a start there.
-    """
-
-    general: NewtonProblem
-    g: Reparam
-    elementwise: bool
-    centre: Callable[[float], tuple[Parameters, float]]
-
-    @property
-    def Z(self) -> Array:  # type: ignore[override] - a field there, read off `general` here
-        """The measurements (n, d)."""
-        return self.general.Z
-
-    def expand(self, x: Array) -> Array:
-        """Return x itself."""
-        return x
 
 
 class Inversion(LegendreFunction):
@@ -89,6 +51,7 @@ class Inversion(LegendreFunction):
     def __init__(self, g: Reparam, h: Regularizer, w0: Parameters) -> None:
         self.g, self.h, self.w0 = g, h, w0
         self.elementwise = g.elementwise and h.elementwise
+        self.packed = PackedWeights(g, w0, self.elementwise)
         x0 = g(w0)
         self.shape, self.dtype = x0.shape, x0.dtype
 
@@ -101,14 +64,10 @@ class Inversion(LegendreFunction):
         return torch.stack([f.expand(shape) for f in factors(self.w0)])
 
     def _unpack(self, state: Tensor) -> Parameters:
-        """Return the parameters that a state holds."""
-        if not self.elementwise:
-            return unflatten(state, self.w0)
-        return state[0] if isinstance(self.w0, Tensor) else tuple(state.unbind(0))
+        return self.packed.unpack(state)
 
     def _pack(self, w: Parameters) -> Tensor:
-        """Return the state that holds w."""
-        return torch.stack(factors(w)) if self.elementwise else flatten(w)
+        return self.packed.pack(w)
 
     # The geometry at a state: J^T, J, grad h and J J^T.
 
@@ -204,11 +163,14 @@ class Inversion(LegendreFunction):
         return WeightsProblem(general, self.g, self.elementwise, centre)
 
     def kkt_residual(self, x: Tensor, mu: Tensor, a: Scalar) -> float:
-        """Return |x - primal(mu, a)| / |x|: the mirror map costs more than the end point."""
-        try:
-            return self._primal_residual(x, self.g.project(mu), a)
-        except RangeError:
+        """Return |x - primal(mu, a)| / |x|, down to `CHECKED`: `mirror` costs more than x."""
+        mu = self.g.project(mu)
+        state = self._moved(self._start(mu.shape), mu, self._spread(a, mu), CHECKED)
+        if state is None:
             return np.inf
+        unit = x.abs().max().clamp(min=1e-300)
+        image = self.g(self._unpack(state))
+        return float(((x - image) / unit).norm() / (x / unit).norm().clamp(min=1e-300))
 
     def _flow(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return the state w(mu, a), differentiable."""
@@ -305,21 +267,26 @@ class Inversion(LegendreFunction):
             raise RangeError(self._out_of_range(dmu, da))
         return moved
 
-    def _moved(self, state: Tensor, dmu: Tensor, da: Scalar) -> Tensor | None:
+    def _moved(self, state: Tensor, dmu: Tensor, da: Scalar, rtol: float = RTOL) -> Tensor | None:
         """Integrate dw = J^T dmu + grad h da from a state; return None where w ends before."""
-
-        def velocity(s: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
-            w, moved = self._unpack(s), torch.zeros_like(s)
-            if pulls:
-                moved = self._pack(detached_pullback(self.g, w, dmu))
-            if decays:
-                moved = moved + da * self._pack(detached_gradient(self.h, w, self.g))
-            return moved, none
-
         pulls, decays = bool((dmu != 0).any()), bool((torch.as_tensor(da) != 0).any())
+        if not pulls:
+            alone = self.h.followed(self._unpack(state), da)
+            if alone is not None:
+                moved = self._pack(alone)
+                return moved if _held(state, moved) else None
 
-        moved = integrate(velocity, state, state.new_zeros(0))
-        return None if moved is None else moved[0]
+        def velocity(flat: Array) -> Array:
+            s = torch.from_numpy(flat).reshape(state.shape)
+            moved = self.packed.pull(s, dmu) if pulls else torch.zeros_like(s)
+            if decays:
+                decay = detached_gradient(self.h, self._unpack(s), self.g)
+                moved = moved + da * self._pack(decay)
+            return moved.reshape(-1).numpy()
+
+        start = state.detach().to(torch.float64).reshape(-1).numpy()
+        end = advance(velocity, start, tuple(state.shape), rtol)
+        return None if end is None else torch.from_numpy(end).reshape(state.shape).to(state.dtype)
 
     def _move_to(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integrate straight from g(w) to x at fixed a; return w and the change of mu."""
@@ -418,62 +385,7 @@ class _Conjugate(torch.autograd.Function):
         return grads[0] * R.g(w), grads[0] * R.h.value(w, R.g), None
 
 
-# One integrator for the flows of parameters behind `Inversion`.
-
-RTOL = 1e-12
-# A flow that needs more evaluations before its time has doubled is about to blow up. One that grows
-# from e^{-150} to 1 takes 80 for each of its 430 doublings, one that decays by e^{-600} 10,000.
-MAX_EVALUATIONS = 12_000
-
-
-def integrate(
-    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    state: Tensor,
-    extra: Tensor,
-    rtol: float = RTOL,
-    own_scale: bool = False,
-) -> tuple[Tensor, Tensor] | None:
-    """Integrate (state, extra) over unit time; return None where the solution ends before.
-
-    The absolute tolerance follows the size of w coordinate by coordinate, so that a factor that is
-    0 next to one that has decayed to e^{-150} is accurate relative to that one; with ``own_scale``
-    it follows every entry by itself.
-    """
-    size = state.numel()
-
-    def split(flat: np.ndarray) -> tuple[Tensor, Tensor]:
-        both = torch.from_numpy(flat)
-        return both[:size].reshape(state.shape), both[size:].reshape(extra.shape)
-
-    def rhs(_: float, flat: np.ndarray) -> np.ndarray:
-        return _joined(*velocity(*split(flat)))
-
-    start = _joined(state.detach().to(torch.float64), extra.to(torch.float64))
-
-    def tolerance(flat: np.ndarray) -> np.ndarray:
-        if own_scale:
-            return rtol * 1e-2 * (np.abs(flat) + 1e-300)
-        now, more = split(flat)
-        scale = now.abs().amax(0, keepdim=True).expand_as(now)
-        if not scale.all():  # a start at 0 has the scale of its velocity
-            scale = torch.where(scale > 0, scale, split(rhs(0.0, flat))[0].abs()) + 1e-280
-        return rtol * 1e-2 * _joined(scale, more.abs().clamp(min=1))
-
-    with np.errstate(all="ignore"), torch.no_grad():
-        atol: Any = tolerance(start)  # SciPy takes an array as well
-        solver = DOP853(rhs, 0.0, start, 1.0, rtol=rtol, atol=atol)
-        done, spent = 0.0, 0
-        while solver.status == "running" and solver.nfev < spent + MAX_EVALUATIONS:
-            solver.step()
-            solver.atol = tolerance(solver.y)
-            if solver.t > 2 * done:
-                done, spent = solver.t, solver.nfev
-    if solver.status != "finished" or not np.isfinite(solver.y).all():
-        return None
-    state_end, extra_end = split(solver.y.copy())
-    return state_end.to(state.dtype), extra_end.to(state.dtype)
-
-
-def _joined(state: Tensor, extra: Tensor) -> np.ndarray:
-    """Join two tensors to one NumPy vector."""
-    return torch.cat([state.reshape(-1), extra.reshape(-1)]).numpy()
+def _held(before: Tensor, after: Tensor) -> bool:
+    """Return whether float64 still holds what a state has decayed or grown to."""
+    size = after.abs().amax() if after.numel() else after.new_ones(())
+    return bool(torch.isfinite(after).all() and (size > FAINTEST or not before.any()))

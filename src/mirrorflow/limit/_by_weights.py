@@ -1,4 +1,4 @@
-r"""End points of pairs without a closed form, by one integration of w along its flow."""
+r"""End points of pairs without a closed form, by integrating w along its flow."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
-from ..legendre.numerical import WeightsProblem, integrate
-from ..reparam import (
-    Parameters,
-    Reparam,
-    detached_pullback,
-    factors,
-    flatten,
-    unflatten,
-)
+from ..legendre._weights import PackedWeights, WeightsProblem, advance
+from ..reparam import Parameters, Reparam, factors, flatten
 from ._constraints import Constraints, length
 from ._continuation import GOOD, DualPoint
 
 __all__ = ["solve_by_weights"]
 
 Array = NDArray[np.float64]
-RTOL = 1e-11  # of an integrator of order 8 that errs on the safe side: x is right to 1e-13
-POLISH = 2  # Newton steps for what integration left over
+ROUGH, TIGHT = 1e-4, 1e-11  # of the way to theta: tight where Newton's method fails after rough
+POLISH = 12  # Newton steps from there
+SETTLED = 1e-13  # residual that a step more does not improve
+NEAR = 5e-3  # relative change of w up to which four stages of Runge and Kutta follow the flow
+FEW = 12  # rows up to which one backward pass for each is faster than torch.func's batching
 (posv,) = get_lapack_funcs(("posv",), dtype=np.float64)
 
 
@@ -40,62 +36,111 @@ def solve_by_weights(
     .. math:: d\theta = (Q J J^T Q^T)^{-1} (b - Q x_c)\,ds, \qquad dw = J^T Q^T d\theta, \quad
               0 \le s \le 1,
 
-    so that w stays w(Q^T theta, a), and Q x = Q x_c + s (b - Q x_c). One integration replaces an
-    integration from w0 for every trial of Newton's method.
+    so that w stays w(Q^T theta, a), and Q x = Q x_c + s (b - Q x_c). That needs the first digits
+    of theta only: w is then integrated to all digits along the straight line from 0 to Q^T theta,
+    without linear systems, and Newton's method does the rest.
     """
     w, clock = problem.centre(a)
-    bundle = _Bundle(w, problem.g, constraints.Q, problem.elementwise)
-    start = bundle.pack(w)
-    gap = constraints.b - constraints.Q @ bundle.x(start)
-    theta0 = torch.zeros(len(gap), dtype=torch.float64)
-    moved = integrate(lambda state, _: bundle.move(state, gap), start.double(), theta0, RTOL)
-    if moved is None:
-        return None
-    state, theta = _polished(bundle, *moved, constraints.b)
-    x = bundle.x(state)
-    residual = length(constraints.b - constraints.Q @ x) / (length(constraints.b) or 1.0)
-    if not residual < GOOD:
-        return None
-    dual = clock * theta.numpy()
-    return DualPoint(x, dual, -dual, residual, steps=POLISH, vertex=False)
+    weights = _Weights(w, problem.g, constraints.Q, problem.elementwise)
+    start = weights.pack(w).double()
+    gap = constraints.b - constraints.Q @ weights.x(start)
+    for rtol in (ROUGH, TIGHT):
+        theta = weights.reach(start, gap, rtol)
+        found = None if theta is None else weights.polish(start, theta, constraints.b)
+        if found is not None:
+            x, theta, residual, steps = found
+            dual = clock * theta
+            return DualPoint(x, dual, -dual, residual, steps=steps, vertex=False)
+    return None
 
 
-class _Bundle:
+class _Weights:
     """The directions in which w can move x along the rows Q, at any w."""
 
     def __init__(self, like: Parameters, g: Reparam, Q: Array, elementwise: bool) -> None:
-        self.like, self.g, self.elementwise = like, g, elementwise
-        self.Q, self.shape, self.dtype = Q, g(like).shape, factors(like)[0].dtype
+        self.g, self.Q, self.elementwise = g, Q, elementwise
+        self.packed = PackedWeights(g, like, elementwise)
+        self.shape, self.dtype = g(like).shape, factors(like)[0].dtype
         self.rows = torch.from_numpy(Q).to(self.dtype).reshape(len(Q), *self.shape)
         self.ones = torch.ones(self.shape, dtype=self.dtype)
-
-    def pack(self, w: Parameters) -> Tensor:
-        """Return w as one tensor: factors stacked if g is elementwise, else joined."""
-        return torch.stack(factors(w)) if self.elementwise else flatten(w)
-
-    def unpack(self, state: Tensor) -> Parameters:
-        """Return the parameters that a state holds, in the dtype of g."""
-        state = state.to(self.dtype)
-        if not self.elementwise:
-            return unflatten(state, self.like)
-        return state[0] if isinstance(self.like, Tensor) else tuple(state.unbind(0))
+        self.pack = self.packed.pack
 
     def x(self, state: Tensor) -> Array:
         """Return x at a state, flattened."""
-        return self.g(self.unpack(state)).detach().reshape(-1).numpy().astype(np.float64)
+        x = self.g(self.packed.unpack(state.to(self.dtype)))
+        return x.detach().reshape(-1).numpy().astype(np.float64)
 
-    def move(self, state: Tensor, gap: Array) -> tuple[Tensor, Tensor]:
+    def reach(self, start: Tensor, gap: Array, rtol: float) -> Array | None:
+        """Return theta where Q x has moved by ``gap``, about; None where w ends before."""
+        size = start.numel()
+
+        def rhs(flat: Array) -> Array:
+            dw, dtheta = self.solve(torch.from_numpy(flat[:size]).reshape(start.shape), gap)
+            return np.concatenate([dw, dtheta])
+
+        y = np.concatenate([start.reshape(-1).numpy(), np.zeros(len(gap))])
+        end = advance(rhs, y, tuple(start.shape), rtol, rough=rtol == ROUGH)
+        return None if end is None else end[size:]
+
+    def polish(
+        self, start: Tensor, theta: Array, b: Array
+    ) -> tuple[Array, Array, float, int] | None:
+        """Return x, theta, the residual and Newton's steps, from a theta that is nearly right."""
+        state, last, unit = self.follow(start, theta), np.inf, length(b) or 1.0
+        for k in range(POLISH):
+            if state is None:
+                return None
+            x = self.x(state)
+            gap = b - self.Q @ x
+            residual = length(gap) / unit
+            if residual < SETTLED or (residual < GOOD and residual > 0.3 * last):
+                return x, theta, residual, k
+            if not residual < 2 * last:
+                return None
+            dw, dtheta = self.solve(state, gap)
+            size = float(state.abs().max())
+            near = float(np.abs(dw).max(initial=0.0)) < NEAR * size
+            state = self.step(state, dtheta) if near else self.follow(state, dtheta)
+            theta, last = theta + dtheta, residual
+        return None
+
+    def solve(self, state: Tensor, gap: Array) -> tuple[Array, Array]:
         """Return dw = J^T Q^T dtheta and dtheta = (Q J J^T Q^T)^{-1} gap."""
+        state = state.to(self.dtype)
         if self.elementwise:
-            pulled = detached_pullback(self.g, self.unpack(state), self.ones)
-            slopes = self.pack(pulled).numpy().reshape(len(factors(pulled)), -1)
-            step = _solve((self.Q * (slopes * slopes).sum(0)) @ self.Q.T, gap)
-            dw = (slopes * (step @ self.Q)).reshape(state.shape)
-        else:
-            K = self._pulled_rows(self.unpack(state)).numpy()
-            step = _solve(K @ K.T, gap)
-            dw = step @ K
-        return torch.from_numpy(dw), torch.from_numpy(step)
+            slopes = self.packed.pull(state, self.ones).numpy().reshape(len(state), -1)
+            dtheta = _solve((self.Q * (slopes * slopes).sum(0)) @ self.Q.T, gap)
+            return (slopes * (dtheta @ self.Q)).reshape(-1), dtheta
+        K = self._pulled_rows(self.packed.unpack(state)).numpy()
+        dtheta = _solve(K @ K.T, gap)
+        return dtheta @ K, dtheta
+
+    def follow(self, state: Tensor, dtheta: Array) -> Tensor | None:
+        """Integrate dw = J^T Q^T dtheta along a straight line; None where w ends before."""
+        dmu, shape = self._moved(dtheta), state.shape
+
+        def rhs(flat: Array) -> Array:
+            return self._pull(torch.from_numpy(flat).reshape(shape), dmu).reshape(-1).numpy()
+
+        end = advance(rhs, state.reshape(-1).numpy(), tuple(shape))
+        return None if end is None else torch.from_numpy(end).reshape(shape)
+
+    def step(self, state: Tensor, dtheta: Array) -> Tensor:
+        """Take one step of Runge and Kutta's method of order 4 along the same line."""
+        dmu = self._moved(dtheta)
+        one = self._pull(state, dmu)
+        two = self._pull(state + one / 2, dmu)
+        three = self._pull(state + two / 2, dmu)
+        four = self._pull(state + three, dmu)
+        return state + (one + 2 * two + 2 * three + four) / 6
+
+    def _moved(self, dtheta: Array) -> Tensor:
+        """Return Q^T dtheta with the shape of x."""
+        return torch.from_numpy(dtheta @ self.Q).to(self.dtype).reshape(self.shape)
+
+    def _pull(self, state: Tensor, dmu: Tensor) -> Tensor:
+        """Return J^T dmu at a state, in float64."""
+        return self.packed.pull(state.to(self.dtype), dmu).double()
 
     def _pulled_rows(self, w: Parameters) -> Tensor:
         """Return Q J, one row for each row of Q."""
@@ -104,6 +149,12 @@ class _Bundle:
         parts = tuple(f.detach().requires_grad_() for f in factors(w))
         with torch.enable_grad():
             x = self.g(parts[0] if isinstance(w, Tensor) else parts)
+            if len(self.rows) <= FEW:
+                each = [
+                    torch.autograd.grad(x, parts, row, retain_graph=True, materialize_grads=True)
+                    for row in self.rows
+                ]
+                return torch.stack([flatten(pulled) for pulled in each])
             pulled = torch.autograd.grad(x, parts, self.rows, is_grads_batched=True)
         return torch.cat([p.reshape(len(self.Q), -1) for p in pulled], dim=1)
 
@@ -112,13 +163,3 @@ def _solve(gram: Array, gap: Array) -> Array:
     """Return gram^{-1} gap; NaN, at which an integration stops, where gram is singular."""
     _, step, failed = posv(gram, gap)
     return step if failed == 0 else np.full_like(gap, np.nan)
-
-
-def _polished(bundle: _Bundle, state: Tensor, theta: Tensor, b: Array) -> tuple[Tensor, Tensor]:
-    """Return (w, theta) after Newton steps, so short that Heun's rule follows the flow of w."""
-    for _ in range(POLISH):
-        gap = b - bundle.Q @ bundle.x(state)
-        dw, dtheta = bundle.move(state, gap)
-        then, _ = bundle.move(state + dw, gap)
-        state, theta = state + (dw + then) / 2, theta + dtheta
-    return state, theta

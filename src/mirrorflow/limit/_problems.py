@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..legendre import DualProblem, ExponentialProblem, NewtonProblem, RangeError
 from ..legendre._curves import CurveProblem
 from ..legendre._exponential_duals import ColumnDual
-from ..legendre.numerical import WeightsProblem
+from ..legendre._weights import WeightsProblem
 from ._by_weights import solve_by_weights
 from ._constraints import Constraints, length
 from ._continuation import DualPoint, follow

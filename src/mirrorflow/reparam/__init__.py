@@ -5,7 +5,6 @@ from .matrices import CommutingQuadratic, Product, SymmetricFactor
 from .model import (
     Parameters,
     Reparam,
-    detached_pullback,
     factors,
     flatten,
     unflatten,
@@ -26,7 +25,6 @@ __all__ = [
     "Reparam",
     "SeparableReparam",
     "SymmetricFactor",
-    "detached_pullback",
     "factors",
     "flatten",
     "unflatten",

@@ -11,7 +11,6 @@ from torch import Tensor
 __all__ = [
     "Parameters",
     "Reparam",
-    "detached_pullback",
     "factors",
     "flatten",
     "row_singular_values",
@@ -159,18 +158,3 @@ class Reparam(ABC):
     def __repr__(self) -> str:
         """Show the class with its arguments."""
         return f"{type(self).__name__}()"
-
-
-def detached_pullback(g: Reparam, w: Parameters, dx: Tensor) -> Parameters:
-    r"""Return g.pullback(w, dx) without a graph.
-
-    Integrators call it thousands of times: torch.func costs three times as much as autograd.
-    """
-    if type(g).pullback is not Reparam.pullback:
-        with torch.no_grad():
-            return g.pullback(w, dx)
-    parts = tuple(f.detach().requires_grad_() for f in factors(w))
-    with torch.enable_grad():
-        x = g(parts[0] if isinstance(w, Tensor) else parts)
-        moved = torch.autograd.grad(x, parts, dx, materialize_grads=True)
-    return moved[0] if isinstance(w, Tensor) else moved
