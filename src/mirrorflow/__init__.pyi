@@ -26,6 +26,7 @@ from .legendre import LegendreFunction as LegendreFunction
 from .legendre import RangeError as RangeError
 from .legendre import legendre as legendre
 from .limit import limit as limit
+from .limit import penalized as penalized
 from .regularizer import CustomRegularizer as CustomRegularizer
 from .regularizer import Regularizer as Regularizer
 from .regularizer import Separable as Separable

@@ -21,7 +21,7 @@ from ._constraints import Constraints, length, orthonormal
 from ._continuation import DualPoint
 from ._problems import solve_problem
 
-__all__ = ["LimitStats", "limit"]
+__all__ = ["LimitStats", "finite_array", "limit", "measurements"]
 
 Array = NDArray[np.float64]
 # From harmless to bad: a path has the status of its worst point.
@@ -151,7 +151,7 @@ def limit(
         raise TypeError(f"R must be a LegendreFunction, got {type(R)}. Make one by mf.legendre.")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
-    Zs, ys = _measurements(R, Z, y)
+    Zs, ys = measurements(R, Z, y)
     at, single = _amounts(R, a, per_coordinate)
     # Trial points may overflow; what is kept is checked.
     with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size):
@@ -169,9 +169,9 @@ def limit(
     return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
 
 
-def _measurements(R: LegendreFunction, Z: Any, y: Any) -> tuple[Array, Array]:
+def measurements(R: LegendreFunction, Z: Any, y: Any) -> tuple[Array, Array]:
     """Return Z (n, d) and y (n,)."""
-    Zs, ys = _array("Z", Z), _array("y", y)
+    Zs, ys = finite_array("Z", Z), finite_array("y", y)
     if Zs.ndim == 0 or Zs.shape[1:] != tuple(R.shape):
         dims = "".join(f", {m}" for m in R.shape)
         raise ValueError(f"Z must have shape (n{dims}) to fit R, got {Zs.shape}")
@@ -184,7 +184,7 @@ def _amounts(
     R: LegendreFunction, a: Any, per_coordinate: bool | None
 ) -> tuple[list[float] | list[torch.Tensor], bool]:
     """Return the list of all ``a``, and whether only one was given."""
-    at, shape = _array("a", a), tuple(R.shape)
+    at, shape = finite_array("a", a), tuple(R.shape)
     if per_coordinate:
         if (at.shape not in ((), shape) and at.shape[1:] != shape) or not at.size:
             dims = ", ".join(map(str, ("k", *shape)))
@@ -208,7 +208,7 @@ def _amounts(
     return [float(v) for v in at.reshape(-1)], at.ndim == 0
 
 
-def _array(name: str, value: Any) -> Array:
+def finite_array(name: str, value: Any) -> Array:
     """Return finite float64 numbers, or an error that names the argument."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
