@@ -23,7 +23,7 @@ ALLOWED = {
     "regularizer": ("reparam",),
     "conditions": ("reparam", "regularizer"),
     "legendre": ("reparam", "regularizer", "conditions"),
-    "flow": THEORY,
+    "flow": (*THEORY, "descent"),
     "limit": (*THEORY, "_threads"),
     "descent": THEORY,
     "estimator": (*THEORY, "_threads", "flow", "limit"),

@@ -47,7 +47,7 @@ class Path:
         The parameters, with the structure of ``w0``.
     account : Account or None
         For discrete training, what decay, step and noise stored, per coordinate; see
-        `mirrorflow.descent.Account`.
+        `mirrorflow.descent.Account`. For `flow` with ``lr``, what training would store.
     """
 
     t: Any

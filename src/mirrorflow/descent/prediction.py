@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .._loss import LeastSquares, slope
 from .._solution import Solution
+from ..regularizer import Regularizer
+from ..reparam import Parameters, Reparam
 from ..schedule import Schedule
-from ._account import Account
+from ._account import Account, Unaccounted, coordinates
 from .solve import drawn_amplitudes
 
-__all__ = ["predicted_account"]
+__all__ = ["predicted_account", "require_predictable"]
 
 Array = NDArray[np.float64]
 
@@ -158,6 +160,21 @@ def _columns(values: Array, x: Array) -> Array:
 def _numpy(value: Tensor) -> Array:
     """Return a float64 NumPy array."""
     return value.detach().to("cpu", torch.float64).numpy()
+
+
+def require_predictable(
+    caller: str, g: Reparam, h: Regularizer, w0: Parameters, loss: object
+) -> None:
+    """Raise an error for a pair whose account is not known from its flow: all but m * w."""
+    try:
+        acting = coordinates(g, h, w0, loss)
+    except Unaccounted:
+        acting = None
+    if acting is None or acting.basis is not None or (acting.slope, acting.decay) != (1.0, 1.0):
+        raise ValueError(
+            f"{caller}: lr must come with m * w (Hadamard, Depth(2)) and WeightDecay, got {g} with "
+            f"{h}. Leave lr out: the step's share is not derived for this pair."
+        )
 
 
 def _check_arguments(

@@ -20,6 +20,7 @@ from ._views import Array, Coordinates
 __all__ = ["SMALLEST_ATOL", "Integration"]
 
 SMALLEST_ATOL = 1e-140  # solvers square velocity / atol: below it, a start at 0 overflows
+INSIDE = (0.25, 0.5, 0.75)  # parts of a step at which `fine` states are kept as well
 STUCK = 30  # steps in a row that time hardly resolves: x goes to infinity there
 
 
@@ -35,6 +36,7 @@ class Integration:
         method: str,
         max_steps: int,
         save_at: Array | None,
+        fine: bool = False,
     ) -> None:
         self.coordinates, self.schedule, self.save_at = coordinates, schedule, save_at
         self.rtol, atol = tolerances
@@ -48,6 +50,8 @@ class Integration:
         self.now, self.state, self.latest = 0.0, coordinates.start(), 0.0
         self.t: list[float] = []
         self.y: list[Array] = []
+        # What is integrated over the path needs it between the steps, which are long.
+        self.fine: list[tuple[float, Array]] | None = [] if fine else None
 
     def _faint(self, lowest: float, t_end: float) -> bool:
         """Return whether what has decayed below the tolerance may come back, when decay is less."""
@@ -58,6 +62,11 @@ class Integration:
     def rows(self) -> tuple[Array, Array]:
         """Return the saved times and states."""
         return np.array(self.t), np.array(self.y)
+
+    def fine_rows(self) -> tuple[Array, Array]:
+        """Return times and states within every step, those of `rows` among them."""
+        kept = [(t, y) for t, y in self.fine or [] if t <= self.now]
+        return np.array([t for t, _ in kept]), np.array([y for _, y in kept])
 
     def integrate(self) -> Status:
         """Integrate piece by piece between the breakpoints; a status, never a traceback."""
@@ -151,12 +160,25 @@ class Integration:
 
     def _save(self, solver: Any) -> None:
         """Keep this state, or those at the times that were asked for since the last."""
+        if self.fine is not None:
+            self._save_fine(solver)
         if self.save_at is None:
             return self._append(self.now, self.state)
         until = int(np.searchsorted(self.save_at, self.now, side="right"))
         dense = solver.dense_output() if solver and until > len(self.t) else None
         for t in self.save_at[len(self.t) : until]:
             self._append(t, self.state if dense is None or t == self.now else dense(t))
+
+    def _save_fine(self, solver: Any) -> None:
+        """Keep this state, some within the last step, and those that were asked for in it."""
+        assert self.fine is not None
+        if solver:
+            dense, length = solver.dense_output(), self.now - solver.t_old
+            asked = [] if self.save_at is None else self.save_at.tolist()
+            inside = {t for t in asked if solver.t_old < t < self.now}
+            inside |= {solver.t_old + part * length for part in INSIDE}
+            self.fine += [(t, dense(t)) for t in sorted(inside)]
+        self.fine.append((self.now, self.state))
 
     def _append(self, t: float, y: Array) -> None:
         self.t.append(float(t))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from .._loss import LeastSquares
-from .._solution import Solution
+from .._solution import Path, Solution, Status
+from ..descent import Account, predicted_account
+from ..descent.prediction import require_predictable
 from ..regularizer import Regularizer, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 from ._integrator import SMALLEST_ATOL, Integration
-from ._views import Array, Loss, make
+from ._views import Array, Coordinates, Loss, make
 
 __all__ = ["FlowStats", "flow"]
 
@@ -49,6 +51,7 @@ def flow(
     atol: float | None = None,
     method: Literal["LSODA", "DOP853"] | None = None,
     max_steps: int = 100_000,
+    lr: float | None = None,
 ) -> Solution:
     r"""Integrate the regularized gradient flow, in one of three views that agree (Theorem 3.2).
 
@@ -89,6 +92,11 @@ def flow(
         (order 8, no linear algebra; the default above).
     max_steps : int
         The limit on the number of steps.
+    lr : float, optional
+        The learning rate, > 0, of gradient descent that this flow stands for. ``path.account`` is
+        then what its steps store per coordinate beside the decay, to first order in lr and without
+        training: ``a_i = -int alpha dt - (lr/2) int (alpha^2 + G_i^2) dt``, G the gradient in x.
+        For m * w with `WeightDecay`. `predicted_account` adds minibatches, noise and momentum.
 
     Returns
     -------
@@ -102,7 +110,8 @@ def flow(
     Raises
     ------
     ValueError
-        For a bad argument; `IncompatiblePair` if the view needs an R_a that does not exist.
+        For a bad argument; for ``lr`` with a pair whose share of the step is not derived.
+        `IncompatiblePair` if the view needs an R_a that does not exist.
 
     Examples
     --------
@@ -113,6 +122,12 @@ def flow(
     >>> sol = flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.SwitchOff(0.1, 5.0), t_end=200.0)
     >>> round((Z @ sol.value).item(), 6), sol.status.name
     (1.0, 'completed')
+
+    Steps of length 0.1 make the end sparser than the flow's, as a per coordinate says:
+
+    >>> path = flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.Constant(0.0), 50.0, lr=0.1).path
+    >>> path.a[-1].item(), path.account.a[-1]
+    (0.0, tensor([-0.0046, -0.0184, -0.0011], dtype=torch.float64))
     """
     _check_arguments(view, schedule, t_end, method, max_steps)
     require_pair("flow", g, h, w0)
@@ -120,11 +135,15 @@ def flow(
     if isinstance(loss, LeastSquares):
         loss.require(g(w0), "flow")
     _check_tolerances(rtol, atol, w0)
+    if lr is not None:
+        _check_rate(lr)
+        require_predictable("flow", g, h, w0, loss)
     times = None if save_at is None else _save_times(save_at, t_end)
     begun = time.perf_counter()
     coordinates = make(view, loss, g, h, w0)
     method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
-    run = Integration(coordinates, schedule, t_end, (rtol, atol), method, max_steps, times)
+    tolerances, fine = (rtol, atol), lr is not None
+    run = Integration(coordinates, schedule, t_end, tolerances, method, max_steps, times, fine)
     status = run.integrate()
     if not status.ok:
         warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
@@ -137,10 +156,34 @@ def flow(
             stacklevel=2,
         )
     path = coordinates.path(*run.rows(), schedule)
+    if lr is not None:
+        path = replace(path, account=_account(run, coordinates, schedule, loss, lr, path))
     last = coordinates.path(np.array([run.now]), run.state[None], schedule)
     seconds = time.perf_counter() - begun
     stats = FlowStats(run.steps, run.evaluations, seconds, method, view, run.now)
     return Solution(last.x[0], status, stats, path)
+
+
+def _account(
+    run: Integration,
+    coordinates: Coordinates,
+    schedule: Schedule,
+    loss: Loss,
+    lr: float,
+    path: Path,
+) -> Account:
+    """Return the account at the times of the path, integrated over more of them."""
+    whole = coordinates.path(*run.fine_rows(), schedule)
+    account = predicted_account(Solution(whole.x[-1], Status.completed, None, whole), loss, lr)
+    at = torch.searchsorted(whole.t, path.t)
+    rows = (account.a, account.mu, account.decay, account.step, account.noise)
+    return Account(*(row[at] for row in rows))
+
+
+def _check_rate(lr: float) -> None:
+    """Require a learning rate."""
+    if not 0 < lr < np.inf:
+        raise ValueError(f"flow: lr must be positive and finite, got {lr}")
 
 
 def _check_arguments(
