@@ -41,6 +41,7 @@ from .reparam import PowerDifference as PowerDifference
 from .reparam import Product as Product
 from .reparam import Reparam as Reparam
 from .reparam import SymmetricFactor as SymmetricFactor
+from .reparam import reset_geometry as reset_geometry
 from .schedule import Constant as Constant
 from .schedule import Cosine as Cosine
 from .schedule import Cyclic as Cyclic

@@ -16,8 +16,8 @@ class Status(enum.Enum):
     completed = "ran to the end of the requested time"
     vertex = "reached the L1 vertex: a smaller A changes x by less than the tolerance"
     surrogate = (
-        "the sensing matrices do not commute: this minimizes R_a subject to the measurements, "
-        "but the flow of U U^T ends elsewhere"
+        "this minimizes R_a subject to the measurements, but training ends elsewhere: sensing "
+        "matrices that do not commute, or steps by the signs of gradients"
     )
     inconsistent = "no x in the domain of R_a satisfies Zx = y: see stats.residual"
     max_steps = "stopped at the step limit before reaching the requested tolerance"

@@ -12,9 +12,11 @@ from .hyperbolic import OneSidedEntropy as OneSidedEntropy
 from .logcosh import LogCoshEntropy as LogCoshEntropy
 from .matrix import MatrixEntropy as MatrixEntropy
 from .numerical import Inversion as Inversion
+from .potential import Potential as Potential
 from .power import PowerEntropy as PowerEntropy
 from .product import ProductEntropy as ProductEntropy
 from .quadratic import QuadraticEntropy as QuadraticEntropy
+from .sign import SignEntropy as SignEntropy
 
 __all__ = [
     "DualProblem",
@@ -28,10 +30,12 @@ __all__ = [
     "MatrixEntropy",
     "NewtonProblem",
     "OneSidedEntropy",
+    "Potential",
     "PowerEntropy",
     "ProductEntropy",
     "QuadraticEntropy",
     "RangeError",
     "RescaledFunction",
+    "SignEntropy",
     "legendre",
 ]

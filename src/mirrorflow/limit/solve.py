@@ -114,7 +114,8 @@ def limit(
         - ``vertex``: so it does, and it is the limit for a -> -inf, to 1e-13 if no coordinate of it
           is smaller than ``1e-9 |y|``: such a one may be left out, which ``stats.residual`` shows.
         - ``surrogate``: solved, but the sensing matrices do not commute, so that training U U^T
-          ends elsewhere. Not an error and no warning; ``status.ok`` is false.
+          ends elsewhere, or R is a `SignEntropy`. Not an error and no warning; ``status.ok`` is
+          false.
         - ``inconsistent``: no x in the domain has Zx = y. If none at all has, ``value`` solves the
           problem for the y nearest to it in the range of Z, which is where training ends.
         - ``max_steps``, ``stalled``: ``value`` is the last iterate.

@@ -9,7 +9,7 @@ from .model import (
     flatten,
     unflatten,
 )
-from .products import Depth, Hadamard
+from .products import Depth, Hadamard, reset_geometry
 from .separable import Identity, LogRatio, PowerDifference, SeparableReparam
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "SymmetricFactor",
     "factors",
     "flatten",
+    "reset_geometry",
     "unflatten",
 ]

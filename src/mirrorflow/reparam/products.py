@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .model import Parameters, Reparam, factors
 
-__all__ = ["Depth", "Hadamard"]
+__all__ = ["Depth", "Hadamard", "reset_geometry"]
 
 
 class _Products(Reparam):
@@ -76,3 +76,37 @@ class Depth(_Products):
     def __repr__(self) -> str:
         """Show the number of factors."""
         return f"Depth(k={self.k})"
+
+
+def reset_geometry(x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return factors (m, w) of x = m * w with m^2 - w^2 = beta: the geometry of a fresh start.
+
+    .. math:: m^2 = \tfrac12 \bigl(\sqrt{4 x^2 + \beta^2} + \beta\bigr), \qquad w = x / m
+
+    Training moves x in a metric that depends on x and on ``|m^2 - w^2|``, which decay lowers to
+    e^{2a} of what it was. With beta = ``|m_0^2 - w_0^2|`` the accumulated a is 0 again, at the same
+    x (arXiv 2504.12801 does it in steps).
+
+    Parameters
+    ----------
+    x : Tensor
+        The model.
+    beta : float or Tensor
+        The imbalance, > 0; one number, or one for each coordinate.
+
+    Raises
+    ------
+    ValueError
+        If beta is not positive and finite.
+
+    Examples
+    --------
+    >>> m, w = reset_geometry(torch.tensor([0.0, -1.2]), 1.0)
+    >>> m * w, (m**2 - w**2).round(decimals=6)
+    (tensor([ 0.0000, -1.2000]), tensor([1., 1.]))
+    """
+    size = torch.as_tensor(beta, dtype=x.dtype, device=x.device)
+    if not bool((torch.isfinite(size) & (size > 0)).all()):
+        raise ValueError(f"reset_geometry: beta must be positive and finite, got {beta}")
+    m = torch.sqrt((torch.hypot(2 * x, size) + size) / 2)
+    return m, x / m
