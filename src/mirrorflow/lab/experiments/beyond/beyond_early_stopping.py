@@ -123,17 +123,22 @@ def summary(records: list[Record]) -> str:
     worst = max(records, key=lambda r: r["largest ratio"])
     decay = min(records, key=lambda r: r["risk at the end"])
     both = min(records, key=lambda r: r["risk, flow"])
-    gaps = [r["risk, flow"] / r["risk, penalty"] for r in records]
+    gap = {r["a"]: r["risk, flow"] / r["risk, penalty"] for r in records}
+    closest, furthest = max(gap, key=gap.__getitem__), min(gap, key=gap.__getitem__)
+    bound = "above" if worst["largest ratio"] > BOUND else "still below"
+    lowest = ", the smallest here" if both["a"] == min(gap) else ""
     return (
-        f"For the linear model the stopped flow has at most {BOUND} times ridge's risk at the same "
-        f"t (Ali et al. 2019): near it (a = {first['a']:g}) the largest ratio is "
-        f"{first['largest ratio']:.2f}, but {worst['largest ratio']:.2f} at a = {worst['a']:g}, so "
-        "that the bound is one of the linear model; at the best t of each the risks are "
-        f"{min(gaps):.2f} to {max(gaps):.2f} times the penalty's. Under this noise decay does not "
-        "replace stopping: the risk is "
-        f"{first['risk at the end']:.2f} with neither, {first['risk, flow']:.2f} with stopping "
-        f"alone, {decay['risk at the end']:.2f} with decay alone (a = {decay['a']:g}), and "
-        f"{both['risk, flow']:.2f} with both (a = {both['a']:g}, t = {both['t, flow']:.2g})."
+        f"A linear flow that stops has at most {BOUND} times ridge's risk at the same t (Ali et "
+        f"al. 2019): near it (a = {first['a']:g}) the largest ratio is "
+        f"{first['largest ratio']:.2f}, and it is {worst['largest ratio']:.2f}, {bound} "
+        f"that bound, at a = {worst['a']:g}; but "
+        f"at the best t of each the risk of the flow is {gap[closest]:.2f} times the penalty's at "
+        f"a = {closest:g} and {gap[furthest]:.2f} times at a = {furthest:g}, where the two "
+        "part. Under this noise decay does not replace stopping, they add up: the "
+        f"risk is {first['risk at the end']:.2f} with neither (a = {first['a']:g}), "
+        f"{first['risk, flow']:.2f} with stopping alone, {decay['risk at the end']:.2f} with decay "
+        f"alone (a = {decay['a']:g}), {both['risk, flow']:.2f} with both (a = {both['a']:g}"
+        f"{lowest}, t = {both['t, flow']:.2g})."
     )
 
 
@@ -148,6 +153,7 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
+    axes[1].sharey(axes[0])
     for i, record in enumerate(records):
         part, colour = f"a_{record['a']:g}", shade(i, len(records))
         t, flow, penalty = (trajectory[f"{part}/{key}"] for key in ("t", *WAYS))
