@@ -16,8 +16,6 @@ from mirrorflow.legendre._weights import WeightsProblem
 from mirrorflow.limit._constraints import orthonormal
 from mirrorflow.limit._problems import solve_problem
 
-TARGET = 50
-
 
 def cases():
     """Return name, pair, Z, y and a."""
@@ -55,7 +53,6 @@ def compared(name: str, pair, Z, y, a: float) -> dict:
         "seconds": seconds["w"],
         "Newton's method on R_a, seconds": seconds["newton"],
         "ratio": seconds["newton"] / seconds["w"],
-        "target": TARGET,
         "apart (relative)": float(np.linalg.norm(x - other) / np.linalg.norm(other)),
         "residual": found["w"].stats.residual,
     }

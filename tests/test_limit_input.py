@@ -413,3 +413,19 @@ def test_awkward_designs(design, log_A):
     if np.linalg.norm(y) > 0:
         excess = 1 - np.abs(smallest_l1(Z, y)).sum() / float(sol.value.abs().sum())
         assert excess <= sol.stats.gap + 1e-6
+
+
+@pytest.mark.parametrize("g", [mf.Hadamard(), mf.Depth(3)])
+def test_targets_of_zero_along_a_path_are_single_solutions(g):
+    """With y = 0 the dual variable is the same at every a, and x scales like e^{ka}."""
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((4, 9))
+    w0 = tuple(torch.from_numpy(rng.uniform(0.2, 1.5, 9)) for _ in g.names)
+    R, a = mf.legendre(g, mf.WeightDecay(), w0), [-3.0, 0.0, -100.0]
+    path = mf.limit(R, Z, np.zeros(4), a)
+    assert all(status.ok for status in path.aux["status"])
+    for x, ai in zip(path.value.numpy(), a, strict=True):
+        expected = np.exp(len(w0) * ai) * path.value[1].numpy()
+        np.testing.assert_allclose(x, expected, rtol=1e-9)
+        assert np.abs(Z @ x).max() < 1e-11 * np.abs(x).max()
+    assert (path.aux["theta"] - path.aux["theta"][0]).abs().max() < 1e-9

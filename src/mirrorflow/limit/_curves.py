@@ -51,7 +51,9 @@ def solve_along_curves(
                 f"e^{problem.degree * ai:.0f}. Note that a is -int alpha dt, negative for decay."
             )
     size = length(constraints.b)
-    unit = size if size > 0 else 1.0
+    if size == 0:
+        return _at_zero(problem, constraints, a, max_steps)
+    unit = size
     # Long before SMALLEST all is at a vertex, where nothing changes any more.
     wanted = problem.degree * np.asarray(a) - math.log(unit)
     taus = np.maximum(wanted, SMALLEST)
@@ -64,6 +66,16 @@ def solve_along_curves(
             x = points[place].x
             points[place] = replace(points[place], x=np.where(abs(x) < FAINT * unit, 0.0, x))
     return [points[i] for i in np.argsort(order)]
+
+
+def _at_zero(
+    problem: CurveProblem, constraints: Constraints, a: Sequence[float], max_steps: int
+) -> list[DualPoint]:
+    """Solve Q x = 0 at one scale: theta is the same at every other, and x falls with it."""
+    walker = _Walker(problem.curve, constraints.Q, constraints.b, max_steps)
+    walker.begin(0.0)
+    point = walker.go(walker.tau, 1.0)
+    return [replace(point, x=point.x * math.exp(problem.degree * ai - walker.tau)) for ai in a]
 
 
 class _Walker:

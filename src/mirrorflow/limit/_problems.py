@@ -70,14 +70,17 @@ def _newton(
 def _exponential(
     problem: ExponentialProblem, constraints: Constraints, a: Sequence[float], max_steps: int
 ) -> list[DualPoint]:
-    """Solve along one path where the log-scale is shared, else one by one."""
+    """Solve along one path where the log-scale is shared, else one by one.
+
+    Where y is 0 there is no path: theta is the same for every scale, and x has the size of its own.
+    """
     for ai in a:
         if problem.log_size(ai) > LARGEST:
             raise RangeError(
                 f"a must keep x within float64, got a = {ai}: x has the scale "
                 f"e^{problem.log_size(ai):.0f}. Note that a is -int alpha dt, negative for decay."
             )
-    if problem.decay is None:
+    if problem.decay is None or not constraints.b.any():
         return [_along(problem, constraints, ai, [0.0], max_steps)[0] for ai in a]
     scales = problem.decay * np.asarray(a)
     order = np.argsort(-scales, kind="stable")
