@@ -197,7 +197,7 @@ class _Search:
         try:
             return -cho_solve(cho_factor(hessian, lower=True), gradient)
         except (np.linalg.LinAlgError, ValueError):  # rows dependent up to rounding
-            return -np.linalg.lstsq(hessian, gradient, rcond=None)[0]
+            return -np.asarray(np.linalg.lstsq(hessian, gradient, rcond=None)[0], np.float64)
 
     def _moved(
         self, theta: Array, step: Array, slope: float, ridge: float
