@@ -182,8 +182,12 @@ def run_plans(
     lines: Mapping[str, Timeline],
     build: Callable[[PlannedRun], Session],
     data: str,
+    finish: Callable[[PlannedRun, Session, str], Part] | None = None,
 ) -> list[Record]:
-    """Train every run into a part of its own; runs that begin alike share their beginning."""
+    """Train every run into a part of its own; runs that begin alike share their beginning.
+
+    ``finish`` makes the part of a trained session; by default it is one record of its end.
+    """
     recorder.device = device()
     keep, records = branch_points(lines), []
     steps, done = sum(line.steps for line in lines.values()), 0
@@ -199,7 +203,7 @@ def run_plans(
             session = train(
                 lambda: build(plan), line, recorder.checkpoints, keep=keep[key], watch=watch
             )
-            return _part(plan, session, data)
+            return (finish or _part)(plan, session, data)
 
         records += recorder.part(key, compute).records
         done += lines[key].steps

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mirrorflow.spectrum import SpectralTracker
     from mirrorflow.weightdecay import WeightDecayScheduler
 
-__all__ = ["Session", "Watch", "autocast", "controlled", "device", "train"]
+__all__ = ["Session", "Watch", "autocast", "controlled", "device", "go_on", "train"]
 
 Curves = dict[str, list[float]]
 Watch = Callable[[int, Mapping[str, float]], None]
@@ -192,6 +192,23 @@ def _continue(
             stored, clock = done, time.monotonic()
     if stored is not None:
         checkpoints.drop(timeline, stored)
+
+
+def go_on(model: Module, loss: Callable[[int], Tensor], lrs: NDArray[np.float64]) -> None:
+    """Train a model whose products were truncated by a new AdamW, without decay.
+
+    Moments of the old one would belong to the old factors; under a new one the dimensions that are
+    0 in both factors of a product get no gradient and stay 0, so that its rank stays what it is.
+    """
+    import torch
+
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, float(lrs[0]), weight_decay=0.0)
+    for step, lr in enumerate(lrs):
+        optimizer.param_groups[0]["lr"] = float(lr)
+        loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def device() -> str:
