@@ -20,11 +20,11 @@ __all__ = ["against_the_start", "draw_figure", "make_charts", "rows", "sentences
 
 # Way and decay, how the page calls them, and their colours.
 WAYS = {
-    ("from the start", "none"): "this rank from the start",
-    ("on the way", "none"): "truncated on the way, and trained on",
-    ("at the end", "none"): "truncated at the end, no decay",
-    ("at the end", "constant"): "truncated at the end, decay kept",
-    ("at the end", "off"): "truncated at the end, decay switched off",
+    ("from the start", "none"): "from the start",
+    ("on the way", "none"): "truncated on the way",
+    ("at the end", "none"): "truncated, no decay",
+    ("at the end", "constant"): "truncated, decay kept",
+    ("at the end", "off"): "truncated, decay off",
 }
 COLOURS = ("#000000", "#009E73", "#0072B2", "#E69F00", "#CC79A7")
 DECAYS = {"none": "no decay", "constant": "decay kept", "off": "decay switched off"}
@@ -69,9 +69,10 @@ def sentences(records: Sequence[Record]) -> str:
     ranks = " ".join(_of_rank(records, rank) for rank in _ranks(records))
     seeds = len({r["seed"] for r in records})
     return (
-        f"Rank {_highest(records)} ends at a validation loss of {whole}. {ranks} All runs take the "
-        f"same number of steps; means over {seeds} seed{'s' * (seeds != 1)}"
-        f"{', with 95% intervals' * (seeds > 1)}, and differences are taken within a seed."
+        f"Rank {_highest(records)} ends at a validation loss of {whole}. {ranks} What is truncated "
+        "on the way had no decay, and is trained on to the same number of steps. Means over "
+        f"{seeds} seed{'s' * (seeds != 1)}{', with 95% intervals' * (seeds > 1)}; differences are "
+        "taken within a seed."
     )
 
 
@@ -174,11 +175,12 @@ def make_charts(records: Sequence[Record]) -> list[tuple[str, TopLevelMixin]]:
         for rank in _ranks(records)
     ]
     legend = alt.Legend(orient="bottom", columns=1, title=None, symbolSize=120)
+    whole = alt.Axis(values=_ranks(records), format="d")
     chart = (
         alt.Chart(alt.Data(values=points), height=300)
         .mark_line(point=alt.OverlayMarkDef(size=55))
         .encode(
-            x=alt.X("rank:Q", scale=alt.Scale(padding=12), axis=alt.Axis(values=_ranks(records))),
+            x=alt.X("rank:Q", scale=alt.Scale(padding=12), axis=whole),
             y=alt.Y("loss:Q", title="validation loss at the end", scale=alt.Scale(zero=False)),
             color=alt.Color(
                 "way:N", sort=names, scale=alt.Scale(domain=names, range=list(COLOURS)),
