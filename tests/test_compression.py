@@ -187,21 +187,21 @@ def test_a_cost_is_taken_within_a_seed():
         assert row["loss"] == pytest.approx(statistics.fmean(whole))
 
 
-def test_the_sentences_name_the_lowest_loss_and_judge_switching_off_by_intervals():
-    told = figures.sentences(made(LOSSES))
-    assert "1/2 of the ranks" in told and "the loss rises by 0.5 ± 0.2 without decay" in told
-    assert "it is lowest at a = -2 (2.26 ± 0.3; without decay 2.6 ± 0.2)" in told
+def test_the_verdicts_name_the_lowest_loss_and_judge_switching_off_by_intervals():
+    told = " ".join(map(" ".join, figures.verdicts(made(LOSSES))))
+    assert "1/2 of" in told and "by 0.5 ± 0.2 without decay" in told
+    assert "lowest at a = -2 (2.26 ± 0.3; without decay 2.6 ± 0.2)" in told
     mean, half = literal([2.15 - 2.2, 2.26 - 2.32, 2.37 - 2.41])
     assert mean < -half
     assert "ends clearly lower after 1 and clearly higher after 0 of 1 cuts" in told
-    assert f"the largest difference is {mean:+.2g}." in told
+    assert f"the largest difference is {mean:+.2g}" in told
 
 
 def test_runs_that_diverged_are_left_out_and_counted():
     lost = {(a, k, p): (v if k != "off" else [9.0] * 3) for (a, k, p), v in LOSSES.items()}
     records = made(lost, diverged={(-2.0, "off")})
-    told = figures.sentences(records)
-    assert "3 runs diverged and are left out." in told and "cannot be compared" in told
+    told = " ".join(map(" ".join, figures.verdicts(records)))
+    assert "Runs that diverged and are left out 3" in told and "cannot be compared" in told
     assert {row["decay"] for row in figures.rows(records)} == {
         "none", "kept", "switched off (3 of 3 diverged)",
     }  # fmt: skip

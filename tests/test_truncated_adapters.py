@@ -126,7 +126,7 @@ def made():
 
 def test_ways_are_compared_within_a_seed():
     losses, records = made()
-    told = figures.sentences(records)
+    told = " ".join(map(" ".join, figures.verdicts(records)))
     direct = losses["from the start", "none", 2]
     gaps = {
         way: [a - b for a, b in zip(losses[*way, 2], direct, strict=True)] for way in figures.WAYS
@@ -141,5 +141,5 @@ def test_ways_are_compared_within_a_seed():
         assert rows[name]["above this rank from the start"] == pytest.approx(mean)
         assert rows[name]["gap ± 95%"] == pytest.approx(half)
         assert f"{mean:+.2g} ± {half:.1g} {name}" in told
-    assert "the lowest is truncated on the way." in told
-    assert "Rank 4 ends at a validation loss of 2.1 ± 0.2 with no decay" in told
+    assert "; truncated on the way" in told
+    assert "Rank 4, not truncated, ends at a validation loss of 2.1 ± 0.2 with no decay" in told

@@ -63,7 +63,6 @@ class Probe:
 
     def move(self, w: Parameters, mu: Tensor, a: float) -> Parameters | None:
         """Follow dw = J^T mu + a grad h over unit time; None if the flow ends before."""
-
         pulled, decays = bool(mu.any()), a != 0  # derivatives of what does not act cost as much
 
         def velocity(_: float, flat: np.ndarray) -> np.ndarray:

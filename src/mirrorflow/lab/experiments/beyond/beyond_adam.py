@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import middle, short
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Way = Literal[
     "gradient descent", "MirrorAdam", "AdamW", "AdamW, betas (0, 0.9)",
     "AdamW, balance projected", "sign descent",
 ]  # fmt: skip
-_COLOURS = ("black", "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73")
+_COLOURS = ("black", "#0072B2", "#B07D0A", "#D55E00", "#CC79A7", "#009E73")
 COLOURS = dict(zip(RATES, _COLOURS, strict=True))
 
 
@@ -225,21 +225,20 @@ def _medians(records: list[Record], key: str) -> dict[str, dict[float, float]]:
     }
 
 
-def summary(records: list[Record]) -> str:
-    """Say what the run shows, with its numbers."""
+def verdicts(records: list[Record]) -> list[Verdict]:
+    """Return what the run shows, with its numbers."""
     error, distance = _medians(records, "error"), _medians(records, "distance")
     least = min(float(r["a"]) for r in records)
-    ends = [f"{way} {found[least]:.2g} (without decay {found[0.0]:.2g})"
-            for way, found in error.items() if 0.0 in found]  # fmt: skip
-    text = (
-        f"Weight decay that comes to a = {least:g} and is switched off half way ends at a "
-        f"relative error of {'; '.join(ends)}. "
-    )
-    law = [f"{distance[way][least]:.1e} ({way})" for way in distance]
-    return text + (
-        "The paper's law is of gradient flow; the ends are at these distances from the argmin R_a "
-        f"that it predicts: {', '.join(law)}."
-    )
+    ends = [
+        (
+            f"{way}: the relative error after decay of a = {least:g} that is switched off, and "
+            "without decay",
+            f"{of[least]:.2g} and {of[0.0]:.2g}",
+        )
+        for way, of in error.items()
+    ]
+    law = ", ".join(f"{of[least]:.1g} ({way})" for way, of in distance.items())
+    return [*ends, ("Distance from the argmin R_a that the paper's law predicts", law)]
 
 
 def table(records: list[Record]) -> list[Record]:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
-from ...framework.drawing import decades, shade, short
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
+from ...framework.drawing import decades, emphasized, short
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -117,29 +117,34 @@ def _one(config: Config, a: float, times: Array, seed: int) -> tuple[Array, Arra
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
-    """Say what the run shows, with its numbers."""
+def verdicts(records: list[Record]) -> list[Verdict]:
+    """Return what the run shows, with its numbers."""
     first = max(records, key=lambda r: r["a"])
     worst = max(records, key=lambda r: r["largest ratio"])
     decay = min(records, key=lambda r: r["risk at the end"])
     both = min(records, key=lambda r: r["risk, flow"])
     gap = {r["a"]: r["risk, flow"] / r["risk, penalty"] for r in records}
     closest, furthest = max(gap, key=gap.__getitem__), min(gap, key=gap.__getitem__)
-    bound = "above" if worst["largest ratio"] > BOUND else "still below"
     lowest = ", the smallest here" if both["a"] == min(gap) else ""
-    return (
-        f"A linear flow that stops has at most {BOUND} times ridge's risk at the same t (Ali et "
-        f"al. 2019): near it (a = {first['a']:g}) the largest ratio is "
-        f"{first['largest ratio']:.2f}, and it is {worst['largest ratio']:.2f}, {bound} "
-        f"that bound, at a = {worst['a']:g}; but "
-        f"at the best t of each the risk of the flow is {gap[closest]:.2f} times the penalty's at "
-        f"a = {closest:g} and {gap[furthest]:.2f} times at a = {furthest:g}, where the two "
-        "part. Under this noise decay does not replace stopping, they add up: the "
-        f"risk is {first['risk at the end']:.2f} with neither (a = {first['a']:g}), "
-        f"{first['risk, flow']:.2f} with stopping alone, {decay['risk at the end']:.2f} with decay "
-        f"alone (a = {decay['a']:g}), {both['risk, flow']:.2f} with both (a = {both['a']:g}"
-        f"{lowest}, t = {both['t, flow']:.2g})."
-    )
+    return [
+        (
+            "Under this noise decay does not replace stopping, they add up: the risk is",
+            f"{first['risk at the end']:.2f} with neither (a = {first['a']:g}), "
+            f"{first['risk, flow']:.2f} with stopping alone, {decay['risk at the end']:.2f} with "
+            f"decay alone (a = {decay['a']:g}), {both['risk, flow']:.2f} with both "
+            f"(a = {both['a']:g}{lowest}, t = {both['t, flow']:.2g})",
+        ),
+        (
+            f"A linear flow that stops has at most {BOUND} times ridge's risk at the same t (Ali "
+            "et al. 2019); the largest ratio here is",
+            f"{first['largest ratio']:.2f} near it (a = {first['a']:g}), "
+            f"{worst['largest ratio']:.2f} at a = {worst['a']:g}",
+        ),
+        (
+            "At the best t of each the risk of the flow is, in units of the penalty's",
+            f"{gap[closest]:.2f} at a = {closest:g}, {gap[furthest]:.2f} at a = {furthest:g}",
+        ),
+    ]
 
 
 def table(records: list[Record]) -> list[Record]:
@@ -155,7 +160,7 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
     axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
     for i, record in enumerate(records):
-        part, colour = f"a_{record['a']:g}", shade(i, len(records))
+        part, colour = f"a_{record['a']:g}", emphasized(len(records))[i]
         t, flow, penalty = (trajectory[f"{part}/{key}"] for key in ("t", *WAYS))
         label = f"a = {record['a']:g}"
         axes[0].plot(t, flow, color=colour, label=label)
@@ -189,7 +194,7 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
     ]
     low, high = (f(row["risk"] for row in rows) for f in (min, max))
     amounts = [f"{record['a']:g}" for record in records]
-    colours = [shade(i, len(records)) for i in range(len(records))]
+    colours = emphasized(len(records))
     chart = (
         alt.Chart(alt.Data(values=rows), height=280)
         .mark_line(strokeWidth=1.5)

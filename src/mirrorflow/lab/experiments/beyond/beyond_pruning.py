@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import STYLES, middle, short
 
 if TYPE_CHECKING:
@@ -220,18 +220,17 @@ def _worst_loss(records: list[Record], way: str, cut: float) -> float:
     return max(100 * (whole[r["seed"]] - float(r["accuracy"])) for r in mine if r["cut"] == cut)
 
 
-def summary(records: list[Record]) -> str:
-    """Say what the run shows, with its numbers."""
-    at = [
-        f"{way}: {of[0.0]:.3f} with all weights, {of[0.98]:.3f} with 2% and {of[0.99]:.3f} with 1% "
-        f"of them (the worst seed loses {_worst_loss(records, way, 0.98):.1f} points at 2%)"
+def verdicts(records: list[Record]) -> list[Verdict]:
+    """Return what the run shows, with its numbers."""
+    rows = [
+        (
+            f"{way}: test accuracy with all weights, 2% and 1% of them, not fine-tuned",
+            f"{of[0.0]:.3f}, {of[0.98]:.3f}, {of[0.99]:.3f} (the worst seed loses "
+            f"{_worst_loss(records, way, 0.98):.1f} points at 2%)",
+        )
         for way, of in _medians(records).items()
     ]
-    return (
-        "Test accuracy on the digits after the smallest weights are cut, without fine-tuning. "
-        + "; ".join(at)
-        + ". One small network on one small set: it says nothing about larger ones."
-    )
+    return [*rows, ("What it says about larger networks and sets", "nothing: one small one ran")]
 
 
 def table(records: list[Record]) -> list[Record]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...framework.contract import Record
-from ...framework.drawing import DASHES, ZOOM_HINT, name_band, shade, short, zoomable
+from ...framework.contract import Record, Verdict
+from ...framework.drawing import DASHES, emphasized, name_band, short, zoomable
 from ._study import interval, values
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["costs", "draw_figure", "make_charts", "rows", "sentences"]
+__all__ = ["costs", "draw_figure", "make_charts", "rows", "verdicts"]
 
 KINDS = {"constant": "kept", "off": "switched off"}
 PANELS = {
@@ -59,31 +59,36 @@ def _said(numbers: Sequence[float], form: str = ".3g") -> str:
 # --- In words and numbers -------------------------------------------------------------------------
 
 
-def sentences(records: Sequence[Record]) -> str:
-    """Say what the cuts cost, which decay ends best, and what switching off changes."""
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Return what the cuts cost, which decay ends best, and what switching off changes."""
     sound = [r for r in records if not r["diverged"]]
     seeds = len({r["seed"] for r in records})
     lost = len({r["part"] for r in records}) - len({r["part"] for r in sound})
     parts = [p for p in _parts(records) if p < 1]
-    return (
-        f"{' '.join(_of_cut(sound, part) for part in parts)} {_of_switching(sound, parts)} "
-        f"Losses are of validation, means over {seeds} seed{'s' * (seeds != 1)}"
-        f"{', with 95% intervals' * (seeds > 1)}; differences are taken within a seed."
-        + f" {lost} runs diverged and are left out."
-        * bool(lost)
+    found = [row for part in parts for row in _of_cut(sound, part)]
+    found.append(("Decay switched off against kept, at the same a", _of_switching(sound, parts)))
+    found.append(
+        (
+            "Losses are of validation; differences are taken within a seed",
+            f"means over {seeds} seed{'s' * (seeds != 1)}{', 95% intervals' * (seeds > 1)}",
+        )
     )
+    return [*found, *([("Runs that diverged and are left out", str(lost))] if lost else [])]
 
 
-def _of_cut(records: Sequence[Record], part: float) -> str:
-    """Say what a cut costs without decay and with most, and which decay ends best after it."""
+def _of_cut(records: Sequence[Record], part: float) -> list[Verdict]:
+    """Return what a cut costs without decay and with most, and which decay ends best after it."""
     arms = _arms(records)
     none, most = (costs(records, part, absorbed=arms[i][0], kind=arms[i][1]) for i in (0, -1))
     best, after = (_lowest(records, part, key) for key in ("loss", "after"))
-    return (
-        f"With {_name(part)} of each head's QKᵀ and VO kept the loss rises by {_said(none)} "
-        f"without decay and by {_said(most)} at a = {arms[-1][0]:g}; it is {best}, and after "
-        f"{_more(records)} {after}."
-    )
+    return [
+        (
+            f"With {_name(part)} of each head's QKᵀ and VO kept the loss rises",
+            f"by {_said(none)} without decay, by {_said(most)} at a = {arms[-1][0]:g}",
+        ),
+        (f"The loss with {_name(part)} kept is", best),
+        (f"After {_more(records)} it is", after),
+    ]
 
 
 def _lowest(records: Sequence[Record], part: float, key: str) -> str:
@@ -113,15 +118,14 @@ def _of_switching(records: Sequence[Record], parts: Sequence[float]) -> str:
     """Compare the decay that is kept with the one that is switched off, at the same a."""
     pairs = [_switched(records, part, a) for part in parts for a in _decays(records)]
     if not pairs:
-        return "Decay that is kept and decay that is switched off cannot be compared."
+        return "cannot be compared"
     found = [interval(pair) for pair in pairs]
     better = sum(mean < -width < 0 for mean, width in found)
     worse = sum(mean > width > 0 for mean, width in found)
     largest = max(found, key=lambda pair: abs(pair[0]))
     return (
-        f"At the same a, decay switched off instead of kept ends clearly lower after {better} and "
-        f"clearly higher after {worse} of {len(found)} cuts; the largest difference is "
-        f"{largest[0]:+.2g}."
+        f"ends clearly lower after {better} and clearly higher after {worse} of {len(found)} cuts; "
+        f"the largest difference is {largest[0]:+.2g}"
     )
 
 
@@ -183,7 +187,7 @@ def draw_figure(records: Sequence[Record]) -> Figure:
     for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
         parts = [1.0] if key == "ratio" else _parts(records)
         for number, part in enumerate(parts):
-            colour = shade(number, len(_parts(records)))
+            colour = emphasized(len(_parts(records)))[number]
             for kind in KINDS:
                 _draw_curve(axis, sound, key, part, kind, colour, DASHES[number % len(DASHES)])
         axis.set(xlabel=ACROSS, ylabel=label.format(_more(records)))
@@ -215,8 +219,7 @@ def make_charts(records: Sequence[Record]) -> list[tuple[str, TopLevelMixin]]:
     """Make a chart of the losses as truncated, and one after more steps."""
     return [
         (
-            f"{label[0].upper()}{label[1:]}, over the decay that was absorbed; mean over seeds. "
-            f"{ZOOM_HINT}",
+            f"{label[0].upper()}{label[1:]}, over the decay that was absorbed; mean over seeds.",
             zoomable(_chart(records, key, label)),
         )
         for key in ("loss", "after")
@@ -239,7 +242,7 @@ def _chart(records: Sequence[Record], key: str, label: str) -> Any:
     ]  # fmt: skip
     names = [_name(part) for part in parts]
     legend = alt.Legend(orient="bottom", columns=2, title=None, symbolSize=120)
-    colours = alt.Scale(domain=names, range=[shade(i, len(names)) for i in range(len(names))])
+    colours = alt.Scale(domain=names, range=emphasized(len(names)))
     shapes = alt.Scale(domain=list(KINDS.values()), range=["circle", "square"])
     dashes = alt.Scale(domain=list(KINDS.values()), range=[[1, 0], [5, 3]])
     return (

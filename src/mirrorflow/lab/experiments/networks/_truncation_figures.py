@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...framework.contract import Record, Trajectory
-from ...framework.drawing import DASHES, MARKERS, ZOOM_HINT, short, zoomable
+from ...framework.contract import Record, Trajectory, Verdict
+from ...framework.drawing import DASHES, MARKERS, short, zoomable
 from ._study import interval, values
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["against_the_start", "draw_figure", "make_charts", "rows", "sentences"]
+__all__ = ["against_the_start", "draw_figure", "make_charts", "rows", "verdicts"]
 
 # Way and decay, how the page calls them, and their colours.
 WAYS = {
@@ -60,23 +60,25 @@ def _highest(records: Sequence[Record]) -> int:
 # --- In words and numbers -------------------------------------------------------------------------
 
 
-def sentences(records: Sequence[Record]) -> str:
-    """Say at which loss each way to each rank ends."""
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Return at which loss each way to each rank ends."""
     whole = ", ".join(
         f"{_said(values(records, 'loss', way='whole', kind=kind), '.4g')} with {name}"
         for kind, name in DECAYS.items()
     )
-    ranks = " ".join(_of_rank(records, rank) for rank in _ranks(records))
     seeds = len({r["seed"] for r in records})
-    return (
-        f"Rank {_highest(records)} ends at a validation loss of {whole}. {ranks} What is truncated "
-        "on the way had no decay, and is trained on to the same number of steps. Means over "
-        f"{seeds} seed{'s' * (seeds != 1)}{', with 95% intervals' * (seeds > 1)}; differences are "
-        "taken within a seed."
-    )
+    return [
+        (f"Rank {_highest(records)}, not truncated, ends at a validation loss of", whole),
+        *(row for rank in _ranks(records) for row in _of_rank(records, rank)),
+        (
+            "What is truncated on the way had no decay, and is trained on to the same number of "
+            "steps; differences are taken within a seed",
+            f"means over {seeds} seed{'s' * (seeds != 1)}{', 95% intervals' * (seeds > 1)}",
+        ),
+    ]
 
 
-def _of_rank(records: Sequence[Record], rank: int) -> str:
+def _of_rank(records: Sequence[Record], rank: int) -> list[Verdict]:
     """Compare the ways to one rank with the direct one."""
     direct = ("from the start", "none")
     others = [way for way in WAYS if way != direct]
@@ -84,10 +86,13 @@ def _of_rank(records: Sequence[Record], rank: int) -> str:
         f"{_said(against_the_start(records, way, rank), '+.2g')} {WAYS[way]}" for way in others
     )
     best = min(WAYS, key=lambda way: float(np.mean(_losses(records, way, rank))))
-    return (
-        f"At rank {rank} it is {_said(_losses(records, direct, rank), '.4g')} from the start, and "
-        f"against that {gaps}; the lowest is {WAYS[best]}."
-    )
+    return [
+        (
+            f"Rank {rank} from the start ends at, and the lowest is",
+            f"{_said(_losses(records, direct, rank), '.4g')}; {WAYS[best]}",
+        ),
+        (f"Against rank {rank} from the start", gaps),
+    ]
 
 
 def rows(records: Sequence[Record]) -> list[Record]:
@@ -191,4 +196,4 @@ def make_charts(records: Sequence[Record]) -> list[tuple[str, TopLevelMixin]]:
         )
     )  # fmt: skip
     caption = "Where each way to a rank ends: validation loss, mean over seeds."
-    return [(f"{caption} {ZOOM_HINT}", zoomable(chart))]
+    return [(caption, zoomable(chart))]

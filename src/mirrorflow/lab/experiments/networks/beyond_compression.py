@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ...framework import contract
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._study import Array, PlannedRun, diverged, run_plans, timeline
 
@@ -337,11 +337,11 @@ def _truncated(model: Module, rank: int) -> float:
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say what the cuts cost, and what decay changes about that."""
-    from ._compression_figures import sentences
+    from . import _compression_figures
 
-    return sentences(records)
+    return _compression_figures.verdicts(records)
 
 
 def table(records: list[Record]) -> list[Record]:

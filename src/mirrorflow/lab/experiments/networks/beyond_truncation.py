@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from ...framework.contract import Part, Record, Recorder, Trajectory, checksum
+from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.trunks import Checkpoints, Timeline
 from ._lora import PRETRAINING, AdapterConfig, base, pretraining, pretraining_line, tokens
 from ._study import Array
@@ -238,11 +238,11 @@ def _cut(session: Session, rank: int, step: int | None = None) -> float:
 # --- What the page shows of it --------------------------------------------------------------------
 
 
-def summary(records: list[Record]) -> str:
+def verdicts(records: list[Record]) -> list[Verdict]:
     """Say which way to a low rank ends best."""
-    from ._truncation_figures import sentences
+    from . import _truncation_figures
 
-    return sentences(records)
+    return _truncation_figures.verdicts(records)
 
 
 def table(records: list[Record]) -> list[Record]:
