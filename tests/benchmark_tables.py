@@ -1,0 +1,71 @@
+"""The tables of docs/benchmarks.md: of which result file each is, and of which of its numbers."""
+
+MS = 1000.0  # from seconds
+PERCENT = 100.0
+
+# file -> heading of the table's columns: key of a row and factor. "case" is the first column.
+TABLES = {
+    "bench_limit": {
+        "ours, ms": ("seconds", MS),
+        "gradient steps in Numba": ("ratio to Numba", 1),
+        "in NumPy": ("ratio to NumPy", 1),
+        "in torch with autograd, extrapolated": ("ratio to torch autograd", 1),
+        "single end points": ("ratio", 1),
+    },
+    "bench_flow": {
+        "ours, ms": ("seconds", MS),
+        "torchdiffeq dopri5": ("ratio", 1),
+    },
+    "bench_sensing": {
+        "ours, s": ("seconds", 1),
+        "literal autograd, extrapolated": ("ratio", 1),
+        "fastest autograd, extrapolated": ("ratio to the fastest", 1),
+    },
+    "bench_pursuit": {
+        "ours, ms": ("seconds", MS),
+        "LassoLars": ("ratio to LassoLars", 1),
+        "celer": ("ratio to celer", 1),
+        "HiGHS": ("ratio to HiGHS", 1),
+        "Clarabel": ("ratio to Clarabel", 1),
+    },
+    "bench_paths": {
+        "ours, s": ("seconds", 1),
+        "separate solves": ("ratio", 1),
+        "ours as a multiple of celer_path": ("times celer_path's time", 1),
+    },
+    "bench_regression": {
+        "ours, s": ("seconds", 1),
+        "ours as a multiple of LassoCV": ("times LassoCV's time", 1),
+        "our error": ("MirrorFlowRegressorCV: relative error", 1),
+        "LassoCV's error": ("LassoCV: relative error", 1),
+    },
+    "bench_completion": {
+        "ours, s": ("seconds", 1),
+        "soft-impute": ("ratio", 1),
+        "soft-impute's error": ("soft-impute: relative error", 1),
+    },
+    "bench_spectrum": {
+        "ours, ms": ("seconds", MS),
+        "dense SVDs in float64": ("ratio, at equal accuracy", 1),
+        "dense SVDs in float32": ("ratio to float32", 1),
+    },
+    "bench_overhead": {
+        "ours, ms": ("seconds", MS),
+        "of a plain step, %": ("part of a step", PERCENT),
+    },
+    "bench_networks": {
+        "ours as a multiple of a plain loop": ("time to plain", 1),
+        "compiled: times faster than eager": ("times faster compiled", 1),
+        "six models stacked: times faster than in turn": ("times faster stacked", 1),
+    },
+    "bench_sweep": {
+        "shared, s": ("seconds shared", 1),
+        "one by one, s": ("seconds one by one", 1),
+        "steps saved, %": ("steps saved", PERCENT),
+        "overhead of the whole sweep, %": ("overhead of the whole sweep", PERCENT),
+    },
+    "bench_scaling": {
+        "largest size, s": ("seconds", 1),
+        "exponent": ("exponent", 1),
+    },
+}

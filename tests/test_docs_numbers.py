@@ -1,0 +1,255 @@
+"""Numbers in the prose of README and docs: each is what a file in results/ holds."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmark_tables import TABLES
+from mirrorflow.lab import framework
+from mirrorflow.lab.experiments.networks._figures import ends as network_ends
+from mirrorflow.lab.experiments.networks._study import compared
+
+ROOT = Path(__file__).parents[1]
+NUMBER = r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
+
+# Results that were made before their files were committed; a new one must not be. Run them again
+# from a clean tree, and take them out of here.
+DIRTY = {
+    "bench_sensing", "bench_networks", "bench_sweep",
+    "b71cbd00a1d6", "100bc172a8dc", "b1e6d3a850a4", "b26df0a05f86", "8e618346f2d7",
+    "55920ca34550", "70bfb30ea749",
+}  # fmt: skip
+
+
+def benchmark(name):
+    """Return the rows of a benchmark by their case."""
+    stored = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return {row["case"]: row for row in stored["rows"]}
+
+
+def records(name, **where):
+    """Return the records of the result of an experiment, those that fit."""
+    (path,) = (ROOT / "results" / name).glob("*/result.json")
+    found = json.loads(path.read_text())["records"]
+    return [r for r in found if all(r.get(key) == value for key, value in where.items())]
+
+
+def ends(model):
+    """Return the median errors of a model of Figure 2, without decay to switched off."""
+    found = records("fig02_matrix_sensing", panel="end", model=model)
+    names = dict.fromkeys(r["scenario"] for r in found)
+    return [statistics.median(r["error"] for r in found if r["scenario"] == n) for n in names]
+
+
+def limits(key):
+    """Return a number of the three end points that were timed."""
+    return [row[key] for case, row in benchmark("bench_limit").items() if case.startswith("end")]
+
+
+def spectra(case):
+    return benchmark("bench_spectrum")[case]
+
+
+def sparse_designs():
+    """Return the designs with a sparse truth and rows enough, and in how many we lead the lasso."""
+    module = framework.load("bench_sparse")
+    found = [r for r in records("bench_sparse", data="synthetic", truth="sparse")
+             if r["ratio"] >= 0.5 and r["snr"] in (1, 3, 10)]  # fmt: skip
+    designs: dict[tuple, dict[str, list[float]]] = {}
+    for r in found:
+        key = (r["correlation"], r["ratio"], r["snr"])
+        designs.setdefault(key, {}).setdefault(r["method"], []).append(r["r2"])
+    ahead = sum(
+        statistics.median(d[module.OURS]) > statistics.median(d["lasso"]) for d in designs.values()
+    )
+    return ahead, len(designs)
+
+
+VIT, SMOLLM = "tab02_fig03b_fig13_vit/55920ca34550", "tab03_fig03a_lora/969b6f087374"
+
+
+def run_of(folder):
+    """Return the study and the records of a stored run of networks."""
+    found = json.loads((ROOT / "results" / folder / "result.json").read_text())
+    return framework.load(found["experiment"]).STUDY, found["records"]
+
+
+def gains(folder, family):
+    """Return by how much switching off is better: than kept, half, equal budget, none."""
+    return [c["gain"] for c in compared(*run_of(folder)) if c["family"] == family]
+
+
+def metrics(folder):
+    """Return the means of all runs that have not diverged, in ascending order."""
+    return sorted(end["mean"] for end in network_ends(*run_of(folder)) if not end["diverged"])
+
+
+def none_of(folder):
+    (end,) = [end for end in network_ends(*run_of(folder)) if end["kind"] == "none"]
+    return end["mean"]
+
+
+def family(folder, decay):
+    """Return the means of a family: off, kept, half, equal budget."""
+    means = {e["kind"]: e["mean"] for e in network_ends(*run_of(folder)) if e["family"] == decay}
+    return [means[kind] for kind in ("off", "constant", "half", "budget")]
+
+
+def brought_back():
+    """Return which part of the cosine's difference holding lr x decay brings back, by optimizer."""
+    rows = framework.load("fig15_fig16_lr_schedule").verdicts(records("fig15_fig16_lr_schedule"))
+    said = [outcome for what, outcome in rows if "lr·decay held" in what]
+    return [float(re.findall(r"brings (\d+)%", outcome)[0]) for outcome in said]
+
+
+# A phrase of a page, and the numbers that stand in it: from results/, or by a formula. None is a
+# number that is given: a setting, a size. Spaces and line ends are alike.
+QUOTES: list[tuple[str, str, Callable[[], list[float | None]]]] = [
+    ("README.md", "decay 0.02, switched off half way, ends 56 times closer",
+     lambda: [None, ends("factor")[0] / ends("factor")[-1]]),
+    ("README.md", "the same switch ends 4.4 times closer",
+     lambda: [ends("linear")[0] / ends("linear")[-1]]),
+    ("README.md", "5e-7 at each of 3,000 steps shrinks a product of two weights by 0.3% at most",
+     lambda: [None, None, 100 * (1 - math.exp(-2 * 5e-7 * 3000))]),
+    ("README.md", "this schedule shrinks a product of two weights by 11% at most",
+     lambda: [100 * (1 - math.exp(-2 * 0.1 * 1e-3 * 600))]),
+    ("README.md", "(in 13 of 18 designs)", lambda: list(sparse_designs())),
+    ("README.md", "| end of training of m · w | 0.7 ms | 200,000 gradient steps in Numba: 190 to "
+     "340 times as long |",
+     lambda: [1e3 * min(limits("seconds")), None, min(limits("ratio to Numba")),
+              max(limits("ratio to Numba"))]),
+    ("README.md", "| spectra of 24 LoRA products of width 768 | 0.22 ms | dense SVDs in float64: "
+     "5,500 times as long |",
+     lambda: [None, None, 1e3 * spectra("LoRA r = 8, 24 pairs of width 768")["seconds"],
+              spectra("LoRA r = 8, 24 pairs of width 768")["ratio, at equal accuracy"]]),
+    ("README.md", "| cross-validated sparse regression, 100 x 500 | `MirrorFlowRegressorCV` | "
+     "`LassoCV` | ours is slower: 1.5 times its time",
+     lambda: [None, None, benchmark("bench_regression")[
+         "cross-validation, 100 x 500, 10 non-zeros, SNR 10"]["times LassoCV's time"]]),
+    ("docs/experiments.md", "Decay 0.01 switched off at 2/5 ends 0.040 below the same decay kept, "
+     "0.014 below half of it, and 0.009 below the constant one of equal budget",
+     lambda: [None, None, None, *gains("tab03_fig03a_lora/e5fe45c65044", 0.01)[:3]]),
+    ("docs/experiments.md", "(2.309 against 2.311 to 2.36)",
+     lambda: [metrics("tab03_fig03a_lora/e5fe45c65044")[0], None, None]),
+    ("docs/experiments.md", "Decay 0.1 switched off ends at 3.851, kept 3.877, half 3.858, "
+     "equal budget 3.855; decay 0.02 at 3.839, 3.844, 3.840, 3.8395. No decay at all is best again "
+     "(3.836)",
+     lambda: [None, *family(SMOLLM, 0.1), None, *family(SMOLLM, 0.02), metrics(SMOLLM)[0]]),
+    ("docs/experiments.md", "better than kept (+1.5 ± 1 points) and than the constant one of equal "
+     "budget (+1.2 ± 0.5)",
+     lambda: [gains(VIT, 8.0)[0], None, gains(VIT, 8.0)[2], None]),
+    ("docs/experiments.md", "(53.95%; the best is 54.1%)",
+     lambda: [none_of(VIT), metrics(VIT)[-1]]),
+    ("docs/experiments.md", "brings 40% and 35% of the difference back", lambda: brought_back()),
+]  # fmt: skip
+# What else stands in the README as a number: versions, settings, names, the study's size.
+GIVEN = (
+    r"Python 3\.11 or newer", r"a study of 96 designs", r"24 November", r"SNR 1 / 3 / 10",
+    r"d = 200", r"d/2", r"SwitchOff\(0\.1, at=200\), track_every=50", r"arXiv 2504\.12883",
+    r"Apache-2\.0", r"fig02_matrix_sensing",
+)  # fmt: skip
+
+
+def prose(page):
+    """Return a page without its code, its links' targets and line ends."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```", " ", text, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return " ".join(text.split())
+
+
+def check(text, number):
+    """Compare a printed number with the stored one, to the last digit that is printed."""
+    plain = text.replace(",", "")
+    if "." in plain:
+        unit = 10.0 ** -len(plain.partition(".")[2])
+    else:  # 21,100 has three digits
+        unit = 10.0 ** (len(plain) - len(plain.rstrip("0")))
+    assert abs(float(plain) - number) <= 0.501 * unit, (text, number)
+
+
+@pytest.mark.parametrize(("page", "phrase", "source"), QUOTES, ids=[q[1][:40] for q in QUOTES])
+def test_a_quoted_number_is_the_stored_one(page, phrase, source):
+    assert phrase in prose(page), "the phrase has changed: change it here, with its source"
+    printed, stored = re.findall(NUMBER, phrase), source()
+    assert len(printed) == len(stored), (printed, stored)
+    for text, number in zip(printed, stored, strict=True):
+        if number is not None:
+            check(text, number)
+
+
+def test_no_number_of_the_readme_is_without_a_source():
+    text = prose("README.md")
+    for _, phrase, _ in (quote for quote in QUOTES if quote[0] == "README.md"):
+        text = text.replace(phrase, " ")
+    for given in GIVEN:
+        text = re.sub(given, " ", text)
+    tables = re.sub(r"\|[^|]*(?:-?\d\.\d+ / ?)+[^|]*\|", "|", text)  # checked by test_docs.py
+    left = re.sub(r"-?\d\.\d+ / -?\d\.\d+ / -?\d\.\d+", "", tables)
+    assert re.findall(NUMBER, left) == []
+
+
+# --- docs/benchmarks.md ---------------------------------------------------------------------------
+
+
+def printed_table(columns):
+    """Return the table of the page with these columns: case -> cells."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    head = f"| case | {' | '.join(columns)} |"
+    lines = page[page.index(head) :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {case: cells for case, *cells in rows}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_the_benchmarks_is_what_is_stored(name):
+    columns, stored = TABLES[name], benchmark(name)
+    shown = printed_table(columns)
+    for case, row in stored.items():
+        cells = shown.pop(case, [""] * len(columns))
+        for cell, (key, factor) in zip(cells, columns.values(), strict=True):
+            assert bool(cell) == isinstance(row.get(key), (int, float)), (case, key)
+            if cell:
+                check(cell, factor * row[key])
+    assert shown == {}
+
+
+# What a row times beside the baselines: parts of ours, and what no program can be faster than.
+OWN = re.compile(r"limit|from memory|from cache|arithmetic|reading|plain step")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_baseline_of_a_result_file_stands_in_its_table(name):
+    heads = " ".join(TABLES[name]).lower()
+    for row in benchmark(name).values():
+        for key in row:
+            if key.endswith(", seconds") and not OWN.match(key):
+                words = re.findall(r"[a-z]{4,}", key.removesuffix(", seconds").lower())
+                assert any(word in heads for word in words), key
+
+
+def test_every_benchmark_has_a_table():
+    stored = {path.stem for path in (ROOT / "results").glob("bench_*.json")}
+    assert stored == set(TABLES)
+
+
+# --- Where results come from ----------------------------------------------------------------------
+
+
+def commits():
+    """Return the commit of each stored result, by the name of its file or folder."""
+    for path in (ROOT / "results").glob("*.json"):
+        yield path.stem, json.loads(path.read_text())["machine"]["commit"]
+    for path in (ROOT / "results").glob("*/*/result.json"):
+        yield path.parent.name, json.loads(path.read_text())["meta"]["commit"]
+
+
+def test_no_result_is_made_from_a_tree_with_uncommitted_changes():
+    found = dict(commits())
+    assert {name for name, commit in found.items() if commit.endswith("-dirty")} == DIRTY
+    assert all(re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit) for commit in found.values())
