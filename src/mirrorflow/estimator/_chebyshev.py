@@ -209,13 +209,13 @@ class _Run:
     def _error(self, mu: Array, x: Array, slope: Array, g: Array) -> Array:
         """Return the error estimate of x for each row, in units of the tolerance."""
         # RKC's estimate 0.8 (nu_n - nu_{n+1}) + 0.4 h (f_n + f_{n+1}), times d x / d nu.
-        error = 0.8 * (self.mu - mu) + 0.4 * self.h.astype(g.dtype)[:, None] * (self.g + g)
-        size = np.abs(x).max(axis=1)
+        error = self.mu - mu
+        error *= 2
+        error += self.h.astype(g.dtype)[:, None] * (self.g + g)
         # The slope at the start of the step as well: a step too far can end where all slopes are 0.
-        steep = np.maximum(slope, self.slope)
-        found = (steep * np.abs(error)).max(axis=1) / (
-            self.tol * np.maximum(size, np.finfo(x.dtype).tiny)
-        )
+        error *= np.maximum(slope, self.slope)
+        size = np.maximum(np.abs(x).max(axis=1), np.finfo(x.dtype).tiny)
+        found = 0.4 * np.abs(error, out=error).max(axis=1) / (self.tol * size)
         return np.where(np.isfinite(found), found, 1e9).astype(np.float64)
 
     def _hand_over(
@@ -224,26 +224,29 @@ class _Run:
         """Save the points that this step has passed, by cubic Hermite interpolation."""
         due = (self.times <= (t * (1 + 1e-12))[:, None]).sum(axis=1)
         due = np.where(good, np.maximum(due, self.reached), self.reached)
-        k = np.repeat(np.arange(len(due)), due - self.reached)
-        if len(k) == 0:
+        if (due == self.reached).all():
             return
+        k = np.repeat(np.arange(len(due)), due - self.reached)
         i = np.concatenate([np.arange(*ends) for ends in zip(self.reached, due, strict=True)])
         self.reached, at, h = due, self.times[k, i], (t - self.t)[k, None]
-        s = (at - self.t[k])[:, None] / h
-        states = _hermite(s, h, self.state[k], new[k], self.f[k], f[k])
-        between = _hermite(s, h, self.mu[k], mu[k], self.g[k], g[k])
+        weights = _hermite((at - self.t[k])[:, None] / h, h)
+        states = _combined(weights, (self.state[k], new[k], self.f[k], f[k]))
+        between = _combined(weights, (self.mu[k], mu[k], self.g[k], g[k]))
         points = self.flows.primal(between, at, k)[0]
         for point in zip(k.tolist(), i.tolist(), states, points, at.tolist(), strict=True):
             self.save(*point)
 
 
-def _hermite(s: Array, h: Array, y0: Array, y1: Array, f0: Array, f1: Array) -> Array:
-    """Return the cubic with values y and derivatives f at both ends, at the fractions s of h."""
-    ends = (1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s)
-    slopes = h * s * (1 - s) ** 2, -h * s**2 * (1 - s)
-    of = y0.dtype
-    y = ends[0].astype(of) * y0
-    y += ends[1].astype(of) * y1
-    y += slopes[0].astype(of) * f0
-    y += slopes[1].astype(of) * f1
-    return y
+def _hermite(s: Array, h: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the weights, at the fraction s of h, of values and then derivatives at both ends."""
+    left, right = (1 - s) ** 2, s**2
+    return (1 + 2 * s) * left, right * (3 - 2 * s), h * s * left, h * right * (s - 1)
+
+
+def _combined(weights: tuple[Array, ...], parts: tuple[Array, ...]) -> Array:
+    """Return the sum of the parts with the weights, in the precision of the first part."""
+    of = parts[0].dtype
+    found = weights[0].astype(of) * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        found += weight.astype(of) * part
+    return found

@@ -24,16 +24,20 @@ class FoldProblem(ABC):
     """The flows of the training parts of F folds, and errors on what was left out."""
 
     @abstractmethod
-    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float, float]:
-        """Return a flow of target k on each fold, its unit of time, and its unit of x.
+    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float]:
+        """Return a flow of target k on each fold, and its unit of time.
 
         ``log_A`` is relative to the scale; the rate of decay and its end are in the units of time
         of the data, which the times of the flow are divided by.
         """
 
     @abstractmethod
+    def size(self, k: int) -> float:
+        """Return the unit of the flow's coefficients of target k."""
+
+    @abstractmethod
     def error(self, x: Array, k: int, fold: int) -> Array:
-        """Return the squared errors (...) of coefficients (..., d), with the fold's intercept."""
+        """Return the squared errors (...), with the fold's intercept, of the flow's x (..., d)."""
 
 
 def fold_problem(data: Data, train: Array, test: Array, positive: bool, tol: float) -> FoldProblem:
@@ -60,6 +64,8 @@ class _RowFolds(FoldProblem):
         X', in single precision where the tolerance allows it: half the memory to be read.
     alpha : float
         What X was multiplied by.
+    y : array of shape (K, n)
+        y' of each target.
     scale : array of shape (K,)
         S of each target.
     train, test : arrays of shape (F, n)
@@ -71,6 +77,7 @@ class _RowFolds(FoldProblem):
     data: Data
     X: Any
     alpha: float
+    y: Array
     scale: Array
     train: Array
     test: Array
@@ -85,30 +92,29 @@ class _RowFolds(FoldProblem):
             alpha = 1 / largest if largest > 0 else 1.0
             X = np.multiply(X, alpha, out=np.empty(X.shape, np.float32), casting="same_kind")
         few = np.ascontiguousarray(train.T), np.ascontiguousarray(test.T)
-        return cls(data, X, alpha, scale, *few, positive)
+        return cls(data, X, alpha, alpha * data.y.T / scale[:, None], scale, *few, positive)
 
-    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float, float]:
+    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float]:
         """Return the flows in nu."""
-        one, size = np.ones(len(self.train)), float(self.scale[k])
-        unit = self.alpha**2 / size
-        y = np.tile(self._targets(k), (len(one), 1))
+        one, unit = np.ones(len(self.train)), self.alpha**2 / float(self.scale[k])
+        y = np.tile(self.y[k], (len(one), 1))
         flows = RowFlows(
             log_A * one, rate * unit * one, off / unit * one, self.positive,
             self.X, y, self.train, self.data.center,
         )  # fmt: skip
-        return flows, unit, size
+        return flows, unit
+
+    def size(self, k: int) -> float:
+        """Return S."""
+        return float(self.scale[k])
 
     def error(self, x: Array, k: int, fold: int) -> Array:
         """Return the errors from the residuals of all rows."""
-        size = float(self.scale[k])
-        missed = self._targets(k) - (x / size).astype(self.X.dtype) @ self.X.T
+        missed = self.y[k] - x.astype(self.X.dtype) @ self.X.T
         if self.data.center:
             missed -= (missed @ self.train[fold])[..., None]
-        return missed**2 @ self.test[fold] * (size / self.alpha) ** 2
-
-    def _targets(self, k: int) -> Array:
-        """Return y' of a target."""
-        return self.data.y[:, k] * (self.alpha / float(self.scale[k]))
+        missed *= missed
+        return missed @ self.test[fold] * (float(self.scale[k]) / self.alpha) ** 2
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,16 @@ class _GramFolds(FoldProblem):
             moments = _about(moments, means, d)
         return cls(data, moments[0], moments[1], positive)
 
-    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float, float]:
+    def flows(self, k: int, log_A: float, rate: float, off: float) -> tuple[Flows, float]:
         """Return the flows in the integral of x."""
         one, d = np.ones(len(self.train)), self.data.X.shape[1]
         start = float(self.data.log_A(log_A)[k]) * one
         G, b = np.ascontiguousarray(self.train[:, :d, :d]), self.train[:, d + k, :d].copy()
-        return GramFlows(start, rate * one, off * one, self.positive, G, b), 1.0, 1.0
+        return GramFlows(start, rate * one, off * one, self.positive, G, b), 1.0
+
+    def size(self, k: int) -> float:
+        """Return 1: the units are those of the data."""
+        return 1.0
 
     def error(self, x: Array, k: int, fold: int) -> Array:
         """Return the errors as a quadratic form."""

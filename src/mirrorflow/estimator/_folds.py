@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from sklearn.utils.parallel import Parallel, delayed
 
 from .._threads import one_thread
 from ._base import Decay, least_squares, rate_and_end, without_small
-from ._chebyshev import integrate
+from ._chebyshev import Saved, integrate
 from ._data import Data
 from ._flows import Flows
 from ._fold_problems import FoldProblem, fold_problem
@@ -26,7 +25,6 @@ __all__ = ["Folds"]
 KEPT = 2**22  # numbers of states up to which they are kept: 32 MB
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
-Saved = Callable[[int, int, Array, Array], None]  # takes fold, index of the time, state and x
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Folds:
         kept = found.size * size <= KEPT
         states = np.zeros((len(ts), found.shape[1], size)) if kept else None
 
-        def save(fold: int, index: int, state: Array, x: Array) -> None:
+        def save(fold: int, index: int, state: Array, x: Array, _: float) -> None:
             found[index, fold] = self.problem.error(x, k, fold) / self._units[k]
             if states is not None:
                 states[index, fold] = state
@@ -142,43 +140,37 @@ class Folds:
         return found
 
     def _coefs(self, k: int, log_A: float, shrinkage: float, ts: Array, j: int) -> Array:
-        """Return the coefficients (n_folds, d) of one flow at its j-th time."""
-        flows, unit, size = self._flows(k, log_A, shrinkage)
+        """Return the flow's coefficients (n_folds, d) at its j-th time, in its own unit."""
+        flows, unit = self._flows(k, log_A, shrinkage)
         states = self.states.get((k, log_A, shrinkage))
         if not self.data.pull[k] > 0:
             return np.zeros((len(flows.start), self.data.X.shape[1]))
         chosen = np.zeros_like(flows.start) if states is None else states[j]
         if states is None:  # the same steps as before
 
-            def save(fold: int, index: int, state: Array, _: Array) -> None:
+            def save(fold: int, index: int, state: Array, _: Array, __: float) -> None:
                 if index == j:
                     chosen[fold] = state
 
             self._run(k, log_A, shrinkage, ts, save)
         t = np.full(len(chosen), float(self.data.unit(log_A, self.positive)[k] * ts[j]) / unit)
         x, _ = flows.primal(flows.mirror(chosen, t), t)
-        return size * x.astype(np.float64)
+        return x.astype(np.float64)
 
     def _run(self, k: int, log_A: float, shrinkage: float, ts: Array, save: Saved) -> Index:
         """Integrate a flow on all folds; return how many times each has reached."""
         folds = self.train.shape[1]
-        flows, unit, size = self._flows(k, log_A, shrinkage)
+        flows, unit = self._flows(k, log_A, shrinkage)
         if not self.data.pull[k] > 0:  # a constant target: all coefficients stay 0
             zero = np.zeros(self.data.X.shape[1])
             for fold, index in np.ndindex(folds, len(ts)):
-                save(fold, index, flows.start[fold], zero)
+                save(fold, index, flows.start[fold], zero, 0.0)
             return np.full(folds, len(ts))
         times = float(self.data.unit(log_A, self.positive)[k]) * ts / unit
+        return integrate(flows, np.tile(times, (folds, 1)), save, self.tol, self.max_iter)[0]
 
-        def in_own_units(fold: int, index: int, state: Array, x: Array, _: float) -> None:
-            save(fold, index, state, size * x.astype(np.float64))
-
-        return integrate(flows, np.tile(times, (folds, 1)), in_own_units, self.tol, self.max_iter)[
-            0
-        ]
-
-    def _flows(self, k: int, log_A: float, shrinkage: float) -> tuple[Flows, float, float]:
-        """Return a flow on all folds, one row each, with its units of time and of x."""
+    def _flows(self, k: int, log_A: float, shrinkage: float) -> tuple[Flows, float]:
+        """Return a flow on all folds, one row each, with its unit of time."""
         unit = float(self.data.unit(log_A, self.positive)[k])
         rate, end = rate_and_end(self.decay)
         if shrinkage > 0:
@@ -189,7 +181,7 @@ class Folds:
         """Return the errors (n_tols,) of coefficients (d,) of fold f without the small ones."""
         rows = without_small(np.tile(coef, (len(zero_tols), 1)), zero_tols[:, None])
         if refit:
-            rows = self._refitted(k, rows != 0, self.train[:, f])
+            rows = self._refitted(k, rows != 0, self.train[:, f]) / self.problem.size(k)
         return self.problem.error(rows, k, f) / self._units[k]
 
     def _refitted(self, k: int, supports: NDArray[np.bool_], weights: Array) -> Array:
