@@ -126,6 +126,28 @@ def test_the_supports_and_the_table_of_the_readme_are_what_is_stored():
             check(text, numbers[f"{kind}, SNR {snr}", method])
 
 
+def test_the_table_of_the_optimizers_is_what_is_stored():
+    module = framework.load("beyond_adam")
+    (result,) = [
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    ]
+    rows = {(row["optimizer"], row["a"]): row for row in module.table(result["records"])}
+    keys = {
+        "relative error": "relative error", "from argmin R_a": "from argmin R_a",
+        "stored": "log of |w² − m²|, half", "by signs": "log of ||w| − |m||",
+        "relative error without decay": "relative error",
+    }  # fmt: skip
+    cells = printed(ROOT / "docs" / "beyond.md", "| optimizer | relative error")
+    for (way, column), text in cells.items():
+        a = 0.0 if column.endswith("without decay") else -4.0
+        stored = rows[way, a][keys[column]]
+        if "e" in text:
+            assert float(text) == pytest.approx(stored, rel=0.2)
+        else:
+            check(text, stored)
+    assert len(cells) == 30
+
+
 def test_the_table_of_the_account_is_what_is_stored():
     module = framework.load("beyond_account")
     found = framework.find_results(ROOT / "results")

@@ -279,7 +279,7 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
             ends = [0.0, -min(float(r["a"]) for r in records)]
             axis.plot(ends, [-e for e in ends], color="0.6", linewidth=4, zorder=0)
             axis.annotate(
-                "law of the flow", (ends[1] / 2, -ends[1] / 2), xytext=(-8, -14), ha="right",
+                "law of the flow", (ends[1] / 2, -ends[1] / 2), xytext=(10, 6), ha="left",
                 textcoords="offset points", color="0.35", fontsize=8,
             )  # fmt: skip
         else:
