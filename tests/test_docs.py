@@ -148,6 +148,18 @@ def test_the_table_of_the_optimizers_is_what_is_stored():
     assert len(cells) == 30
 
 
+def test_the_table_of_the_cut_weights_is_what_is_stored():
+    module = framework.load("beyond_pruning")
+    (result,) = [
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    ]
+    rows = {row["training"]: row for row in module.table(result["records"])}
+    cells = printed(ROOT / "docs" / "beyond.md", "| training | 0% cut")
+    for (way, cut), text in cells.items():
+        check(text, rows[way][cut])
+    assert len(cells) == 20
+
+
 def test_the_table_of_the_account_is_what_is_stored():
     module = framework.load("beyond_account")
     found = framework.find_results(ROOT / "results")
