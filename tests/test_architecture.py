@@ -47,6 +47,7 @@ ALLOWED = {
         "limit",
         "descent",
         "estimator",
+        "optim",
         "weightdecay",
         "spectrum",
         "control",
