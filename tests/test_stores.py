@@ -302,7 +302,7 @@ def test_list_and_report_name_what_is_broken_and_show_the_rest(
     monkeypatch.setattr(report, "build", lambda sections, *_: shown.extend(sections))
     assert call(monkeypatch, "list", "--out", tmp_path) == 0
     said = capsys.readouterr()
-    assert f"results in {tmp_path}: 2" in said.out
+    assert f"results in {tmp_path}: 2" in " ".join(said.out.split())
     assert said.err.count("\n") == 1 and str(home / "empty" / "result.json") in said.err
     assert call(monkeypatch, "report", tmp_path) == 0
     said = capsys.readouterr()

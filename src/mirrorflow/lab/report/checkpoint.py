@@ -139,7 +139,7 @@ def _lead(content: Mapping[str, Any]) -> str:
     counts = {"undefined": "are 0 and have no ratio", "not_finite": "hold NaN or infinity"}
     parts += [f"{summary[key]:.0f} {text}" for key, text in counts.items() if summary[key]]
     said = (content.get("comparison") or {}).get("verdict", "")
-    return " ".join(filter(None, (f"{'; '.join(parts)}.", content["verdict"], said)))
+    return " ".join(filter(None, (f"{'; '.join(parts)}.", content.get("verdict", ""), said)))
 
 
 def _defined(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -300,12 +300,13 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         for a, value in of.items()
     ]
     ways = list(_medians(records, "error"))
+    legend = alt.Legend(orient="bottom", columns=1, title=None)
     colour = alt.Color(
         "optimizer:N",
         scale=alt.Scale(domain=ways, range=[COLOURS[way] for way in ways]),
-        legend=alt.Legend(orient="bottom", columns=2, title=None),
+        legend=legend,
     )
-    shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=ways), legend=None)
+    shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=ways), legend=legend)
     chart = alt.Chart(alt.Data(values=rows), height=280).encode(
         x=alt.X("decay, −a:Q"),
         y=alt.Y("error:Q", scale=alt.Scale(type="log"), title="relative error of x"),

@@ -218,10 +218,11 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         for a, value in of.items()
     ]
     depths = list(dict.fromkeys(row["factors"] for row in rows))
+    legend = alt.Legend(orient="bottom")
     colour = alt.Color(
         "factors:N",
         scale=alt.Scale(domain=depths, range=[STYLES[i % 4]["color"] for i in range(len(depths))]),
-        legend=alt.Legend(orient="bottom"),
+        legend=legend,
     )
     chart = alt.Chart(alt.Data(values=rows), height=260).encode(
         x=alt.X("decay, −a:Q"),
@@ -230,7 +231,7 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         tooltip=["factors:N", "decay, −a:Q", alt.Tooltip("error:Q", format=".2g")],
     )
     points = chart.mark_point(filled=True, size=60).encode(
-        shape=alt.Shape("factors:N", scale=alt.Scale(domain=depths), legend=None)
+        shape=alt.Shape("factors:N", scale=alt.Scale(domain=depths), legend=legend)
     )
     return [
         (

@@ -52,9 +52,9 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (two a, two seeds, few times), or seven a and 20 seeds (cpu and full)."""
+        """Return smoke (three a, two seeds, few times), or seven a and 20 seeds (cpu and full)."""
         if name == "smoke":
-            return cls(n=8, d=12, nonzero=2, a=(1.5, -3.0), times=13, seeds=(0, 1))
+            return cls(n=8, d=12, nonzero=2, a=(1.5, -1.0, -3.0), times=13, seeds=(0, 1))
         return cls()
 
 
@@ -210,12 +210,12 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
                 "a:N",
                 sort=amounts,
                 scale=alt.Scale(domain=amounts, range=colours),
-                legend=alt.Legend(orient="bottom"),
+                legend=alt.Legend(orient="bottom", columns=4),
             ),
             strokeDash=alt.StrokeDash(
                 "way:N",
                 sort=list(WAYS.values()),
-                legend=alt.Legend(orient="bottom", columns=1, title=None),
+                legend=alt.Legend(orient="top", columns=1, title=None),
             ),
             tooltip=["a:N", "way:N", alt.Tooltip("t:Q", format=".2g"), "risk:Q"],
         )

@@ -280,17 +280,16 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         for way, of in found.items()
         for cut, value in of.items()
     ]
+    legend = alt.Legend(orient="bottom", columns=1, title=None)
     scale = alt.Scale(domain=list(found), range=[STYLES[i % 4]["color"] for i in range(len(found))])
     chart = alt.Chart(alt.Data(values=rows), height=260).encode(
         x=alt.X("left, %:Q", scale=alt.Scale(type="log", reverse=True)),
         y=alt.Y("accuracy:Q", title="test accuracy", scale=alt.Scale(zero=False)),
-        color=alt.Color(
-            "training:N", scale=scale, legend=alt.Legend(orient="bottom", columns=2, title=None)
-        ),
+        color=alt.Color("training:N", scale=scale, legend=legend),
         tooltip=["training:N", "left, %:Q", alt.Tooltip("accuracy:Q", format=".3f")],
     )
     points = chart.mark_point(filled=True, size=60).encode(
-        shape=alt.Shape("training:N", scale=alt.Scale(domain=list(found)), legend=None)
+        shape=alt.Shape("training:N", scale=alt.Scale(domain=list(found)), legend=legend)
     )
     return [
         (

@@ -87,7 +87,7 @@ def _of_cut(records: Sequence[Record], part: float) -> list[Verdict]:
             f"by {_said(none)} without decay, by {_said(most)} at a = {arms[-1][0]:g}",
         ),
         (f"The loss with {_name(part)} kept is", best),
-        (f"After {_more(records)} it is", after),
+        (f"The loss with {_name(part)} kept after {_more(records)} is", after),
     ]
 
 
