@@ -67,6 +67,7 @@ def sentences(records: Sequence[Record]) -> str:
     parts = [p for p in _parts(records) if p < 1]
     return (
         f"{' '.join(_of_cut(sound, part) for part in parts)} {_of_switching(sound, parts)} "
+        f"{_of_decay(sound)} "
         f"Losses are of validation, means over {seeds} seed{'s' * (seeds != 1)}"
         f"{', with 95% intervals' * (seeds > 1)}; differences are taken within a seed."
         + f" {lost} runs diverged and are left out."
@@ -123,6 +124,19 @@ def _of_switching(records: Sequence[Record], parts: Sequence[float]) -> str:
         f"clearly higher after {worse} of {len(found)} cuts; the largest difference is "
         f"{largest[0]:+.2g}."
     )
+
+
+def _of_decay(records: Sequence[Record]) -> str:
+    """Say what decay alone does to the loss, at the largest a that both kinds have come to."""
+    if not (decays := _decays(records)):
+        return ""
+    none = values(records, "loss", kept=1.0, absorbed=0.0)
+    said = []
+    for kind, name in KINDS.items():
+        found = values(records, "loss", kept=1.0, absorbed=min(decays), kind=kind)
+        gaps = [x - y for x, y in zip(found, none, strict=True)]
+        said.append(f"{_said(gaps, '+.2g')} ({name})")
+    return f"Before any cut, a = {min(decays):g} ends {' and '.join(said)} from no decay."
 
 
 def _decays(records: Sequence[Record]) -> list[float]:
