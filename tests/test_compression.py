@@ -195,6 +195,7 @@ def test_the_verdicts_name_the_lowest_loss_and_judge_switching_off_by_intervals(
     assert mean < -half
     assert "ends clearly lower after 1 and clearly higher after 0 of 1 cuts" in told
     assert f"the largest difference is {mean:+.2g}" in told
+    assert "Before any cut, a = -2 ends, from no decay +0.1" in told
 
 
 def test_runs_that_diverged_are_left_out_and_counted():

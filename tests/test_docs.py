@@ -175,3 +175,26 @@ def test_the_table_of_the_account_is_what_is_stored():
                 rel=0.06 if column != "with the tilt" else 0.5,
             )
     assert len(cells) == 28
+
+
+def test_the_costs_of_truncation_are_those_of_the_stored_curve():
+    module = framework.load("beyond_compression")
+    (result,) = (
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    )
+    stored = {row["a"]: row for row in module.table(result["records"]) if row["decay"] != "kept"}
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    part = text.split("| a (switched off at 60%) |")[1].split("\n\n")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines()[2:]]
+    assert {float(row[0]) for row in rows} == set(stored)
+    for a, *cells, ratio in rows:
+        row = stored[float(a)]
+        assert float(ratio) == pytest.approx(row["ratio"], abs=0.006)
+        for cell, name in zip(cells, ("3/4", "1/2", "1/4"), strict=True):
+            found = row[f"cost of {name}"], row[f"cost of {name} ± 95%"]
+            if cell == "< 0.001":
+                assert sum(found) < 0.001
+                continue
+            for told, number in zip(cell.split(" ± "), found, strict=True):
+                digits = len(told.split(".")[1])
+                assert float(told) == pytest.approx(number, abs=0.51 * 10**-digits)

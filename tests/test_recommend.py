@@ -62,6 +62,39 @@ def test_the_studies_are_of_the_optimizers_that_they_name():
         assert study["optimizer"] == ("SGD" if "momentum" in config else "AdamW")
 
 
+@pytest.mark.parametrize("curve", TABLES["curve"], ids=lambda s: s["result"].split("/")[-1])
+def test_a_curve_of_truncation_is_that_of_its_results(curve):
+    stored = records(curve["result"])
+    runs = defaultdict(dict)
+    for row in stored["records"]:
+        runs[row["absorbed"], row["kind"]][row["seed"], row["kept"]] = row
+    seeds, kept = stored["config"]["seeds"], curve["kept"]
+    assert (kept, len(seeds)) == (stored["config"]["kept"], curve["seeds"])
+    assert stored["config"]["steps"] == curve["steps"]
+    assert not any(row["diverged"] for row in stored["records"])
+    whole = {run: [by[seed, 1.0] for seed in seeds] for run, by in runs.items()}
+    none = [row["loss"] for row in whole[0.0, "none"]]
+    arms = {}
+    for arm in curve["arms"]:
+        run = arm["a"], "none" if arm["a"] == 0 else "constant" if arm["off"] == 1 else "off"
+        arms[run] = arm
+        for key in ("a", "ratio", "loss"):
+            assert arm[key] == close(statistics.mean(r[key] for r in whole[run]), 1e-4, 1e-12)
+        gaps = [row["loss"] - first for row, first in zip(whole[run], none, strict=True)]
+        assert arm["gap"] == close(statistics.mean(gaps), floor=1e-6)
+        assert arm["interval"] == close(interval(gaps), rel=0.06)
+        off = whole[run][0]["off"]
+        assert arm["off"] == pytest.approx(1.0 if off is None else off / curve["steps"])
+        for name, key in (("cut", "loss"), ("after", "after")):
+            means = [statistics.mean(runs[run][seed, k][key] for seed in seeds) for k in kept]
+            assert arm[name] == close(means, rel=1e-4)
+        for place, k in enumerate(kept):
+            costs = [runs[run][s, k]["loss"] - runs[run][s, 1.0]["loss"] for s in seeds]
+            assert arm["cost"][place] == close(statistics.mean(costs), floor=1e-6)
+            assert arm["spread"][place] == close(interval(costs), rel=0.06)
+    assert arms.keys() == runs.keys()  # none is left out
+
+
 def test_the_errors_of_recoveries_are_those_of_their_results():
     for table in TABLES["recovery"]:
         product = {"m*w": "m·w", "factor": "factor"}[table["product"]]
@@ -158,7 +191,8 @@ def test_whatever_is_named_is_stored(make, goal, cls):
     if found.schedule is not None:
         assert found.evidence and found.numbers and found.unknown
     if goal == "rank":
-        assert any("beyond_compression" in what for what in found.unknown)
+        rests = found.evidence if make is attention else found.unknown
+        assert any("beyond_compression" in what for what in rests)
     text = str(found)
     assert max(map(len, text.splitlines())) <= 80 and text.startswith(f"For {goal}: ")
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["goal"] == goal
@@ -191,9 +225,8 @@ def test_the_schedule_for_rank_comes_to_the_a_of_the_stored_run(make, cls, setti
     optimizer = cls(trained(model), lr=0.02, weight_decay=1.0, **settings)
     lr = CosineAnnealingLR(optimizer, T_max=400)
     found = mf.recommend(model, optimizer, lr, 400, "rank")
-    none = next(arm for arm in arms_of(found) if arm.a == 0)
-    arms = [arm for arm in arms_of(found) if arm.a and arm.dearest <= 0.01 * none.loss]
-    assert switch(found).at in {round(400 * arm.off) for arm in arms}
+    offs = {round(400 * arm.off) for arm in arms_of(found) if arm.a}
+    assert getattr(found.schedule, "at", 400) in offs
     real = acted(optimizer, lr, found.schedule, 400)
     assert real == pytest.approx(found.a, rel=1e-6)
     assert any(found.a == pytest.approx(arm.a, rel=1e-3) for arm in arms_of(found))
@@ -201,9 +234,10 @@ def test_the_schedule_for_rank_comes_to_the_a_of_the_stored_run(make, cls, setti
     assert differs == any("the stored runs are of" in what for what in found.unknown)
 
 
-def test_a_higher_price_buys_a_lower_ratio():
-    model = attention()
-    optimizer = AdamW(model.parameters(), lr=0.01)
+@pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
+def test_a_higher_price_buys_a_lower_ratio_of_adapters():
+    model = lora()
+    optimizer = SGD(trained(model), lr=0.01, momentum=0.9)
     ratios = []
     for price in (0.0, 0.001, 0.01, 0.1, 0.2):
         found = mf.recommend(model, optimizer, None, 1500, "rank", price=price)
@@ -212,6 +246,33 @@ def test_a_higher_price_buys_a_lower_ratio():
         ratios.append(none.ratio if found.schedule is None else by_a[round(found.a, 2)])
     assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) >= 3
     assert mf.recommend(model, optimizer, None, 1500, "rank", price=0.0).schedule is None
+
+
+def curve_of_attention():
+    (curve,) = (table for table in TABLES["curve"] if table["product"] == "attention")
+    return curve
+
+
+@pytest.mark.parametrize(("kept", "near"), [(0.8, 0.75), (0.55, 0.5), (0.2, 0.25), (0.05, 0.25)])
+@pytest.mark.parametrize("price", [0.0, 0.001, 0.01, 0.1])
+def test_the_least_decay_is_recommended_after_which_a_cut_costs_the_price(kept, near, price):
+    model, curve = attention(), curve_of_attention()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    found = mf.recommend(model, optimizer, None, 1500, "rank", price=price, kept=kept)
+    place = curve["kept"].index(near)
+    limit = price * next(arm["loss"] for arm in curve["arms"] if arm["a"] == 0)
+    able = [
+        arm["a"]
+        for arm in curve["arms"]
+        if arm["cost"][place] + arm["spread"][place] <= limit
+        if arm["gap"] - arm["interval"] <= limit
+    ]
+    assert found.a == pytest.approx(max(able, default=0.0), rel=1e-3)
+    assert (found.schedule is None) == (max(able, default=0.0) == 0)
+    assert ("in no stored run" in found.reason) == (not able)
+    assert f"truncation to {near:g} of each" in found.reason
+    far = any("of the ranks costs" in what for what in found.unknown)
+    assert far == (abs(kept - near) > 0.125)
 
 
 def test_sparsity_is_recommended_for_products_under_gradient_descent_alone():
@@ -237,6 +298,7 @@ def test_a_run_that_is_too_short_for_the_stored_a_gets_no_schedule():
         ({"steps": 0}, "steps must be"),
         ({"steps": 10, "goal": "speed"}, "goal must be one of loss, rank, sparsity"),
         ({"steps": 10, "goal": "rank", "price": -1}, "price must be"),
+        ({"steps": 10, "goal": "rank", "kept": 1.0}, r"kept must lie in \(0, 1\), got 1.0"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(given, said):

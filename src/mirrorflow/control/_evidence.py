@@ -9,7 +9,19 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["Arm", "Fall", "Recovery", "RecoveryArm", "Study", "falls", "recoveries", "studies"]
+__all__ = [
+    "Arm",
+    "Curve",
+    "CutArm",
+    "Fall",
+    "Recovery",
+    "RecoveryArm",
+    "Study",
+    "curves",
+    "falls",
+    "recoveries",
+    "studies",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,59 @@ class Study:
     def none(self) -> Arm:
         """The runs without decay."""
         return next(arm for arm in self.arms if arm.a == 0)
+
+
+@dataclass(frozen=True)
+class CutArm(Arm):
+    """A run whose products were truncated at its end.
+
+    Parameters
+    ----------
+    run, off, a, ratio, loss, gap, interval
+        As of `Arm`, before the truncation.
+    cut, after : tuple of float
+        The loss as truncated, and after more steps, for each part of the ranks that is kept.
+    cost, spread : tuple of float
+        The loss as truncated minus that of the same model before, and its 95% interval.
+    """
+
+    cut: tuple[float, ...]
+    after: tuple[float, ...]
+    cost: tuple[float, ...]
+    spread: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What truncation costs over a: trainings of one network, cut at their ends.
+
+    Parameters
+    ----------
+    result, title, product, optimizer, steps, seeds
+        As of `Study`.
+    kept : tuple of float
+        The parts of the ranks that were kept, in (0, 1).
+    arms : tuple of CutArm
+        The runs.
+    """
+
+    result: str
+    title: str
+    product: str
+    optimizer: str
+    steps: int
+    seeds: int
+    kept: tuple[float, ...]
+    arms: tuple[CutArm, ...]
+
+    @property
+    def none(self) -> CutArm:
+        """The runs without decay."""
+        return next(arm for arm in self.arms if arm.a == 0)
+
+    def nearest(self, part: float) -> int:
+        """Return the place of the stored part that is nearest to one."""
+        return min(range(len(self.kept)), key=lambda place: abs(self.kept[place] - part))
 
 
 @dataclass(frozen=True)
@@ -154,6 +219,27 @@ def studies(product: str) -> tuple[Study, ...]:
         if table["product"] == product
     ]
     return tuple(sorted(found, key=lambda study: -study.seeds))
+
+
+def curves(product: str) -> tuple[Curve, ...]:
+    """Return the curves of truncation of a kind of product.
+
+    Examples
+    --------
+    >>> [curve.kept for curve in curves("attention")]
+    [(0.75, 0.5, 0.25)]
+    """
+    found = []
+    for table in _tables()["curve"]:
+        arms = tuple(CutArm(**_frozen(arm)) for arm in table["arms"])
+        if table["product"] == product:
+            found.append(Curve(**{**_frozen(table), "arms": arms}))
+    return tuple(found)
+
+
+def _frozen(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with tuples for its lists."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
 
 
 def recoveries(product: str) -> tuple[Recovery, ...]:

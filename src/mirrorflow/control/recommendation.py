@@ -18,7 +18,18 @@ from ..weightdecay._laws import law_of
 from ..weightdecay.coupling import COUNTED
 from ..weightdecay.feedback import number, whole
 from ..weightdecay.outlook import wrapped
-from ._evidence import Arm, Recovery, RecoveryArm, Study, falls, recoveries, studies
+from ._evidence import (
+    Arm,
+    Curve,
+    CutArm,
+    Recovery,
+    RecoveryArm,
+    Study,
+    curves,
+    falls,
+    recoveries,
+    studies,
+)
 
 __all__ = ["GOALS", "Recommendation", "recommend"]
 
@@ -26,9 +37,10 @@ GOALS = ("loss", "rank", "sparsity")
 _SEEDS = 3  # fewer show nothing that a schedule could rest on
 _CLOSE = 0.01  # the error at which a solution counts as recovered
 _NO_CURVE = (
-    "how many ranks can then be cut at which loss: the curve of truncation over a "
-    "(beyond_compression) is not stored; the ratio of nuclear to Frobenius norm stands in for it"
+    "how many ranks can then be cut at which loss: the stored curve (beyond_compression) is of "
+    "attention; the ratio of nuclear to Frobenius norm stands in for it"
 )
+_NEAR = 0.125  # a part of the ranks that is farther from all that are stored is not answered
 _NOTHING = "no stored experiment trains a model whose products are of this kind"
 
 
@@ -86,6 +98,7 @@ def recommend(
     goal: str = "loss",
     *,
     price: float = 0.01,
+    kept: float = 0.5,
 ) -> Recommendation:
     """Return the weight decay that the stored experiments speak for, which may be none.
 
@@ -105,15 +118,20 @@ def recommend(
     steps : int
         The optimizer steps of the run, >= 1.
     goal : {"loss", "rank", "sparsity"}
-        The validation loss; a low ratio of nuclear to Frobenius norm; few non-zero entries.
+        The validation loss; few ranks, by the loss that is left when others are cut (attention),
+        or by a low ratio of nuclear to Frobenius norm (LoRA); few non-zero entries.
     price : float
-        For "rank": the part of its loss, >= 0, by which a stored run may end above no decay, its
-        95% interval included.
+        For "rank", a part of the loss of no decay, >= 0, 95% intervals included: what truncation
+        may cost (attention), or how far a stored run may end above no decay (LoRA).
+    kept : float
+        For "rank" of attention: the part of each head's ranks that truncation is to keep, in
+        (0, 1). The nearest one that is stored counts.
 
     Raises
     ------
     TypeError, ValueError
-        If the goal is none of these, ``steps`` is missing, or ``price`` is negative.
+        If the goal is none of these, ``steps`` is missing, ``price`` is negative, or
+        ``kept`` lies outside of (0, 1).
 
     Examples
     --------
@@ -121,17 +139,19 @@ def recommend(
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> print(recommend(model, optimizer, steps=1500).schedule)
     None
-    >>> recommend(model, optimizer, steps=1500, goal="rank").schedule.at
-    750.0
+    >>> recommend(model, optimizer, steps=1500, goal="rank", kept=0.5).schedule.at
+    900.0
     """
     one_of("goal", goal, GOALS)
     if steps is None:
         raise ValueError("steps must be given, got None. Give the optimizer steps of the run")
     run = _Run(model, inner(optimizer), lr_scheduler, whole("steps", steps))
     number("price", price, 0.0)
+    if not 0 < kept < 1:
+        raise ValueError(f"kept must lie in (0, 1), got {kept}. Give a part of the ranks.")
     if goal == "loss":
         return _for_loss(run)
-    return _for_rank(run, price) if goal == "rank" else _for_sparsity(run)
+    return _for_rank(run, price, kept) if goal == "rank" else _for_sparsity(run)
 
 
 class _Run:
@@ -187,9 +207,10 @@ class _Run:
             return self._lrs
         return max(learning_rates(self._lrs, self.steps))
 
-    def caveats(self, study: Study | Recovery) -> tuple[str, ...]:
+    def caveats(self, study: Study | Curve | Recovery) -> tuple[str, ...]:
         """Return how the run differs from what is stored."""
-        theirs = study.optimizer if isinstance(study, Study) else "full-batch gradient descent"
+        gradient = "full-batch gradient descent"
+        theirs = gradient if isinstance(study, Recovery) else study.optimizer
         found = [f"whether it holds beyond {study.title}"]
         if theirs != self.name:
             found.append(f"whether it holds under {self.name}: the stored runs are of {theirs}")
@@ -232,8 +253,10 @@ def _for_loss(run: _Run) -> Recommendation:
     return Recommendation("loss", None, 0.0, reason, first.arms, names, run.caveats(first))
 
 
-def _for_rank(run: _Run, price: float) -> Recommendation:
+def _for_rank(run: _Run, price: float, kept: float) -> Recommendation:
     """Return the schedule of the stored run of lowest ratio that cost no more than the price."""
+    if stored := curves(run.product):
+        return _for_cut(run, price, kept, stored[0])
     able = [study for study in studies(run.product) if study.seeds >= _SEEDS]
     if not able:
         return _nothing("rank", run)
@@ -254,13 +277,69 @@ def _for_rank(run: _Run, price: float) -> Recommendation:
         f"{study.none.loss:.4g}; of the stored runs within {100 * price:.3g}% of that, this one "
         "has the lowest ratio."
     )
+    return _following("rank", run, chosen, (reason, study.arms, names, unknown))
+
+
+def _for_cut(run: _Run, price: float, kept: float, curve: Curve) -> Recommendation:
+    """Return the least decay after which a truncation costs no more than the price."""
+    place = curve.nearest(kept)
+    names, unknown = (curve.result,), run.caveats(curve)
+    if abs(curve.kept[place] - kept) > _NEAR:
+        parts = ", ".join(f"{stored:g}" for stored in curve.kept)
+        unknown = (f"what keeping {kept:g} of the ranks costs: {parts} are stored", *unknown)
+    chosen = _least(curve, place, price * curve.none.loss)
+    reason = _why(curve, place, price, chosen)
+    if chosen is None or chosen.a == 0:
+        return Recommendation("rank", None, 0.0, reason, curve.arms, names, unknown)
     for found in falls(run.product, run.name):
         names = (*names, found.result)
         reason += (
             f" In a model that was trained before less may happen: in {found.title} "
-            f"a = {found.a:.2g} lowered the ratio by {found.fall:.2g} ± {found.interval:.1g}."
+            f"a = {found.a:.2g} lowered the ratio of nuclear to Frobenius norm by {found.fall:.2g} "
+            f"± {found.interval:.1g}."
         )
-    return _following("rank", run, chosen, (reason, study.arms, names, unknown))
+    return _following("rank", run, chosen, (reason, curve.arms, names, unknown))
+
+
+def _least(curve: Curve, place: int, limit: float) -> CutArm | None:
+    """Return the run of least decay whose truncation costs at most a limit, if there is one.
+
+    Runs that are clearly farther above no decay than that before they are truncated do not count.
+    """
+    able = [
+        arm
+        for arm in curve.arms
+        if arm.cost[place] + arm.spread[place] <= limit and arm.gap - arm.interval <= limit
+    ]
+    return max(able, key=lambda arm: (arm.a, -arm.cost[place]), default=None)
+
+
+def _why(curve: Curve, place: int, price: float, chosen: CutArm | None) -> str:
+    """Say what a truncation costs without decay, and in the run that is followed."""
+    within = f"{100 * price:.3g}% of the loss of no decay, {curve.none.loss:.4g}"
+    begun = (
+        f"In {curve.title} ({curve.optimizer}, {curve.seeds} seeds), truncation to "
+        f"{curve.kept[place]:g} of each head's ranks cost {_cost(curve.none, place)} without decay"
+    )
+    if chosen is None:
+        low = min(curve.arms, key=lambda arm: arm.cost[place])
+        return (
+            f"{begun}, and at least {_cost(low, place)} with it, at a = {low.a:.2g} "
+            f"({_when(low.off)}): in no stored run that is not clearly above no decay before it "
+            f"does it cost at most {within}, interval included."
+        )
+    if chosen.a == 0:
+        return f"{begun}. That is at most {within}, interval included, and needs no decay."
+    return (
+        f"{begun}, and {_cost(chosen, place)} at a = {chosen.a:.2g} ({_when(chosen.off)}), the "
+        f"least decay after which it costs at most {within}, interval included. Before it the loss "
+        f"was {chosen.gap:+.2g} ± {chosen.interval:.1g} from that of no decay."
+    )
+
+
+def _cost(arm: CutArm, place: int) -> str:
+    """Write what a truncation costs, with its interval."""
+    return f"{arm.cost[place]:.2g} ± {arm.spread[place]:.1g}"
 
 
 def _for_sparsity(run: _Run) -> Recommendation:

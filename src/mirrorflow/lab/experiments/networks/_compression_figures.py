@@ -67,6 +67,7 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
     parts = [p for p in _parts(records) if p < 1]
     found = [row for part in parts for row in _of_cut(sound, part)]
     found.append(("Decay switched off against kept, at the same a", _of_switching(sound, parts)))
+    found += _of_decay(sound)
     found.append(
         (
             "Losses are of validation; differences are taken within a seed",
@@ -127,6 +128,19 @@ def _of_switching(records: Sequence[Record], parts: Sequence[float]) -> str:
         f"ends clearly lower after {better} and clearly higher after {worse} of {len(found)} cuts; "
         f"the largest difference is {largest[0]:+.2g}"
     )
+
+
+def _of_decay(records: Sequence[Record]) -> list[Verdict]:
+    """Return what decay alone does to the loss, at the largest a that both kinds have come to."""
+    if not (decays := _decays(records)):
+        return []
+    none = values(records, "loss", kept=1.0, absorbed=0.0)
+    said = []
+    for kind, name in KINDS.items():
+        found = values(records, "loss", kept=1.0, absorbed=min(decays), kind=kind)
+        gaps = [x - y for x, y in zip(found, none, strict=True)]
+        said.append(f"{_said(gaps, '+.2g')} ({name})")
+    return [(f"Before any cut, a = {min(decays):g} ends, from no decay", " and ".join(said))]
 
 
 def _decays(records: Sequence[Record]) -> list[float]:
