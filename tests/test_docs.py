@@ -160,6 +160,18 @@ def test_the_table_of_the_cut_weights_is_what_is_stored():
     assert len(cells) == 20
 
 
+def test_the_table_of_truncated_adapters_is_what_is_stored():
+    module = framework.load("beyond_truncation")
+    (result,) = [
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    ]
+    rows = {(r["adapter"], f"rank {r['rank']}"): r["loss"] for r in module.table(result["records"])}
+    cells = printed(ROOT / "docs" / "training.md", "| adapter | rank 6")
+    for place, text in cells.items():
+        check(text, rows[place])
+    assert len(cells) == 15
+
+
 def test_the_table_of_the_account_is_what_is_stored():
     module = framework.load("beyond_account")
     found = framework.find_results(ROOT / "results")
