@@ -23,8 +23,8 @@ class Potential(LegendreFunction):
 
     primal is the inverse of r', so that mu = r'(x, a) and r'' = 1 / primal'. The mirror map inverts
     it, and the conjugate integrates it. For geometries that no (g, h) of this package has, such as
-    hyperbolic-aware minimization (arXiv 2506.02630), dx = -(1 + c |x|) grad f dt, whose r'' is
-    1 / (1 + c |x|) and whose primal is sign(mu) (e^{c |mu|} - 1) / c.
+    hyperbolic-aware minimization (arXiv 2506.02630), ``dx = -(1 + c |x|) grad f dt``, whose r'' is
+    ``1 / (1 + c |x|)`` and whose primal is ``sign(mu) (e^{c |mu|} - 1) / c``.
 
     Parameters
     ----------

@@ -85,26 +85,26 @@ class SignEntropy(LegendreFunction):
         return -infinite, infinite
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Return x = e^{2a} sign(q) (q^2 + delta_0 |q|), q = nu + rho being the smaller factor."""
+        """Return ``e^{2a} sign(q) (q^2 + delta_0 |q|)``, q = nu + rho being the smaller factor."""
         checked(self, "mu", mu, a)
         q = mu + self.rho
         return _squared(a) * q * (q.abs() + self.delta)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
-        """Return nu = sign(x) (sqrt(4 |z| + delta_0^2) - delta_0) / 2 - rho at z = e^{-2a} x."""
+        """Return ``sign(x) (sqrt(4 |z| + delta_0^2) - delta_0) / 2 - rho`` at z = e^{-2a} x."""
         checked(self, "x", x, a)
         z = x / _squared(a)
         root = torch.sqrt(4 * z.abs() + self.delta**2)
         return 2 * z / (root + self.delta) - self.rho  # without the difference of two roots
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Return e^{2a} sum (|q|^3 / 3 + delta_0 q^2 / 2) over the coordinates."""
+        """Return ``e^{2a} sum (|q|^3 / 3 + delta_0 q^2 / 2)`` over the coordinates."""
         checked(self, "mu", mu, a)
         q = mu + self.rho
         return self._sum(_squared(a) * (q.abs() ** 3 / 3 + self.delta * q * q / 2))
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
-        """Return e^{-2a} / sqrt(4 |z| + delta_0^2), the diagonal of the Hessian."""
+        """Return ``e^{-2a} / sqrt(4 |z| + delta_0^2)``, the diagonal of the Hessian."""
         checked(self, "x", x, a)
         unit = _squared(a)
         return 1 / (unit * torch.sqrt(4 * (x / unit).abs() + self.delta**2))
