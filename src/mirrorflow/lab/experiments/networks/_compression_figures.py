@@ -256,6 +256,7 @@ def _chart(records: Sequence[Record], key: str, label: str) -> Any:
     ]  # fmt: skip
     names = [_name(part) for part in parts]
     legend = alt.Legend(orient="bottom", columns=2, title=None, symbolSize=120)
+    kinds = alt.Legend(orient="top", columns=2, title=None, symbolSize=120)
     colours = alt.Scale(domain=names, range=emphasized(len(names)))
     shapes = alt.Scale(domain=list(KINDS.values()), range=["circle", "square"])
     dashes = alt.Scale(domain=list(KINDS.values()), range=[[1, 0], [5, 3]])
@@ -266,8 +267,8 @@ def _chart(records: Sequence[Record], key: str, label: str) -> Any:
             x=alt.X("absorbed:Q", title=ACROSS, scale=alt.Scale(padding=12)),
             y=alt.Y("loss:Q", title=label, scale=alt.Scale(zero=False, padding=10)),
             color=alt.Color("kept:N", sort=names, scale=colours, legend=legend),
-            strokeDash=alt.StrokeDash("decay:N", scale=dashes, legend=legend),
-            shape=alt.Shape("decay:N", scale=shapes, legend=legend),
+            strokeDash=alt.StrokeDash("decay:N", scale=dashes, legend=kinds),
+            shape=alt.Shape("decay:N", scale=shapes, legend=kinds),
             tooltip=["kept:N", "decay:N", "absorbed:Q", "loss:Q"],
         )
     )
