@@ -1,4 +1,4 @@
-"""Ranks cut after training under decay: what is cut, what is compared, and what is said of it."""
+"""Ranks cut after training under decay: the cuts, the comparisons, and the verdicts."""
 
 import copy
 import statistics
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_is_refused(change, said):
         ex.config_from(compression, "smoke", None, change)
 
 
-# What is said of it
+# The verdicts
 
 
 def made(losses, diverged=()):

@@ -68,7 +68,7 @@ def test_the_display_marks_the_chosen_point_and_draws_its_path():
     with pytest.raises(ValueError, match="kind must be 'error' or 'path'"):
         mf.MirrorFlowCVDisplay.from_estimator(model, kind="both")
     two = clone(model).fit(X, np.stack([y, y], axis=1))
-    with pytest.raises(ValueError, match="must be that of one target"):
+    with pytest.raises(ValueError, match="must be of one target"):
         mf.MirrorFlowCVDisplay.from_estimator(two, kind="path")
     for shown in (display, drawn):
         matplotlib.pyplot.close(shown.figure_)

@@ -1,4 +1,4 @@
-"""Adapters by rank: what is cut, when, and what is said of it."""
+"""Adapters by rank: what is cut, when, and the verdicts."""
 
 import copy
 import statistics

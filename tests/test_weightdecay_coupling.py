@@ -96,7 +96,7 @@ def test_weights_without_a_gradient_are_left_alone():
     assert scheduler.accumulated == [-0.25] and scheduler.steps == 2
 
 
-# How a decay acts, and what is said of it
+# How a decay acts, and its notes
 
 
 @pytest.mark.parametrize(

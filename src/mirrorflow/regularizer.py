@@ -131,7 +131,8 @@ class Separable(Regularizer):
     def coefficients(self, g: Reparam) -> tuple[Any, ...]:
         """Return the c_ij for ``g``, one per factor."""
         self.validate(g)
-        return g.signs if self.c is None else self.c  # type: ignore[attr-defined]
+        assert isinstance(g, SeparableReparam)  # or `validate` has raised
+        return g.signs if self.c is None else self.c
 
     def value(self, w: Parameters, g: Reparam) -> Tensor:
         """Sum the weighted terms of g."""

@@ -41,7 +41,7 @@ class Arm:
     loss : float
         Of validation, at the end.
     gap, interval : float
-        Loss minus that of no decay, within a seed, and its 95% interval; NaN of one seed.
+        Loss minus the loss without decay, within a seed, and its 95% interval; NaN of one seed.
     """
 
     run: str
@@ -99,7 +99,7 @@ class CutArm(Arm):
     cut, after : tuple of float
         The loss as truncated, and after more steps, for each part of the ranks that is kept.
     cost, spread : tuple of float
-        The loss as truncated minus that of the same model before, and its 95% interval.
+        By how much truncation raised the loss of a model, and its 95% interval.
     """
 
     cut: tuple[float, ...]
@@ -109,27 +109,21 @@ class CutArm(Arm):
 
 
 @dataclass(frozen=True)
-class Curve:
-    """What truncation costs over a: trainings of one network, cut at their ends.
+class Curve(Study):
+    """A study whose runs were truncated at their ends.
 
     Parameters
     ----------
     result, title, product, optimizer, steps, seeds
         As of `Study`.
-    kept : tuple of float
-        The parts of the ranks that were kept, in (0, 1).
     arms : tuple of CutArm
         The runs.
+    kept : tuple of float
+        The parts of the ranks that were kept, in (0, 1).
     """
 
-    result: str
-    title: str
-    product: str
-    optimizer: str
-    steps: int
-    seeds: int
-    kept: tuple[float, ...]
     arms: tuple[CutArm, ...]
+    kept: tuple[float, ...]
 
     @property
     def none(self) -> CutArm:

@@ -207,7 +207,7 @@ class _Run:
             return self._lrs
         return max(learning_rates(self._lrs, self.steps))
 
-    def caveats(self, study: Study | Curve | Recovery) -> tuple[str, ...]:
+    def caveats(self, study: Study | Recovery) -> tuple[str, ...]:
         """Return how the run differs from what is stored."""
         gradient = "full-batch gradient descent"
         theirs = gradient if isinstance(study, Recovery) else study.optimizer
@@ -333,7 +333,7 @@ def _why(curve: Curve, place: int, price: float, chosen: CutArm | None) -> str:
     return (
         f"{begun}, and {_cost(chosen, place)} at a = {chosen.a:.2g} ({_when(chosen.off)}), the "
         f"least decay after which it costs at most {within}, interval included. Before it the loss "
-        f"was {chosen.gap:+.2g} ± {chosen.interval:.1g} from that of no decay."
+        f"was {chosen.gap:+.2g} ± {chosen.interval:.1g} from the loss without decay."
     )
 
 
@@ -346,7 +346,7 @@ def _for_sparsity(run: _Run) -> Recommendation:
     """Return decay that is switched off for m * w under gradient descent, and none for others."""
     if run.product != "m*w":
         reason = (
-            "The weights are no products m * w, so that nothing stores a preference for sparse "
+            "The weights are not products m * w, so that nothing stores a preference for sparse "
             "ones: weight decay itself prefers short solutions. "
             "mirrorflow.optim.overparametrize makes products of weights."
         )

@@ -314,9 +314,7 @@ class MirrorFlowCVDisplay:
             If there is no ``coef_path``.
         """
         if self.coef_path is None:
-            raise ValueError(
-                "the path must be that of one target, got none. Fit a model to each target"
-            )
+            raise ValueError("the path must be of one target, got none. Fit a model to each target")
         axis, ts = _axis(ax), self.ts[: self.coef_path.shape[1]]
         kept = (
             np.asarray(np.ones(len(self.coef_path)) if self.support is None else self.support) > 0

@@ -103,7 +103,7 @@ def integrate(
 ) -> tuple[Tensor, Tensor] | None:
     """Integrate (state, extra) over unit time; return None where the solution ends before.
 
-    The absolute tolerance is that of `advance`; with ``own_scale`` it follows every entry.
+    The absolute tolerance is as in `advance`; with ``own_scale`` it follows every entry.
     """
     size = state.numel()
 

@@ -72,7 +72,7 @@ def _exponential(
 ) -> list[DualPoint]:
     """Solve along one path where the log-scale is shared, else one by one.
 
-    Where y is 0 there is no path: theta is the same for every scale, and x has the size of its own.
+    Where y is 0 the path is one point: theta is the same for every scale, the size of x is not.
     """
     for ai in a:
         if problem.log_size(ai) > LARGEST:

@@ -117,6 +117,20 @@ class Recorder:
         self.parts[key] = self._read(key)  # as an interrupted run would find it
         return self.parts[key]
 
+    def records(self, jobs: Sequence[tuple[str, str, Callable[[], Part]]]) -> list[Record]:
+        """Compute the parts of a run one by one, with progress, and return all their records.
+
+        Parameters
+        ----------
+        jobs : sequence of (str, str, callable)
+            For each part its key, what the progress calls it, and what computes it.
+        """
+        found: list[Record] = []
+        for number, (key, label, compute) in enumerate(jobs):
+            found += self.part(key, compute).records
+            self.progress(number + 1, len(jobs), label)
+        return found
+
     def progress(self, done: int, total: int, label: str) -> None:
         """Tell how much of the run is done."""
         if self._progress is not None:

@@ -32,7 +32,7 @@ NUMBERS = {  # of a record, and the heads of their columns
 OTHER = {"ratio_other": "ratio, other", "ratio_change": "change of the ratio",
          "effective_rank_change": "change of the effective rank"}  # fmt: skip
 HEAT = (
-    "The ratio of each head as a part of that of random factors of its shape, layer by layer: dark "
+    "The ratio of each head over the ratio of random factors of its shape, layer by layer: dark "
     "is low."
 )
 CHARTS = {"ratio": "nuclear / Frobenius norm", "effective_rank": "effective rank"}
@@ -147,7 +147,7 @@ def _defined(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _heat_map(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw each head's ratio as a part of that of random factors, a row for each layer."""
+    """Draw each head's ratio over the ratio of random factors, a row for each layer."""
     import altair as alt
 
     values = [
@@ -156,7 +156,8 @@ def _heat_map(rows: Sequence[Mapping[str, Any]]) -> Any:
     ]  # fmt: skip
     layers = list(dict.fromkeys(row["layer"] for row in values))
     scale = alt.Scale(scheme="viridis", domain=_range(values))
-    start = len(os.path.commonprefix(layers)) if len(layers) > 1 else 0  # noqa: RUF071 - letters
+    # Names of layers are compared letter by letter, which the rule warns of where names are paths.
+    start = len(os.path.commonprefix(layers)) if len(layers) > 1 else 0  # noqa: RUF071
     return (
         alt.Chart(alt.Data(values=values))
         .mark_rect()

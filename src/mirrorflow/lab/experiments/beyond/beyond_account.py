@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -68,12 +69,9 @@ class Config(contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Train in each way from each seed, and predict the ends."""
-    records: list[Record] = []
-    for number, way in enumerate(config.ways):
-        part = recorder.part(way.replace(", ", "-"), lambda way=way: _way(config, way))
-        records += part.records
-        recorder.progress(number + 1, len(config.ways), way)
-    return records
+    return recorder.records(
+        [(way.replace(", ", "-"), way, partial(_way, config, way)) for way in config.ways]
+    )
 
 
 def _way(config: Config, way: str) -> Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -11,7 +12,8 @@ from pydantic import Field
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
-from ...framework.drawing import middle, short
+from ...framework.drawing import middle
+from ._sparse import line_chart, medians, sparse_problem
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -76,14 +78,18 @@ class Config(contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Train x = m * w by each optimizer at each decay, all seeds at once."""
-    records: list[Record] = []
-    jobs = [(way, a) for way in config.ways for a in config.decays]
-    for number, (way, a) in enumerate(jobs):
-        name = f"{list(RATES).index(way)}-a{-a:g}"
-        part = recorder.part(name, lambda way=way, a=a: _part(config, way, a))
-        records += part.records
-        recorder.progress(number + 1, len(jobs), f"{way}, a = {a:g}")
-    return records
+    return recorder.records(
+        [
+            (_key(way, a), f"{way}, a = {a:g}", partial(_part, config, way, a))
+            for way in config.ways
+            for a in config.decays
+        ]
+    )
+
+
+def _key(way: str, a: float) -> str:
+    """Return the name of a part."""
+    return f"{list(RATES).index(way)}-a{-a:g}"
 
 
 def _part(config: Config, way: str, a: float) -> Part:
@@ -103,15 +109,12 @@ def _problems(config: Config) -> tuple[Tensor, Tensor]:
     """Return Z of shape (seeds, n, d) and the truths of shape (seeds, d)."""
     import torch
 
-    Zs, truths = [], []
-    for seed in config.seeds:
-        rng = np.random.default_rng(seed)
-        Zs.append(rng.standard_normal((config.n, config.d)))
-        truth = np.zeros(config.d)
-        where = rng.choice(config.d, config.nonzeros, replace=False)
-        truth[where] = rng.choice([-1.0, 1.0], config.nonzeros)
-        truths.append(truth)
-    return torch.from_numpy(np.stack(Zs)), torch.from_numpy(np.stack(truths))
+    made = [
+        sparse_problem(np.random.default_rng(seed), config.n, config.d, config.nonzeros)
+        for seed in config.seeds
+    ]
+    Z, truth = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+    return Z, truth
 
 
 def _train(config: Config, way: str, a: float, Z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ def _sign_descent(parameters: list[Tensor]) -> Any:
 
 
 def _project(ms: list[Tensor], ws: list[Tensor], shrink: float) -> None:
-    """Give each m * w the balance w^2 - m^2 = e^{2a} of the flow, with the product as it is.
+    """Set the balance of each m * w to the flow's, w^2 - m^2 = e^{2a}, and keep the product.
 
     For w^2 - m^2 = D and x = m w, w^2 solves w^4 - D w^2 - x^2 = 0.
     """
@@ -217,12 +220,7 @@ def _end(Z: Tensor, y: Tensor, truth: Tensor, m: Tensor, w: Tensor, a: float) ->
 
 def _medians(records: list[Record], key: str) -> dict[str, dict[float, float]]:
     """Return the medians of a number over the seeds, by way of training and a."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for r in records:
-        found.setdefault(str(r["way"]), {}).setdefault(float(r["a"]), []).append(float(r[key]))
-    return {
-        way: {a: float(np.median(v)) for a, v in sorted(of.items())} for way, of in found.items()
-    }
+    return medians(records, "way", "a", key)
 
 
 def verdicts(records: list[Record]) -> list[Verdict]:
@@ -294,29 +292,16 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
     """Make the interactive chart of the error over a."""
     import altair as alt
 
-    rows = [
-        {"optimizer": way, "decay, −a": -a, "error": short(value)}
+    found = {
+        way: {-a: value for a, value in of.items()}
         for way, of in _medians(records, "error").items()
-        for a, value in of.items()
-    ]
-    ways = list(_medians(records, "error"))
-    legend = alt.Legend(orient="bottom", columns=1, title=None)
-    colour = alt.Color(
-        "optimizer:N",
-        scale=alt.Scale(domain=ways, range=[COLOURS[way] for way in ways]),
-        legend=legend,
-    )
-    shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=ways), legend=legend)
-    chart = alt.Chart(alt.Data(values=rows), height=280).encode(
-        x=alt.X("decay, −a:Q"),
-        y=alt.Y("error:Q", scale=alt.Scale(type="log"), title="relative error of x"),
-        color=colour,
-        tooltip=["optimizer:N", "decay, −a:Q", alt.Tooltip("error:Q", format=".2g")],
-    )
+    }
+    x = alt.X("x:Q", title="decay until the switch-off, −a")
+    y = alt.Y("y:Q", scale=alt.Scale(type="log"), title="relative error of x")
     return [
         (
             "The error of the end of training over the decay that was switched off half way"
             f"{middle(records)}.",
-            chart.mark_line() + chart.mark_point(filled=True, size=60).encode(shape=shape),
+            line_chart(found, [COLOURS[way] for way in found], None, x, y),
         )
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from pydantic import Field
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
-from ...framework.drawing import DASHES, STYLES, middle, short
+from ...framework.drawing import DASHES, STYLES, middle
+from ._sparse import line_chart, medians, sparse_problem
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -61,13 +63,13 @@ class Config(contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Integrate both flows at each depth and decay."""
-    records: list[Record] = []
-    jobs = [(k, a) for k in config.depths for a in config.decays]
-    for number, (k, a) in enumerate(jobs):
-        part = recorder.part(f"depth{k}-a{-a:g}", lambda k=k, a=a: _part(config, k, a))
-        records += part.records
-        recorder.progress(number + 1, len(jobs), f"{k} factors, a = {a:g}")
-    return records
+    return recorder.records(
+        [
+            (f"depth{k}-a{-a:g}", f"{k} factors, a = {a:g}", partial(_part, config, k, a))
+            for k in config.depths
+            for a in config.decays
+        ]
+    )
 
 
 def _part(config: Config, k: int, a: float) -> Part:
@@ -116,9 +118,7 @@ def _problem(config: Config, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     import torch
 
     rng = np.random.default_rng(seed)
-    Z, truth = rng.standard_normal((config.n, config.d)), np.zeros(config.d)
-    where = rng.choice(config.d, config.nonzeros, replace=False)
-    truth[where] = rng.choice([-1.0, 1.0], config.nonzeros)
+    Z, truth = sparse_problem(rng, config.n, config.d, config.nonzeros)
     start = 0.8 * rng.uniform(0.8, 1.2, (4, config.d))
     start[0] = rng.uniform(-0.2, 0.2, config.d)
     return torch.from_numpy(Z), torch.from_numpy(truth), torch.from_numpy(start)
@@ -129,11 +129,7 @@ def _problem(config: Config, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _medians(records: list[Record], key: str) -> dict[int, dict[float, float]]:
     """Return the medians of a number over the seeds, by depth and a."""
-    found: dict[int, dict[float, list[float]]] = {}
-    for r in records:
-        of = found.setdefault(int(r["depth"]), {})
-        of.setdefault(float(r["a"]), []).append(float(r[key]))
-    return {k: {a: float(np.median(v)) for a, v in sorted(of.items())} for k, of in found.items()}
+    return medians(records, "depth", "a", key)
 
 
 def verdicts(records: list[Record]) -> list[Verdict]:
@@ -146,7 +142,7 @@ def verdicts(records: list[Record]) -> list[Verdict]:
     fell = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
     return [
         (
-            "The end after decay is that of a start scaled by eᵃ without decay, at every depth, to",
+            "Decay ends where a start scaled by eᵃ ends without decay, at every depth, to",
             f"{scaled:.0e} at most",
         ),
         ("It is argmin R_a with another clock, to", f"{predicted:.0e} at most"),
@@ -212,31 +208,16 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
     """Make the interactive chart of the error over a, a line for each depth."""
     import altair as alt
 
-    rows = [
-        {"factors": str(k), "decay, −a": -a, "error": short(value)}
-        for k, of in _medians(records, "error").items()
-        for a, value in of.items()
-    ]
-    depths = list(dict.fromkeys(row["factors"] for row in rows))
-    legend = alt.Legend(orient="bottom")
-    colour = alt.Color(
-        "factors:N",
-        scale=alt.Scale(domain=depths, range=[STYLES[i % 4]["color"] for i in range(len(depths))]),
-        legend=legend,
-    )
-    chart = alt.Chart(alt.Data(values=rows), height=260).encode(
-        x=alt.X("decay, −a:Q"),
-        y=alt.Y("error:Q", scale=alt.Scale(type="log"), title="relative error of x"),
-        color=colour,
-        tooltip=["factors:N", "decay, −a:Q", alt.Tooltip("error:Q", format=".2g")],
-    )
-    points = chart.mark_point(filled=True, size=60).encode(
-        shape=alt.Shape("factors:N", scale=alt.Scale(domain=depths), legend=legend)
-    )
+    found = {
+        k: {-a: value for a, value in of.items()} for k, of in _medians(records, "error").items()
+    }
+    colours = [STYLES[i % len(STYLES)]["color"] for i in range(len(found))]
+    x = alt.X("x:Q", title="decay until the switch-off, −a")
+    y = alt.Y("y:Q", scale=alt.Scale(type="log"), title="relative error of x")
     return [
         (
-            "The error of the end over the decay that was switched off: more factors need less"
+            "The error of the end over the decay that was switched off, by the number of factors"
             f"{middle(records)}.",
-            chart.mark_line() + points,
+            line_chart(found, colours, "factors", x, y),
         )
     ]

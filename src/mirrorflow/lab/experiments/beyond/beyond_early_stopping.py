@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydantic import Field
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import decades, emphasized, short
+from ._sparse import sparse_problem
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -60,12 +62,9 @@ class Config(contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Stop, and penalize, at each time for each a."""
-    records: list[Record] = []
-    for number, a in enumerate(config.a):
-        part = recorder.part(f"a_{a:g}", lambda a=a: _amount(config, a))
-        records += part.records
-        recorder.progress(number + 1, len(config.a), f"a = {a:g}")
-    return records
+    return recorder.records(
+        [(f"a_{a:g}", f"a = {a:g}", partial(_amount, config, a)) for a in config.a]
+    )
 
 
 def _amount(config: Config, a: float) -> Part:
@@ -92,9 +91,7 @@ def _one(config: Config, a: float, times: Array, seed: int) -> tuple[Array, Arra
     import mirrorflow as mf
 
     rng = np.random.default_rng(seed)
-    Z, truth = rng.standard_normal((config.n, config.d)), np.zeros(config.d)
-    places = rng.choice(config.d, config.nonzero, replace=False)
-    truth[places] = rng.choice([-1.0, 1.0], config.nonzero)
+    Z, truth = sparse_problem(rng, config.n, config.d, config.nonzero)
     y = Z @ truth + config.noise * rng.standard_normal(config.n)
     one = torch.ones(config.d, dtype=torch.float64)
     g, h, w0 = mf.Hadamard(), mf.WeightDecay(), (0 * one, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +13,8 @@ from pydantic import Field
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
-from ...framework.drawing import STYLES, middle, short
+from ...framework.drawing import STYLES, middle
+from ._sparse import line_chart, medians
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,7 @@ class Config(contract.Config):
     lr : float
         Of all optimizers, constant in the first half and falling to 0 in the second.
     a : float
-        sum log(1 - lr * decay) of the first half, <= 0; there is no decay in the second.
+        sum log(1 - lr * decay) of the first half, <= 0; in the second half decay is off.
     ways : tuple of str
         The trainings, in the order of `WAYS`.
     seeds : tuple of int
@@ -73,14 +75,18 @@ class Config(contract.Config):
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Train in each way from each seed, and cut the smallest weights."""
-    records: list[Record] = []
-    jobs = [(way, seed) for seed in config.seeds for way in config.ways]
-    for number, (way, seed) in enumerate(jobs):
-        name = f"{list(WAYS).index(way)}-seed{seed}"
-        part = recorder.part(name, lambda way=way, seed=seed: _part(config, way, seed))
-        records += part.records
-        recorder.progress(number + 1, len(jobs), f"{way}, seed {seed}")
-    return records
+    return recorder.records(
+        [
+            (_key(way, seed), f"{way}, seed {seed}", partial(_part, config, way, seed))
+            for seed in config.seeds
+            for way in config.ways
+        ]
+    )
+
+
+def _key(way: str, seed: Any) -> str:
+    """Return the name of a part."""
+    return f"{list(WAYS).index(way)}-seed{seed}"
 
 
 def _part(config: Config, way: str, seed: int) -> Part:
@@ -206,11 +212,7 @@ def _accuracy(net: Any, data: Any) -> float:
 
 def _medians(records: list[Record]) -> dict[str, dict[float, float]]:
     """Return the median accuracies over the seeds, by way of training and cut."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for r in records:
-        of = found.setdefault(str(r["way"]), {})
-        of.setdefault(float(r["cut"]), []).append(float(r["accuracy"]))
-    return {way: {c: float(np.median(v)) for c, v in of.items()} for way, of in found.items()}
+    return medians(records, "way", "cut", "accuracy")
 
 
 def _worst_loss(records: list[Record], way: str, cut: float) -> float:
@@ -253,7 +255,7 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
         accuracy.plot(left, list(of.values()), marker="os^D"[i % 4], markersize=4, label=way,
                       **style)  # fmt: skip
         first = next(r["seed"] for r in records if r["way"] == way)
-        name = f"{list(WAYS).index(way)}-seed{first}"
+        name = _key(way, first)
         share = np.linspace(0, 100, 201)
         sizes.plot(share, np.maximum(trajectory[f"{name}/sizes"], 1e-12), **style)
         loss = trajectory[f"{name}/loss"]
@@ -274,27 +276,18 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
     """Make the interactive chart of the accuracy over the part that is left."""
     import altair as alt
 
-    found = _medians(records)
-    rows = [
-        {"training": way, "left, %": short(100 * (1 - cut)), "accuracy": short(value)}
-        for way, of in found.items()
-        for cut, value in of.items()
-    ]
-    legend = alt.Legend(orient="bottom", columns=1, title=None)
-    scale = alt.Scale(domain=list(found), range=[STYLES[i % 4]["color"] for i in range(len(found))])
-    chart = alt.Chart(alt.Data(values=rows), height=260).encode(
-        x=alt.X("left, %:Q", scale=alt.Scale(type="log", reverse=True)),
-        y=alt.Y("accuracy:Q", title="test accuracy", scale=alt.Scale(zero=False)),
-        color=alt.Color("training:N", scale=scale, legend=legend),
-        tooltip=["training:N", "left, %:Q", alt.Tooltip("accuracy:Q", format=".3f")],
-    )
-    points = chart.mark_point(filled=True, size=60).encode(
-        shape=alt.Shape("training:N", scale=alt.Scale(domain=list(found)), legend=legend)
-    )
+    found = {
+        way: {100 * (1 - cut): value for cut, value in of.items()}
+        for way, of in _medians(records).items()
+    }
+    colours = [STYLES[i % len(STYLES)]["color"] for i in range(len(found))]
+    reverse = alt.Scale(type="log", reverse=True)
+    x = alt.X("x:Q", title="weights that are left, %", scale=reverse)
+    y = alt.Y("y:Q", title="test accuracy", scale=alt.Scale(zero=False))
     return [
         (
             "Test accuracy over the part of the weights that is left after the smallest are cut"
             f"{middle(records)}.",
-            chart.mark_line() + points,
+            line_chart(found, colours, None, x, y),
         )
     ]

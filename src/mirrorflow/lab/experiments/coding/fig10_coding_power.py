@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -65,12 +66,9 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
     X = X[: config.samples]
     D = learned(X, config.atoms, config.seed, config.passes)
     start = np.random.default_rng(config.seed).standard_normal(config.atoms)
-    records: list[Record] = []
-    for number, k in enumerate(config.ks):
-        part = recorder.part(f"k{k}", lambda k=k: _power(config, X, D, start, k, source))
-        records += part.records
-        recorder.progress(number + 1, len(config.ks), f"k = {k}")
-    return records
+    return recorder.records(
+        [(f"k{k}", f"k = {k}", partial(_power, config, X, D, start, k, source)) for k in config.ks]
+    )
 
 
 def _power(config: Config, X: Any, D: Any, start: Any, k: int, source: str) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -59,12 +60,12 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
     X = X[: config.samples]
     D = learned(X, config.atoms, config.seed, config.passes)
     clock = config.rate / lipschitz(D) * config.steps
-    records: list[Record] = []
-    for number, alpha in enumerate(config.alphas):
-        part = recorder.part(f"alpha{number}", lambda a=alpha: _one(config, X, D, a, clock, source))
-        records += part.records
-        recorder.progress(number + 1, len(config.alphas), f"α = {alpha:g}")
-    return records
+    return recorder.records(
+        [
+            (f"alpha{i}", f"α = {alpha:g}", partial(_one, config, X, D, alpha, clock, source))
+            for i, alpha in enumerate(config.alphas)
+        ]
+    )
 
 
 def _one(config: Config, X: Any, D: Any, alpha: float, clock: float, source: str) -> Part:

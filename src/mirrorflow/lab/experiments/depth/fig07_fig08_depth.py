@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "fig07_fig08_depth"
-TITLE = "Depth: decay is stored in m·w, forgotten by m, and kills coordinates of m·w·v"
+TITLE = "Depth: decay is stored in the geometry of m·w, not of m, and kills coordinates of m·w·v"
 PAPER = "Figures 7 and 8 (Appendix D)"
 DEAD = 1e-6  # of the speed that a coordinate has at x = 1: at this speed it needs 1e6 times longer
 
@@ -175,7 +175,7 @@ def verdicts(records: list[Record]) -> list[Verdict]:
             "|x − x*| of m·w after the decay is switched off",
             f"{shallow:.1e} for α = {top:g}, {best['m·w']:.1e} at best over the α",
         ),
-        ("|x − x*| of the linear m, which forgets its penalty", f"{best['m']:.1e} at best"),
+        ("|x − x*| of the linear m, whose geometry stays", f"{best['m']:.1e} at best"),
         ("|x − x*| of m·w·v", f"{best['m·w·v']:.1e} at best, {deep:.2g} for α = {top:g}"),
         (
             f"Why: true coordinates of m·w·v that can still move, α = {top:g}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,11 +159,9 @@ def _cases(config: Config) -> list[Case]:
 
 def run(config: Config, recorder: Recorder) -> list[Record]:
     """Evaluate R_a, its gradient and its metric for each case and a."""
-    cases, records = _cases(config), []
-    for number, case in enumerate(cases):
-        records += recorder.part(case.key, lambda c=case: _case(config, c)).records
-        recorder.progress(number + 1, len(cases), case.label)
-    return records
+    return recorder.records(
+        [(case.key, case.label, partial(_case, config, case)) for case in _cases(config)]
+    )
 
 
 def _pair(case: Case) -> tuple[Any, Any]:

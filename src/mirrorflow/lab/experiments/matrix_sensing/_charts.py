@@ -27,9 +27,9 @@ __all__ = ["make_charts"]
 
 POINTS = 100  # of a curve
 CAPTIONS = {
-    "error": "Reconstruction error |X − X*|{middle}. Once decay is switched off, its "
-    "effect lasts in U Uᵀ only. Dotted: the minimizer of Rₐ, a surrogate for these sensing "
-    "matrices, which do not commute.",
+    "error": "Reconstruction error |X − X*|{middle}. Once decay is switched off, the error of U Uᵀ "
+    "falls far; the error of the penalized X hardly changes. Dotted: the minimizer of Rₐ, a "
+    "surrogate for these sensing matrices, which do not commute.",
     "train": "Training error. Every model without decay fits; what differs is which X it finds.",
     "nuclear": "Nuclear norm of X. The truth has 1.",
 }

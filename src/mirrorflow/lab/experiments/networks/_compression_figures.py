@@ -45,7 +45,7 @@ def _name(part: float) -> str:
 
 
 def costs(records: Sequence[Record], part: float, key: str = "loss", **where: Any) -> list[float]:
-    """Return by how much a truncated model's loss is above that of the same model as it was."""
+    """Return by how much a truncated model's loss is above the loss of the same model before."""
     cut, whole = (values(records, key, kept=kept, **where) for kept in (part, 1.0))
     return [a - b for a, b in zip(cut, whole, strict=True)]
 
@@ -154,7 +154,7 @@ def _decays(records: Sequence[Record]) -> list[float]:
 
 
 def _switched(records: Sequence[Record], part: float, a: float) -> list[float]:
-    """Return for each seed the loss of decay switched off, minus that of decay kept."""
+    """Return for each seed the loss of decay switched off, minus the loss of decay kept."""
     off, on = (
         values(records, "loss", kept=part, absorbed=a, kind=kind) for kind in ("off", "constant")
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mirrorflow.spectrum import SpectralTracker
     from mirrorflow.weightdecay import WeightDecayScheduler
 
-__all__ = ["Session", "Watch", "autocast", "controlled", "device", "go_on", "train"]
+__all__ = ["Session", "Watch", "autocast", "controlled", "device", "go_on", "train", "train_to"]
 
 Curves = dict[str, list[float]]
 Watch = Callable[[int, Mapping[str, float]], None]
@@ -167,6 +167,17 @@ def train(
         watch(0, session.measure(0))
     _continue(session, timeline, checkpoints, range(start, last), {*keep}, watch)
     return session
+
+
+def train_to(
+    build: Callable[[], Session],
+    timeline: Timeline,
+    checkpoints: Checkpoints,
+    until: int,
+    watch: Watch | None = None,
+) -> None:
+    """Train to a step and store the state there, for the runs that go on from it."""
+    train(build, timeline, checkpoints, until, (until,), watch or (lambda *_: None))
 
 
 def _continue(

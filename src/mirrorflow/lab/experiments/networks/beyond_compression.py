@@ -256,13 +256,11 @@ def advance(
     config: Config, name: str, until: int, checkpoints: Checkpoints, watch: Watch | None = None
 ) -> None:
     """Train one run up to a step and store its state there, for those that go on from it."""
-    from ._training import train
+    from ._training import train_to
 
     plan, line = config.plans()[name], timelines(config)[name]
-    train(
-        lambda: _session(config, plan, task(config)), line, checkpoints, until, keep=(until,),
-        watch=watch or (lambda *_: None),
-    )  # fmt: skip
+    build = partial(_session, config, plan, task(config))
+    train_to(build, line, checkpoints, until, watch)
 
 
 def run(config: Config, recorder: Recorder) -> list[Record]:

@@ -132,7 +132,7 @@ def advance(
     config: Config, name: str, until: int, checkpoints: Checkpoints, watch: Watch | None = None
 ) -> None:
     """Train one run up to a step and store its state there, for those that go on from it."""
-    from ._training import train
+    from ._training import train_to
 
     def build() -> Session:
         if name == PRETRAINING:
@@ -140,7 +140,7 @@ def advance(
         return _session(config, config.plans()[name], checkpoints)
 
     line = timelines(config)[name]
-    train(build, line, checkpoints, until, keep=(until,), watch=watch or (lambda *_: None))
+    train_to(build, line, checkpoints, until, watch)
 
 
 def run(config: Config, recorder: Recorder) -> list[Record]:

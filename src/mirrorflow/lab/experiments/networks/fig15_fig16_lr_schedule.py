@@ -145,17 +145,14 @@ def advance(
     config: Config, name: str, until: int, checkpoints: Checkpoints, watch: Watch | None = None
 ) -> None:
     """Train one run up to a step and store its state there, for those that go on from it."""
-    from ._training import train
+    from ._training import train_to
 
     if name.startswith(PRETRAINING):
         seed = int(name.rpartition("seed")[2])
         build = partial(_pretraining, config, seed)
     else:
         build = partial(_session, config, config.plans()[name], checkpoints)
-    train(
-        build, timelines(config)[name], checkpoints, until, keep=(until,),
-        watch=watch or (lambda *_: None),
-    )  # fmt: skip
+    train_to(build, timelines(config)[name], checkpoints, until, watch)
 
 
 def run(config: Config, recorder: Recorder) -> list[Record]:

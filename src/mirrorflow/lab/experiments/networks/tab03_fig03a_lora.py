@@ -101,11 +101,11 @@ def advance(
     config: Config, name: str, until: int, checkpoints: Checkpoints, watch: Watch | None = None
 ) -> None:
     """Train one run up to a step and store its state there, for those that go on from it."""
-    from ._training import train
+    from ._training import train_to
 
     lines = timelines(config)
     build = pretraining(config) if name == PRETRAINING else _building(config, name, checkpoints)
-    train(build, lines[name], checkpoints, until, keep=(until,), watch=watch or (lambda *_: None))
+    train_to(build, lines[name], checkpoints, until, watch)
 
 
 def run(config: Config, recorder: Recorder) -> list[Record]:

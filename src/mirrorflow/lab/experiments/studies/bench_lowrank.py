@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -100,20 +101,17 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
 
     methods = [m for m in config.methods if available(m)]
     absent = [(m, f"{OPTIONAL[m]} is not installed") for m in config.methods if m not in methods]
-    parts = [(f"{kind}{i}", lambda k=kind, c=cell: _cell(config, methods, k, *c))
+    parts = [(f"{kind}{i}", "cells", partial(_cell, config, methods, kind, *cell))
              for kind in ("small", "large", "measured")
              for i, cell in enumerate(_cells(config, kind))]  # fmt: skip
     for name in config.images:
         if name == "faces" and faces() is None:
             absent.append((name, "the Olivetti faces are not at hand"))
             continue
-        parts += [(f"{name}{i}", lambda n=name, s=seen: _image(config, methods, n, s))
+        parts += [(f"{name}{i}", "cells", partial(_image, config, methods, name, seen))
                   for i, seen in enumerate(config.seens)]  # fmt: skip
-    records = [{"data": "left out", "method": name, "reason": why} for name, why in absent]
-    for number, (key, compute) in enumerate(parts):
-        records += recorder.part(key, compute).records
-        recorder.progress(number + 1, len(parts), "cells")
-    return records
+    left_out = [{"data": "left out", "method": name, "reason": why} for name, why in absent]
+    return [*left_out, *recorder.records(parts)]
 
 
 def _cells(config: Config, kind: str) -> list[tuple[int, float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -87,20 +88,17 @@ def run(config: Config, recorder: Recorder) -> list[Record]:
     from ._sparse_methods import OPTIONAL, available
 
     chosen = [m for m in config.methods if available(m)]
-    records: list[Record] = [
+    left_out: list[Record] = [
         {"data": "left out", "method": m, "reason": f"{OPTIONAL[m]} is not installed"}
         for m in config.methods if m not in chosen
     ]  # fmt: skip
     cells = list(product(config.truths, config.correlations, config.ratios, config.snrs))
-    parts = [(f"cell{i}", lambda c=cell: _cell(config, chosen, *c)) for i, cell in enumerate(cells)]
+    parts = [
+        (f"cell{i}", "cells", partial(_cell, config, chosen, *cell)) for i, cell in enumerate(cells)
+    ]
     if config.real:
-        parts += [
-            (name, lambda n=name: _real(config, chosen, n)) for name in ("diabetes", "digits")
-        ]
-    for number, (key, compute) in enumerate(parts):
-        records += recorder.part(key, compute).records
-        recorder.progress(number + 1, len(parts), "cells")
-    return records
+        parts += [(n, "cells", partial(_real, config, chosen, n)) for n in ("diabetes", "digits")]
+    return [*left_out, *recorder.records(parts)]
 
 
 def _design(rng: np.random.Generator, n: int, d: int, correlation: float) -> Array:
