@@ -24,6 +24,7 @@ import torch
 
 from mirrorflow import schedule_from_dict
 from mirrorflow.lab import framework
+from mirrorflow.lab.sweep import Study
 from mirrorflow.spectrum import audit, plan_truncation, table
 from mirrorflow.weightdecay import lint_file
 
@@ -262,6 +263,26 @@ def schedule(folder):
     made.rate(3.0)
 
 
+def study(folder):
+    """Read the study of a sweep from a mutated TOML file, and list its configurations."""
+    chosen = {
+        "experiment": '"fig02_matrix_sensing"', "preset": '"smoke"', "seeds": "[0, 1]",
+        "set": "{ start = 0.2 }", "grid": "{ n = [4, 5], r = [1, 2] }", "runs": "[{ n = 6 }]",
+    }  # fmt: skip
+    for _ in range(random.choice((0, 0, 1, 2))):
+        value = random.choice((plain(2), {random.choice(TEXTS): [plain(1)] * 2}, [0] * 10**4))
+        try:
+            chosen[random.choice((*chosen, "new"))] = json.dumps(value)
+        except RecursionError:
+            chosen["grid"] = "[" * 5000
+    if random.random() < 0.02:
+        chosen["grid"] = "{" + ", ".join(f"k{i} = {[0] * 10}" for i in range(12)) + "}"
+    lines = [f"{key} = {value}" for key, value in chosen.items() if random.random() < 0.95]
+    data = "\n".join(lines).encode("utf-8", "surrogatepass")
+    (folder / "study.toml").write_bytes(damaged(data) if random.random() < 0.4 else data)
+    Study.read(folder / "study.toml").configurations()
+
+
 def settings(folder):
     """Configure an experiment by a mutated TOML file."""
     module = framework.load(random.choice(("fig02_matrix_sensing", "fig09_fig11_fig14_legendre")))
@@ -282,7 +303,7 @@ def settings(folder):
 
 KINDS = {
     checkpoint: (ValueError, FileNotFoundError), optimizer: (ValueError, FileNotFoundError),
-    schedule: (ValueError,), settings: (ValueError,),
+    schedule: (ValueError,), settings: (ValueError,), study: (ValueError,),
 }  # fmt: skip
 
 
@@ -346,7 +367,7 @@ def main(seed):
     """Run the long one, and print its counts and its memory."""
     import resource
 
-    counts = {checkpoint: 10_000, optimizer: 3000, schedule: 20_000, settings: 4000}
+    counts = {checkpoint: 10_000, optimizer: 3000, schedule: 20_000, settings: 2000, study: 2000}
     for case in counts:
         run(case, 20, "first")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

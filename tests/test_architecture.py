@@ -27,7 +27,7 @@ ALLOWED = {
     "_threads": (),
     "schedule": ("_html",),
     "optim": (),
-    "spectrum": ("_html", "balance"),
+    "spectrum": ("_html", "_threads", "balance"),
     "balance": (),
     "reparam": (),
     "regularizer": ("reparam",),

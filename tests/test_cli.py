@@ -304,7 +304,7 @@ def test_audit_takes_pairs_that_the_user_names(monkeypatch, capsys, tmp_path):
     [
         (("--match", "["), "--match '[' must be a regular expression"),
         (("--page", "{folder}"), "is a folder: name a file"),
-        (("--page", "{file}/page.html"), "the page cannot be written to"),
+        (("--page", "{file}/page.html"), "must be readable and writable"),
         (("--pair", "mlp"), "NAME=A,B is needed"),
         (("--pair", "mlp=fc1.weight"), "NAME=A,B is needed"),
         (("--pair", "=q_proj.weight,k_proj.weight"), "NAME=A,B is needed"),

@@ -12,7 +12,13 @@ pytest.importorskip("altair")
 
 @pytest.mark.parametrize(
     ("case", "count"),
-    [(fuzz.checkpoint, 400), (fuzz.optimizer, 150), (fuzz.schedule, 1500), (fuzz.settings, 200)],
+    [
+        (fuzz.checkpoint, 400),
+        (fuzz.optimizer, 150),
+        (fuzz.schedule, 1500),
+        (fuzz.settings, 200),
+        (fuzz.study, 200),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_mutated_files_are_read_or_refused(case, count):

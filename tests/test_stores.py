@@ -344,8 +344,8 @@ def test_an_out_that_is_a_file_is_a_sentence(monkeypatch, capsys, tmp_path, comm
     ("number", "said"),
     [
         (errno.ENOSPC, "No space left on device. Make room and give the same command again."),
-        (errno.EROFS, "Read-only file system. Give another folder by --out"),
-        (errno.EACCES, "Permission denied. Give another folder by --out"),
+        (errno.EROFS, "Read-only file system. Give another place by --out"),
+        (errno.EACCES, "Permission denied. Give another place by --out"),
     ],
 )
 def test_a_folder_that_takes_nothing_is_a_sentence(monkeypatch, capsys, tmp_path, number, said):

@@ -69,6 +69,11 @@ def test_a_study_is_its_grid_its_list_and_its_seeds():
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nm = [1]\nk = [2]", "unknown key 'k'"),
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nn = []", "no values for n"),
         ("experiment = 'fig02_matrix_sensing'\n[grid]\nn = [3, -1]", "n: Input should be"),
+        ("experiment = 'fig02_matrix_sensing'\nruns = [1, 2, 3, 4, 5, 6, 7]", "; and 2 more"),
+        (
+            f"experiment = 'fig02_matrix_sensing'\nseeds = [0, 1]\n[grid]\nn = {[4] * 6000}",
+            "at most 10,000 configurations, got 12,000",
+        ),
     ],
 )
 def test_a_bad_study_is_refused_before_anything_runs(text, message, tmp_path):

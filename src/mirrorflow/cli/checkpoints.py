@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .errors import UserError
+from .errors import UserError, disk_error
 from .terminal import say, width
 
 __all__ = ["audit", "lint"]
@@ -100,7 +100,7 @@ def _write_audit(content: dict[str, Any], source: str, page: Path) -> None:
     try:
         written = audit_page(content, source, page, __version__)
     except OSError as error:
-        raise UserError(f"the page cannot be written to {page}: {error.strerror}") from error
+        raise disk_error(error, page, "--page") from error
     print(f"page: {written.resolve()}", file=sys.stderr)
 
 

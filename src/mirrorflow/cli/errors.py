@@ -18,14 +18,18 @@ class UserError(Exception):
         self.code = code
 
 
-def disk_error(error: OSError, out: Path) -> UserError:
-    """Say which file could not be read or written, and what to do."""
+def disk_error(error: OSError, out: Path, option: str = "--out") -> UserError:
+    """Say which file could not be read or written, and what to do.
+
+    ``option`` names another place. Of drafts, which are hidden, the user knows the folder.
+    """
     if error.errno is None:  # not of the system: its own sentence
         return UserError(str(error))
     advice = {
         errno.ENOSPC: "Make room and give the same command again.",
         errno.EDQUOT: "Make room and give the same command again.",
         errno.ENOENT: "Give a file that exists.",
-    }.get(error.errno, "Give another folder by --out, or mend this one.")
-    where = error.filename or f"the folder {out}"
+    }.get(error.errno, f"Give another place by {option}, or mend this one.")
+    where = Path(error.filename) if isinstance(error.filename, str) else out
+    where = where.parent if where.name.startswith(".") else where
     return UserError(f"{where} must be readable and writable, got: {error.strerror}. {advice}")

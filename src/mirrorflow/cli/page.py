@@ -28,7 +28,7 @@ def build_page(folder: Path, output: Path) -> Path:
     try:
         return page.build(sections, output, __version__)
     except OSError as error:
-        raise disk_error(error, output.parent) from error
+        raise disk_error(error, output.parent, "--output") from error
 
 
 def draw_figures(folder: Path, output: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def draw_figures(folder: Path, output: Path) -> list[Path]:
             figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
             drawn.append(path)
     except OSError as error:
-        raise disk_error(error, output) from error
+        raise disk_error(error, output, "--output") from error
     return drawn
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UserError
+from .errors import UserError, disk_error
 from .terminal import say, width
 
 __all__ = ["truncate_command"]
@@ -45,5 +45,9 @@ def truncate_command(
         print(plan.report.to_json()) if json else say(plan.report.table(width()))
         if out is not None:
             print(f"adapter: {plan.write(out).resolve()}", file=sys.stderr)
-    except (OSError, ValueError, ImportError) as problem:
+    except FileNotFoundError as problem:
+        raise UserError(str(problem)) from problem
+    except OSError as problem:
+        raise disk_error(problem, out or adapter) from problem
+    except (ValueError, ImportError) as problem:
         raise UserError(str(problem)) from problem

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._threads import SMALL
 from ._grams import double, gram, trace
 from ._shards import is_sharded
 
@@ -34,8 +35,6 @@ __all__ = [
     "spectrum_of_products",
     "unreadable",
 ]
-
-SMALL = 2**17  # numbers: below it two threads gain nothing
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,8 +70,10 @@ __all__ = [
     "find_results",
     "finished",
     "load",
+    "mistakes",
     "needs",
     "read_result",
+    "read_toml",
     "result_folder",
     "trajectory",
     "write_json",
@@ -379,16 +381,21 @@ def config_from(
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     values = module.Config.preset(preset).model_dump()
-    values |= _known(module, _toml(Path(toml_path)), str(toml_path)) if toml_path else {}
+    values |= _known(module, read_toml(Path(toml_path)), str(toml_path)) if toml_path else {}
     values |= _known(module, overrides or {}, "the overrides")
     try:
         return module.Config(**values)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'the configuration'}: {e['msg']}"
-            for e in error.errors()
-        )
-        raise ValueError(f"{module.NAME}: {wrong}") from None
+        raise ValueError(f"{module.NAME}: {mistakes(error)}") from None
+
+
+def mistakes(error: ValidationError, most: int = 5) -> str:
+    """Return a sentence with the first mistakes by field, and how many more there are."""
+    found = [
+        f"{'.'.join(map(str, e['loc'])) or 'the configuration'}: {e['msg']}" for e in error.errors()
+    ]
+    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    return "; ".join([*found[:most], *more])
 
 
 def _known(module: Experiment, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -403,8 +410,8 @@ def _known(module: Experiment, values: Mapping[str, Any], source: str) -> dict[s
     return dict(values)
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file; ValueError names a file that is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of TOML, and of UTF-8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .. import framework
 
 __all__ = ["Study"]
+
+MOST = 10_000  # configurations: all of them are made, and compared, before anything runs
 
 
 class Study(BaseModel):
@@ -53,13 +55,11 @@ class Study(BaseModel):
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a study from a TOML file; ValueError says what is wrong with it."""
+        content = framework.read_toml(Path(path))
         try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
             return cls(**content)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            wrong = framework.mistakes(error)
             known = ", ".join(cls.model_fields)
             raise ValueError(f"{path}: {wrong} (a study has: {known})") from None
 
@@ -74,16 +74,24 @@ class Study(BaseModel):
         Raises
         ------
         ValueError
-            For a key or a value that the experiment does not take, before anything runs.
+            For a key or a value that the experiment does not take, and for more than 10,000
+            configurations, before anything runs.
         """
         if empty := [key for key, values in self.grid.items() if not values]:
             raise ValueError(f"the grid has no values for {', '.join(empty)}")
+        count = (math.prod(map(len, self.grid.values())) + len(self.runs)) * len(self.seeds or [0])
+        if count > MOST:
+            raise ValueError(
+                f"a study must have at most {MOST:,} configurations, got {count:,}. "
+                "Shorten the grid or the seeds, or split the study."
+            )
         found: dict[str, tuple[dict[str, Any], Any]] = {}
+        module = self.module
         for changes in self._changes():
             for seed in self.seeds or (None,):
                 seeds = {} if seed is None else {"seeds": (seed,)}
                 config = framework.config_from(
-                    self.module, self.preset, None, {**self.set, **changes, **seeds}
+                    module, self.preset, None, {**self.set, **changes, **seeds}
                 )
                 named = changes if seed is None else {**changes, "seed": seed}
                 found.setdefault(config.model_dump_json(), (named, config))
