@@ -36,7 +36,7 @@ def test_penalized_offsets_are_a_ridge_regression_on_rows_and_columns(penalty):
     M[3], M[:, 4] = np.nan, np.nan
     model = mf.MatrixCompletion(alpha=5.0, center=True, offset_penalty=penalty)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*have no entry")
+        warnings.filterwarnings("ignore", message=".*must have a known entry")
         model.fit(M)
     i, j = np.nonzero(~np.isnan(M))
     y, design = M[i, j], np.zeros((len(i), 21))

@@ -109,8 +109,8 @@ def residual_slope(x: Array, gradient: Array, positive: bool) -> float:
 def warn_unfinished(max_iter: float, why: str = "") -> None:
     """Warn that the steps have run out."""
     warnings.warn(
-        f"the flow has not reached its end in max_iter={max_iter:g} steps{why and f' ({why})'}; "
-        "increase max_iter, or stop it earlier",
+        f"the flow must reach its end within max_iter={max_iter:g} steps, got an unfinished one"
+        f"{why and f' ({why})'}. Increase max_iter, or stop the flow earlier",
         ConvergenceWarning,
         stacklevel=5,
     )

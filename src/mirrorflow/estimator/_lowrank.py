@@ -50,7 +50,9 @@ class LowRank(BaseEstimator):
         if self.max_rank is None:
             return min(10, *shape)
         if self.max_rank > min(shape):
-            raise ValueError(f"max_rank={self.max_rank} is above the dimension of X, {shape}")
+            raise ValueError(
+                f"max_rank must be at most {min(shape)} for X of shape {shape}, got {self.max_rank}"
+            )
         return self.max_rank
 
     def _complete(self, M: Any, problem: Observed) -> tuple[Trained, float, Any]:
@@ -79,16 +81,15 @@ class LowRank(BaseEstimator):
         """Set the attributes, and warn of what is not as it should be."""
         if not found.settled:
             warnings.warn(
-                f"the factors have not settled in max_iter={self.max_iter} steps; increase "
-                "max_iter or tol",
+                f"the factors must settle to tol={self.tol:g} within max_iter={self.max_iter} "
+                "steps, got a larger change. Increase max_iter or tol",
                 ConvergenceWarning,
                 stacklevel=3,
             )
         if found.left_out:
             warnings.warn(
-                f"max_rank={self.max_rank} leaves directions out that the decay alpha="
-                f"{self.alpha} would let in: the rank is {found.U.shape[1]} because of max_rank; "
-                "increase max_rank or alpha",
+                "max_rank must admit all directions that decay lets in at "
+                f"alpha={self.alpha:g}, got {found.U.shape[1]}. Increase max_rank or alpha",
                 UserWarning,
                 stacklevel=3,
             )
@@ -151,12 +152,13 @@ def left_out_errors(
 def _check_seen(seen: Any) -> None:
     """Refuse a matrix of which nothing is known; warn of rows and columns without an entry."""
     if not seen.nnz:
-        raise ValueError("X has no entry that is known: there is nothing to complete it from")
+        raise ValueError("X must have a known entry, got none. Mark only unknown entries by NaN")
     for axis, name in ((1, "rows"), (0, "columns")):
         empty = int((seen.sum(axis=axis) == 0).sum())
         if empty:
             warnings.warn(
-                f"{empty} {name} of X have no entry: they are completed by 0 (and offsets)",
+                f"each row and column of X must have a known entry, got {empty} {name} without. "
+                "They are filled with 0, or with the offsets if there are any. Remove them",
                 UserWarning,
                 stacklevel=5,
             )

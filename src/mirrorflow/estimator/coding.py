@@ -43,8 +43,9 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     k : int, default=1
         Half the power.
     alpha : float, default=0.1
-        The strength of h, >= 0. For the power it acts like the penalty alpha \|z\| of the lasso,
-        and from alpha = max \|x D^T\| on all codes are 0.
+        The strength of h, >= 0, absolute: not divided by the number of features. For the power it
+        acts like the penalty alpha \|z\| of the lasso, and from alpha = max \|x D^T\| on all codes
+        are 0.
     beta : float, default=0.01
         The scale of the start; for the power in units of the size of a signal's codes, the largest
         that one atom alone would have. Where alpha is 0 small values make sparser codes.
@@ -183,8 +184,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self._validate_params()
         if self.switch_off is not None and self.switch_off > self.n_steps:
             raise ValueError(
-                f"switch_off={self.switch_off} comes after n_steps={self.n_steps}: the decay would "
-                "never be switched off; None says so"
+                f"switch_off must be at most n_steps={self.n_steps}, got {self.switch_off}. Use "
+                "None to keep the decay"
             )
         if self.form == "log" and self.positive_code:
             raise ValueError(
@@ -193,8 +194,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             )
         if self.form == "log" and self.alpha > 0 and self.learning_rate == "adaptive":
             raise ValueError(
-                "with form='log' and alpha > 0 there is no least value to settle at: give "
-                "learning_rate a number (0.1, for example) and n_steps, or set alpha=0"
+                "learning_rate must be a number with form='log' and alpha > 0, where the objective "
+                "has no minimum to settle at, got 'adaptive'. Use 0.1 and n_steps, or alpha=0"
             )
 
     def transform(self, X: Any) -> Array:
@@ -229,14 +230,15 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             )  # fmt: skip
         if not np.isfinite(distance).all():
             raise ValueError(
-                "u and v cannot be represented: choose beta and start nearer to the size of codes"
+                f"beta and start must keep u and v finite, got beta={self.beta}. Choose them "
+                "nearer to the size of the codes"
             )
         late = distance > self.tol
         if late.any():
             warnings.warn(
-                f"the codes of {late.sum()} of {len(X)} signals have not settled in n_steps="
-                f"{self.n_steps} steps: the furthest is at {distance.max():.1e}, tol={self.tol:g}; "
-                "increase n_steps, tol or alpha",
+                f"codes must settle to tol={self.tol:g} within n_steps={self.n_steps} steps, got "
+                f"{distance.max():.1e} at most, for {late.sum()} of {len(X)} signals. Increase "
+                "n_steps or tol",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -261,7 +263,7 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """Return the codes at the start, checked."""
         start = np.asarray(self.start, dtype=np.float64)
         if not np.isfinite(start).all():
-            raise ValueError("start holds NaN or infinite numbers")
+            raise ValueError("start must be finite, got NaN or infinity. Use 0.0")
         if self.positive_code and start.min(initial=0.0) < 0:
             raise ValueError(
                 f"start must be >= 0 with positive_code=True, got {start.min():g}. Codes cannot be "
@@ -271,7 +273,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             return np.broadcast_to(start, shape)
         except ValueError:
             raise ValueError(
-                f"start must broadcast to (n_samples, n_components) = {shape}, has {start.shape}"
+                f"start must broadcast to (n_samples, n_components) = {shape}, got {start.shape}. "
+                "Use a number for one start"
             ) from None
 
     def _diverged(self) -> str:
@@ -285,10 +288,14 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         D = check_array(self.dictionary, dtype=X.dtype, input_name="dictionary")
         if D.shape[1] != X.shape[1]:
             raise ValueError(
-                f"the atoms of dictionary have {D.shape[1]} features, X has {X.shape[1]} features"
+                f"dictionary must have {X.shape[1]} columns, as X has, got {D.shape[1]}. "
+                "Transpose it if its columns are the atoms"
             )
         if not (np.abs(D).max(axis=1) > 0).all():
-            raise ValueError("dictionary has an atom that is 0 everywhere")
+            zero = int(np.abs(D).max(axis=1).argmin())
+            raise ValueError(
+                f"each atom of dictionary must be non-zero, got row {zero} = 0. Remove it"
+            )
         return D
 
     def inverse_transform(self, X: Any) -> Array:
@@ -306,7 +313,10 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         z = check_array(X, dtype=[np.float64, np.float32], input_name="X")
         D = check_array(self.dictionary, dtype=z.dtype, input_name="dictionary")
         if z.shape[1] != len(D):
-            raise ValueError(f"X has {z.shape[1]} codes in each row, dictionary has {len(D)} atoms")
+            raise ValueError(
+                f"X must have a column for each of the {len(D)} atoms, got {z.shape[1]}. Pass what "
+                "transform returns"
+            )
         return z @ D
 
     @property

@@ -141,9 +141,10 @@ class MatrixCompletion(RowCompletion):
     With Y the entries that are known, the factors of X = U V^T minimize
 
     .. math:: \tfrac12 \sum_{ij\ known} (X_{ij} - Y_{ij})^2
-        + \tfrac{\alpha}{2} (|U|_F^2 + |V|_F^2),
+        + \tfrac{\lambda}{2} (|U|_F^2 + |V|_F^2),
 
-    whose penalty acts like the nuclear norm of X and leaves few directions. Switched off in the
+    with lambda = ``alpha`` times the largest singular value of the known entries, 0 elsewhere. The
+    penalty acts like the nuclear norm of X and leaves few directions. Switched off in the
     end, it leaves these free to fit the data without being shrunk. A new row is u V^T, with the u
     that minimizes the same for its known entries.
 
@@ -158,15 +159,15 @@ class MatrixCompletion(RowCompletion):
         ``alpha=0`` what it leaves is fitted.
     switch_off : bool, default=False
         Whether to set the decay to 0 once the factors have settled under it, and to go on. It
-        makes the fit of a matrix that is nearly of low rank exact, and is harmful elsewhere: what
-        decay leaves of images or ratings, free, fits the known entries and not the others.
+        makes the fit of a matrix that is nearly of low rank exact, and is harmful elsewhere:
+        without decay the directions that are left overfit the known entries of images or ratings.
     center : bool, default=False
         Whether to fit offsets a_i of the rows and b_j of the columns beside U V^T. Right where the
         entries have a level of their own, as ratings and most tables: a level far from 0 is a
         direction that decay shrinks, and that hides the others.
     offset_penalty : float, default=0.0
         The strength beta, >= 0, of a penalty on the offsets, in numbers of entries: the offset of a
-        row with n known entries is drawn to 0, a column's to the mean of all entries, as if
+        row with n known entries is shrunk towards 0, a column's to the mean of all entries, as if
         by beta more entries. Right where rows or columns have few entries; 5 suits ratings.
     max_iter : int, default=2000
         The largest number of alternations at each strength of the decay.
@@ -178,7 +179,7 @@ class MatrixCompletion(RowCompletion):
     U_, V_ : arrays of shape (n_samples, r) and (n_features, r)
         The factors; r is the rank that is left.
     singular_values_ : array of shape (r,)
-        Of X, falling.
+        The singular values of X, in descending order.
     rank_ : int
         How many of them exceed 1e-6 times the largest.
     row_offset_, column_offset_ : arrays of shape (n_samples,) and (n_features,)

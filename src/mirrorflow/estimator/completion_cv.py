@@ -26,12 +26,13 @@ ALPHAS = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 class MatrixCompletionCV(RowCompletion):
     r"""`MatrixCompletion` whose decay and offsets are chosen by cross-validation over entries.
 
-    The known entries are dealt into folds; each fold is hidden in turn and predicted,
+    The known entries are split into folds at random; each fold is hidden in turn and predicted,
 
     .. math:: \hat Y_{ij} = (U V^T)_{ij} + a_i + b_j,
 
     for all ``alphas`` along one path, with and without offsets. The candidate of least mean
-    squared error is fitted to all entries.
+    squared error is fitted to all entries. The decay is kept: for a matrix that is nearly of low
+    rank fit `MatrixCompletion` with ``switch_off=True``, which this search does not try.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ class MatrixCompletionCV(RowCompletion):
     cv : int, default=5
         The number of folds, >= 2.
     random_state : int, RandomState or None, default=0
-        How the entries are dealt.
+        How the entries are split.
     max_iter : int, default=2000
         As for `MatrixCompletion`.
     tol : float, default=1e-4

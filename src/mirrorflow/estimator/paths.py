@@ -250,7 +250,9 @@ class MirrorFlowCVDisplay:
             If ``kind`` is another word, or the path is asked for of several targets.
         """
         if not isinstance(estimator, MirrorFlowRegressorCV):
-            raise TypeError(f"a MirrorFlowRegressorCV is needed, got {type(estimator).__name__}")
+            raise TypeError(
+                f"estimator must be a MirrorFlowRegressorCV, got {type(estimator).__name__}"
+            )
         check_is_fitted(estimator, "mse_path_")
         if kind not in ("error", "path"):
             raise ValueError(f"kind must be 'error' or 'path', got {kind!r}")

@@ -51,8 +51,8 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
     switch_off : bool, default=True
         Whether to set the decay to 0 once training has settled under it (at the latest after
         half of ``max_iter``), and to go on. Right where X is nearly of low rank; harmful where it
-        is not, as for images or ratings: there what decay leaves, free, fits the known entries
-        and not the others.
+        is not, as for images or ratings: without decay the directions that are left overfit the
+        known entries there.
     symmetric : bool, default=False
         X = U U^T, symmetric and positive semi-definite. An entry that is known stands for its
         mirror image as well; where both are known, and differ, for their mean.
@@ -71,7 +71,7 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
     U_, V_ : arrays of shape (p, r) and (q, r)
         The factors; r is the rank that is left. With ``symmetric`` they are the same.
     singular_values_ : array of shape (r,)
-        Of X, falling.
+        The singular values of X, in descending order.
     rank_ : int
         How many of them exceed 1e-6 times the largest.
     decay_ : float
@@ -179,7 +179,9 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         """Alternate on the entries that are known."""
         for name, given in (("shape", self.shape), ("sample_weight", sample_weight)):
             if given is not None:
-                raise ValueError(f"{name} is for measurements: give y, or leave {name} out")
+                raise ValueError(
+                    f"{name} must be left out without y, got one. It is for measurements"
+                )
         M: Any = validate_data(
             self, X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan"
         )
@@ -209,29 +211,36 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
         if self.shape is not None and not (
             len(given) == 2 and all(isinstance(n, Integral) and n >= 1 for n in given)
         ):
-            raise ValueError(f"shape must be two whole numbers >= 1, (p, q); got {self.shape!r}")
+            raise ValueError(f"shape must be two whole numbers >= 1, (p, q), got {self.shape!r}")
         own = matrices(X)
         if given and own and given != own:
-            raise ValueError(f"shape={given} does not fit measurements of shape {own}")
+            raise ValueError(
+                f"shape must be that of the measurements, {own}, got {given}. Leave it out"
+            )
         return own or given
 
     def _fitting(self, shape: tuple[int, ...], width: int) -> tuple[int, int]:
         """Refuse a shape that does not fit measurements of so many numbers."""
         if not shape:
             raise ValueError(
-                "X must have shape (m, p, q), or (m, p * q) with shape=(p, q); a measurement has "
-                f"{width} numbers and shape=None"
+                f"shape must be (p, q) for measurements given as rows of {width} numbers, got "
+                "None. Give it, or X of shape (m, p, q)"
             )
         p, q = (int(n) for n in shape)
         if width != p * q:
-            raise ValueError(f"shape={(p, q)} does not fit measurements of {width} numbers")
+            raise ValueError(
+                f"shape must be (p, q) with p * q = {width}, the numbers of a measurement, got "
+                f"{(p, q)}"
+            )
         self._check_square((p, q))
         return p, q
 
     def _check_square(self, shape: tuple[int, int]) -> None:
         """Refuse what cannot be symmetric."""
         if self.symmetric and shape[0] != shape[1]:
-            raise ValueError(f"symmetric=True needs p = q, got {shape}")
+            raise ValueError(
+                f"X must be square with symmetric=True, got {shape}. Use symmetric=False"
+            )
 
     def predict(self, X: Any) -> Array:
         """Return the values <A_i, X> of measurements.
@@ -312,7 +321,10 @@ class MatrixSensing(RegressorMixin, TransformerMixin, LowRank):
             X, accept_sparse="csr", dtype=FLOATS, ensure_all_finite="allow-nan", input_name="X"
         )
         if M.shape != (len(self.U_), len(self.V_)):
-            raise ValueError(f"X has shape {M.shape}, fitted was {(len(self.U_), len(self.V_))}")
+            raise ValueError(
+                f"X must have the shape that was fitted, {(len(self.U_), len(self.V_))}, got "
+                f"{M.shape}. For other rows use MatrixCompletion"
+            )
         return filled(M, self.matrix())
 
     def __sklearn_tags__(self) -> Any:
@@ -330,8 +342,10 @@ def _values(A: Any, y: Any, sample_weight: Any) -> tuple[Array, Array]:
     y = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
     y = column_or_1d(y, warn=True)
     if A.shape[0] != len(y):
-        raise ValueError(f"X has {A.shape[0]} measurements, y has {len(y)} values")
+        raise ValueError(f"y must have {A.shape[0]} values, one for each measurement, got {len(y)}")
     w = _check_sample_weight(sample_weight, A, dtype=np.float64, ensure_non_negative=True)
     if not w.sum() > 0:
-        raise ValueError("sample_weight must not be zero everywhere")
+        raise ValueError(
+            "sample_weight must have a positive sum, got 0. Leave it out to weight all alike"
+        )
     return y, w
