@@ -183,9 +183,9 @@ def test_an_optimizer_without_weight_decay_is_decayed_from_outside():
             pass
 
     params = weights()
-    with pytest.raises(ValueError, match=r"Bare has no weight_decay.*decoupled=True"):
+    with pytest.raises(ValueError, match=r"group of Bare must have weight_decay.*decoupled=True"):
         WeightDecayScheduler(Bare(params), OFF)
-    with pytest.raises(ValueError, match=r"Bare has no weight_decay.*decoupled=True"):
+    with pytest.raises(ValueError, match=r"group of Bare must have weight_decay.*decoupled=True"):
         WeightDecayScheduler(Bare(params), OFF, exact_off=True)
     optimizer, before = Bare(params), [p.detach().clone() for p in params]
     scheduler = WeightDecayScheduler(optimizer, OFF, decoupled=True)

@@ -269,5 +269,5 @@ def test_budget_mistakes_are_named():
     with pytest.raises(ValueError, match="steps=3, but there are 2"):
         budget(FALL, [0.1, 0.2], steps=3)
     late: Joined = join([(Constant(0.0), 50), (Constant(1.0), None)])
-    with pytest.raises(ValueError, match="spends nothing over 10 steps"):
+    with pytest.raises(ValueError, match="is 0 over 10 steps"):
         scale_to_budget(late, FALL, 0.1, steps=10)

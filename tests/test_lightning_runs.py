@@ -174,7 +174,7 @@ def test_several_steps_in_a_batch_are_measured_when_they_have_passed_a_multiple(
 
 @pytest.mark.parametrize("index", [1, -1, "first"])
 def test_an_optimizer_that_does_not_exist_is_named(index):
-    with pytest.raises(ValueError, match=rf"optimizer={index}\): the module has 1 optimizers"):
+    with pytest.raises(ValueError, match=rf"one of the module.s 1 optimizers, got {index}"):
         fit(Net(), [DecayCallback(mf.Constant(0.1), optimizer=index)])
 
 

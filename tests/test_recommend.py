@@ -294,7 +294,7 @@ def test_a_run_that_is_too_short_for_the_stored_a_gets_no_schedule():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"steps": None}, "steps must be given"),
+        ({"steps": None}, "steps must be a whole number"),
         ({"steps": 0}, "steps must be"),
         ({"steps": 10, "goal": "speed"}, "goal must be one of loss, rank, sparsity"),
         ({"steps": 10, "goal": "rank", "price": -1}, "price must be"),

@@ -274,7 +274,7 @@ def test_scheduling_nothing_is_an_error():
 def test_an_optimizer_without_weight_decay():
     params = weights()
     optimizer = torch.optim.LBFGS(params, lr=0.5, max_iter=3)
-    with pytest.raises(ValueError, match=r"LBFGS has no weight_decay.*decoupled=True"):
+    with pytest.raises(ValueError, match=r"group of LBFGS must have weight_decay.*decoupled=True"):
         WeightDecayScheduler(optimizer, OFF)
     scheduler = WeightDecayScheduler(optimizer, SwitchOff(0.5, at=1), decoupled=True)
     before = [p.detach().clone() for p in params]

@@ -100,7 +100,7 @@ def recommend(
     price: float = 0.01,
     kept: float = 0.5,
 ) -> Recommendation:
-    """Return the weight decay that the stored experiments speak for, which may be none.
+    """Return the schedule that the stored experiments support for a goal, or none.
 
     Nothing is trained. The products that train (LoRA's B A, attention's Q K^T, m * w of
     `mirrorflow.optim.overparametrize`) decide which experiments count. A schedule comes to the a
@@ -144,7 +144,9 @@ def recommend(
     """
     one_of("goal", goal, GOALS)
     if steps is None:
-        raise ValueError("steps must be given, got None. Give the optimizer steps of the run")
+        raise ValueError(
+            "steps must be a whole number, got None. Give the optimizer steps of the run"
+        )
     run = _Run(model, inner(optimizer), lr_scheduler, whole("steps", steps))
     number("price", price, 0.0)
     if not 0 < kept < 1:

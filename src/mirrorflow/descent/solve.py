@@ -64,7 +64,7 @@ def descend(
     r"""Run gradient descent with the penalty in the gradient, as ``torch.optim.SGD`` does.
 
     .. math:: d_k = J_g^T \nabla f(x_k) + \alpha(k\,lr) \nabla h(w_k), \quad
-              b_k = m b_{k-1} + d_k, \quad w_{k+1} = w_k - lr\, b_k
+              b_k = \beta b_{k-1} + d_k, \quad w_{k+1} = w_k - lr\, b_k
 
     Parameters
     ----------
@@ -75,10 +75,11 @@ def descend(
     steps : int
         The number of steps, >= 1.
     momentum : float
-        m in [0, 1). The buffer includes the decay, which lives on in it after it is switched off.
-        Heavy-ball steps are 1/(1 - m) times as long: as lr -> 0, x at k lr is the flow's x at
-        k lr/(1 - m), with the rate read at k lr. The a to put into R_a is then ``path.account.a``
-        or, to first order in lr, the path's a over 1 - m.
+        beta in [0, 1). The buffer includes the decay, which lives on in it after a switch-off.
+        Heavy-ball steps are 1/(1 - beta) times as long: as lr -> 0, x at k lr is the flow's x at
+        k lr/(1 - beta), with the rate read at k lr. The a to put into R_a is ``path.account.a``
+        or, in the limit lr -> 0, the path's a over 1 - beta; `predicted_account` has the next
+        order.
     save_every : int, optional
         Save the state every so many steps; by default about 100 times.
     batch : int, optional

@@ -146,8 +146,8 @@ class DecayCallback(Callback):
             self._loop.close()
         if self.index not in range(len(trainer.optimizers)):
             raise ValueError(
-                f"DecayCallback(optimizer={self.index}): the module has "
-                f"{len(trainer.optimizers)} optimizers"
+                f"DecayCallback: optimizer must be the index of one of the module's "
+                f"{len(trainer.optimizers)} optimizers, got {self.index}"
             )
         total = self._length(trainer, pl_module)
         self._loop = loop = self._plan.begin(pl_module, trainer.optimizers[self.index], total)

@@ -55,14 +55,15 @@ def penalized(
               x_c = \arg\min R_a
 
     It is to the flow that is stopped at the time t, from the centre of R_a and without further
-    decay, what ridge regression is to gradient descent on a linear model: x runs from x_c at t = 0
-    to `limit` at t = infinity. Both have mirror(x) = Z^T theta; the flow has
-    theta = int (y - Z x_s) ds / n, and the penalty theta = t (y - Zx) / n.
+    decay (with `WeightDecay` and a homogeneous g: training from e^a w0), what ridge regression is
+    to gradient descent on a linear model: x runs from x_c at t = 0 to `limit` at t = infinity. Both
+    have mirror(x) = Z^T theta; the flow has theta = int (y - Z x_s) ds / n, and the penalty
+    theta = t (y - Zx) / n.
 
     Parameters
     ----------
     R : LegendreFunction
-        From `legendre`. Where R has a clock, t is in units of it.
+        From `legendre`. Where R has a clock, t is clock(a) times the time of the flow.
     Z : Tensor or array of shape ``(n, *R.shape)``
         The measurements.
     y : Tensor or array of shape (n,)

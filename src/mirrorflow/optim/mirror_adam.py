@@ -64,14 +64,15 @@ class MirrorAdam(Optimizer):
         G &= (w\, g_m + m\, g_w) / (m^2 + w^2), \quad
         M = \beta_1 M + (1 - \beta_1) G, \quad
         s = \beta_2 s + (1 - \beta_2) \tfrac1d |G|^2 \\
-        h &= \eta\, \hat M / (\sqrt{\hat s} + \epsilon), \quad
-        m + w \leftarrow (1 - \eta\lambda) e^{-h} (m + w), \quad
-        m - w \leftarrow (1 - \eta\lambda) e^{h} (m - w)
+        \Delta &= \eta\, \hat M / (\sqrt{\hat s} + \epsilon), \quad
+        m + w \leftarrow (1 - \eta\lambda) e^{-\Delta} (m + w), \quad
+        m - w \leftarrow (1 - \eta\lambda) e^{\Delta} (m - w)
 
-    G is the gradient in x, recovered from those of the factors, which are w G and m G; gradients
-    may therefore be accumulated, averaged over processes, clipped or unscaled as usual. The hats
-    are Adam's corrections of the bias. ``weight_decay`` is decoupled, as in AdamW, and read from
-    the parameter group at each step, as is ``lr``.
+    G is the gradient in x, recovered from those of the factors, which are w G and m G, and d the
+    number of its entries; gradients may therefore be accumulated, averaged over processes, clipped
+    by their global norm, or unscaled. After clipping by value the law holds, with another end. The
+    hats are Adam's corrections of the bias. ``weight_decay`` is decoupled, as in AdamW, and read
+    from the parameter group at each step, as is ``lr``.
 
     It is a tool of research for diagonal models, not a replacement of AdamW.
 

@@ -54,7 +54,10 @@ class Schedule(ABC):
         return _evaluate(self._integral, t)
 
     def accumulated(self, t: Any) -> Any:
-        """Evaluate a_t = -int_0^t alpha(s) ds, the regularization stored by time t."""
+        """Evaluate a_t = -int_0^t alpha(s) ds.
+
+        The learning rate is not in it: in training a is `WeightDecayScheduler.accumulated`.
+        """
         return 0.0 - self.integral(t)
 
     def _repr_html_(self) -> str:
@@ -109,7 +112,8 @@ class SwitchOff(Schedule):
     rate : float
         The strength until the switch.
     at : float
-        The time of the switch, > 0.
+        The time of the switch, > 0: in training an optimizer step, before which all steps decay;
+        in `flow` a time.
 
     Examples
     --------

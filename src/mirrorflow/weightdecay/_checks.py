@@ -69,8 +69,8 @@ def check_free(optimizer: Optimizer, owner: type) -> None:
     for hook in optimizer._optimizer_step_pre_hooks.values():
         if isinstance(getattr(inspect.unwrap(hook), "__self__", None), owner):
             raise ValueError(
-                f"this {type(optimizer).__name__} has a WeightDecayScheduler already: close() it "
-                "first, or give one scheduler several schedules with groups="
+                f"this {type(optimizer).__name__} must have one WeightDecayScheduler at most, got "
+                "a second one. Close the first by close(), or pass several schedules by groups="
             )
 
 
@@ -93,8 +93,8 @@ def check_decay(
     _check_trained(optimizer)
     if not decoupled and not all("weight_decay" in group for group in groups):
         raise ValueError(
-            f"{type(optimizer).__name__} has no weight_decay in its parameter groups: "
-            "decoupled=True decays its weights from outside"
+            f"each parameter group of {type(optimizer).__name__} must have weight_decay, got one "
+            "without. Pass decoupled=True, which decays the weights from outside"
         )
     if relative and not any("weight_decay" in group for group in groups):
         raise ValueError(

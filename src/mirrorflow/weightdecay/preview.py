@@ -115,7 +115,7 @@ def preview(
     start: float | None = None,
     target: float = 0.5,
 ) -> Preview:
-    """Return what a scheduler will do from where it is, run without a model.
+    """Return the decay that a scheduler will apply in its next steps; nothing is trained.
 
     `OffAtBudget` is fed after each step what has been absorbed by then, as `ControlledDecay` does.
     A loop that answers to measurements keeps its rate; the remarks name it, and say which loops
@@ -131,7 +131,7 @@ def preview(
         How many optimizer steps to look ahead.
     lr : LRScheduler or iterable of float, optional
         The learning-rate scheduler, stepped after each optimizer step, or the learning rate of
-        each step for all groups; without it, it stays as it is.
+        each step for all groups. By default the current one is used for all steps.
     size : float, optional
         ``|x|``, > 0, of the products that decay shall change: a typical entry of m * w, or singular
         value of A B. With ``start`` it says whether their geometry moves.

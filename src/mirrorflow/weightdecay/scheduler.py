@@ -56,7 +56,7 @@ class WeightDecayScheduler:
         counts; None as schedule leaves the decay alone. What is named here is scheduled even if
         its own decay is 0.
     decoupled : bool
-        Set the optimizer's decay to 0 and shrink the weights by 1 - lr x decay here, before the
+        Set the optimizer's decay to 0 and multiply the weights by 1 - lr x decay here, before the
         step, as AdamW does: tensor by tensor, with an exact end. An optimizer that asks its closure
         again within a step (LBFGS) decays before the first time. Refused where it would not do:
         for optimizers that keep averages of the weights, or that find their own step size.

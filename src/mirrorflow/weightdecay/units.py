@@ -96,7 +96,7 @@ def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> f
     per_step = _TO_STEP[unit](value, lr, steps)
     if to == "half-life" and per_step >= 1:
         raise ValueError(
-            f"lr x decay must be < 1 for a half-life, got {per_step}: a step overshoots 0"
+            f"lr x decay must be < 1 for a half-life, got {per_step}. Lower one of them"
         )
     return _FROM_STEP[to](per_step, lr, steps)
 
@@ -214,7 +214,8 @@ def scale_to_budget(
     own = budget(schedule, rates, **settings)
     if own == 0:
         raise ValueError(
-            f"{schedule} spends nothing over {len(rates)} steps: no factor changes that"
+            f"schedule must spend a budget above 0, got {schedule}, which is 0 over {len(rates)} "
+            "steps. Give one that decays in them"
         )
     factor = budget(other, rates, **settings) / own
     if isinstance(schedule, Schedule):
