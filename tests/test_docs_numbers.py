@@ -168,7 +168,8 @@ QUOTES: list[tuple[str, str, Callable[[], list[float | None]]]] = [
 # What else stands in the README as a number: versions, settings, names, the study's size.
 GIVEN = (
     r"Python 3\.11 or newer", r"older than 2\.13", r"a study of 96 designs", r"24 November",
-    r"SNR 1 / 3 / 10", r"d = 200", r"d/2", r"arXiv 2504\.12883", r"Apache-2\.0", r"fig02_matrix_sensing",
+    r"SNR 1 / 3 / 10", r"d = 200", r"d/2", r"arXiv 2504\.12883", r"Apache-2\.0",
+    r"fig02_matrix_sensing",
 )  # fmt: skip
 
 
