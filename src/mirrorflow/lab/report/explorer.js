@@ -169,7 +169,8 @@ function logTicks([low, high]) {
   const decades = Array.from({ length: 6 }, (_, i) => Math.floor(low) + i);
   const all = decades.flatMap((e) => [1, 2, 5].map((m) => e + Math.log10(m)));
   const inside = all.filter((t) => t >= low && t <= high);
-  return inside.length > 1 ? inside : ticks([low, high]);
+  if (inside.length > 2) return inside;
+  return ticks([10 ** low, 10 ** high]).filter((v) => v > 0).map(Math.log10);  // less than a decade
 }
 
 function text(number) {
