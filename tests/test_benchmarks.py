@@ -46,6 +46,7 @@ def test_a_path_and_separate_solves_end_at_the_same_points(monkeypatch):
         assert "not installed" in row["celer_path"]
 
 
+@pytest.mark.slow
 def test_exponents_are_slopes_and_every_case_can_be_drawn(tmp_path):
     assert bench_scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     sizes = {name: (20, 40) for name in bench_scaling.SIZES} | {"MatrixSensing, rank": (1, 2)}

@@ -198,6 +198,7 @@ def test_a_configuration_of_any_bytes_is_an_error_of_its_file(
     assert "odd.toml is not TOML" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_parts_and_the_same_command_goes_on(tmp_path):
     """Stop after the first part for real, with a signal; then look, and go on."""
     settings = tmp_path / "settings.toml"

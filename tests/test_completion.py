@@ -341,6 +341,7 @@ def test_a_negative_definite_matrix_is_completed_by_zero():
 # --- Data that are not of low rank ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keeping_the_decay_is_the_right_default_for_images():
     """Half of the pixels of 200 digits, one a row: what the documentation says of switch_off."""
     X = load_digits().data[:200]

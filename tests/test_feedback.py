@@ -290,6 +290,7 @@ def test_a_loop_that_is_fed_now_and_then_is_not_accused():
     scheduler.close()  # a warning would be an error
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_warns_of_loops_without_measurements():
     run = """
 import mirrorflow as mf

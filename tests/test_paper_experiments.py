@@ -45,6 +45,7 @@ def sensing_errors(n=50, r=5, m=500, eta=0.25, steps=5000):
     return np.linalg.norm(U @ U.transpose(0, 2, 1) - truth, axis=(1, 2))
 
 
+@pytest.mark.slow
 def test_erratum_20_the_squared_error_falls_below_the_line_with_constant_decay_too():
     errors = sensing_errors()
     assert (errors < 1e-2).tolist() == [False, False, False, True]

@@ -170,6 +170,7 @@ setTimeout(() => {
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_on_a_telephone_every_legend_and_title_is_inside_its_chart(stored_page, tmp_path):
     narrow = tmp_path / "narrow.html"
