@@ -1,0 +1,62 @@
+"""Ridge regression, where the flows of large scales end: all penalties by one decomposition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+
+from ._data import FEW, ROUNDING, Data, smaller_gram
+
+__all__ = ["decomposes", "ridge_dual", "ridge_path", "ridge_unit"]
+
+Array = NDArray[np.float64]
+
+
+def ridge_unit(data: Data) -> float:
+    """Return the sum of the weighted squares of X, the unit of penalties."""
+    return float(((data.spreads / data.units) ** 2).sum())
+
+
+def decomposes(data: Data) -> bool:
+    """Return whether the smaller Gram matrix is small enough to be decomposed for each fold."""
+    return not issparse(data.X) or min(data.X.shape) <= FEW
+
+
+def ridge_path(data: Data, weights: Array, penalties: Array) -> Array:
+    r"""Return the coefficients (K, n_penalties, d) for rows of these weights, which sum to 1.
+
+    With Z = diag(w)^{1/2} X and t = diag(w)^{1/2} y, about the means,
+
+    .. math:: x = (Z^T Z + \lambda)^{-1} Z^T t = Z^T (Z Z^T + \lambda)^{-1} t
+
+    in the eigenbasis of the smaller of the two matrices. ``penalties`` are in units of
+    `ridge_unit`.
+    """
+    rows = np.flatnonzero(weights)
+    root, X, y = np.sqrt(weights[rows]), data.X[rows], data.y[rows]
+    means = np.zeros(X.shape[1])
+    if data.center:
+        means, y = np.asarray(root**2 @ X).ravel(), y - root**2 @ y
+    sparse = issparse(X)
+    Z: Any = X.multiply(root[:, None]).tocsr() if sparse else root[:, None] * (X - means)
+    shift, right, wide = means if sparse else 0 * means, root[:, None] * y, len(rows) < X.shape[1]
+    values, vectors = np.linalg.eigh(smaller_gram(Z, root, shift, wide))
+    values = np.maximum(values, 0.0)
+    side = vectors.T @ (right if wide else Z.T @ right)
+    added = np.maximum(penalties * ridge_unit(data), ROUNDING * values.max(initial=1e-300))
+    # One column for each target and penalty: (s + lambda)^{-1} U^T t, turned back.
+    solved = vectors @ (side[:, :, None] / (values[:, None, None] + added)).reshape(len(side), -1)
+    if wide:
+        solved = Z.T @ solved - np.outer(shift, root @ solved)
+    return solved.T.reshape(right.shape[1], len(penalties), -1)
+
+
+def ridge_dual(data: Data, coef: Array, penalty: float) -> Array:
+    """Return nu (n, K) with x = X^T nu: the weighted residuals, divided by the penalty."""
+    missed = data.y - data.X @ coef.T
+    if data.center:
+        missed -= data.weights @ missed
+    return data.weights[:, None] * missed / (penalty * ridge_unit(data))
