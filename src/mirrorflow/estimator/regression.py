@@ -438,11 +438,12 @@ class MirrorFlowRegressorCV(FlowRegressor):
         """Choose flow and time by the least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = (int(v) for v in np.unravel_index(np.argmin(mean), mean.shape))
-        warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         paths = folds.zero_errors(*self._candidate(i), j, self.zero_tols_, self.refit)
         self.zero_mse_path_ = paths[-1]
         others = [*paths, self.intercept_mse_[None]]
         self.best_ridge_ = better_ridge(self.ridges_, self.ridge_mse_, others)
+        if self.best_ridge_ is None:
+            warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         refitted = paths[1] if self.refit else None
         return i, j, choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
 
