@@ -32,7 +32,7 @@ __all__ = [
 Array = NDArray[np.float64]
 FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
 FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
-SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
+SHRUNK = (0.05, 0.2)  # between none and all of the lasso's shrinkage
 RIDGES = np.geomspace(10.0, 1e-7, 33)  # of the sum of the mean squares of the columns
 ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 
@@ -54,10 +54,14 @@ def scales(values: Any) -> Array:
 
 
 def flows(log_As: Any, shrinkages: Any, decay: Any) -> tuple[Array, Array]:
-    """Return log A and shrinkage of each flow; those that shrink start from the median of log A."""
+    """Return log A and shrinkage of each flow; those that shrink start from the largest log A.
+
+    Chosen on draws of the sparse study with seeds 100 to 103, which it does not report: with ridge
+    regression these defaults predict within 0.01 R^2 of twice as many scales.
+    """
     found, shrunk = scales(log_As), _shrunken(shrinkages, decay)
-    middle = np.full(len(shrunk), np.sort(found)[len(found) // 2])
-    return np.r_[found, middle], np.r_[np.zeros(len(found)), shrunk]
+    start = np.full(len(shrunk), found.max())
+    return np.r_[found, start], np.r_[np.zeros(len(found)), shrunk]
 
 
 def _shrunken(values: Any, decay: Any) -> Array:

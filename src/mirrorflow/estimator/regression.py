@@ -220,21 +220,21 @@ class MirrorFlowRegressor(FlowRegressor):
 class MirrorFlowRegressorCV(FlowRegressor):
     r"""`MirrorFlowRegressor` whose scale A and stopping time are chosen by cross-validation.
 
-    The flows of all folds and scales are integrated together, once; each gives a whole path. One
-    flow more keeps its decay on to the end and shrinks like the lasso, as strong noise asks for.
+    The flows of all folds and scales are integrated together, once; each gives a whole path. Two
+    more keep their decay on to the end and shrink like the lasso, as strong noise asks for.
     Ridge regression, where large scales end, needs no flow: it is taken where it predicts better.
 
     Parameters
     ----------
-    log_As : array of floats, default=(-2, -6, -12, -20)
+    log_As : array of floats, default=(-2, -20)
         Candidates for ``log_A``, down to the inverse scale space of the lasso.
     ts : int or array of floats > 0, default=20
         Candidates for ``t``; a number stands for so many between 0.3 and 30, spaced
         geometrically.
     shrinkages : array of floats in (0, 1), default=None
-        A flow more for each, from the median of ``log_As``, whose decay stays on: it tends to the
+        A flow more for each, from the largest of ``log_As``, whose decay stays on: it tends to the
         lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
-        the others. None is (0.2,), and no flow where ``decay`` is given.
+        the others. None is (0.05, 0.2), and no flow where ``decay`` is given.
     ridges : array of floats > 0, default=None
         Penalties of ridge regression, in units of the sum of the variances of the columns. None is
         33 from 10 to 1e-7; none with ``positive``, ``decay``, an information criterion, or a sparse
@@ -344,7 +344,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     def __init__(
         self,
-        log_As: Any = (-2.0, -6.0, -12.0, -20.0),
+        log_As: Any = (-2.0, -20.0),
         ts: Any = 20,
         *,
         shrinkages: Any = None,
