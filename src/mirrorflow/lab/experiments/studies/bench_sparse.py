@@ -311,7 +311,7 @@ def table(records: list[Record]) -> list[Record]:
                     "test R²": m["r2"],
                     "relative error": m.get("error"),
                     "F1 of the support": m.get("f1") if truth == "sparse" else None,
-                    "non-zeros": m["nonzero"],
+                    "non-zeros": m.get("nonzero"),
                     "steadiness": m.get("steadiness"),
                     "seconds": m["seconds"],
                 }
