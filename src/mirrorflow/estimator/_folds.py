@@ -19,7 +19,6 @@ from ._chebyshev import Saved, integrate
 from ._data import Data
 from ._flows import Flows
 from ._fold_problems import FoldProblem, fold_problem
-from ._ridge import ridge_path
 
 __all__ = ["Folds", "fold_weights"]
 
@@ -119,12 +118,9 @@ class Folds:
     def ridge_errors(self, penalties: Array) -> Array:
         """Return the errors (n_penalties, n_folds) of ridge regression, the mean over targets."""
         found = np.zeros((len(penalties), self.train.shape[1]))
-        for f, weights in enumerate(self.train.T if len(penalties) else ()):
-            path = ridge_path(self.data, weights, penalties)
-            each = [
-                self.problem.error(x / self.problem.size(k), k, f) / self._units[k]
-                for k, x in enumerate(path)
-            ]
+        for f in range(found.shape[1] if len(penalties) else 0):
+            path = enumerate(self.problem.ridge(f, penalties))
+            each = [self.problem.error(x, k, f) / self._units[k] for k, x in path]
             found[:, f] = np.mean(each, axis=0)
         return found
 

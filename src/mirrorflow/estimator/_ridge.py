@@ -10,7 +10,7 @@ from scipy.sparse import issparse
 
 from ._data import FEW, ROUNDING, Data, smaller_gram
 
-__all__ = ["decomposes", "ridge_dual", "ridge_path", "ridge_unit"]
+__all__ = ["decomposes", "ridge_dual", "ridge_of_gram", "ridge_path", "ridge_unit"]
 
 Array = NDArray[np.float64]
 
@@ -43,15 +43,21 @@ def ridge_path(data: Data, weights: Array, penalties: Array) -> Array:
     sparse = issparse(X)
     Z: Any = X.multiply(root[:, None]).tocsr() if sparse else root[:, None] * (X - means)
     shift, right, wide = means if sparse else 0 * means, root[:, None] * y, len(rows) < X.shape[1]
-    values, vectors = np.linalg.eigh(smaller_gram(Z, root, shift, wide))
+    side, added = right if wide else Z.T @ right, penalties * ridge_unit(data)
+    found = ridge_of_gram(smaller_gram(Z, root, shift, wide), side, added)
+    if not wide:
+        return found
+    turned = (Z.T @ found.reshape(-1, len(rows)).T).T.reshape(*found.shape[:2], -1)
+    return turned - (found @ root)[..., None] * shift
+
+
+def ridge_of_gram(G: Array, b: Array, penalties: Array) -> Array:
+    """Return the solutions (K, n_penalties, d) of (G + lambda) x = b, one for each column of b."""
+    values, vectors = np.linalg.eigh(G)
     values = np.maximum(values, 0.0)
-    side = vectors.T @ (right if wide else Z.T @ right)
-    added = np.maximum(penalties * ridge_unit(data), ROUNDING * values.max(initial=1e-300))
-    # One column for each target and penalty: (s + lambda)^{-1} U^T t, turned back.
-    solved = vectors @ (side[:, :, None] / (values[:, None, None] + added)).reshape(len(side), -1)
-    if wide:
-        solved = Z.T @ solved - np.outer(shift, root @ solved)
-    return solved.T.reshape(right.shape[1], len(penalties), -1)
+    added = np.maximum(penalties, ROUNDING * values.max(initial=1e-300))
+    # One row for each target and penalty: (s + lambda)^{-1} U^T b, turned back.
+    return ((vectors.T @ b).T[:, None] / (values + added[:, None])) @ vectors.T
 
 
 def ridge_dual(data: Data, coef: Array, penalty: float) -> Array:
