@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
@@ -36,19 +34,22 @@ def ridge_path(data: Data, weights: Array, penalties: Array) -> Array:
     `ridge_unit`.
     """
     rows = np.flatnonzero(weights)
-    root, X, y = np.sqrt(weights[rows]), data.X[rows], data.y[rows]
-    means = np.zeros(X.shape[1])
+    root, Z, y = np.sqrt(weights[rows]), data.X[rows], data.y[rows]
+    means, sparse, wide = np.zeros(Z.shape[1]), issparse(Z), len(rows) < Z.shape[1]
     if data.center:
-        means, y = np.asarray(root**2 @ X).ravel(), y - root**2 @ y
-    sparse = issparse(X)
-    Z: Any = X.multiply(root[:, None]).tocsr() if sparse else root[:, None] * (X - means)
-    shift, right, wide = means if sparse else 0 * means, root[:, None] * y, len(rows) < X.shape[1]
+        means, y = np.asarray(root**2 @ Z).ravel(), y - root**2 @ y
+    if sparse:
+        Z = Z.multiply(root[:, None]).tocsr()
+    else:  # a copy: in place
+        Z -= means
+        Z *= root[:, None]
+    shift, right = means if sparse else 0 * means, root[:, None] * y
     side, added = right if wide else Z.T @ right, penalties * ridge_unit(data)
     found = ridge_of_gram(smaller_gram(Z, root, shift, wide), side, added)
     if not wide:
         return found
     turned = (Z.T @ found.reshape(-1, len(rows)).T).T.reshape(*found.shape[:2], -1)
-    return turned - (found @ root)[..., None] * shift
+    return turned - (found @ root)[..., None] * shift if sparse else turned
 
 
 def ridge_of_gram(G: Array, b: Array, penalties: Array) -> Array:
