@@ -35,9 +35,14 @@ TABLES = {
     },
     "bench_regression": {
         "ours, s": ("seconds", 1),
-        "ours as a multiple of LassoCV": ("times LassoCV's time", 1),
-        "our error": ("MirrorFlowRegressorCV: relative error", 1),
-        "LassoCV's error": ("LassoCV: relative error", 1),
+        "LassoCV, s": ("LassoCV, seconds", 1),
+        "times LassoCV's time": ("times LassoCV's time", 1),
+        "its processor time": ("times LassoCV's processor time", 1),
+        "our non-zeros": ("non-zeros", 1),
+        "LassoCV's": ("LassoCV: non-zeros", 1),
+        "our CV error": ("error on the samples left out", 1),
+        "LassoCV's CV error": ("LassoCV: error on the samples left out", 1),
+        "memory, times X": ("times X", 1),
     },
     "bench_completion": {
         "ours, s": ("seconds", 1),

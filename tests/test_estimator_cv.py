@@ -15,7 +15,7 @@ from test_estimator import problem
 
 @pytest.mark.parametrize("options", [{}, {"decay": mf.TurnOff(1.0, 1.0)}, {"positive": True}])
 def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
-    """Without a decay that is given, one flow more shrinks: its decay stays on."""
+    """Without a decay that is given, two flows more shrink: their decay stays on."""
     X, y, _ = problem(noise=1.0)
     weights = np.random.default_rng(3).uniform(0.5, 2, len(y))
     cv = KFold(4, shuffle=True, random_state=0)
@@ -185,11 +185,11 @@ def test_the_way_the_work_is_shared_out_changes_no_bit(n, d):
 def test_other_candidates_change_no_error_of_a_candidate():
     X, y, _ = problem(n=40, noise=1.0)
     one = {"shrinkages": [0.3], "cv": 4}
-    all_of_them = mf.MirrorFlowRegressorCV((0.0, -6.0, -12.0), [0.5, 1.0, 4.0, 20.0], **one)
+    all_of_them = mf.MirrorFlowRegressorCV((-6.0, -9.0, -12.0), [0.5, 1.0, 4.0, 20.0], **one)
     few = mf.MirrorFlowRegressorCV((-6.0,), [4.0, 20.0], **one)
     for model in (all_of_them, few):
         model.fit(X, y)
-    np.testing.assert_array_equal(few.mse_path_, all_of_them.mse_path_[[1, 3]][:, [2, 3]])
+    np.testing.assert_array_equal(few.mse_path_, all_of_them.mse_path_[[0, 3]][:, [2, 3]])
 
 
 @pytest.mark.parametrize("d", [60, 5])
@@ -220,7 +220,7 @@ def test_metadata_is_routed_to_the_splitter():
 
     X, y, _ = problem()
     groups = np.arange(len(y)) % 3
-    model = mf.MirrorFlowRegressorCV((-8.0,), 3, cv=GroupKFold(3))
+    model = mf.MirrorFlowRegressorCV((-8.0,), 3, shrinkages=[0.2], cv=GroupKFold(3))
     with pytest.raises(ValueError, match="enable_metadata_routing"):
         model.fit(X, y, groups=groups)
     with sklearn.config_context(enable_metadata_routing=True):

@@ -17,6 +17,7 @@ from ._chebyshev import integrate
 from ._data import Data, gram
 from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
 from ._flows import Flows, GramFlows, RowFlows, tall
+from ._ridge import ridge_dual, ridge_path
 from ._row_space import row_space
 
 __all__ = [
@@ -174,6 +175,31 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         }
         if path is not None and run.ts is not None:
             values["coef_path_"] = (path / data.units[:, None]).astype(dtype)
+        self._keep(values, single)
+
+    def _fit_ridge(self, data: Data, penalties: Array, dtype: Any, single: bool) -> None:
+        """Fit ridge regression with the last of the penalties; all of them are its path."""
+        path = ridge_path(data, data.weights, penalties)
+        coef, endless = path[:, -1], np.full(len(path), np.inf)
+        nu = ridge_dual(data, coef, float(penalties[-1]))
+        mu, predictions, self.n_iter_ = (data.X.T @ nu).T, data.X @ coef.T, 1
+        size = np.maximum(np.abs(coef).max(axis=1, initial=0.0), 1e-300)
+        values = {
+            "coef_": (coef / data.units).astype(dtype),
+            "intercept_": data.intercept(coef).astype(dtype),
+            "dual_coef_": data.dual(nu),
+            "A_": endless, "log_A_": endless, "t_": endless,
+            "support_": coef != 0,
+            "kkt_residual_": np.abs(mu - coef).max(axis=1, initial=0.0) / size,
+            "gap_": np.array([
+                gap(x, predictions[:, k] @ nu[:, k], mu[k], False) for k, x in enumerate(coef)
+            ]),
+            "coef_path_": (path.swapaxes(1, 2) / data.units[:, None]).astype(dtype),
+        }  # fmt: skip
+        self._keep(values, single)
+
+    def _keep(self, values: dict[str, Array], single: bool) -> None:
+        """Keep the results; those of a single target are not in a row of their own."""
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)
 

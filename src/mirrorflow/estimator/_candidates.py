@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from ._base import LOG_A, Zeros
+from ._data import Data
 from ._folds import Folds
+from ._ridge import decomposes
 
 __all__ = [
     "CRITERIA",
     "Informed",
+    "better_ridge",
+    "flows",
     "informed",
+    "penalties",
     "scales",
-    "shrunken",
     "thresholds",
     "times",
     "warn_at_the_last_time",
@@ -28,7 +32,8 @@ __all__ = [
 Array = NDArray[np.float64]
 FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
 FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
-SHRUNK = (0.2,)  # one flow between none and all of the lasso's shrinkage
+SHRUNK = (0.05, 0.2)  # between none and all of the lasso's shrinkage
+RIDGES = np.geomspace(10.0, 1e-7, 33)  # of the sum of the mean squares of the columns
 ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 
 
@@ -48,7 +53,18 @@ def scales(values: Any) -> Array:
     return found
 
 
-def shrunken(values: Any, decay: Any) -> Array:
+def flows(log_As: Any, shrinkages: Any, decay: Any) -> tuple[Array, Array]:
+    """Return log A and shrinkage of each flow; those that shrink start from the largest log A.
+
+    Chosen on draws of the sparse study with seeds 100 to 103, which it does not report: with ridge
+    regression these defaults predict within 0.01 R^2 of twice as many scales.
+    """
+    found, shrunk = scales(log_As), _shrunken(shrinkages, decay)
+    start = np.full(len(shrunk), found.max())
+    return np.r_[found, start], np.r_[np.zeros(len(found)), shrunk]
+
+
+def _shrunken(values: Any, decay: Any) -> Array:
     """Return the shrinkages of flows whose decay stays on; none by default where there is decay."""
     given = (() if decay else SHRUNK) if values is None else values
     shrunk = np.asarray(given, dtype=np.float64)
@@ -57,6 +73,29 @@ def shrunken(values: Any, decay: Any) -> Array:
     if decay and shrunk.size:
         raise ValueError("decay and shrinkages both set the decay: give one of them")
     return shrunk
+
+
+def penalties(values: Any, offered: bool, data: Data) -> Array:
+    """Return the penalties of ridge regression, decreasing; none where it is not offered."""
+    offered = offered and decomposes(data)
+    if values is None:
+        return RIDGES if offered else RIDGES[:0]
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or not ((given > 0) & (given < np.inf)).all():
+        raise ValueError(f"ridges must be numbers > 0, got {values!r}")
+    if given.size and not offered:
+        raise ValueError(
+            "ridges must be () with positive=True, decay, a criterion or a large sparse X, "
+            f"got {values!r}"
+        )
+    return -np.sort(-given)
+
+
+def better_ridge(ridges: Array, errors: Array, others: list[Array]) -> float | None:
+    """Return the penalty of least mean error, where that is less than all others have."""
+    mean = errors.mean(axis=1)
+    least = min(float(other.mean(axis=1).min()) for other in others)
+    return float(ridges[mean.argmin()]) if mean.min(initial=np.inf) < least else None
 
 
 def times(values: Any) -> Array:
@@ -121,12 +160,18 @@ def informed(
     ts: Array,
     zero_tols: Array,
     refit: bool,
-    extended: bool,
+    criterion: str,
 ) -> Informed:
     """Return the candidate of least criterion; ``folds`` has one, of all samples.
 
     Where the intercept alone has less, the threshold is infinite. Of equal ones the first counts.
     """
+    if folds.data.y.shape[1] > 1:
+        raise ValueError(
+            f"y must be one target with criterion={criterion!r}, got {folds.data.y.shape[1]}. Fit "
+            "a model to each, or take criterion='cv'"
+        )
+    extended = criterion == "ebic"
     ways = (False, True) if refit else (False,)
     path = np.empty((len(log_As), len(ts), len(ways), len(zero_tols)))
     for i, flow in enumerate(zip(log_As.tolist(), shrinkages.tolist(), strict=True)):

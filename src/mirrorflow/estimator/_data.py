@@ -15,7 +15,18 @@ from sklearn.utils.sparsefuncs import inplace_column_scale, mean_variance_axis
 
 from ..legendre._kernels import arcsinh_ratio
 
-__all__ = ["BLOCK", "CONSTANT", "Data", "gram", "growth", "prepare", "warn_of_scales"]
+__all__ = [
+    "BLOCK",
+    "CONSTANT",
+    "FEW",
+    "ROUNDING",
+    "Data",
+    "gram",
+    "growth",
+    "prepare",
+    "smaller_gram",
+    "warn_of_scales",
+]
 
 Array = NDArray[np.float64]
 DAMPING = 1e-5  # of the shortest solution, relative to the largest singular value
@@ -207,7 +218,7 @@ def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Ar
     Z = X.multiply(root[:, None]).tocsr() if issparse(X) else root[:, None] * X
     shift, right = means if issparse(X) else 0 * means, root[:, None] * y
     wide = Z.shape[0] < Z.shape[1]
-    values, vectors = np.linalg.eigh(_gram(Z, root, shift, wide))
+    values, vectors = np.linalg.eigh(smaller_gram(Z, root, shift, wide))
     largest = values.max(initial=1e-300)
     damped = np.where(values > ROUNDING * largest, values + DAMPING**2 * largest, np.inf)
     side = right if wide else Z.T @ right
@@ -215,7 +226,7 @@ def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Ar
     return Z.T @ solved - np.outer(shift, root @ solved) if wide else solved
 
 
-def _gram(Z: Any, root: Array, means: Array, wide: bool) -> Array:
+def smaller_gram(Z: Any, root: Array, means: Array, wide: bool) -> Array:
     """Return the smaller Gram matrix of Z - root means^T, which is not formed where Z is sparse."""
     product = Z @ Z.T if wide else Z.T @ Z
     if not issparse(Z):

@@ -12,6 +12,7 @@ from scipy.sparse import issparse
 
 from ._data import BLOCK, CONSTANT, Data
 from ._flows import Flows, GramFlows, RowFlows, tall
+from ._ridge import ridge_of_gram, ridge_path, ridge_unit
 
 __all__ = ["FoldProblem", "fold_problem"]
 
@@ -38,6 +39,13 @@ class FoldProblem(ABC):
     @abstractmethod
     def error(self, x: Array, k: int, fold: int) -> Array:
         """Return the squared errors (...), with the fold's intercept, of the flow's x (..., d)."""
+
+    @abstractmethod
+    def ridge(self, fold: int, penalties: Array) -> Array:
+        """Return the coefficients (K, n_penalties, d) of ridge regression on a training part.
+
+        They are in the units of the flow's.
+        """
 
 
 def fold_problem(data: Data, train: Array, test: Array, positive: bool, tol: float) -> FoldProblem:
@@ -116,6 +124,10 @@ class _RowFolds(FoldProblem):
         missed *= missed
         return missed @ self.test[fold] * (float(self.scale[k]) / self.alpha) ** 2
 
+    def ridge(self, fold: int, penalties: Array) -> Array:
+        """Return the coefficients from the rows."""
+        return ridge_path(self.data, self.train[fold], penalties) / self.scale[:, None, None]
+
 
 @dataclass(frozen=True)
 class _GramFolds(FoldProblem):
@@ -169,6 +181,11 @@ class _GramFolds(FoldProblem):
         M, d = self.test[fold], self.data.X.shape[1]
         square = ((x @ M[:d, :d] - 2 * M[d + k, :d]) * x).sum(axis=-1)
         return np.maximum(square + M[d + k, d + k], 0.0)
+
+    def ridge(self, fold: int, penalties: Array) -> Array:
+        """Return the coefficients from the moments."""
+        M, d = self.train[fold], self.data.X.shape[1]
+        return ridge_of_gram(M[:d, :d], M[:d, d:], penalties * ridge_unit(self.data))
 
 
 def _moments(Z: Array, weights: Array) -> Array:

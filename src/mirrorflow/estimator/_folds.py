@@ -20,7 +20,7 @@ from ._data import Data
 from ._flows import Flows
 from ._fold_problems import FoldProblem, fold_problem
 
-__all__ = ["Folds"]
+__all__ = ["Folds", "fold_weights"]
 
 KEPT = 2**22  # numbers of states up to which they are kept: 32 MB
 Array = NDArray[np.float64]
@@ -115,6 +115,15 @@ class Folds:
         ]
         return np.mean(found, axis=0)
 
+    def ridge_errors(self, penalties: Array) -> Array:
+        """Return the errors (n_penalties, n_folds) of ridge regression, the mean over targets."""
+        found = np.zeros((len(penalties), self.train.shape[1]))
+        for f in range(found.shape[1] if len(penalties) else 0):
+            path = enumerate(self.problem.ridge(f, penalties))
+            each = [self.problem.error(x, k, f) / self._units[k] for k, x in path]
+            found[:, f] = np.mean(each, axis=0)
+        return found
+
     @cached_property
     def problem(self) -> FoldProblem:
         """The training parts and the test errors."""
@@ -202,6 +211,24 @@ class Folds:
         y, weights = self.data.y, self.data.weights
         variances = weights @ (y - weights @ y) ** 2
         return np.where((variances > 0) & (y.shape[1] > 1), variances, 1.0)
+
+
+def fold_weights(parts: Any, weights: Array) -> tuple[Array, Array]:
+    """Return the weight of each row (n, n_folds) in the training and the test part of each fold.
+
+    ``parts`` are the pairs of indices that a splitter yields.
+    """
+    n, folds = len(weights), []
+    for pair in parts:
+        train, test = (np.bincount(np.arange(n)[part], minlength=n) * weights for part in pair)
+        if not (train.sum() > 0 and test.sum() > 0):
+            said = "cv gives a fold without samples, or with none of weight > 0, on one side"
+            raise ValueError(said)
+        folds.append((train / train.sum(), test / test.sum()))
+    if not folds:
+        raise ValueError("cv gives no fold")
+    train, test = (np.stack(side, axis=1) for side in zip(*folds, strict=True))
+    return train, test
 
 
 def _warn_unfinished(late: NDArray[Any], max_iter: int) -> None:

@@ -190,6 +190,8 @@ class MirrorFlowCVDisplay:
         The coefficients of the chosen flow at the first m times: what `plot_path` draws.
     support : array of bool of shape (n_features,), default=None
         Which of them the model keeps; None is all.
+    ridge : float, default=None
+        The least error of ridge regression, a line across the plot where that was chosen.
 
     Attributes
     ----------
@@ -217,10 +219,11 @@ class MirrorFlowCVDisplay:
         chosen: tuple[int, int] | None = None,
         coef_path: Array | None = None,
         support: NDArray[np.bool_] | None = None,
+        ridge: float | None = None,
     ) -> None:
         self.log_As, self.ts, self.mse_path, self.chosen = log_As, ts, mse_path, chosen
         self.shrinkages = np.zeros(len(log_As)) if shrinkages is None else shrinkages
-        self.coef_path, self.support = coef_path, support
+        self.coef_path, self.support, self.ridge = coef_path, support, ridge
 
     @classmethod
     def from_estimator(
@@ -257,10 +260,17 @@ class MirrorFlowCVDisplay:
         if kind not in ("error", "path"):
             raise ValueError(f"kind must be 'error' or 'path', got {kind!r}")
         path, support = estimator.coef_path_, estimator.support_
-        shown: dict[str, Any] = {"coef_path": path, "support": support} if path.ndim == 2 else {}
+        ridge = estimator.best_kind_ == "ridge"
+        if ridge and kind == "path":
+            raise ValueError("the path must be of a flow, got one of ridge regression")
+        shown: dict[str, Any] = {} if ridge else {"chosen": estimator.best_index_}
+        if path.ndim == 2 and not ridge:
+            shown |= {"coef_path": path, "support": support}
+        if ridge:
+            shown["ridge"] = estimator.ridge_mse_.mean(axis=1).min()
         display = cls(
             log_As=estimator.log_As_, ts=estimator.ts_, mse_path=estimator.mse_path_,
-            shrinkages=estimator.shrinkages_, chosen=estimator.best_index_, **shown,
+            shrinkages=estimator.shrinkages_, **shown,
         )  # fmt: skip
         return display.plot(ax=ax) if kind == "error" else display.plot_path(ax=ax)
 
@@ -291,6 +301,8 @@ class MirrorFlowCVDisplay:
             i, j = self.chosen
             ring: Any = {"s": 180, "facecolors": "none", "edgecolors": "black", "zorder": 3}
             axis.scatter(self.ts[j], mean[i, j], label="chosen", **ring)
+        if self.ridge is not None:
+            axis.axhline(self.ridge, color="black", linestyle="--", label="ridge, chosen")
         axis.set(xscale="log", xlabel=TIME, ylabel="mean squared error")
         axis.legend()
         self.ax_, self.figure_ = axis, axis.figure

@@ -29,17 +29,26 @@ from ._base import (
 )
 from ._candidates import (
     CRITERIA,
+    better_ridge,
+    flows,
     informed,
-    scales,
-    shrunken,
+    penalties,
     thresholds,
     times,
     warn_at_the_last_time,
 )
 from ._data import growth, prepare, warn_of_scales
-from ._folds import Folds
+from ._folds import Folds, fold_weights
 
 __all__ = ["MirrorFlowRegressor", "MirrorFlowRegressorCV"]
+
+Array = NDArray[np.float64]
+SHARED: dict[str, Any] = {
+    "decay": DECAY,
+    **{key: ["boolean"] for key in ("positive", "fit_intercept", "standardize", "refit")},
+    "tol": [Interval(Real, 0, 1, closed="neither")],
+    "max_iter": [Interval(Real, 1, None, closed="left")],
+}
 
 
 class MirrorFlowRegressor(FlowRegressor):
@@ -138,14 +147,8 @@ class MirrorFlowRegressor(FlowRegressor):
         "log_A": [Interval(Real, *LOG_A, closed="both")],
         "t": [Interval(Real, 0, None, closed="neither")],
         "interpolate": ["boolean"],
-        "decay": DECAY,
-        "positive": ["boolean"],
-        "fit_intercept": ["boolean"],
-        "standardize": ["boolean"],
         "zero_tol": [Interval(Real, 0, 1, closed="left")],
-        "refit": ["boolean"],
-        "tol": [Interval(Real, 0, 1, closed="neither")],
-        "max_iter": [Interval(Real, 1, None, closed="left")],
+        **SHARED,
     }
 
     def __init__(
@@ -214,27 +217,28 @@ class MirrorFlowRegressor(FlowRegressor):
         return tags
 
 
-# The regressor that chooses its scale and its stopping time by cross-validation.
-Array = NDArray[np.float64]
-
-
 class MirrorFlowRegressorCV(FlowRegressor):
     r"""`MirrorFlowRegressor` whose scale A and stopping time are chosen by cross-validation.
 
-    The flows of all folds and scales are integrated together, once; each gives a whole path. One
-    flow more keeps its decay on to the end and shrinks like the lasso, as strong noise asks for.
+    The flows of all folds and scales are integrated together, once; each gives a whole path. Two
+    more keep their decay on to the end and shrink like the lasso, as strong noise asks for.
+    Ridge regression, where large scales end, needs no flow: it is taken where it predicts better.
 
     Parameters
     ----------
-    log_As : array of floats, default=(2, -2, -6, -12, -20)
-        Candidates for ``log_A``: from ridge-like to the inverse scale space of the lasso.
+    log_As : array of floats, default=(-2, -20)
+        Candidates for ``log_A``, down to the inverse scale space of the lasso.
     ts : int or array of floats > 0, default=20
         Candidates for ``t``; a number stands for so many between 0.3 and 30, spaced
         geometrically.
     shrinkages : array of floats in (0, 1), default=None
-        A flow more for each, from the median of ``log_As``, whose decay stays on: it tends to the
+        A flow more for each, from the largest of ``log_As``, whose decay stays on: it tends to the
         lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
-        the others. None is (0.2,), and no flow where ``decay`` is given.
+        the others. None is (0.05, 0.2), and no flow where ``decay`` is given.
+    ridges : array of floats > 0, default=None
+        Penalties of ridge regression, in units of the sum of the variances of the columns. None is
+        33 from 10 to 1e-7; none with ``positive``, ``decay``, an information criterion, or a sparse
+        X of more than 2000 rows and columns.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
     decay : SwitchOff, Constant or None, default=None
@@ -265,10 +269,14 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     Attributes
     ----------
+    best_kind_ : {"flow", "kept decay", "ridge", "intercept"}
+        What was chosen; an intercept alone is what the largest of ``zero_tols`` leaves.
     best_log_A_, best_t_ : float
-        The candidates of least error.
+        The candidates of least error; infinity both for ridge regression.
     best_index_ : tuple of int
-        The place of that candidate in ``mse_path_``: its flow, and its time.
+        The place of the flow of least error in ``mse_path_``: its flow, and its time.
+    best_ridge_ : float or None
+        The penalty of ridge regression where that was chosen; it has no zeros.
     best_decay_ : SwitchOff, Constant or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
     best_zero_tol_ : float
@@ -280,7 +288,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         each divided by their variance.
     coef_path_ : array of shape (n_features, m) or (n_targets, n_features, m)
         The coefficients of the chosen flow on all samples at the first m of ``ts_``, up to
-        ``best_t_``, before any are set to 0.
+        ``best_t_``, before any are set to 0; those of ridge regression up to ``best_ridge_``.
     selection_frequency_ : array of shape (n_features,) or (n_targets, n_features)
         In which fraction of the folds the chosen flow, on the training part and with the chosen
         threshold, keeps a coefficient: near 1 for a support that does not depend on the draw.
@@ -290,6 +298,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         The criterion, instead of ``zero_mse_path_``, where it is not "cv".
     intercept_mse_ : array of shape (n_folds,)
         The same of the intercept alone.
+    ridge_mse_ : array of shape (n_ridges, n_folds)
+        The same of ridge regression, for each of ``ridges_``, which decrease.
     log_As_, shrinkages_ : arrays of shape (n_flows,)
         The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
     ts_ : array of shape (n_ts,)
@@ -303,8 +313,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     Notes
     -----
-    Candidates are in units of S and of the time to grow to it, both measured on all samples, so
-    that a candidate is the same flow in every fold.
+    Candidates are in units of S and of the time to grow to it on all samples: the same flow in
+    every fold.
 
     Examples
     --------
@@ -314,8 +324,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
     >>> X = rng.standard_normal((60, 100))
     >>> y = 3 * X[:, 0] - 2 * X[:, 7] + 0.1 * rng.standard_normal(60)
     >>> model = MirrorFlowRegressorCV().fit(X, y)
-    >>> model.best_log_A_
-    -20.0
+    >>> model.best_kind_, model.best_log_A_
+    ('flow', -20.0)
     >>> bool(np.abs(model.coef_[[0, 7]] - [3, -2]).max() < 0.1)
     True
     """
@@ -324,25 +334,21 @@ class MirrorFlowRegressorCV(FlowRegressor):
         "log_As": ["array-like"],
         "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
         "shrinkages": ["array-like", None],
+        "ridges": ["array-like", None],
         "zero_tols": ["array-like", None],
         "cv": ["cv_object"],
-        "decay": DECAY,
-        "positive": ["boolean"],
-        "fit_intercept": ["boolean"],
-        "standardize": ["boolean"],
-        "refit": ["boolean"],
         "criterion": [StrOptions(set(CRITERIA))],
-        "tol": [Interval(Real, 0, 1, closed="neither")],
-        "max_iter": [Interval(Real, 1, None, closed="left")],
         "n_jobs": [Integral, None],
+        **SHARED,
     }
 
     def __init__(
         self,
-        log_As: Any = (2.0, -2.0, -6.0, -12.0, -20.0),
+        log_As: Any = (-2.0, -20.0),
         ts: Any = 20,
         *,
         shrinkages: Any = None,
+        ridges: Any = None,
         zero_tols: Any = None,
         cv: Any = None,
         decay: Decay = None,
@@ -358,6 +364,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.log_As = log_As
         self.ts = ts
         self.shrinkages = shrinkages
+        self.ridges = ridges
         self.zero_tols = zero_tols
         self.cv = cv
         self.decay = decay
@@ -397,7 +404,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     def _choose(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> None:
         """Choose among the candidates, and fit to all samples."""
-        self.log_As_, self.shrinkages_ = self._flows()
+        self.log_As_, self.shrinkages_ = flows(self.log_As, self.shrinkages, self.decay)
         self.ts_, self.zero_tols_ = times(self.ts), thresholds(self.zero_tols)
         check_decay(self.decay, self.ts_[-1])
         X, y, sample_weight = validated(self, X, y, sample_weight)
@@ -411,16 +418,17 @@ class MirrorFlowRegressorCV(FlowRegressor):
         jobs = self.n_jobs if by_cv else 1
         self.mse_path_ = folds.all_errors(self.log_As_, self.shrinkages_, self.ts_, jobs)
         self.intercept_mse_ = folds.intercept_errors()
+        self.ridges_ = penalties(self.ridges, by_cv and not (self.positive or self.decay), data)
+        self.ridge_mse_ = folds.ridge_errors(self.ridges_)
         i, j, zeros = self._by_error(folds) if by_cv else self._by_criterion(folds)
+        run, end = self._best(i, j, zeros), (X.dtype, y.ndim == 1)
+        if self.best_ridge_ is not None:
+            self._fit_ridge(data, self.ridges_[self.ridges_ >= self.best_ridge_], *end)
+            self.selection_frequency_ = np.ones(self.coef_.shape)
+            return
         frequency = folds.frequencies(*self._candidate(i), j, zeros.zero_tol)
         self.selection_frequency_ = frequency[0] if y.ndim == 1 else frequency
-        self._fit(data, self._best(i, j, zeros), X.dtype, y.ndim == 1)
-
-    def _flows(self) -> tuple[Array, Array]:
-        """Return log A and shrinkage of each flow."""
-        log_As, shrunk = scales(self.log_As), shrunken(self.shrinkages, self.decay)
-        middle = np.full(len(shrunk), np.sort(log_As)[len(log_As) // 2])
-        return np.r_[log_As, middle], np.r_[np.zeros(len(log_As)), shrunk]
+        self._fit(data, run, *end)
 
     def _candidate(self, i: int) -> tuple[float, float, Array]:
         """Return log A, shrinkage and times of a flow."""
@@ -430,33 +438,35 @@ class MirrorFlowRegressorCV(FlowRegressor):
         """Choose flow and time by the least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = (int(v) for v in np.unravel_index(np.argmin(mean), mean.shape))
-        warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         paths = folds.zero_errors(*self._candidate(i), j, self.zero_tols_, self.refit)
         self.zero_mse_path_ = paths[-1]
+        others = [*paths, self.intercept_mse_[None]]
+        self.best_ridge_ = better_ridge(self.ridges_, self.ridge_mse_, others)
+        if self.best_ridge_ is None:
+            warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         refitted = paths[1] if self.refit else None
         return i, j, choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
 
     def _by_criterion(self, folds: Folds) -> tuple[int, int, Zeros]:
         """Choose flow, time and zeros by what coefficients bring on the samples themselves."""
-        if folds.data.y.shape[1] > 1:
-            raise ValueError(
-                f"y must be one target with criterion={self.criterion!r}, got "
-                f"{folds.data.y.shape[1]}. Fit a model to each, or take criterion='cv'"
-            )
         candidates = self.log_As_, self.shrinkages_, self.ts_, self.zero_tols_
-        found = informed(folds, *candidates, self.refit, self.criterion == "ebic")
-        self.criterion_path_ = found.path
+        found = informed(folds, *candidates, self.refit, self.criterion)
+        self.criterion_path_, self.best_ridge_ = found.path, None
         return found.i, found.j, found.zeros
 
     def _best(self, i: int, j: int, zeros: Zeros) -> FlowPoint:
         """Keep what was chosen, and return it."""
         log_A, shrinkage, ts = self._candidate(i)
-        t = float(ts[j])
+        t, zero_tol = float(ts[j]), zeros.zero_tol
         self.best_index_, self.best_log_A_, self.best_t_ = (i, j), log_A, t
-        self.best_zero_tol_, self.best_refit_ = zeros.zero_tol, zeros.refit
-        self.best_decay_ = self.decay
+        self.best_zero_tol_, self.best_refit_, self.best_decay_ = zero_tol, zeros.refit, self.decay
         if shrinkage > 0:
             self.best_decay_ = SwitchOff(shrinkage * growth(log_A, self.positive), t)
+        kind = "kept decay" if shrinkage > 0 else "flow"
+        self.best_kind_ = "intercept" if np.isinf(zero_tol) else kind
+        if self.best_ridge_ is not None:  # where flows of large scales end
+            self.best_kind_, self.best_log_A_, self.best_t_ = "ridge", np.inf, np.inf
+            self.best_zero_tol_, self.best_refit_, self.best_decay_ = 0.0, False, None
         return FlowPoint(
             log_A, t, self.best_decay_, 0.1 * self.tol, zeros.zero_tol, zeros.refit, ts[: j + 1]
         )
@@ -474,19 +484,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
             names = ", ".join(params)
             raise ValueError(f"{names} can be given only with enable_metadata_routing=True")
         weights = np.ones(len(y)) if sample_weight is None else sample_weight
-        folds = []
-        for parts in splitter.split(X, y, **routed):
-            train, test = (
-                np.bincount(np.arange(len(y))[part], minlength=len(y)) * weights for part in parts
-            )
-            if not (train.sum() > 0 and test.sum() > 0):
-                said = "cv gives a fold without samples, or with none of weight > 0, on one side"
-                raise ValueError(said)
-            folds.append((train / train.sum(), test / test.sum()))
-        if not folds:
-            raise ValueError("cv gives no fold")
-        train, test = (np.stack(parts, axis=1) for parts in zip(*folds, strict=True))
-        return train, test
+        return fold_weights(splitter.split(X, y, **routed), weights)
 
     def get_metadata_routing(self) -> MetadataRouter:
         """Return the routing: ``fit`` hands metadata to the splitter.

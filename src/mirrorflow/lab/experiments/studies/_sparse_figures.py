@@ -18,12 +18,12 @@ __all__ = ["draw_figure", "kind", "make_charts"]
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
 COLOURS = (
     "#000000", "#0072B2", "#D55E00", "#00916A", "#4F555E", "#757B84", "#989EA7", "#4F555E",
-    "#757B84",
+    "#757B84", "#989EA7",
 )  # fmt: skip
-MARKERS = "osD^vP*X<"
+MARKERS = "osD^vP*X<>"
 SHAPES = (
     "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "arrow", "wedge",
-    "triangle-left",
+    "triangle-left", "triangle-right",
 )  # fmt: skip
 
 

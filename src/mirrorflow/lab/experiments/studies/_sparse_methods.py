@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sklearn.linear_model import (
     ElasticNetCV,
     LassoCV,
-    LinearRegression,
     OrthogonalMatchingPursuitCV,
     lasso_path,
 )
@@ -24,6 +23,8 @@ __all__ = ["METHODS", "OPTIONAL", "available", "fit"]
 Array = NDArray[np.float64]
 FOLDS = 5
 POINTS = 100  # of a path
+STEPS = 30  # of the paths of MCP and SCAD, each of which is a fit
+BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # parts of the lasso in the relaxed lasso, as in glmnet
 MCP_GAMMA = 3.0
 SCAD_GAMMA = 3.7
 ITERATIONS = 1000  # of iterreg, as its estimator takes
@@ -59,7 +60,7 @@ def _elastic_net() -> Any:
 
 
 class Path(Protocol):
-    """A path of coefficients: knobs (m,) and coefs (d, m), at given knobs or at its own."""
+    """A path of coefficients: knobs and coefs (d, m), at given knobs or at its own."""
 
     def __call__(self, X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
         """Follow the path."""
@@ -71,7 +72,7 @@ def _by_path(path: Path) -> Callable[[Array, Array], tuple[Array, float]]:
 
     def run(X: Array, y: Array) -> tuple[Array, float]:
         knobs, coefs = path(X - X.mean(0), y - y.mean())
-        errors = np.zeros(len(knobs))
+        errors = np.zeros(coefs.shape[1])
         for train, test in KFold(FOLDS).split(X):
             mean, offset = X[train].mean(0), y[train].mean()
             _, found = path(X[train] - mean, y[train] - offset, knobs)
@@ -84,19 +85,22 @@ def _by_path(path: Path) -> Callable[[Array, Array], tuple[Array, float]]:
 
 
 def _relaxed(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
-    """Refit by least squares on the support of every point of the lasso's path."""
+    """Blend every point of the lasso's path with least squares on its support."""
     options: Any = {"alphas": POINTS if knobs is None else knobs}
     followed: Any = lasso_path(X, y, **options)
     alphas, coefs = followed[:2]
-    refitted = np.zeros_like(coefs)
+    refitted = coefs.copy()
     for i, coef in enumerate(coefs.T):
         support = np.flatnonzero(coef)
-        if 0 < len(support) < len(y):
-            model = LinearRegression(fit_intercept=False).fit(X[:, support], y)
-            refitted[support, i] = model.coef_
-        else:
-            refitted[:, i] = coef
-    return alphas, refitted
+        if 0 < len(support) < len(y):  # as many as rows fit anything
+            refitted[support, i] = np.linalg.lstsq(X[:, support], y, rcond=None)[0]
+    return alphas, np.hstack([part * coefs + (1 - part) * refitted for part in BLENDS])
+
+
+def _abess() -> Any:
+    """Make a best subset of each size, the size chosen by cross-validation (abess)."""
+    linear: Any = import_module("abess.linear")  # of the extra bench
+    return linear.LinearRegression(cv=FOLDS, thread=1)
 
 
 def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
@@ -104,7 +108,7 @@ def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
     from skglm.estimators import MCPRegression
 
     top = np.abs(X.T @ y).max() / len(y)
-    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    alphas = np.geomspace(top, 1e-3 * top, STEPS) if knobs is None else knobs
     options: Any = {"gamma": MCP_GAMMA, "fit_intercept": False, "warm_start": True}
     model, coefs = MCPRegression(**options), np.zeros((X.shape[1], len(alphas)))
     for i, alpha in enumerate(alphas):
@@ -120,7 +124,7 @@ def _scad(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]
     from skglm.solvers import AndersonCD
 
     top = np.abs(X.T @ y).max() / len(y)
-    alphas = np.geomspace(top, 1e-3 * top, POINTS) if knobs is None else knobs
+    alphas = np.geomspace(top, 1e-3 * top, STEPS) if knobs is None else knobs
     penalty, coefs = SCAD(top, SCAD_GAMMA), np.zeros((X.shape[1], len(alphas)))
     solver = AndersonCD(fit_intercept=False, warm_start=True)
     model = GeneralizedLinearEstimator(Quadratic(), penalty, solver)
@@ -144,11 +148,14 @@ METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "elastic net": _estimator(_elastic_net),
     "relaxed lasso": _by_path(_relaxed),
     "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
+    "abess": _estimator(_abess),
     "MCP": _by_path(_mcp),
     "SCAD": _by_path(_scad),
     "early-stopped basis pursuit": _by_path(_early_stopped),
 }
-OPTIONAL = {"MCP": "skglm", "SCAD": "skglm", "early-stopped basis pursuit": "iterreg"}
+OPTIONAL = {
+    "abess": "abess", "MCP": "skglm", "SCAD": "skglm", "early-stopped basis pursuit": "iterreg",
+}  # fmt: skip
 
 
 def available(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +24,12 @@ TITLE = "Sparse regression under noise: where the flow is the better choice, and
 PAPER = "Figures of our own: a study that the paper does not have"
 OURS = "mirrorflow"
 ALL = (
-    OURS, "mirrorflow, refitted", "lasso", "elastic net", "relaxed lasso", "OMP", "MCP", "SCAD",
-    "early-stopped basis pursuit",
+    OURS, "mirrorflow, refitted", "lasso", "elastic net", "relaxed lasso", "OMP", "abess", "MCP",
+    "SCAD", "early-stopped basis pursuit",
 )  # fmt: skip
 TEST = 2000  # rows that the R^2 is measured on
 CLEAN = 1e6  # the SNR that stands for no noise
+NEAR = 0.01  # of R^2: as good as the best
 
 Array = NDArray[np.float64]
 
@@ -45,8 +46,8 @@ class Config(contract.Config):
     truths : tuple of str
         "sparse", or "dense": Laplace coefficients.
     methods : tuple of str
-        Names in `_sparse_methods.METHODS`; those whose package is missing (skglm, iterreg) are left
-        out, and the records say so.
+        Names in `_sparse_methods.METHODS`; those whose package is missing (abess, skglm, iterreg)
+        are left out, and the records say so.
     real : bool
         Whether to run the real data sets too: diabetes with interactions, digits (one pixel from
         the others).
@@ -135,6 +136,7 @@ def _cell(
                     "error": float(np.linalg.norm(found - coef) / np.linalg.norm(coef)),
                     "r2": float(1 - error @ error / ((test @ coef) ** 2).sum()),
                     "f1": _f1(found, coef),
+                    "nonzero": int((found != 0).sum()),
                     "seconds": seconds,
                 }
             )
@@ -159,7 +161,7 @@ def _f1(found: Array, truth: Array) -> float:
 def _real(config: Config, methods: list[str], name: str) -> Part:
     """Fit the methods to halves of a real data set, and measure on the other halves."""
     X, y = _diabetes() if name == "diabetes" else _digits()
-    records = []
+    records, supports = [], []
     for seed in config.seeds:
         order = np.random.default_rng(seed).permutation(len(y))
         train, test = order[: len(y) // 2], order[len(y) // 2 :]
@@ -169,13 +171,28 @@ def _real(config: Config, methods: list[str], name: str) -> Part:
             coef, offset, seconds = _timed(method, Z[train], y[train])
             error = y[test] - Z[test] @ coef - offset
             variance = ((y[test] - y[test].mean()) ** 2).sum()
+            supports.append(coef != 0)
             records.append(
                 {
                     "data": name, "seed": seed, "method": method, "seconds": seconds,
                     "r2": float(1 - error @ error / variance), "nonzero": int((coef != 0).sum()),
                 }
             )  # fmt: skip
+    for method in methods:
+        mine = [i for i, r in enumerate(records) if r["method"] == method]
+        steady = _steadiness([supports[i] for i in mine])
+        for i in mine:
+            records[i]["steadiness"] = steady
     return Part(records, {}, checksum(X, y))
+
+
+def _steadiness(supports: list[NDArray[np.bool_]]) -> float | None:
+    """Return the mean over pairs of splits of the common share of their supports."""
+    shares = [
+        float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
+        for a, b in combinations(supports, 2)
+    ]
+    return statistics.fmean(shares) if shares else None
 
 
 def _diabetes() -> tuple[Array, Array]:
@@ -210,12 +227,31 @@ def cells(records: list[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...],
         cell: {
             method: {
                 m: statistics.median(r[m] for r in found)
-                for m in ("r2", "error", "f1", "seconds") if m in found[0]
+                for m in ("r2", "error", "f1", "nonzero", "steadiness", "seconds")
+                if found[0].get(m) is not None
             }
             for method, found in methods.items()
         }
         for cell, methods in groups.items()
     }  # fmt: skip
+
+
+def near_best(records: list[Record]) -> tuple[dict[str, int], int]:
+    """Return in how many designs each method is within 0.01 R^2 of the best, and of how many.
+
+    The designs are those with a sparse truth, n >= d/2 and noise.
+    """
+    chosen = [
+        r for r in records
+        if r.get("truth") == "sparse" and r["ratio"] >= 0.5 and r["snr"] < CLEAN
+    ]  # fmt: skip
+    found = cells(chosen, ("correlation", "ratio", "snr"))
+    counts = dict.fromkeys(dict.fromkeys(r["method"] for r in chosen), 0)
+    for methods in found.values():
+        best = max(m["r2"] for m in methods.values())
+        for name, m in methods.items():
+            counts[name] += m["r2"] >= best - NEAR
+    return counts, len(found)
 
 
 def verdicts(records: list[Record]) -> list[Verdict]:
@@ -237,6 +273,12 @@ def verdicts(records: list[Record]) -> list[Verdict]:
                 f"{mine} {where}; {leader} leads most often ({best.count(leader)})",
             ),
         ]
+    near, designs = near_best(records)
+    if designs:
+        named = ", ".join(f"{name} {count}" for name, count in near.items())
+        said.append(
+            (f"Sparse truth, n ≥ d/2, noise: within {NEAR} R² of the best, of {designs}", named)
+        )
     ratio = statistics.median(
         c[OURS]["seconds"] / c["lasso"]["seconds"] for c in cells(synthetic, keys).values()
     )
@@ -269,6 +311,8 @@ def table(records: list[Record]) -> list[Record]:
                     "test R²": m["r2"],
                     "relative error": m.get("error"),
                     "F1 of the support": m.get("f1") if truth == "sparse" else None,
+                    "non-zeros": m.get("nonzero"),
+                    "steadiness": m.get("steadiness"),
                     "seconds": m["seconds"],
                 }
             )
