@@ -230,10 +230,10 @@ def test_metadata_is_routed_to_the_splitter():
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"log_As": []}, "log_As"), ({"log_As": [np.inf]}, "log_As"), ({"ts": [0.0, 1.0]}, "ts"),
-     ({"ts": 0}, "'ts'"), ({"cv": 1}, "n_splits"), ({"shrinkages": [0.0]}, "between 0 and 1"),
+     ({"ts": 0}, "'ts'"), ({"cv": 1}, "n_splits"), ({"shrinkages": [0.0]}, "> 0 and < 1"),
      ({"zero_tols": []}, "zero_tols"), ({"zero_tols": [-0.1, 0.2]}, "zero_tols must be >= 0"),
      ({"zero_tols": [1.0]}, "zero_tols must be >= 0"),
-     ({"shrinkages": [1.0]}, "between 0 and 1"), ({"shrinkages": [[0.5]]}, "between 0 and 1"),
+     ({"shrinkages": [1.0]}, "> 0 and < 1"), ({"shrinkages": [[0.5]]}, "> 0 and < 1"),
      ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "give one of them")],
 )  # fmt: skip
 def test_bad_candidates_are_named(options, said):

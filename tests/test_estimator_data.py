@@ -199,9 +199,9 @@ def test_a_decay_that_would_be_switched_off_after_the_training_is_refused():
         lambda: RegressorCV(ts=[1.0, 2.0], decay=late).fit(X, y),
         lambda: mf.flow_path(X, y, ts=[1.0, 2.0], decay=late),
     ):
-        with pytest.raises(ValueError, match="after the training, which ends at t=2"):
+        with pytest.raises(ValueError, match="by t=2, where training ends"):
             call()
-    with pytest.raises(ValueError, match="has to be switched off"):
+    with pytest.raises(ValueError, match="must be switched off"):
         Regressor(interpolate=True, decay=mf.TurnOff(1.0, np.inf)).fit(X, y)
     assert Regressor(t=2, decay=mf.TurnOff(1.0, np.inf)).fit(X, y).log_A_ == -14
     with pytest.raises(TypeError, match="alpha must be a number"):

@@ -47,5 +47,5 @@ def test_rates_below_zero_and_other_schedules_are_refused():
         mf.MirrorFlowRegressor(decay=mf.Constant(-1.0)).fit(X, y)
     with pytest.raises(ValueError, match="decay"):
         mf.MirrorFlowRegressor(decay=mf.Linear(1.0, 0.0, 2.0)).fit(X, y)
-    with pytest.raises(ValueError, match="has to be switched off"):
+    with pytest.raises(ValueError, match="must be switched off"):
         mf.MirrorFlowRegressor(interpolate=True, decay=mf.Constant(1.0)).fit(X, y)

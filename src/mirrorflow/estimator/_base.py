@@ -109,10 +109,12 @@ def check_decay(decay: Decay, last: float) -> None:
     if rate < 0:
         raise ValueError(f"decay must have a rate >= 0, got {decay}")
     if np.isinf(end) and np.isinf(last):
-        raise ValueError(f"{decay}: with interpolate=True the decay has to be switched off")
+        raise ValueError(
+            f"decay must be switched off with interpolate=True, got {decay}. Use SwitchOff(rate, t)"
+        )
     if last < end < np.inf:
         raise ValueError(
-            f"{decay} would be switched off after the training, which ends at t={last:g}. "
+            f"decay must be switched off by t={last:g}, where training ends, got {decay}. "
             f"Constant({rate:g}) keeps it on"
         )
 
@@ -330,7 +332,7 @@ def weights_of(X: Any, sample_weight: Any) -> Any:
             sample_weight, X, dtype=np.float64, ensure_non_negative=True
         )
         if not sample_weight.sum() > 0:  # older scikit-learn lets them pass
-            raise ValueError("sample weights must not be zero everywhere")
+            raise ValueError("sample weights must have a positive sum, got 0. Leave them out")
     return sample_weight
 
 

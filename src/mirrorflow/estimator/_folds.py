@@ -222,11 +222,13 @@ def fold_weights(parts: Any, weights: Array) -> tuple[Array, Array]:
     for pair in parts:
         train, test = (np.bincount(np.arange(n)[part], minlength=n) * weights for part in pair)
         if not (train.sum() > 0 and test.sum() > 0):
-            said = "cv gives a fold without samples, or with none of weight > 0, on one side"
-            raise ValueError(said)
+            raise ValueError(
+                "each fold of cv must train and test on samples of weight > 0, got one without. "
+                "Take fewer folds"
+            )
         folds.append((train / train.sum(), test / test.sum()))
     if not folds:
-        raise ValueError("cv gives no fold")
+        raise ValueError("cv must give a fold, got none")
     train, test = (np.stack(side, axis=1) for side in zip(*folds, strict=True))
     return train, test
 

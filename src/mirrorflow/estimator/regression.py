@@ -199,7 +199,7 @@ class MirrorFlowRegressor(FlowRegressor):
         check_decay(self.decay, t)
         run = FlowPoint(float(self.log_A), t, self.decay, self.tol, self.zero_tol, self.refit)
         if self.interpolate and issparse(X):
-            raise ValueError("interpolate=True needs a dense X, got a sparse one")
+            raise ValueError("X must be dense with interpolate=True, got a sparse one")
         fitted = copy(self)  # an interrupted fit leaves self as it was
         X, y, sample_weight = validated(fitted, X, y, sample_weight)
         with small_on_one_thread(X.size):
@@ -482,7 +482,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
             routed = found["splitter"]["split"]
         elif params:
             names = ", ".join(params)
-            raise ValueError(f"{names} can be given only with enable_metadata_routing=True")
+            raise ValueError(f"enable_metadata_routing must be True to pass {names}, got False")
         weights = np.ones(len(y)) if sample_weight is None else sample_weight
         return fold_weights(splitter.split(X, y, **routed), weights)
 
