@@ -234,7 +234,7 @@ def test_metadata_is_routed_to_the_splitter():
      ({"zero_tols": []}, "zero_tols"), ({"zero_tols": [-0.1, 0.2]}, "zero_tols must be >= 0"),
      ({"zero_tols": [1.0]}, "zero_tols must be >= 0"),
      ({"shrinkages": [1.0]}, "> 0 and < 1"), ({"shrinkages": [[0.5]]}, "> 0 and < 1"),
-     ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "give one of them")],
+     ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "must be None or .. with decay")],
 )  # fmt: skip
 def test_bad_candidates_are_named(options, said):
     X, y, _ = problem()

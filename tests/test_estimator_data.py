@@ -257,5 +257,5 @@ def test_joblibs_context_is_heard():
 def test_a_fold_without_weight_is_refused():
     X, y = problem()
     weights = np.r_[np.zeros(20), np.ones(40)]
-    with pytest.raises(ValueError, match="weight > 0, on one side"):
+    with pytest.raises(ValueError, match="weight > 0, got one without"):
         RegressorCV(cv=KFold(3)).fit(X, y, sample_weight=weights)
