@@ -46,7 +46,7 @@ class Config(contract.Config):
         One problem and one unbalanced start each.
     """
 
-    n: int = Field(default=10, ge=1)
+    n: int = Field(default=16, ge=1)
     d: int = Field(default=30, ge=2)
     nonzeros: int = Field(default=3, ge=1)
     depths: tuple[int, ...] = Field(default=(2, 3, 4), min_length=1)
@@ -56,7 +56,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (a small problem), or five seeds of 10 x 30 (cpu and full)."""
+        """Return smoke (a small problem), or five seeds of 16 x 30 (cpu and full)."""
         if name == "smoke":
             return cls(n=4, d=8, nonzeros=1, decays=(0.0, -1.0), time=300.0, seeds=(0,))
         return cls()
@@ -143,14 +143,14 @@ def verdicts(records: list[Record]) -> list[Verdict]:
         max(float(r[key]) for r in records) for key in ("from the scaled start", "from argmin R_a")
     )
     error = _medians(records, "error")
-    fell = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
+    went = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
     return [
         (
             "Decay ends where a start scaled by eᵃ ends without decay, at every depth, to",
             f"{scaled:.0e} at most",
         ),
         ("It is argmin R_a with another clock, to", f"{predicted:.0e} at most"),
-        (f"From a = 0 to {least:g} the relative error falls from", fell),
+        (f"From a = 0 to {least:g} the relative error goes from", went),
         ("The paper", "gives up weight decay for products of 3 and more factors (Theorem D.2)"),
     ]
 
