@@ -71,8 +71,8 @@ class Config(contract.Config):
     """
 
     networks: tuple[Network, ...] = Field(default=get_args(Network), min_length=1)
-    images: str = "cifar10"
-    size: int = Field(default=16, ge=8)
+    images: str = "digits"
+    size: int = Field(default=8, ge=8)
     channels: int = Field(default=16, ge=1)
     text: str = "tiny_shakespeare"
     width: int = Field(default=64, ge=1)
@@ -93,13 +93,13 @@ class Config(contract.Config):
         """Return smoke (seconds), cpu (minutes), or full (wider, longer, for a GPU)."""
         if name == "smoke":
             return cls(
-                images="digits", size=8, channels=4, text="pydoc", width=16, layers=1, heads=2,
+                channels=4, text="pydoc", width=16, layers=1, heads=2,
                 length=16, cnn_batch=16, gpt_batch=4, steps=16, lr=1e-2, cuts=(0.5, 0.9), seeds=(0,)
             )  # fmt: skip
         if name == "full":
             return cls(
-                size=32, channels=64, width=384, layers=6, heads=6, length=256, cnn_batch=128,
-                gpt_batch=64, steps=5000, lr=1e-3,
+                images="cifar10", size=32, channels=64, width=384, layers=6, heads=6, length=256,
+                cnn_batch=128, gpt_batch=64, steps=5000, lr=1e-3,
             )  # fmt: skip
         return cls()
 
