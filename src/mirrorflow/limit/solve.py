@@ -2,6 +2,7 @@ r"""End points of training, computed without training: argmin {R_a(x) : Zx = y} 
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -32,6 +33,7 @@ SEVERITY = (
     Status.surrogate,
     Status.stalled,
     Status.max_steps,
+    Status.left_domain,
     Status.inconsistent,
 )
 
@@ -44,7 +46,7 @@ class LimitStats:
     ----------
     kkt : float or array
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
-        without coordinates that underflow.
+        without coordinates that underflow. NaN where the flow has left the domain.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
         of X, or squares of w, to rounding, and for `Inversion`, whose mirror map costs more than
         the solution, |x - primal(Z^T theta, a)| / |x| instead.
@@ -121,12 +123,14 @@ def limit(
           false.
         - ``inconsistent``: no x in the domain has Zx = y. If none at all has, ``value`` solves the
           problem for the y nearest to it in the range of Z, which is where training ends.
+        - ``left_domain``: on the way to y a coordinate comes to an edge where g is not smooth, as
+          0 for x = ``|u|``; training gets there, and R_a says nothing of what follows.
         - ``max_steps``, ``stalled``: ``value`` is the last iterate.
 
     Warns
     -----
     RuntimeWarning
-        For the last two kinds of status.
+        For the last three kinds of status, and for ``inconsistent``.
 
     Raises
     ------
@@ -291,6 +295,8 @@ def _status(point: DualPoint, consistent: bool, surrogate: bool) -> Status:
     """Return the status of one point."""
     if point.infeasible or not consistent:
         return Status.inconsistent
+    if point.left:
+        return Status.left_domain
     if not point.solved:
         return Status.max_steps if point.exhausted else Status.stalled
     if surrogate:
@@ -308,7 +314,10 @@ def _measure(
     """Measure every point against the problem as it was given."""
     size = length(y) or 1.0
     mus = [(constraints.back @ p.theta) @ Z for p in points]
-    kkt = [_kkt(*s, p.x, mu) for s, p, mu in zip(states, points, mus, strict=True)]
+    kkt = [
+        math.nan if p.left else _kkt(*s, p.x, mu)
+        for s, p, mu in zip(states, points, mus, strict=True)
+    ]
     return {
         "kkt": np.array(kkt),
         "residual": np.array([length(Z @ p.x - y) / size for p in points]),
