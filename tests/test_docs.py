@@ -148,6 +148,25 @@ def test_the_table_of_the_optimizers_is_what_is_stored():
     assert len(cells) == 30
 
 
+def test_the_table_of_the_depths_is_what_is_stored():
+    module = framework.load("beyond_depth")
+    (result,) = [
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    ]
+    rows = {(str(r["factors"]), r["a"]): r for r in module.table(result["records"])}
+    page = ROOT / "docs" / "beyond.md"
+    cells = printed(page, "| factors | a = 0")
+    for (factors, column), text in cells.items():
+        check(text, rows[factors, float(column.removeprefix("a = "))]["relative error"])
+    assert len(cells) == 15
+    largest = [
+        max(r[key] for r in result["records"])
+        for key in ("from the scaled start", "from argmin R_a")
+    ]
+    words = " ".join(page.read_text(encoding="utf-8").split())
+    assert f"by {largest[0]:.0e} at most, and from `limit` by {largest[1]:.0e}, over all" in words
+
+
 def test_the_table_of_the_cut_weights_is_what_is_stored():
     module = framework.load("beyond_pruning")
     (result,) = [

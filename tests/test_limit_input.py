@@ -279,8 +279,8 @@ def good():
         ({"Z": np.ones(3)}, ValueError, r"Z must have shape \(n, 3\)"),
         ({"Z": np.ones((2, 3, 1))}, ValueError, r"Z must have shape \(n, 3\)"),
         ({"Z": 1.0}, ValueError, r"Z must have shape \(n, 3\)"),
-        ({"y": np.ones(3)}, ValueError, r"y must have shape \(2,\) to fit Z, got \(3,\)"),
-        ({"y": np.ones((2, 1))}, ValueError, r"y must have shape \(2,\)"),
+        ({"y": np.ones(3)}, ValueError, r"y must have shape \(2,\) or \(2, m\) to fit Z, got \(3,"),
+        ({"y": np.ones((2, 1, 1))}, ValueError, r"y must have shape \(2,\)"),
         ({"y": 1.0}, ValueError, r"y must have shape \(2,\)"),
         ({"a": []}, ValueError, "a must be a number or a non-empty 1-d sequence"),
         ({"a": [[1.0]]}, ValueError, r"a must be a number .*, got shape \(1, 1\)"),
@@ -429,3 +429,38 @@ def test_targets_of_zero_along_a_path_are_single_solutions(g):
         np.testing.assert_allclose(x, expected, rtol=1e-9)
         assert np.abs(Z @ x).max() < 1e-11 * np.abs(x).max()
     assert (path.aux["theta"] - path.aux["theta"][0]).abs().max() < 1e-9
+
+
+# Several right-hand sides.
+
+
+@pytest.mark.parametrize("id", ("hadamard", "power", "matrix"))
+def test_columns_of_y_are_solved_as_one_by_one(id):
+    R, Z, y = rows_problem(id)
+    Y = np.stack([y, -0.5 * y, 2 * y], axis=1) if id != "matrix" else np.stack([y, 2 * y], axis=1)
+    sol = mf.limit(R, Z, Y, -0.5)
+    each = [mf.limit(R, Z, column, -0.5) for column in Y.T]
+    assert sol.value.shape == (Y.shape[1], *R.shape) and sol.status is each[0].status
+    for j, one in enumerate(each):
+        assert distance(sol.value[j], one.value) < 1e-10
+        assert distance(sol.aux["theta"][j], one.aux["theta"]) < 1e-8
+    assert sol.stats.residual.shape == (Y.shape[1],) and len(sol.aux["status"]) == Y.shape[1]
+
+
+def test_columns_take_one_a_for_each_coordinate():
+    R, Z, y = rows_problem("hadamard")
+    a = np.linspace(-1, 0, 9)
+    found = mf.limit(R, Z, np.stack([y, y], axis=1), a, per_coordinate=True)
+    one = mf.limit(R, Z, y, a, per_coordinate=True).value
+    assert found.value.shape == (2, 9) and distance(found.value[1], one) < 1e-10
+
+
+def test_columns_and_a_path_are_refused():
+    R, Z, y = rows_problem("hadamard")
+    Y = np.stack([y, y], axis=1)
+    with pytest.raises(ValueError, match=r"a must be one number.*Call once for each a"):
+        mf.limit(R, Z, Y, [-1.0, -2.0])
+    with pytest.raises(ValueError, match=r"y must have shape \(4,\) or \(4, m\)"):
+        mf.limit(R, Z, Y[:3], -1.0)
+    with pytest.raises(ValueError, match=r"y must have shape \(4,\) or \(4, m\)"):
+        mf.limit(R, Z, Y[:, :0], -1.0)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._devices import CPU, moved
 from ..regularizer import Regularizer, WeightDecay, require_pair
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ._homogeneity import homogeneity_degree
@@ -73,7 +74,8 @@ def check(
     (True, 4.0)
     """
     require_pair("check", g, h, w0)
-    whole = _double(w0)
+    g, h, sensing = (moved(value, CPU) for value in (g, h, sensing))
+    whole = _double(moved(w0, CPU))
     _require_finite(g, h, whole)
     _validate_sensing(sensing, g(whole).shape)
     probe = Probe(g, h, _sampled(g, h, whole), sensing, seed)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .._devices import CPU, device_of, loss_on, moved
 from .._loss import LeastSquares
 from .._solution import Path, Solution, Status
 from ..descent import Account, predicted_account
@@ -101,6 +102,7 @@ def flow(
     Returns
     -------
     Solution
+        On the device of w0; the flow is integrated on the CPU.
         ``value`` the final x. ``path``, of tensors: t and a (float64), x, mu, and in the view
         "parameters" w. ``status`` completed, diverged, left_domain or max_steps, with a
         RuntimeWarning unless completed: then the last row of the path, and ``value``, are the last
@@ -131,6 +133,8 @@ def flow(
     """
     _check_arguments(view, schedule, t_end, method, max_steps)
     require_pair("flow", g, h, w0)
+    device = device_of(w0)
+    loss, g, h, w0 = loss_on(loss, device), moved(g, CPU), moved(h, CPU), moved(w0, CPU)
     w0 = unflatten(flatten(w0).detach(), w0)
     if isinstance(loss, LeastSquares):
         loss.require(g(w0), "flow")
@@ -161,7 +165,7 @@ def flow(
     last = coordinates.path(np.array([run.now]), run.state[None], schedule)
     seconds = time.perf_counter() - begun
     stats = FlowStats(run.steps, run.evaluations, seconds, method, view, run.now)
-    return Solution(last.x[0], status, stats, path)
+    return moved(Solution(last.x[0], status, stats, path), device)
 
 
 def _account(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._devices import CPU, moved
 from ..conditions import Report, check
 from ..regularizer import Regularizer, Separable, WeightDecay, require_pair
 from ..reparam import (
@@ -57,7 +58,8 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     LegendreFunction
         In closed form where there is one, else `Inversion`; `RescaledFunction` for `WeightDecay`
         and a g that is homogeneous of another degree than 2, whose dual variable runs on the clock
-        nu = -int e^{(k-2) a} grad f dt.
+        nu = -int e^{(k-2) a} grad f dt. It is on the CPU, and so are the tensors of its maps;
+        `limit` and `flow` take those of any device.
 
     Raises
     ------
@@ -76,6 +78,7 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
     tensor([-10.6931, -10.6931, -10.6931], dtype=torch.float64)
     """
     require_pair("legendre", g, h, w0)
+    g, h, w0 = (moved(value, CPU) for value in (g, h, w0))
     own = g.closed_form(h, w0)
     if own is not None:
         return own

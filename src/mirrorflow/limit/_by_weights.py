@@ -20,6 +20,8 @@ ROUGH, TIGHT = 1e-4, 1e-11  # of the way to theta: tight where Newton's method f
 POLISH = 12  # Newton steps from there
 SETTLED = 1e-13  # residual that a step more does not improve
 NEAR = 5e-3  # relative change of w up to which four stages of Runge and Kutta follow the flow
+CLOSE, TURNED = 1e-3, 1e-2  # relative: states near each other, entries of velocities that count
+HALVINGS = 30  # of the way between two states, at the end of which they are one
 FEW = 12  # rows up to which one backward pass for each is faster than torch.func's batching
 (posv,) = get_lapack_funcs(("posv",), dtype=np.float64)
 
@@ -29,7 +31,8 @@ def solve_by_weights(
 ) -> DualPoint | None:
     r"""Solve Q x = b along a straight line of targets from the centre x_c.
 
-    None if the integration does not arrive.
+    None if the integration does not arrive. Where w comes to an edge at which its velocity turns
+    round, as at u = 0 for x = ``|u|``, the flow leaves the domain of R_a: the point is the edge's.
 
     The dual variable and the weights follow
 
@@ -51,6 +54,8 @@ def solve_by_weights(
             x, theta, residual, steps = found
             dual = clock * theta
             return DualPoint(x, dual, -dual, residual, steps=steps, vertex=False)
+        if weights.edge is not None:
+            return weights.at_edge(constraints.b, clock)
     return None
 
 
@@ -63,6 +68,7 @@ class _Weights:
         self.shape, self.dtype = g(like).shape, factors(like)[0].dtype
         self.rows = torch.from_numpy(Q).to(self.dtype).reshape(len(Q), *self.shape)
         self.ones = torch.ones(self.shape, dtype=self.dtype)
+        self.edge: tuple[Tensor, Array] | None = None  # w and theta where the velocity jumps
         self.pack = self.packed.pack
 
     def x(self, state: Tensor) -> Array:
@@ -73,14 +79,46 @@ class _Weights:
     def reach(self, start: Tensor, gap: Array, rtol: float) -> Array | None:
         """Return theta where Q x has moved by ``gap``, about; None where w ends before."""
         size = start.numel()
+        last: list[tuple[Array, Array]] = []
 
         def rhs(flat: Array) -> Array:
-            dw, dtheta = self.solve(torch.from_numpy(flat[:size]).reshape(start.shape), gap)
+            state = torch.from_numpy(flat[:size]).reshape(start.shape)
+            dw, dtheta = self.solve(state, gap)
+            here = flat[:size].copy(), dw
+            if self.edge is None and last and self._jumps(last.pop(), here, state, gap):
+                self.edge = state.clone(), flat[size:].copy()
+            last[:] = [here]
+            if self.edge is not None:
+                return np.full_like(flat, np.nan)  # at which the integration stops
             return np.concatenate([dw, dtheta])
 
         y = np.concatenate([start.reshape(-1).numpy(), np.zeros(len(gap))])
         end = advance(rhs, y, tuple(start.shape), rtol, rough=rtol == ROUGH)
         return None if end is None else end[size:]
+
+    def _jumps(
+        self, one: tuple[Array, Array], other: tuple[Array, Array], like: Tensor, gap: Array
+    ) -> bool:
+        """Return whether the velocity turns round between two states, however near they come."""
+        if not length(one[0] - other[0]) <= CLOSE * length(one[0]) or not _turned(one, other):
+            return False
+        for _ in range(HALVINGS):
+            w = (one[0] + other[0]) / 2
+            middle = w, self.solve(torch.from_numpy(w).reshape(like.shape), gap)[0]
+            if _turned(one, middle):
+                other = middle
+            elif _turned(middle, other):
+                one = middle
+            else:
+                return False
+        return True
+
+    def at_edge(self, b: Array, clock: float) -> DualPoint:
+        """Return the point where w came to an edge."""
+        assert self.edge is not None
+        x, dual = self.x(self.edge[0]), clock * self.edge[1]
+        residual = length(b - self.Q @ x) / (length(b) or 1.0)
+        return DualPoint(x, dual, -dual, residual, steps=0, vertex=False, left=True)
 
     def polish(
         self, start: Tensor, theta: Array, b: Array
@@ -157,6 +195,13 @@ class _Weights:
                 return torch.stack([flatten(pulled) for pulled in each])
             pulled = torch.autograd.grad(x, parts, self.rows, is_grads_batched=True)
         return torch.cat([p.reshape(len(self.Q), -1) for p in pulled], dim=1)
+
+
+def _turned(one: tuple[Array, Array], other: tuple[Array, Array]) -> bool:
+    """Return whether the velocities at two states have opposite signs where they are not small."""
+    least = TURNED * np.abs(one[1]).max(initial=0.0)
+    size = np.minimum(np.abs(one[1]), np.abs(other[1]))
+    return bool(((one[1] * other[1] < 0) & (size > least)).any())
 
 
 def _solve(gram: Array, gap: Array) -> Array:

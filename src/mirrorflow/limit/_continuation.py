@@ -44,6 +44,7 @@ class DualPoint:
     vertex: bool
     infeasible: bool = False
     exhausted: bool = False  # the limit on steps was reached
+    left: bool = False  # on the way w came to the edge of where g is smooth
     tolerance: float = GOOD
 
     @property

@@ -2,6 +2,7 @@ r"""End points of training, computed without training: argmin {R_a(x) : Zx = y} 
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._devices import CPU, device_of, moved
 from .._solution import Solution, Status
 from .._threads import one_pool, small_on_one_thread
 from ..legendre import LegendreFunction
@@ -31,19 +33,20 @@ SEVERITY = (
     Status.surrogate,
     Status.stalled,
     Status.max_steps,
+    Status.left_domain,
     Status.inconsistent,
 )
 
 
 @dataclass(frozen=True)
 class LimitStats:
-    """Measurements of `limit`; along a path, arrays with one entry per ``a`` (except seconds).
+    """Measurements of `limit`; for several points, arrays with an entry for each (except seconds).
 
     Attributes
     ----------
     kkt : float or array
         max |mirror(x, a) - Z^T theta|: how far x is from optimal, in units of the dual variable,
-        without coordinates that underflow.
+        without coordinates that underflow. NaN where the flow has left the domain.
         For `MatrixEntropy` and `QuadraticEntropy`, whose mirror maps lose the small eigenvalues
         of X, or squares of w, to rounding, and for `Inversion`, whose mirror map costs more than
         the solution, |x - primal(Z^T theta, a)| / |x| instead.
@@ -87,9 +90,10 @@ def limit(
     R : LegendreFunction
         From `legendre`.
     Z : Tensor or array of shape ``(n, *R.shape)``
-        The measurements; rows may be dependent. For `MatrixEntropy` their symmetric parts count.
-    y : Tensor or array of shape (n,)
-        The targets.
+        The measurements, on any device; rows may be dependent. For `MatrixEntropy` their symmetric
+        parts count.
+    y : Tensor or array of shape (n,) or (n, m)
+        The targets; a column for each of m problems, which are solved one by one.
     a : float, 1-d sequence of k floats, or array of shape R.shape
         The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
         the cost of a few single solves where all coordinates decay at the same rate. With
@@ -106,9 +110,10 @@ def limit(
     Returns
     -------
     Solution
-        ``value`` x, of shape R.shape, or ``(k, *R.shape)`` for a path; ``stats`` a `LimitStats`;
-        ``aux["theta"]`` the dual variable, (n,) or (k, n); for a path ``aux["status"]`` is the
-        list of statuses and ``status`` is the worst of them.
+        ``value`` x, of shape R.shape, or ``(k, *R.shape)`` for a path and ``(m, *R.shape)`` for m
+        columns, on the device of Z; ``stats`` a `LimitStats`; ``aux["theta"]`` the dual variable,
+        (n,), (k, n) or (m, n); for several points ``aux["status"]`` is the list of statuses and
+        ``status`` is the worst of them.
 
         - ``converged``: x solves the problem.
         - ``vertex``: so it does, and it is the limit for a -> -inf, to 1e-13 if no coordinate of it
@@ -118,12 +123,14 @@ def limit(
           false.
         - ``inconsistent``: no x in the domain has Zx = y. If none at all has, ``value`` solves the
           problem for the y nearest to it in the range of Z, which is where training ends.
+        - ``left_domain``: on the way to y a coordinate comes to an edge where g is not smooth, as
+          0 for x = ``|u|``; training gets there, and R_a says nothing of what follows.
         - ``max_steps``, ``stalled``: ``value`` is the last iterate.
 
     Warns
     -----
     RuntimeWarning
-        For the last two kinds of status.
+        For the last three kinds of status, and for ``inconsistent``.
 
     Raises
     ------
@@ -152,32 +159,75 @@ def limit(
         raise TypeError(f"R must be a LegendreFunction, got {type(R)}. Make one by mf.legendre.")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps}")
-    Zs, ys = measurements(R, Z, y)
+    R = moved(R, CPU)
+    Zs, ys = measurements(R, Z, y, several=True)
     at, single = _amounts(R, a, per_coordinate)
+    if ys.ndim == 2 and not single:
+        raise ValueError(
+            f"a must be one number, or one for each coordinate, for y of shape {ys.shape}, got "
+            f"{len(at)} of them. Call once for each a."
+        )
+    columns = [ys] if ys.ndim == 1 else list(ys.T)
     # Trial points may overflow; what is kept is checked.
     with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size):
         states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
-        points, constraints = _solve(states, Zs, ys, max_steps)
-        statuses = _statuses(points, constraints, R.describes_training(Zs))
-        stats = _measure(states, Zs, ys, constraints, points, single, started)
+        exact = R.describes_training(Zs)
+        ends = [_ends(states, Zs, column, max_steps, exact) for column in columns]
+    return moved(_solution(R, ends, single and ys.ndim == 1, started), device_of(Z))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The end points of one right-hand side, a row for each a."""
+
+    x: Array
+    theta: Array
+    statuses: list[Status]
+    measured: dict[str, Array]
+
+
+def _ends(
+    states: Sequence[tuple[LegendreFunction, float]],
+    Z: Array,
+    y: Array,
+    max_steps: int,
+    exact: bool,
+) -> _Ends:
+    """Solve and measure for one right-hand side."""
+    points, constraints = _solve(states, Z, y, max_steps)
+    x, theta = (np.stack(rows) for rows in ([p.x for p in points], [p.theta for p in points]))
+    statuses = [_status(p, constraints.consistent, not exact) for p in points]
+    measured = _measure(states, Z, y, constraints, points)
+    return _Ends(x, theta @ constraints.back.T, statuses, measured)
+
+
+def _solution(R: LegendreFunction, ends: list[_Ends], single: bool, started: float) -> Solution:
+    """Return the end points as a result, with a warning where some are not what was asked for."""
+    statuses = [status for end in ends for status in end.statuses]
+    measured = {key: np.concatenate([e.measured[key] for e in ends]) for key in ends[0].measured}
+    if single:
+        measured = {key: values[0].item() for key, values in measured.items()}
+    stats = LimitStats(**measured, seconds=time.perf_counter() - started)
     _warn(statuses, stats)
-    x = np.stack([p.x for p in points]).reshape(len(at), *R.shape)
-    theta = np.stack([constraints.back @ p.theta for p in points])
-    value, dual = torch.from_numpy(x).to(R.dtype), torch.from_numpy(theta).to(R.dtype)
+    x, theta = (np.concatenate(rows) for rows in ([e.x for e in ends], [e.theta for e in ends]))
+    value = torch.from_numpy(x.reshape(len(x), *R.shape)).to(R.dtype)
+    dual = torch.from_numpy(theta).to(R.dtype)
     if single:
         return Solution(value[0], statuses[0], stats, aux={"theta": dual[0]})
     worst = max(statuses, key=SEVERITY.index)
     return Solution(value, worst, stats, aux={"theta": dual, "status": statuses})
 
 
-def measurements(R: LegendreFunction, Z: Any, y: Any) -> tuple[Array, Array]:
-    """Return Z (n, d) and y (n,)."""
+def measurements(R: LegendreFunction, Z: Any, y: Any, several: bool = False) -> tuple[Array, Array]:
+    """Return Z (n, d) and y (n,), or (n, m) if it may hold ``several`` right-hand sides."""
     Zs, ys = finite_array("Z", Z), finite_array("y", y)
     if Zs.ndim == 0 or Zs.shape[1:] != tuple(R.shape):
         dims = "".join(f", {m}" for m in R.shape)
         raise ValueError(f"Z must have shape (n{dims}) to fit R, got {Zs.shape}")
-    if ys.shape != Zs.shape[:1]:
-        raise ValueError(f"y must have shape {Zs.shape[:1]} to fit Z, got {ys.shape}")
+    columns = several and ys.ndim == 2 and ys.size
+    if ys.shape[:1] != Zs.shape[:1] or not (ys.ndim == 1 or columns):
+        also = f" or ({len(Zs)}, m)" if several else ""
+        raise ValueError(f"y must have shape {Zs.shape[:1]}{also} to fit Z, got {ys.shape}")
     return Zs.reshape(len(ys), R.shape.numel()), ys
 
 
@@ -241,15 +291,12 @@ def _solve(
     return points, constraints
 
 
-def _statuses(points: list[DualPoint], constraints: Constraints, exact: bool) -> list[Status]:
-    """Return the status of each point."""
-    return [_status(p, constraints.consistent, not exact) for p in points]
-
-
 def _status(point: DualPoint, consistent: bool, surrogate: bool) -> Status:
     """Return the status of one point."""
     if point.infeasible or not consistent:
         return Status.inconsistent
+    if point.left:
+        return Status.left_domain
     if not point.solved:
         return Status.max_steps if point.exhausted else Status.stalled
     if surrogate:
@@ -263,20 +310,22 @@ def _measure(
     y: Array,
     constraints: Constraints,
     points: list[DualPoint],
-    single: bool,
-    started: float,
-) -> LimitStats:
+) -> dict[str, Array]:
     """Measure every point against the problem as it was given."""
     size = length(y) or 1.0
-    residual = np.array([length(Z @ p.x - y) / size for p in points])
     mus = [(constraints.back @ p.theta) @ Z for p in points]
-    kkt = np.array([_kkt(*s, p.x, mu) for s, p, mu in zip(states, points, mus, strict=True)])
-    gap = np.array([_gap(R, Z, p, constraints) for (R, _), p in zip(states, points, strict=True)])
-    steps = np.array([p.steps for p in points])
-    seconds = time.perf_counter() - started
-    if single:
-        return LimitStats(float(kkt[0]), float(residual[0]), float(gap[0]), int(steps[0]), seconds)
-    return LimitStats(kkt, residual, gap, steps, seconds)
+    kkt = [
+        math.nan if p.left else _kkt(*s, p.x, mu)
+        for s, p, mu in zip(states, points, mus, strict=True)
+    ]
+    return {
+        "kkt": np.array(kkt),
+        "residual": np.array([length(Z @ p.x - y) / size for p in points]),
+        "gap": np.array(
+            [_gap(R, Z, p, constraints) for (R, _), p in zip(states, points, strict=True)]
+        ),
+        "steps": np.array([p.steps for p in points]),
+    }
 
 
 def _kkt(R: LegendreFunction, a: float, x: Array, mu: Array) -> float:
@@ -307,4 +356,4 @@ def _warn(statuses: list[Status], stats: LimitStats) -> None:
         worst = float(np.max(stats.residual))
         which = f" ({count} of {len(statuses)} points)" if len(statuses) > 1 else ""
         message = f"limit: {status.value}{which}; relative residual {worst:.1e}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ class _Products(Reparam):
 
     elementwise = True
     alike = True
+    takes_arrays = True
 
     def penalty_advice(self, h: Any, mixed: bool) -> str:
         """Return what commutes with a product: for more than two factors, up to a clock."""
@@ -34,7 +37,6 @@ class _Products(Reparam):
 class Hadamard(_Products):
     """x = m * w, the diagonal linear network (Section 4)."""
 
-    takes_arrays = True
     names = ("m", "w")
 
     def __call__(self, w: Parameters) -> Tensor:
@@ -65,13 +67,13 @@ class Depth(_Products):
 
     def __call__(self, w: Parameters) -> Tensor:
         """Multiply all factors."""
-        return torch.stack(factors(w)).prod(0)
+        return reduce(operator.mul, factors(w))
 
     def pullback(self, w: Parameters, dx: Tensor) -> Parameters:
         """Return dx times the product of the other factors, without dividing by one that is 0."""
         parts = factors(w)
-        others = (torch.stack(parts[:i] + parts[i + 1 :]).prod(0) for i in range(self.k))
-        return tuple(o * dx for o in others)
+        others = (parts[:i] + parts[i + 1 :] for i in range(self.k))
+        return tuple(reduce(operator.mul, other) * dx for other in others)
 
     def __repr__(self) -> str:
         """Show the number of factors."""

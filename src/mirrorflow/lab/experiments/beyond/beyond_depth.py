@@ -40,12 +40,13 @@ class Config(contract.Config):
     decays : tuple of float
         The a at the switch-off, <= 0.
     time : float
-        How long the flow goes on after the switch-off, in units of its clock e^{(k-2) a}.
+        How long the flow goes on after the switch-off, in units of e^{(2-2k) a}: decay leaves its
+        speed J J^T, of the zeros of the truth, at e^{(2k-2) a} of what it was.
     seeds : tuple of int
         One problem and one unbalanced start each.
     """
 
-    n: int = Field(default=10, ge=1)
+    n: int = Field(default=16, ge=1)
     d: int = Field(default=30, ge=2)
     nonzeros: int = Field(default=3, ge=1)
     depths: tuple[int, ...] = Field(default=(2, 3, 4), min_length=1)
@@ -55,7 +56,7 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (a small problem), or five seeds of 10 x 30 (cpu and full)."""
+        """Return smoke (a small problem), or five seeds of 16 x 30 (cpu and full)."""
         if name == "smoke":
             return cls(n=4, d=8, nonzeros=1, decays=(0.0, -1.0), time=300.0, seeds=(0,))
         return cls()
@@ -86,10 +87,13 @@ def _one(config: Config, k: int, a: float, seed: int) -> tuple[Record, dict[str,
     Z, truth, start = _problem(config, seed)
     y, w0 = Z @ truth, tuple(start[:k])
     g, h, loss = mf.Depth(k), mf.WeightDecay(), mf.LeastSquares(Z, y)
-    after = config.time * math.exp(-(k - 2) * a)  # after the switch-off d nu = e^{(k-2) a} dmu
+    after = config.time * math.exp((2 - 2 * k) * a)
+    stop = SWITCH + after
 
     def end(w: Any, schedule: mf.Schedule) -> Tensor:
-        return mf.flow(loss, g, h, w, schedule, SWITCH + after, rtol=1e-10).value
+        # Coordinates differ in speed by e^{(2k-2) a}: a stiff flow, which DOP853 does not end.
+        stiff: Any = {"rtol": 1e-10, "method": "LSODA", "save_at": [stop]}
+        return mf.flow(loss, g, h, w, schedule, stop, **stiff).value
 
     x = end(w0, mf.SwitchOff(-a / SWITCH, SWITCH))
     scaled = end(tuple(math.exp(a) * w for w in w0), mf.Constant(0.0))
@@ -139,14 +143,14 @@ def verdicts(records: list[Record]) -> list[Verdict]:
         max(float(r[key]) for r in records) for key in ("from the scaled start", "from argmin R_a")
     )
     error = _medians(records, "error")
-    fell = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
+    went = ", ".join(f"{of[0.0]:.2g} to {of[least]:.2g} ({k} factors)" for k, of in error.items())
     return [
         (
             "Decay ends where a start scaled by eᵃ ends without decay, at every depth, to",
             f"{scaled:.0e} at most",
         ),
         ("It is argmin R_a with another clock, to", f"{predicted:.0e} at most"),
-        (f"From a = 0 to {least:g} the relative error falls from", fell),
+        (f"From a = 0 to {least:g} the relative error goes from", went),
         ("The paper", "gives up weight decay for products of 3 and more factors (Theorem D.2)"),
     ]
 
