@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checkpoint_files import files_of, reader
 from ._configuration import adapter_config, object_of, require_adapter
 from ._discovery import lora
 from ._patterns import Patterns
-from .audit import PREFIX, Checkpoint, files_of, reader
+from ._torch_weights import METADATA, PICKLED
+from .audit import PREFIX, Checkpoint
 from .pairs import Factor, Found, Pair, clean
 from .truncation import RankChoice, TruncatedProduct, Truncation, distance, truncated_product
 
@@ -55,6 +57,11 @@ class AdapterFile:
             names = ", ".join(file.name for file in files[:3])
             raise ValueError(f"{path} must hold one adapter, got {names}. Name one of the files.")
         self.source, self.file = path, files[0]
+        if self.file.suffix in PICKLED or self.file.name == METADATA:
+            raise ValueError(
+                f"{self.file} must be a safetensors file to be truncated. Save the adapter with "
+                "save_pretrained, or with safetensors.torch.save_file(state_dict, file)."
+            )
         self._checkpoint = Checkpoint(path)
         self._shapes = self._checkpoint.shapes
         self._config = adapter_config(self.file.parent / CONFIG)

@@ -10,21 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ._configuration import (
-    adapter_config,
-    json_of,
-    model_config,
-    require_plain,
-    scale_patterns,
-    shard_name,
-)
+from ._checkpoint_files import adapters_below, files_of, reader, shards_left_out
+from ._configuration import adapter_config, model_config, scale_patterns
 from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows
 from .pairs import Adapter, Factor, Found, Named, Pair, checked, choose, clean, named, nothing_found
 from .records import Measurement
 
-__all__ = ["adapters_below", "audit", "files_of", "heads", "part_of", "reader"]
+__all__ = ["audit", "heads", "part_of"]
 
 READABLE = ("F64", "F32", "F16", "BF16")
 PREFIX = "base_model.model."  # PEFT writes it before the names that its patterns are matched with
@@ -47,12 +41,16 @@ def audit(
     product that needs a square matrix of more than 32,768 rows is not measured, and listed with
     that reason. The number of heads comes from ``config.json``, LoRA's scale from
     ``adapter_config.json``, where they lie beside the weights, or in files of kohya's scripts
-    (``lora_down``, ``lora_up``) from their ``alpha``.
+    (``lora_down``, ``lora_up``) from their ``alpha``. Files of ``torch.save`` and folders of
+    ``torch.distributed.checkpoint`` are read without running anything in them, weight by weight,
+    old files of torch (before 1.6) as a whole.
 
     Parameters
     ----------
     path : str or Path
-        A safetensors file; a Hugging Face folder, sharded or not; a LoRA adapter.
+        A safetensors file; a Hugging Face folder, sharded or not; a LoRA adapter; a file of
+        ``torch.save`` (``.bin``, ``.pt``, ``.pth``, ``.ckpt``); a folder of
+        ``torch.distributed.checkpoint.save``.
     level, pairs, match, values
         As for `SpectralTracker`; `pairs` takes the names in the file.
 
@@ -90,9 +88,11 @@ def audit(
             raise ValueError(f"pair {pair.name!r}: {large}. Take a part of its rows by [a:b].")
     chosen = (*found.pairs, *own)
     if not chosen:
-        raise ValueError(nothing_found(str(path), found.skipped, "audit"))
+        reasons = (*found.skipped, *((str(path), note) for note in checkpoint.notes))
+        raise ValueError(nothing_found(str(path), reasons, "audit"))
     skipped = (*found.skipped, *adapters_below(Path(path)))
-    return Measurement(measure(chosen, checkpoint.load, level, batch=0), skipped)
+    records = measure(chosen, checkpoint.load, level, batch=0)
+    return Measurement(records, skipped, checkpoint.notes)
 
 
 def _too_large(pair: Pair) -> str:
@@ -111,7 +111,9 @@ class Checkpoint:
         self._files: dict[str, tuple[Path, str]] = {}
         self._types: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file, names in files_of(path).items():
+        files = files_of(path)
+        self.notes = shards_left_out(files)
+        for file, names in files.items():
             self._list(file, names)
         self._config = model_config(folder / "config.json")
         self._adapter = adapter_config(file := folder / "adapter_config.json")
@@ -312,95 +314,3 @@ def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST:
             return value
     return None
-
-
-# The files of a checkpoint on disk: which there are, and how they are opened, or what is wrong.
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SAVE = "save it with save_pretrained(..., safe_serialization=True) or safetensors.torch"
-GGUF = (
-    "a GGUF file, whose weights are quantized in blocks: load it, as in transformers with "
-    "from_pretrained(..., gguf_file=...), and measure it by SpectralTracker(model, frozen=True)"
-)
-
-
-def reader() -> Any:
-    """Return a function that opens a safetensors file, with errors that help."""
-    from safetensors import SafetensorError, safe_open
-
-    def open_file(file: Path) -> Any:
-        try:
-            require_plain(file)
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged, or no safetensors file ({error}): save or download it again"
-            ) from error
-        except FileNotFoundError:
-            raise  # with its name
-        except OSError as error:
-            raise OSError(f"{file} cannot be read: {error}") from error
-
-    return open_file
-
-
-def files_of(path: Path) -> dict[Path, set[str] | None]:
-    """Find the safetensors files of a checkpoint, each with the names an index expects in it."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file() and path.name.endswith(".index.json"):
-        return _indexed(path)
-    if path.is_file():
-        if path.suffix in PICKLED:
-            raise ValueError(f"{path} is a pickle, which can run code: {SAVE}")
-        if path.suffix == ".gguf":
-            raise ValueError(f"{path} is {GGUF}")
-        return {path: None}
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        return _indexed(indices[0])
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no safetensors file{_instead(path)}")
-    return dict.fromkeys(files)
-
-
-def _instead(folder: Path) -> str:
-    """Say what a folder without safetensors files has, and what to do."""
-    held = sorted(folder.iterdir())
-    if pickles := [file.name for file in held if file.suffix in PICKLED]:
-        return f", only {pickles[0]}: {SAVE}"
-    if quantized := [file.name for file in held if file.suffix == ".gguf"]:
-        return f", only {quantized[0]}, {GGUF}"
-    if below := [file.name for file in held if file.is_dir() and any(file.glob("*.safetensors"))]:
-        more = ", ..." if len(below) > 3 else ""
-        return f", but there are some in {', '.join(below[:3])}{more}: name one of these folders"
-    return ""
-
-
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    """Read which shard holds which weight."""
-    shards: dict[Path, set[str] | None] = {}
-    weights = json_of(index).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} has no weight_map: it is not an index of a sharded checkpoint")
-    for name, shard in weights.items():
-        names = shards.setdefault(index.parent / shard_name(index, shard), set())
-        assert names is not None
-        names.add(name)
-    for shard in shards:
-        if not shard.exists():
-            raise FileNotFoundError(f"{shard} is missing: {index.name} names it")
-    return shards
-
-
-def adapters_below(path: Path) -> tuple[tuple[str, str], ...]:
-    """List the folders of further adapters, as PEFT saves them below the first's."""
-    if not (path.is_dir() and (path / "adapter_config.json").exists()):
-        return ()
-    below = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
-    return tuple(
-        (name, "another adapter, in a folder of its own: audit that")
-        for name in below
-        if not re.fullmatch(r"checkpoint-\d+", name)  # the Trainer's, of the same adapter
-    )
