@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from ._checkpoint_files import adapters_below, files_of, reader, shards_left_out
-from ._configuration import adapter_config, model_config, scale_patterns
+from ._configuration import (
+    HEADER,
+    adapter_config,
+    model_config,
+    packed_configurations,
+    scale_patterns,
+    start_notes,
+)
 from ._discovery import find
 from ._measurement import measure
+from ._quantized import method
 from ._shards import Rows
 from .pairs import Adapter, Factor, Found, Named, Pair, checked, choose, clean, named, nothing_found
 from .records import Measurement
@@ -108,9 +117,11 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else path.parent
         self._open = reader()
+        self._header: dict[str, str] = {}
         self._files: dict[str, tuple[Path, str]] = {}
         self._types: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.doubled: set[str] = set()
         files = files_of(path)
         self.notes = shards_left_out(files)
         for file, names in files.items():
@@ -118,20 +129,27 @@ class Checkpoint:
         self._config = model_config(folder / "config.json")
         self._adapter = adapter_config(file := folder / "adapter_config.json")
         self._alphas = scale_patterns(self._adapter, file)
+        self._packed = packed_configurations(self._header)
 
     def _list(self, file: Path, names: set[str] | None) -> None:
         """List the weights of a file; ``names`` are those that an index expects there."""
         with self._open(file) as content:
             present = set(content.keys())
+            self._header = {**self._header, **(content.metadata() or {})}
             if names and (missing := sorted(names - present)):
                 raise ValueError(f"{file} lacks {missing[0]}, which the index names: save it again")
             if long := next((name for name in present if len(name) > NAME), ""):
                 raise ValueError(
                     f"{file} must name weights in at most {NAME} characters, got {long[:40]}..."
                 )
-            for name in sorted(names or present, key=_natural):
+            chosen = names or present
+            counts = Counter(map(clean, chosen))
+            for name in sorted(chosen, key=_natural):
                 part = content.get_slice(name)
                 key = clean(name)
+                if counts[key] > 1:  # x and _orig_mod.x: the others keep their names
+                    self.doubled |= {key, name}
+                    key = key if key in chosen and name == key else name
                 if (other := self._files.get(key, (file, ""))[0]) != file:
                     raise ValueError(
                         f"{other} and {file.name} both hold {name}, and no index tells which is "
@@ -140,6 +158,11 @@ class Checkpoint:
                 self._files[key] = (file, name)
                 self._types[key] = part.get_dtype()
                 self.shapes[key] = tuple(part.get_shape())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names in the files, by the cleaned ones."""
+        return {key: name for key, (_, name) in self._files.items()}
 
     def load(self, factor: Factor) -> Tensor | Rows:
         """Read the rows of a factor, and nothing else; the file is closed again."""
@@ -161,7 +184,10 @@ class Checkpoint:
         for pair in found.pairs:
             kinds = {self._types[factor.key] for factor in (pair.left, pair.right)}
             if not kinds <= set(READABLE):
-                skipped.append((pair.label, f"stored as {', '.join(sorted(kinds))}: quantized"))
+                stored = f"stored as {', '.join(sorted(kinds))}: quantized"
+                by = {method(factor.key, self.shapes) for factor in (pair.left, pair.right)}
+                how = f" ({', '.join(sorted(by - {''}))})" if by - {""} else ""
+                skipped.append((pair.label, f"{stored}{how}"))
             elif large := _too_large(pair):
                 skipped.append((pair.label, large))
             else:
@@ -193,18 +219,43 @@ class Checkpoint:
         is_llama = str(config.get("model_type", "")).startswith("llama4")
         return is_llama and bool(config.get("use_qk_norm")) and bool(turned)
 
-    def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Compute LoRA's scale from adapter_config.json, or kohya's alpha in the file."""
-        config = self._adapter
-        if f"{module}.alpha" in self._files:
-            return Adapter(self._number(f"{module}.alpha") / rank)
-        if "lora_alpha" not in config:
-            return Adapter(1.0, (self._unscaled(module),))
+    def adapter(self, module: str, name: str, rank: int, alphas: Sequence[str] = ()) -> Adapter:
+        """Compute LoRA's scale from its alpha in the file, a configuration, or the header."""
+        config, plain = self._adapter, clean(f"{module}.").removesuffix(".")
+        for key in alphas:
+            if key in self._files:
+                return Adapter(self._number(key) / rank)
         for target in config.get("target_parameters") or ():
             if module.endswith(target.rpartition(".")[0]):
                 return Adapter(1.0, skip="LoRA on stacked experts is not one product")
-        alpha = self._alphas.value(module.removeprefix(PREFIX), config["lora_alpha"])
-        return Adapter(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
+        if "lora_alpha" in config:
+            alpha = self._alphas.value(plain.removeprefix(PREFIX), config["lora_alpha"])
+            return Adapter(self._divided(alpha, rank, config), self._starts(config))
+        if "scale" in (mlx := config.get("lora_parameters") or {}):
+            return Adapter(float(mlx["scale"]) * float(mlx.get("alpha", rank)) / rank)
+        return self._by_header(plain, rank) or Adapter(1.0, (self._unscaled(module),))
+
+    @staticmethod
+    def _divided(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+        """Return alpha / r, or alpha / sqrt(r)."""
+        return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+    @staticmethod
+    def _starts(config: Mapping[str, Any]) -> tuple[str, ...]:
+        return start_notes([config.get("init_lora_weights")])
+
+    def _by_header(self, module: str, rank: int) -> Adapter | None:
+        """Return the scale by the safetensors header; None where it says nothing."""
+        for part, config in self._packed.items():
+            if "lora_alpha" in config and (not part or module.startswith(f"{part}.")):
+                inside = module.removeprefix(f"{part}.") if part else module
+                alphas = scale_patterns(config, HEADER)
+                alpha = alphas.value(inside, config["lora_alpha"])
+                return Adapter(self._divided(alpha, rank, config), self._starts(config))
+        for key in ("network_alpha", "ss_network_alpha"):
+            if (alpha := _float(self._header.get(key))) is not None:
+                return Adapter(alpha / rank, (f"its alpha is {key} of the file's header",))
+        return None
 
     def _unscaled(self, module: str) -> str:
         if f"{module}.lora_down.weight" in self._files:
@@ -222,6 +273,15 @@ class Checkpoint:
         if not isfinite(found):
             raise ValueError(f"{file}: {name} must be a finite number, got {found}. Save it again.")
         return found
+
+
+def _float(text: Any) -> float | None:
+    """Return the finite number that a text of a header is; None where it is none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if isfinite(value) else None
 
 
 def _natural(name: str) -> list[Any]:
