@@ -58,7 +58,7 @@ ALLOWED = {
         "the package",
     ),
     "lab.sweep": ("lab.framework",),
-    "lab.report": (),
+    "lab.report": ("_html",),
     "cli": (
         "lab.framework",
         "lab.report",

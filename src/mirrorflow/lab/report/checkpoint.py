@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..._html import page_style
 from ._policy import inline, policy
 from .page import (
     MARK,
     _charts_script,
     _data,
     _fill,
-    _resource,
     _responsive,
     _table,
     _written,
@@ -75,7 +75,7 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
         policy=escape(policy([MARK, script])),
         mark=MARK,
         version=escape(version),
-        css=_resource("page.css"),
+        css=page_style(),
         source=escape(source),
         lead=escape(_lead(content)),
         charts="".join(
