@@ -217,23 +217,20 @@ def verdicts(records: list[Record]) -> list[Verdict]:
     off, bound = _over_optimizers(records, "off"), _over_optimizers(records, "at a bound")
     swing, first = _over_optimizers(records, "swing"), _over_optimizers(records, "first within 5%")
     best = min(off, key=off.__getitem__)
-    said = [
+    nearest = (
+        "The gain that ends nearest to its targets, in multiples of the rate to begin with, and "
+        "how far off the ratio is in the last third",
+        f"{best:g}: {off[best]:.1%}",
+    )
+    others = [
         (
-            "The gain that ends nearest to its targets, in multiples of the decay to begin with, "
-            "and how far off the ratio is in the last third",
-            f"{best:g}: {off[best]:.1%}",
+            f"Gain {gain:g}: off the target, at a bound, change of the rate between measurements "
+            "(in rates to begin with), and the measurement that is within 5%",
+            f"{off[gain]:.1%}, {bound[gain]:.0%}, {swing[gain]:.2g}, {first[gain]:.0f}",
         )
+        for gain in off
     ]
-    for gain in off:
-        said.append(
-            (
-                f"Gain {gain:g}: how far the ratio is off in the last third, how often the rate is "
-                "at a bound, how much it changes from one measurement to the next in multiples of "
-                "the decay to begin with, and the measurement at which 5% is reached",
-                f"{off[gain]:.1%}, {bound[gain]:.0%}, {swing[gain]:.2g}, {first[gain]:.0f}",
-            )
-        )
-    return said
+    return [nearest, *others]
 
 
 COLUMNS = {
@@ -273,8 +270,10 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
                 markersize=5,
             )  # fmt: skip
         axis.set(xlabel="gain, in multiples of the decay to begin with", ylabel=title)
+        gains = list(_over_optimizers(records, key))
         axis.set_xscale("log", base=4)
-        axis.set_yscale("symlog" if key == "swing" else "linear")
+        axis.set_xticks(gains, [f"{gain:g}" for gain in gains])
+        axis.set_yscale("log" if key == "swing" else "linear")
         axis.grid(alpha=0.25)
     figure.axes[0].legend(title=None)
     return figure
