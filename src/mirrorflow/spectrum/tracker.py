@@ -119,7 +119,18 @@ class SpectralTracker:
         self._links = self._linked()
         if not self.pairs:
             reasons = (*skipped, *((pair.label, "frozen: pass frozen=True") for pair in still))
+            reasons += self._elsewhere()
             raise ValueError(nothing_found(type(model).__name__, reasons, "SpectralTracker"))
+
+    def _elsewhere(self) -> tuple[tuple[str, str], ...]:
+        """Return a weight that ZeRO-3 has divided, with what to do."""
+        weights = ((key, self.weight(key)) for key in self._places)
+        away = [key for key, weight in weights if hasattr(weight, "ds_shape") and not len(weight)]
+        what = (
+            "ZeRO-3 has divided the weights between processes: make the tracker, and measure, "
+            "within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+        return tuple((key, what) for key in away[:1])
 
     def measure(self) -> Measurement:
         """Measure every pair now.
