@@ -19,8 +19,8 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture schedule sche
 
 # Two installs into one .venv at the same time would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow fuzz test-browser test-machines $(MACHINES) test-lowest lint bench docs \
-	wheel clean
+.PHONY: help demo test test-slow test-deepspeed fuzz test-browser test-machines $(MACHINES) \
+	test-lowest lint bench docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,10 @@ test: .venv/.installed-test ## run the tests (minutes)
 
 test-slow: .venv/.installed-cluster ## run the slow tests, those of a Ray cluster too
 	$(THREADS) $(PYTEST) -m "slow and not gpu and not download"
+
+test-deepspeed: .venv/.installed-test ## run DeepSpeed on the CPU (minutes; builds it from source)
+	$(PIP) setuptools wheel && DS_BUILD_OPS=0 $(PIP) --no-build-isolation 'deepspeed>=0.19'
+	$(THREADS) $(BIN)/pytest -q -m deepspeed
 
 test-machines: ## run the tests as on other machines; says on which of them they fail (an hour)
 	@failed=; for machine in $(MACHINES); do \

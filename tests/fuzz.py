@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint
 
 from mirrorflow import schedule_from_dict
 from mirrorflow.lab import framework
@@ -233,6 +234,28 @@ def optimizer(folder):
         str(finding)
 
 
+# --- Weights as torch writes them -----------------------------------------------------------------
+
+
+def torch_weights(folder):
+    """Write a file of torch.save, or a folder of torch.distributed.checkpoint, and read it."""
+    state = {key: torch.rand(shape) for key, shape in tensors().items()}
+    if random.random() < 0.1:
+        state[name()] = random.choice((Trap(), plain(2), np.ones(2), torch.ones(1).expand(9, 9)))
+    if random.random() < 0.5:
+        around = random.choice((state, {"state_dict": state}, [state], {"model": [1]}))
+        torch.save(around, folder / "model.pt", pickle_protocol=random.choice((2, 2, 4, 5)),
+                   _use_new_zipfile_serialization=random.random() < 0.7)  # fmt: skip
+        changed = folder / "model.pt"
+    else:
+        plain_only = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        torch.distributed.checkpoint.save(plain_only, checkpoint_id=folder)
+        changed = folder / random.choice((".metadata", ".metadata", "__0_0.distcp"))
+    if random.random() < 0.6:
+        changed.write_bytes(damaged(changed.read_bytes()))
+    audit(folder).to_json()
+
+
 # --- Schedules and TOML ---------------------------------------------------------------------------
 
 
@@ -302,7 +325,8 @@ def settings(folder):
 
 
 KINDS = {
-    checkpoint: (ValueError, FileNotFoundError), optimizer: (ValueError, FileNotFoundError),
+    checkpoint: (ValueError, FileNotFoundError), torch_weights: (ValueError, FileNotFoundError),
+    optimizer: (ValueError, FileNotFoundError),
     schedule: (ValueError,), settings: (ValueError,), study: (ValueError,),
 }  # fmt: skip
 
@@ -367,7 +391,10 @@ def main(seed):
     """Run the long one, and print its counts and its memory."""
     import resource
 
-    counts = {checkpoint: 10_000, optimizer: 3000, schedule: 20_000, settings: 2000, study: 2000}
+    counts = {
+        checkpoint: 10_000, torch_weights: 3000, optimizer: 3000, schedule: 20_000,
+        settings: 2000, study: 2000,
+    }  # fmt: skip
     for case in counts:
         run(case, 20, "first")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -284,12 +284,8 @@ def test_what_is_missing_or_unusable_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no safetensors file$"):
         audit(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"no safetensors file, only pytorch_model.bin: save it with"
-    ):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds no weights by their names"):
         audit(tmp_path)
-    with pytest.raises(ValueError, match="is a pickle, which can run code"):
-        audit(tmp_path / "pytorch_model.bin")
     save(tmp_path / "mlp.safetensors", fc__weight=torch.eye(6))
     with pytest.raises(ValueError, match=r"no LoRA or attention pairs [\s\S]*audit\(..., pairs="):
         audit(tmp_path)

@@ -208,6 +208,30 @@ def test_the_table_of_the_account_is_what_is_stored():
     assert len(cells) == 28
 
 
+def test_the_table_of_the_gains_is_what_is_stored():
+    from mirrorflow.weightdecay.controllers import GAIN
+
+    module = framework.load("beyond_gain")
+    found = framework.find_results(ROOT / "results")
+    (result,) = [r for r in found if r["experiment"] == module.NAME]
+    keys = {"off the target": "off", "at a bound": "at a bound", "change": "swing"}
+    keys["within 5% at measurement"] = "first within 5%"
+    stored = {
+        column: {f"{gain:g}": value for gain, value in module._over_optimizers(
+            result["records"], key).items()}
+        for column, key in keys.items()
+    }  # fmt: skip
+    cells = printed(ROOT / "docs" / "beyond.md", "| gain | off the target")
+    for (gain, column), text in cells.items():
+        value = stored[column][gain]
+        if text.endswith("%"):
+            assert float(text[:-1]) == pytest.approx(100 * value, abs=0.06 if "." in text else 0.5)
+        else:
+            assert float(text) == pytest.approx(value, rel=0.12)
+    off = stored["off the target"]
+    assert len(cells) == 24 and float(min(off, key=off.__getitem__)) == GAIN  # it is the default
+
+
 def test_the_costs_of_truncation_are_those_of_the_stored_curve():
     module = framework.load("beyond_compression")
     (result,) = (

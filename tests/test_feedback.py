@@ -488,3 +488,10 @@ def test_a_stopped_loop_continues_as_if_it_had_not_stopped(loop):
 def test_bad_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_the_gain_is_by_default_a_multiple_of_the_rate():
+    assert mf.HoldRatio(2.0, 0.1).gain == pytest.approx(1.6)
+    assert mf.HoldRatio(2.0, 0.1, 0.5).gain == 0.5
+    with pytest.raises(ValueError, match="gain must be given where rate is 0"):
+        mf.HoldRatio(2.0, 0.0)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from mirrorflow._pickle_protocol import _rewritten
 from mirrorflow.weightdecay import coupling, lint_file
-from mirrorflow.weightdecay._protocol import _rewritten
 
 OPTIMIZERS = (
     "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Muon", "NAdam",

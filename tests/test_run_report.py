@@ -1,8 +1,11 @@
 """The report of a run: its numbers, its sentences, its forms, and what callbacks do with it."""
 
+import html
 import json
 import logging
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,6 +239,32 @@ def test_lightning_says_and_saves_the_report_where_it_has_a_logger(tmp_path, cap
     assert any(text in record.getMessage() for record in caplog.records)
     saved = json.loads((tmp_path / "lightning_logs/version_0/mirrorflow-report.json").read_text())
     assert saved == json.loads(control.report().to_json()) and saved["steps"] == pl.STEPS
+
+
+def test_the_page_of_a_report_holds_its_numbers_and_runs_nothing(tmp_path):
+    from mirrorflow.control.report import save_report
+
+    report = run(mf.OffAtBudget(0.1, budget=0.5), steps=4, track_every=2, balance_every=1).report()
+    (row, *_) = report.decay
+    report = replace(report, decay=(replace(row, group="<script>x</script>&"),))
+    save_report(report, tmp_path / "deep" / "report.json")
+    page = (tmp_path / "deep" / "report.html").read_text()
+    assert page == report.to_html() and "<script" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;&amp;" in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src &#x27;none&#x27;;") and "script-src" not in policy
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    for sentence in (*report.shows, *report.cannot_show, report.loops[0].outcome):
+        assert html.escape(sentence) in page
+    for product in report.products:
+        assert f"<td>{product.name}</td>" in page
+        assert f"<td class=number>{product.ratio_after:.3g}</td>" in page
+    assert f"{report.D[0].optimizer:.1%}" in page
+
+
+def test_a_page_leaves_out_what_a_run_has_not(tmp_path):
+    page = run(mf.Constant(0.1), steps=1).report().to_html()
+    assert "What it cannot show" in page and "Closed loops" not in page and "Products" not in page
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(tmp_path):

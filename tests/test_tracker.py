@@ -296,3 +296,11 @@ def test_a_module_that_is_wrapped_later_is_still_measured():
     with pytest.raises(ValueError, match="in_proj_weight is in the model no more"):
         tracker.measure()
     assert again.measure() == before
+
+
+def test_weights_that_zero_3_has_divided_are_named_with_what_to_do():
+    model = Attention()
+    for weight in model.parameters():
+        weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # as deepspeed leaves them
+    with pytest.raises(ValueError, match=r"q_proj\.weight: ZeRO-3 has divided .*GatheredParam"):
+        SpectralTracker(model)

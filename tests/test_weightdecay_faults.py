@@ -1,5 +1,6 @@
 """Optimizers that step in parts, stand in for others or come wrapped, and schedules of nothing."""
 
+import pickle
 import warnings
 
 import pytest
@@ -208,6 +209,37 @@ def test_wrappers_are_unwrapped_down_to_what_steps():
     wrapped = Wrapper(Zero(Wrapper(optimizer)))
     assert WeightDecayScheduler(wrapped, OFF).optimizer is optimizer
     assert lint(wrapped) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}])
+def test_groups_that_are_stepped_one_by_one_make_one_step(options):
+    def made():
+        a, b = weights(), weights()
+        groups = [{"params": a}, {"params": b, "weight_decay": 0.4}]
+        return AdamW(groups, lr=0.01, weight_decay=0.1), [*a, *b]
+
+    whole, right = made()
+    expected = WeightDecayScheduler(whole, mf.SwitchOff(0.5, at=3), **options)
+    lent, ours = made()
+    scheduler = WeightDecayScheduler(lent, mf.SwitchOff(0.5, at=3), **options)
+    for _ in range(6):
+        for p in (*right, *ours):
+            p.grad = torch.ones_like(p)
+        whole.step()
+        groups = lent.param_groups
+        for group in groups:  # as ZeRO 1 and 2 do
+            lent.param_groups = [group]
+            lent.step()
+            lent.param_groups = groups
+    assert scheduler.steps == expected.steps == 6
+    assert scheduler.accumulated == pytest.approx(expected.accumulated)
+    assert all(torch.equal(p, q) for p, q in zip(ours, right, strict=True))
+    assert [g["weight_decay"] for g in lent.param_groups] == [0.0, 0.0]
+    copied = pickle.loads(pickle.dumps(lent.state_dict()))
+    again, _ = made()
+    fresh = WeightDecayScheduler(again, mf.SwitchOff(0.5, at=3), **options)
+    again.load_state_dict(copied)
+    assert fresh.steps == 6 and fresh.accumulated == pytest.approx(scheduler.accumulated)
 
 
 @pytest.mark.parametrize("what", [Wrapper(Zero(None)), Wrapper(Zero(object()))])

@@ -1,4 +1,4 @@
-"""The report of a run: numbers as frozen data, plain text and JSON."""
+"""The report of a run: numbers as frozen data, plain text, JSON and a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._html import html_table
+from .._html import html_page, html_table
 from ..spectrum.records import without_nan
 
 __all__ = ["DRow", "DecayRow", "LoopRow", "ProductRow", "RunReport", "save_report"]
@@ -167,6 +167,26 @@ class RunReport:
         """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
+    def to_html(self) -> str:
+        """Return a page of the report, which runs no script and needs no network."""
+        products = ["product"]
+        products += [
+            f"{of} {when}" for of in ("ratio", "rank") for when in ("before", "after", "of random")
+        ]
+        lead = f"{self.optimizer}, {self.steps:,} steps. The ratio is that of the nuclear to the "
+        lead += "Frobenius norm, the rank the effective one; random factors have the same shape."
+        first, last = self.measured or (0, 0)
+        where = f"Products at steps {first:,} and {last:,}"
+        sections = [
+            ("What this run shows", (), self.shows),
+            ("What it cannot show", (), self.cannot_show),
+            ("Decay asked and acted", _DECAY, [_decay_cells(row) for row in self.decay]),
+            (where, products, [_product_cells(row) for row in self.products]),
+            ("What D = A^T A - B B^T consists of", _D, [_D_cells(row) for row in self.D]),
+            ("Closed loops", (), [f"{row.name}: {row.outcome}" for row in self.loops]),
+        ]
+        return html_page("Weight decay in a run", lead, sections)
+
     def __repr__(self) -> str:
         """Say of how long a run it is, and of how many groups and products."""
         counts = f"{len(self.decay)} groups, {len(self.products)} products"
@@ -202,10 +222,15 @@ class RunReport:
 
 
 def save_report(report: RunReport, path: Path) -> None:
-    """Write a report as JSON; a warning if that fails, as the run itself has ended well."""
+    """Write a report as JSON, and as a page beside it; a warning if that fails.
+
+    The run itself has ended well.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report.to_json(), encoding="utf-8")
+        page = report.to_html()
+        path.with_suffix(".html").write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         warnings.warn(f"the report could not be written to {path}: {error}", stacklevel=3)
 

@@ -110,8 +110,8 @@ class DecayControl(TrainerCallback):
     loops still come with the optimizer, only the rows of the audit and the log of decisions begin
     anew. Each run begins with fresh closed loops, copies of those that were given.
 
-    At the end of the run it prints `report`, and saves it as ``mirrorflow-report.json`` in the
-    folder of the run. It prints nothing where the Trainer logs nothing
+    At the end of the run it prints `report`, and saves it as ``mirrorflow-report.json`` and
+    ``.html`` in the folder of the run. It prints nothing where the Trainer logs nothing
     (``logging_strategy="no"``) or only errors (``log_level="error"`` or "critical").
 
     Attributes

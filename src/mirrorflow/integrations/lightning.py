@@ -47,7 +47,8 @@ class DecayCallback(Callback):
     with them. Each run begins with fresh closed loops, copies of those that were given.
 
     At the end it says `report` through Lightning's own log of level INFO, on the first process, and
-    saves it as ``mirrorflow-report.json`` in ``trainer.log_dir``; without a logger it does neither.
+    saves it as ``mirrorflow-report.json`` and ``.html`` in ``trainer.log_dir``; without a logger it
+    does neither.
 
     Parameters
     ----------

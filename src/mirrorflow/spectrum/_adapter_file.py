@@ -17,23 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._configuration import adapter_config, object_of, require_adapter
-from ._discovery import lora
+from ._adapters import alpha_keys, lora, names_a_configuration
+from ._checkpoint_files import files_of, reader
+from ._configuration import CHANGES_BASE, HEADER, adapter_config, object_of, require_adapter
 from ._patterns import Patterns
-from .audit import PREFIX, Checkpoint, files_of, reader
-from .pairs import Factor, Found, Pair, clean
+from ._torch_weights import METADATA, PICKLED
+from .audit import PREFIX, Checkpoint
+from .pairs import Factor, Found, Pair
 from .truncation import RankChoice, TruncatedProduct, Truncation, distance, truncated_product
 
 __all__ = ["CONFIG", "AdapterFile", "reranked"]
 
 CONFIG = "adapter_config.json"
 DEFAULT = 8  # PEFT's r and lora_alpha where the configuration has none
-# On loading, these subtract a product of rank r from the base weights: another r, other weights.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-FACTORS = re.compile(r"\.(?:lora|hada|lokr|vera)_|_lora\.|\.dora_scale$")
-KNOWN = {"A", "B", "embedding_A", "embedding_B", "down", "up", "mid", "magnitude_vector"}
-FIRST = re.compile(r"\.lora_(?:A|embedding_A|down)(?:\.|$)|_lora\.down\.")  # its rows are the rank
-HEADER = "lora_adapter_metadata"  # diffusers keeps the configurations of a pipeline's parts there
+FACTORS = re.compile(r"\.(?:lora|hada|lokr|vera)_|_lora\d?\.|\.lora\.|\.dora_scale$")
+KNOWN = {
+    *("A", "B", "a", "b", "embedding_A", "embedding_B", "down", "up", "mid", "magnitude_vector"),
+    "linear_layer",
+}
+FIRST = re.compile(  # its rows are the rank
+    r"\.lora_(?:A|embedding_A|down)(?:\.|$)|(?:_lora\d?|\.lora|\.lora_linear_layer)\.down(?:\.|$)"
+)
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the old weights
 UNCHANGED = "it is copied as it is"
 
@@ -55,15 +59,17 @@ class AdapterFile:
             names = ", ".join(file.name for file in files[:3])
             raise ValueError(f"{path} must hold one adapter, got {names}. Name one of the files.")
         self.source, self.file = path, files[0]
+        if self.file.suffix in PICKLED or self.file.name == METADATA:
+            raise ValueError(
+                f"{self.file} must be a safetensors file to be truncated. Save the adapter with "
+                "save_pretrained, or with safetensors.torch.save_file(state_dict, file)."
+            )
         self._checkpoint = Checkpoint(path)
         self._shapes = self._checkpoint.shapes
         self._config = adapter_config(self.file.parent / CONFIG)
         with reader()(self.file) as content:
             self._metadata: dict[str, str] = dict(content.metadata() or {})
-            names = [(clean(name), name) for name in content.keys()]  # noqa: SIM118
-        self._names = dict(names)
-        counts = Counter(key for key, _ in names)
-        self._doubled = {key for key, count in counts.items() if count > 1}
+        self._names = self._checkpoint.names
         _check(self._config, self.file.parent / CONFIG)
 
     def pairs(self) -> Found:
@@ -85,19 +91,27 @@ class AdapterFile:
 
     def _reason(self, pair: Pair) -> str:
         """Say why a pair is not a plain product, or its scale not known; empty if it is."""
-        if {pair.left.key, pair.right.key} & self._doubled:
+        if {pair.left.key, pair.right.key} & self._checkpoint.doubled:
             return f"two modules have this name, as of LoRA on parameters: {UNCHANGED}"
         start = f"{pair.name}.lora_"
         parts = {k[len(start) :].split(".")[0] for k in self._shapes if k.startswith(start)}
         if more := sorted(parts - KNOWN):
             return f"lora_{more[0]} stands beside the two factors: {UNCHANGED}"
-        if self._config or HEADER in self._metadata or f"{pair.name}.alpha" in self._shapes:
+        if names_a_configuration(pair.right.key):
+            return f"its tool keeps the rank in a configuration of its own: {UNCHANGED}"
+        if self._config or HEADER in self._metadata or self._alpha_key(pair):
             return ""
         if pair.right.key.startswith(PREFIX):
             return f"{CONFIG} is missing, by which its scale depends on the rank: {UNCHANGED}"
-        if "network_alpha" in self._metadata:
-            return f"its scale depends on the rank, by network_alpha in the header: {UNCHANGED}"
+        for key in ("network_alpha", "ss_network_alpha"):
+            if key in self._metadata:
+                return f"its scale depends on the rank, by {key} in the header: {UNCHANGED}"
         return ""
+
+    def _alpha_key(self, pair: Pair) -> str:
+        """Return the name of the alpha beside a pair; empty where there is none."""
+        found = alpha_keys(pair.name, pair.right.key)
+        return next((key for key in found if key in self._shapes), "")
 
     def truncated(
         self, pair: Pair, choice: RankChoice
@@ -150,8 +164,7 @@ class AdapterFile:
 
         The model adds (alpha / r) A B: alpha k / r keeps the scale, where its dtype can hold it.
         """
-        key = f"{pair.name}.alpha"
-        if key not in self._shapes:
+        if not (key := self._alpha_key(pair)):
             return {}, 1.0
         with reader()(self.file) as content:
             old = content.get_tensor(self._names[key])
@@ -204,7 +217,7 @@ def _module(key: str) -> str:
     found = FACTORS.search(key)
     if found is None:
         return key
-    return key[: found.end() - 1] if found[0] == "_lora." else key[: found.start()]
+    return key[: found.end() - 1] if found[0].startswith("_lora") else key[: found.start()]
 
 
 def _check(config: Mapping[str, Any], file: Path) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 
 from .pairs import Factor, Facts, Shapes
 
-__all__ = ["Projections", "forward_notes", "normalizations", "outputs", "projections"]
+__all__ = [
+    "Projections",
+    "first_names",
+    "forward_notes",
+    "normalizations",
+    "outputs",
+    "projections",
+]
 
 
 @cache
@@ -51,6 +58,13 @@ class Projections:
 def normalizations() -> tuple[str, ...]:
     """Return the names of normalizations of Q."""
     return _names("norms")
+
+
+@cache
+def first_names() -> frozenset[str]:
+    """Return the names of the modules at which attention is found: Q's, or a fused one's."""
+    fused = (*_names("fused"), "wqkv", "query_key_value")
+    return frozenset((*(names[0] for names in _architectures()["separate"]), *fused))
 
 
 def _refused_names() -> Iterator[tuple[str, str]]:
@@ -291,6 +305,6 @@ def forward_notes(
 
 def _has_norm(prefix: str, shapes: Shapes) -> bool:
     """Return whether a normalization of Q has a weight."""
-    ends = (".weight", ".norms.0.weight")
+    ends = (".weight", ".norms.0.weight", ".scale")
     names = ("logit_scale", *(f"{norm}{end}" for norm in normalizations() for end in ends))
     return any(f"{prefix}{name}" in shapes for name in names)

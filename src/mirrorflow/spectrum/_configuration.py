@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,15 +12,19 @@ from typing import Any
 from ._patterns import Patterns
 
 __all__ = [
+    "CHANGES_BASE",
+    "HEADER",
     "adapter_config",
     "is_number",
     "json_of",
     "model_config",
     "object_of",
+    "packed_configurations",
     "require_adapter",
     "require_plain",
     "scale_patterns",
     "shard_name",
+    "start_notes",
 ]
 
 SIZE = 1 << 26  # bytes; the index of a model with 100,000 weights has a tenth
@@ -29,9 +33,12 @@ KINDS: dict[str, tuple[type, ...]] = {  # what config.json may say, wherever in 
     "model_type": (str,), "layer_types": (list,), "no_rope_layers": (list,),
     "per_layer_config": (dict,), "architecture": (str,),
 }  # fmt: skip
+HEADER = "lora_adapter_metadata"  # diffusers keeps the configurations of a pipeline's parts there
+# On loading, these subtract the product at the start from the base weights.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 ADAPTER: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,), "alpha_pattern": (dict,), "rank_pattern": (dict,),
-    "target_parameters": (list,),
+    "lora_parameters": (dict,), "peft_type": (str,), "alpha_pattern": (dict,),
+    "rank_pattern": (dict,), "target_parameters": (list,),
 }  # fmt: skip
 
 
@@ -160,6 +167,9 @@ def require_adapter(config: Mapping[str, Any], file: Path | str) -> None:
         raise ValueError(
             f"{file} is that of a {str(kind)[:60]} adapter: only LoRA's update is a product A B"
         )
+    for key, value in (config.get("lora_parameters") or {}).items():  # MLX
+        if key in ("rank", "scale", "alpha") and not is_number(value):
+            raise ValueError(f"{file} is damaged: {key} is {_short(value)}, and no number")
     for key in ("lora_alpha", "r"):
         if key in config and not is_number(config[key]):
             raise ValueError(f"{file} is damaged: {key} is {_short(config[key])}, and no number")
@@ -177,6 +187,30 @@ def require_adapter(config: Mapping[str, Any], file: Path | str) -> None:
 def scale_patterns(config: Mapping[str, Any], file: Path | str) -> Patterns:
     """Return the alphas of an adapter's modules."""
     return Patterns(config.get("alpha_pattern") or {}, f"{file}: alpha_pattern")
+
+
+def packed_configurations(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the configurations in diffusers' header, by the part that their keys begin with."""
+    if HEADER not in header:
+        return {}
+    content = object_of(header[HEADER], HEADER)
+    found = {}
+    for part in [key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")]:
+        if part and not part.endswith("."):
+            continue
+        config = {k.removeprefix(part): v for k, v in content.items() if k.startswith(part)}
+        require_adapter(config, f"{HEADER}: {part.removesuffix('.')}")
+        found[part.removesuffix(".")] = config
+    return found
+
+
+def start_notes(starts: Iterable[Any]) -> tuple[str, ...]:
+    """Note on adapters whose init_lora_weights takes their start out of the base weights."""
+    return tuple(
+        f"init_lora_weights={start!r}: A B is not the update, but what it was at the start is in it"
+        for start in starts
+        if isinstance(start, str) and start.startswith(CHANGES_BASE)
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -8,30 +8,15 @@ in `layouts`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ._adapters import lora, unmeasured
 from ._attention import Projections, forward_notes, outputs, projections
+from ._quantized import quantized, scaled
 from .pairs import Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
-
-# The names of LoRA's two factors: PEFT, kohya's scripts, diffusers before PEFT.
-LORA = (
-    (r"(.*)\.lora_A(?:\.([^.]+))?\.weight", ".lora_A.", ".lora_B."),
-    (r"(.*)\.lora_embedding_A(?:\.([^.]+))?", ".lora_embedding_A", ".lora_embedding_B"),
-    (r"(.*)\.lora_down()\.weight", ".lora_down.", ".lora_up."),
-    (r"(.*_lora)\.down()\.weight", "_lora.down.", "_lora.up."),
-)
-NO_PRODUCT = {  # what other updates are made of
-    ".lora_E": "AdaLoRA's product has a third factor, lora_E",
-    ".vera_lambda_b": "VeRA's factors are frozen, between two scales that train",
-    ".lora_mid.weight": "LoRA with lora_mid has three factors",
-    ".hada_w1_a": "LoHa's update is not a product of two factors",
-    ".lokr_w1": "LoKr's update is a Kronecker product",
-    ".lokr_w1_a": "LoKr's update is a Kronecker product",
-}
 
 
 def find(shapes: Shapes, facts: Facts, values: bool = False) -> Found:
@@ -44,9 +29,11 @@ def find(shapes: Shapes, facts: Facts, values: bool = False) -> Found:
                 pairs.append(found)
             elif found:
                 skipped.append((key, found))
+    strange = unmeasured(shapes, pairs, [key for key, _ in skipped])
+    skipped += [(key, "it looks like a part of an adapter of no known form") for key in strange]
     adapted = {pair.name for pair in pairs if pair.kind == "lora"}
     empty = [(pair.label, "it is empty") for pair in pairs if 0 in pair.shape]
-    kept = tuple(_marked(pair, adapted) for pair in pairs if 0 not in pair.shape)
+    kept = tuple(scaled(_marked(pair, adapted), shapes) for pair in pairs if 0 not in pair.shape)
     return Found(kept, (*skipped, *empty))
 
 
@@ -58,62 +45,11 @@ def _marked(pair: Pair, adapted: set[str]) -> Pair:
     return replace(pair, notes=(*pair.notes, "base weights, without the adapters' updates"))
 
 
-def lora(key: str, shapes: Shapes, facts: Facts) -> Pair | str | None:
-    """LoRA on Linear, Conv1D, convolutions and Embedding: scale B A, B (out, r) and A (r, in)."""
-    for pattern, down, up in LORA:
-        if match := re.fullmatch(pattern, key):
-            left = Factor(key.replace(down, up), transposed=True)
-            return _lora(match[1], match[2] or "", left, key, shapes, facts)
-    return next((reason for end, reason in NO_PRODUCT.items() if _ends(key, end)), None)
-
-
-def _ends(key: str, end: str) -> bool:
-    return key.endswith(end) or f"{end}." in key
-
-
-def _lora(
-    module: str, adapter: str, left: Factor, key: str, shapes: Shapes, facts: Facts
-) -> Pair | str | None:
-    """Pair the two weights of an adapter."""
-    if f"{module}.lora_mid.weight" in shapes:
-        return None  # its third factor says why
-    if left.key not in shapes:
-        return f"{left.key} is missing"
-    if min(len(shapes[key]), len(shapes[left.key])) < 2:
-        return "not a matrix (is it quantized?)"
-    if any(size != 1 for size in shapes[left.key][2:]):
-        return "the product of these convolutions is not a matrix product"
-    right = Factor(key)
-    rank, m = right.size(shapes)
-    inner, n = left.size(shapes)
-    if 0 in (rank, m, inner, n):
-        return "it is empty"
-    if inner != rank:
-        grouped = len(shapes[key]) > 2 and rank % inner == 0
-        return (
-            f"a convolution in {rank // inner} groups has a product for each"
-            if grouped
-            else f"A and B have no product: A has {rank} rows, B {inner} columns"
-        )
-    known = facts.adapter(module, adapter, rank)
-    if known.skip:
-        return known.skip
-    suffix = f".{adapter}" if adapter else ""
-    dora = (
-        f".lora_magnitude_vector{suffix}",
-        f".lora_magnitude_vector{suffix}.weight",
-        ".dora_scale",
-    )
-    notes = known.notes
-    if any(f"{module}{end}" in shapes for end in dora):
-        notes = (*notes, "DoRA: A B before its normalization")
-    return Pair(
-        module, "lora", left, right, (n, rank, m), adapter=adapter, scale=known.scale, notes=notes
-    )
-
-
 def attention(key: str, shapes: Shapes, facts: Facts, values: bool) -> Iterator[Pair | str]:
     """W_Q^T W_K of the attention module whose first weight this is, and W_O W_V."""
+    if reason := quantized(key, shapes):
+        yield reason
+        return
     found = projections(key, shapes, facts)
     if found is None:
         return

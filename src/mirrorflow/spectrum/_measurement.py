@@ -220,7 +220,8 @@ def _record(
     pair: Pair, head: int | None, numbers: Iterable[float], shape: tuple[int, int, int]
 ) -> Record:
     """Make a record."""
-    nuclear, frobenius, spectral, ratio, effective, stable, gap, imbalance, *ranks = numbers
+    nuclear, frobenius, spectral, ratio, effective, stable, gap, imbalance, *shares = numbers
+    ranks = [rank if isnan(rank) else int(rank) for rank in shares]
     status = "not finite" if isnan(gap) else "undefined" if isnan(ratio) else "ok"
     size = abs(pair.scale)
     return Record(

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ._checkpoint_files import adapters_below, files_of, reader, shards_left_out
 from ._configuration import (
+    HEADER,
     adapter_config,
-    json_of,
     model_config,
-    require_plain,
+    packed_configurations,
     scale_patterns,
-    shard_name,
+    start_notes,
 )
 from ._discovery import find
 from ._measurement import measure
+from ._quantized import method
 from ._shards import Rows
 from .pairs import Adapter, Factor, Found, Named, Pair, checked, choose, clean, named, nothing_found
 from .records import Measurement
 
-__all__ = ["adapters_below", "audit", "files_of", "heads", "part_of", "reader"]
+__all__ = ["audit", "heads", "part_of"]
 
 READABLE = ("F64", "F32", "F16", "BF16")
 PREFIX = "base_model.model."  # PEFT writes it before the names that its patterns are matched with
@@ -47,12 +50,16 @@ def audit(
     product that needs a square matrix of more than 32,768 rows is not measured, and listed with
     that reason. The number of heads comes from ``config.json``, LoRA's scale from
     ``adapter_config.json``, where they lie beside the weights, or in files of kohya's scripts
-    (``lora_down``, ``lora_up``) from their ``alpha``.
+    (``lora_down``, ``lora_up``) from their ``alpha``. Files of ``torch.save`` and folders of
+    ``torch.distributed.checkpoint`` are read without running anything in them, weight by weight,
+    old files of torch (before 1.6) as a whole.
 
     Parameters
     ----------
     path : str or Path
-        A safetensors file; a Hugging Face folder, sharded or not; a LoRA adapter.
+        A safetensors file; a Hugging Face folder, sharded or not; a LoRA adapter; a file of
+        ``torch.save`` (``.bin``, ``.pt``, ``.pth``, ``.ckpt``); a folder of
+        ``torch.distributed.checkpoint.save``.
     level, pairs, match, values
         As for `SpectralTracker`; `pairs` takes the names in the file.
 
@@ -90,9 +97,11 @@ def audit(
             raise ValueError(f"pair {pair.name!r}: {large}. Take a part of its rows by [a:b].")
     chosen = (*found.pairs, *own)
     if not chosen:
-        raise ValueError(nothing_found(str(path), found.skipped, "audit"))
+        reasons = (*found.skipped, *((str(path), note) for note in checkpoint.notes))
+        raise ValueError(nothing_found(str(path), reasons, "audit"))
     skipped = (*found.skipped, *adapters_below(Path(path)))
-    return Measurement(measure(chosen, checkpoint.load, level, batch=0), skipped)
+    records = measure(chosen, checkpoint.load, level, batch=0)
+    return Measurement(records, skipped, checkpoint.notes)
 
 
 def _too_large(pair: Pair) -> str:
@@ -108,28 +117,39 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else path.parent
         self._open = reader()
+        self._header: dict[str, str] = {}
         self._files: dict[str, tuple[Path, str]] = {}
         self._types: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file, names in files_of(path).items():
+        self.doubled: set[str] = set()
+        files = files_of(path)
+        self.notes = shards_left_out(files)
+        for file, names in files.items():
             self._list(file, names)
         self._config = model_config(folder / "config.json")
         self._adapter = adapter_config(file := folder / "adapter_config.json")
         self._alphas = scale_patterns(self._adapter, file)
+        self._packed = packed_configurations(self._header)
 
     def _list(self, file: Path, names: set[str] | None) -> None:
         """List the weights of a file; ``names`` are those that an index expects there."""
         with self._open(file) as content:
             present = set(content.keys())
+            self._header = {**self._header, **(content.metadata() or {})}
             if names and (missing := sorted(names - present)):
                 raise ValueError(f"{file} lacks {missing[0]}, which the index names: save it again")
             if long := next((name for name in present if len(name) > NAME), ""):
                 raise ValueError(
                     f"{file} must name weights in at most {NAME} characters, got {long[:40]}..."
                 )
-            for name in sorted(names or present, key=_natural):
+            chosen = names or present
+            counts = Counter(map(clean, chosen))
+            for name in sorted(chosen, key=_natural):
                 part = content.get_slice(name)
                 key = clean(name)
+                if counts[key] > 1:  # x and _orig_mod.x: the others keep their names
+                    self.doubled |= {key, name}
+                    key = key if key in chosen and name == key else name
                 if (other := self._files.get(key, (file, ""))[0]) != file:
                     raise ValueError(
                         f"{other} and {file.name} both hold {name}, and no index tells which is "
@@ -138,6 +158,11 @@ class Checkpoint:
                 self._files[key] = (file, name)
                 self._types[key] = part.get_dtype()
                 self.shapes[key] = tuple(part.get_shape())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names in the files, by the cleaned ones."""
+        return {key: name for key, (_, name) in self._files.items()}
 
     def load(self, factor: Factor) -> Tensor | Rows:
         """Read the rows of a factor, and nothing else; the file is closed again."""
@@ -159,7 +184,10 @@ class Checkpoint:
         for pair in found.pairs:
             kinds = {self._types[factor.key] for factor in (pair.left, pair.right)}
             if not kinds <= set(READABLE):
-                skipped.append((pair.label, f"stored as {', '.join(sorted(kinds))}: quantized"))
+                stored = f"stored as {', '.join(sorted(kinds))}: quantized"
+                by = {method(factor.key, self.shapes) for factor in (pair.left, pair.right)}
+                how = f" ({', '.join(sorted(by - {''}))})" if by - {""} else ""
+                skipped.append((pair.label, f"{stored}{how}"))
             elif large := _too_large(pair):
                 skipped.append((pair.label, large))
             else:
@@ -191,18 +219,43 @@ class Checkpoint:
         is_llama = str(config.get("model_type", "")).startswith("llama4")
         return is_llama and bool(config.get("use_qk_norm")) and bool(turned)
 
-    def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Compute LoRA's scale from adapter_config.json, or kohya's alpha in the file."""
-        config = self._adapter
-        if f"{module}.alpha" in self._files:
-            return Adapter(self._number(f"{module}.alpha") / rank)
-        if "lora_alpha" not in config:
-            return Adapter(1.0, (self._unscaled(module),))
+    def adapter(self, module: str, name: str, rank: int, alphas: Sequence[str] = ()) -> Adapter:
+        """Compute LoRA's scale from its alpha in the file, a configuration, or the header."""
+        config, plain = self._adapter, clean(f"{module}.").removesuffix(".")
+        for key in alphas:
+            if key in self._files:
+                return Adapter(self._number(key) / rank)
         for target in config.get("target_parameters") or ():
             if module.endswith(target.rpartition(".")[0]):
                 return Adapter(1.0, skip="LoRA on stacked experts is not one product")
-        alpha = self._alphas.value(module.removeprefix(PREFIX), config["lora_alpha"])
-        return Adapter(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
+        if "lora_alpha" in config:
+            alpha = self._alphas.value(plain.removeprefix(PREFIX), config["lora_alpha"])
+            return Adapter(self._divided(alpha, rank, config), self._starts(config))
+        if "scale" in (mlx := config.get("lora_parameters") or {}):
+            return Adapter(float(mlx["scale"]) * float(mlx.get("alpha", rank)) / rank)
+        return self._by_header(plain, rank) or Adapter(1.0, (self._unscaled(module),))
+
+    @staticmethod
+    def _divided(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+        """Return alpha / r, or alpha / sqrt(r)."""
+        return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+    @staticmethod
+    def _starts(config: Mapping[str, Any]) -> tuple[str, ...]:
+        return start_notes([config.get("init_lora_weights")])
+
+    def _by_header(self, module: str, rank: int) -> Adapter | None:
+        """Return the scale by the safetensors header; None where it says nothing."""
+        for part, config in self._packed.items():
+            if "lora_alpha" in config and (not part or module.startswith(f"{part}.")):
+                inside = module.removeprefix(f"{part}.") if part else module
+                alphas = scale_patterns(config, HEADER)
+                alpha = alphas.value(inside, config["lora_alpha"])
+                return Adapter(self._divided(alpha, rank, config), self._starts(config))
+        for key in ("network_alpha", "ss_network_alpha"):
+            if (alpha := _float(self._header.get(key))) is not None:
+                return Adapter(alpha / rank, (f"its alpha is {key} of the file's header",))
+        return None
 
     def _unscaled(self, module: str) -> str:
         if f"{module}.lora_down.weight" in self._files:
@@ -220,6 +273,15 @@ class Checkpoint:
         if not isfinite(found):
             raise ValueError(f"{file}: {name} must be a finite number, got {found}. Save it again.")
         return found
+
+
+def _float(text: Any) -> float | None:
+    """Return the finite number that a text of a header is; None where it is none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if isfinite(value) else None
 
 
 def _natural(name: str) -> list[Any]:
@@ -312,95 +374,3 @@ def _integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST:
             return value
     return None
-
-
-# The files of a checkpoint on disk: which there are, and how they are opened, or what is wrong.
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SAVE = "save it with save_pretrained(..., safe_serialization=True) or safetensors.torch"
-GGUF = (
-    "a GGUF file, whose weights are quantized in blocks: load it, as in transformers with "
-    "from_pretrained(..., gguf_file=...), and measure it by SpectralTracker(model, frozen=True)"
-)
-
-
-def reader() -> Any:
-    """Return a function that opens a safetensors file, with errors that help."""
-    from safetensors import SafetensorError, safe_open
-
-    def open_file(file: Path) -> Any:
-        try:
-            require_plain(file)
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged, or no safetensors file ({error}): save or download it again"
-            ) from error
-        except FileNotFoundError:
-            raise  # with its name
-        except OSError as error:
-            raise OSError(f"{file} cannot be read: {error}") from error
-
-    return open_file
-
-
-def files_of(path: Path) -> dict[Path, set[str] | None]:
-    """Find the safetensors files of a checkpoint, each with the names an index expects in it."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file() and path.name.endswith(".index.json"):
-        return _indexed(path)
-    if path.is_file():
-        if path.suffix in PICKLED:
-            raise ValueError(f"{path} is a pickle, which can run code: {SAVE}")
-        if path.suffix == ".gguf":
-            raise ValueError(f"{path} is {GGUF}")
-        return {path: None}
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        return _indexed(indices[0])
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no safetensors file{_instead(path)}")
-    return dict.fromkeys(files)
-
-
-def _instead(folder: Path) -> str:
-    """Say what a folder without safetensors files has, and what to do."""
-    held = sorted(folder.iterdir())
-    if pickles := [file.name for file in held if file.suffix in PICKLED]:
-        return f", only {pickles[0]}: {SAVE}"
-    if quantized := [file.name for file in held if file.suffix == ".gguf"]:
-        return f", only {quantized[0]}, {GGUF}"
-    if below := [file.name for file in held if file.is_dir() and any(file.glob("*.safetensors"))]:
-        more = ", ..." if len(below) > 3 else ""
-        return f", but there are some in {', '.join(below[:3])}{more}: name one of these folders"
-    return ""
-
-
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    """Read which shard holds which weight."""
-    shards: dict[Path, set[str] | None] = {}
-    weights = json_of(index).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} has no weight_map: it is not an index of a sharded checkpoint")
-    for name, shard in weights.items():
-        names = shards.setdefault(index.parent / shard_name(index, shard), set())
-        assert names is not None
-        names.add(name)
-    for shard in shards:
-        if not shard.exists():
-            raise FileNotFoundError(f"{shard} is missing: {index.name} names it")
-    return shards
-
-
-def adapters_below(path: Path) -> tuple[tuple[str, str], ...]:
-    """List the folders of further adapters, as PEFT saves them below the first's."""
-    if not (path.is_dir() and (path / "adapter_config.json").exists()):
-        return ()
-    below = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
-    return tuple(
-        (name, "another adapter, in a folder of its own: audit that")
-        for name in below
-        if not re.fullmatch(r"checkpoint-\d+", name)  # the Trainer's, of the same adapter
-    )

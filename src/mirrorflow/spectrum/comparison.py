@@ -116,4 +116,6 @@ def compare(here: Measurement, there: Measurement) -> Comparison:
 
 
 def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
     return "-" if isnan(value) else f"{value:.4g}"

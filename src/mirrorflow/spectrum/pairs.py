@@ -166,8 +166,8 @@ class Facts(Protocol):
         """Return the number of query heads and the width of one; None where unknown."""
         ...
 
-    def adapter(self, module: str, name: str, rank: int) -> Adapter:
-        """Return the scale of a LoRA update."""
+    def adapter(self, module: str, name: str, rank: int, alphas: Sequence[str]) -> Adapter:
+        """Return the scale of a LoRA update; ``alphas`` are names of weights that may hold it."""
         ...
 
     def architecture(self, module: str) -> str:

@@ -51,8 +51,9 @@ class Record:
     imbalance : float
         ``|A^T A - B B^T|_F``, likewise. Decay shrinks it, the optimizer and the noise of
         minibatches make it grow: `mirrorflow.balance` tells them apart.
-    rank_90, rank_95, rank_99 : float
-        The smallest rank that holds this share of the squared singular values; 0 where A B = 0.
+    rank_90, rank_95, rank_99 : int, or NaN
+        The smallest rank that holds this share of the squared singular values; 0 where A B = 0,
+        NaN where a factor is not finite.
     scale : float
         The model adds scale A B.
     """
@@ -71,9 +72,9 @@ class Record:
     stable_rank: float
     gap: float
     imbalance: float
-    rank_90: float
-    rank_95: float
-    rank_99: float
+    rank_90: int | float
+    rank_95: int | float
+    rank_99: int | float
     scale: float
     notes: tuple[str, ...] = ()
 
@@ -103,10 +104,13 @@ class Measurement:
     records : tuple of Record
     skipped : tuple of (str, str)
         Names that look like factors and were not measured, each with the reason.
+    notes : tuple of str
+        What has to be known of the whole, as that it is one shard of several.
     """
 
     records: tuple[Record, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Say how many products there are, and their mean ratio."""
@@ -174,6 +178,7 @@ class Measurement:
                 asdict(r) | {name: getattr(r, name) for name in BESIDE} for r in self.records
             ],
             "verdict": self.verdict,
+            "notes": self.notes,
             "skipped": skipped,
         }
         return without_nan(found)
@@ -217,12 +222,14 @@ def table(measurement: Measurement, width: int | None = None) -> str:
 
 
 def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
     return "-" if isnan(value) else f"{value:.4g}"
 
 
 def _remarks(measurement: Measurement) -> list[str]:
     """Say what is not in the means, and what has to be known of the rest."""
-    lines = [f"ratio of the mean norms: {_cell(measurement.ratio_of_means)}"]
+    lines = [f"ratio of the mean norms: {_cell(measurement.ratio_of_means)}", *measurement.notes]
     lines += [measurement.verdict] if measurement.verdict else []
     if measurement.undefined:
         lines.append(f"{measurement.undefined} undefined (A B = 0), not in the means")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ._attention import normalizations
+from ._configuration import start_notes
 from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows, is_sharded
@@ -118,7 +119,18 @@ class SpectralTracker:
         self._links = self._linked()
         if not self.pairs:
             reasons = (*skipped, *((pair.label, "frozen: pass frozen=True") for pair in still))
+            reasons += self._elsewhere()
             raise ValueError(nothing_found(type(model).__name__, reasons, "SpectralTracker"))
+
+    def _elsewhere(self) -> tuple[tuple[str, str], ...]:
+        """Return a weight that ZeRO-3 has divided, with what to do."""
+        weights = ((key, self.weight(key)) for key in self._places)
+        away = [key for key, weight in weights if hasattr(weight, "ds_shape") and not len(weight)]
+        what = (
+            "ZeRO-3 has divided the weights between processes: make the tracker, and measure, "
+            "within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+        return tuple((key, what) for key in away[:1])
 
     def measure(self) -> Measurement:
         """Measure every pair now.
@@ -329,17 +341,23 @@ class _Modules:
         ]
         return any(isinstance(n, Module) and not isinstance(n, torch.nn.Identity) for n in norms)
 
-    def adapter(self, module: str, name: str, rank: int) -> Adapter:
+    def adapter(self, module: str, name: str, rank: int, alphas: Sequence[str] = ()) -> Adapter:
         """Read the scale from PEFT's layer, or kohya's; others have none that is known."""
         for layer in self._modules.get(module, ()):
             scales = getattr(layer, "scaling", None)
             if isinstance(scales, dict) and name in scales:
                 if type(layer).__name__ == "ParamWrapper" and getattr(layer, "num_experts", 1) > 1:
                     return Adapter(1.0, skip="LoRA on stacked experts is not one product")
-                return Adapter(float(scales[name]))
+                return Adapter(float(scales[name]), self._start(name))
             if hasattr(layer, "lora_down") and (alpha := getattr(layer, "alpha", None)) is not None:
                 return Adapter(float(alpha) / rank)
         return Adapter(1.0, ("its scale is unknown, taken as 1",))
+
+    def _start(self, name: str) -> tuple[str, ...]:
+        """Note on an adapter that begins at a part of the base weights."""
+        configs = (getattr(m, "peft_config", None) for m in self._modules.get("", ()))
+        found = (c.get(name) for c in configs if isinstance(c, dict))
+        return start_notes([getattr(config, "init_lora_weights", None) for config in found])
 
     def active(self, module: str, name: str) -> bool:
         """Whether PEFT adds an adapter's update."""

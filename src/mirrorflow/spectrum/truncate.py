@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ._adapter_file import CONFIG, AdapterFile
+from ._checkpoint_files import adapters_below, reader
 from ._truncated_model import truncate_model
-from .audit import adapters_below, reader
 from .pairs import choose
 from .truncation import RankChoice, Truncation, TruncationReport
 

@@ -146,6 +146,7 @@ class Coverage:
         self.sizes: list[int] = []
         self.loops: dict[int, list[Feedback]] = {}
         self.schedules: dict[int, Any] = {}
+        self.groups: list[dict[str, Any]] = []  # the live ones, when they were seen last
 
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
@@ -188,6 +189,20 @@ class Coverage:
         for target in scheduled:
             if isinstance(target.schedule, Feedback):
                 self.loops.setdefault(target.group, []).append(target.schedule)
+
+    def whole(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """Return all groups where some of them are stepped alone, the others without tensors.
+
+        None where others than the known ones are there.
+        """
+        here, known = set(map(id, groups)), set(map(id, self.groups))
+        if not here <= known:
+            return None
+        return [g if id(g) in here else {**g, "params": []} for g in self.groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the live groups, which a copy finds in its own optimizer."""
+        return {**self.__dict__, "groups": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Collect the schedules of a copy, which have ids of their own."""

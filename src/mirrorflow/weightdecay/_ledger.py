@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece"]
+__all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece", "with_all_groups"]
 
 # The numbers of a ledger travel twice: with the record in the scheduler's state, and as plain
 # numbers in the optimizer's parameter groups, whose checkpoint therefore knows its step.
@@ -442,3 +442,23 @@ class Account:
             entry.load(saved)
         self._shared = []
         self.steps, self.fresh, self.missing = int(state["steps"]), False, None
+
+
+def with_all_groups(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that sees all groups where the optimizer is lent some of them only.
+
+    ZeRO 1 and 2 step one group after the other, each as the only one of the optimizer.
+    """
+
+    def method(self: Any, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        lent = self.optimizer.param_groups
+        lacks = len(lent) < len(self.coverage.groups)
+        if not lacks or (whole := self.coverage.whole(lent)) is None:
+            return hook(self, optimizer, args, kwargs)
+        known, self.optimizer.param_groups = self.coverage.groups, whole
+        try:
+            return hook(self, optimizer, args, kwargs)
+        finally:
+            self.optimizer.param_groups, self.coverage.groups = lent, known
+
+    return method

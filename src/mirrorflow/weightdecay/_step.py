@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ._agreement import settle, warn_if_missing
 from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
-from ._ledger import TOTALS, Account, Entry
+from ._ledger import TOTALS, Account, Entry, with_all_groups
 from ._load import check_load, keep_own
 from ._masks import mean_over_entries, shrink_masked
 from ._momentum import follow, forget, keep_apart
@@ -69,6 +69,7 @@ class Stepping:
     def cover(self) -> None:
         """Take over what is new in the optimizer's groups."""
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        self.coverage.groups = self.optimizer.param_groups
         if sizes == self.coverage.sizes and self.ledgers:
             return
         self.coverage.update(self.optimizer, self.account)
@@ -161,6 +162,7 @@ class Stepping:
 
     # A step
 
+    @with_all_groups
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Write the decay that acts in this step, or apply it."""
         _check_not_captured()
@@ -204,9 +206,8 @@ class Stepping:
 
     def _act(self) -> None:
         """Do before the update, once in a step, what the optimizer's own decay does not do."""
-        if self._acted or not (self.plan.decoupled or self.plan.exact_off):
-            return
-        if _skipped(self.optimizer):
+        acts = self.plan.decoupled or self.plan.exact_off
+        if self._acted or not acts or _skipped(self.optimizer):
             return
         assert self._context is not None
         self._acted = True
@@ -217,6 +218,7 @@ class Stepping:
         else:
             keep_apart(self.optimizer, self._context.pairs(), self.rates, self._again)
 
+    @with_all_groups
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Enter the step into the ledger, if it was taken.
 
@@ -375,9 +377,8 @@ class StepContext:
         for place, ((target, entry), found) in enumerate(pairs):
             moved = found.moved or (target.group in self._ungated and found.params)
             if moved and place not in done:
-                passed = self._passed.get(place, (1.0, 1.0))
+                passed, parts = self._passed.get(place, (1.0, 1.0)), self._parts.get(place)
                 still = () if target.group in self._ungated else found.still
-                parts = self._parts.get(place)
                 entry.record(step, found.decay, found.settings, *passed, still, parts)
                 done.add(place)
 
@@ -471,8 +472,7 @@ def _check_not_captured() -> None:
 
 def _skipped(optimizer: Optimizer) -> bool:
     """Return whether a GradScaler makes a fused optimizer skip this step; others it never calls."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+    return bool(getattr(optimizer, "found_inf", None))
 
 
 def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:

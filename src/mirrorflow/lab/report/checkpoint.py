@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..._html import page_style
 from ._policy import inline, policy
 from .page import (
     MARK,
     _charts_script,
     _data,
     _fill,
-    _resource,
     _responsive,
     _table,
     _written,
@@ -75,7 +75,7 @@ def audit_page(content: Mapping[str, Any], source: str, output: str | Path, vers
         policy=escape(policy([MARK, script])),
         mark=MARK,
         version=escape(version),
-        css=_resource("page.css"),
+        css=page_style(),
         source=escape(source),
         lead=escape(_lead(content)),
         charts="".join(
@@ -139,7 +139,9 @@ def _lead(content: Mapping[str, Any]) -> str:
     counts = {"undefined": "are 0 and have no ratio", "not_finite": "hold NaN or infinity"}
     parts += [f"{summary[key]:.0f} {text}" for key, text in counts.items() if summary[key]]
     said = (content.get("comparison") or {}).get("verdict", "")
-    return " ".join(filter(None, (f"{'; '.join(parts)}.", content.get("verdict", ""), said)))
+    notes = [f"{note}." for note in content.get("notes", ())]
+    verdict = content.get("verdict", "")
+    return " ".join(filter(None, (f"{'; '.join(parts)}.", *notes, verdict, said)))
 
 
 def _defined(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -167,10 +169,18 @@ def _heat_map(rows: Sequence[Mapping[str, Any]]) -> Any:
                     axis=alt.Axis(labelExpr=f"slice(datum.label, {start})", labelLimit=160)),
             color=alt.Color("part:Q", title="ratio / random", scale=scale,
                             legend=alt.Legend(orient="bottom", format=".2f")),
-            tooltip=["product:N", *(alt.Tooltip(f"{name}:Q", format=".4g") for name in NUMBERS)],
+            tooltip=["product:N", *_tooltips()],
         )
         .properties(height=ROW * len(layers))
     )  # fmt: skip
+
+
+def _tooltips() -> list[Any]:
+    """Return what a point says of its numbers, in d3's formats: ranks are whole."""
+    import altair as alt
+
+    forms = {name: "d" if name.startswith("rank_") else ".4~g" for name in NUMBERS}
+    return [alt.Tooltip(f"{name}:Q", format=form) for name, form in forms.items()]
 
 
 def _range(values: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -194,7 +204,7 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> Any:
             y=alt.Y(f"{key}:Q", title=label, scale=alt.Scale(zero=False, padding=8)),
             color=alt.Color("kind:N", scale=alt.Scale(range=COLOURS), legend=legend),
             shape=alt.Shape("kind:N", legend=legend),
-            tooltip=["product:N", *(alt.Tooltip(f"{name}:Q", format=".4g") for name in NUMBERS)],
+            tooltip=["product:N", *_tooltips()],
         )
         .properties(height=260)
     )  # fmt: skip

@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from ..._html import page_style
 from ._policy import inline, policy
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _page(sections: Sequence[Section], version: str) -> str:
         policy=escape(policy([MARK, *scripts])),
         mark=MARK,
         version=escape(version),
-        css=_resource("page.css"),
+        css=page_style(),
         claims=_claims(sections),
         sections="\n".join(bodies),
         scripts=f"{_data(specs)}\n{inline(scripts)}",
