@@ -15,7 +15,17 @@ from sklearn.utils.sparsefuncs import inplace_column_scale, mean_variance_axis
 
 from ..legendre._kernels import arcsinh_ratio
 
-__all__ = ["BLOCK", "CONSTANT", "Data", "gram", "growth", "prepare", "warn_of_scales"]
+__all__ = [
+    "BLOCK",
+    "CONSTANT",
+    "Data",
+    "gram",
+    "growth",
+    "prepare",
+    "pulls",
+    "shortest",
+    "warn_of_scales",
+]
 
 Array = NDArray[np.float64]
 DAMPING = 1e-5  # of the shortest solution, relative to the largest singular value
@@ -194,6 +204,16 @@ def _pull(X: Any, y: Array, weights: Array, squares: Array, positive: bool) -> A
     noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)
     return np.where(pull > noise, pull, 0.0)
+
+
+def pulls(data: Data) -> Array:
+    """Return X^T w y (d, K), the gradients at 0."""
+    return data.X.T @ (data.weights[:, None] * data.y)
+
+
+def shortest(data: Data) -> Array:
+    """Return the least-squares solutions (d, K) whose largest entries are the scales."""
+    return _shortest(data.X, data.y, data.weights, data.means, data.pull)
 
 
 def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Array:
