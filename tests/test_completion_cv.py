@@ -170,3 +170,15 @@ def test_offsets_are_chosen_where_there_are_levels_and_left_out_where_there_are_
 def test_bad_candidates_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         mf.MatrixCompletionCV(**options).fit(with_levels(20, 15)[1])
+
+
+def test_a_fold_leaves_its_path_where_the_errors_rise():
+    """With much noise weak decay fits it; what lies behind is not computed, and not chosen."""
+    _, M = with_levels(40, 25, noise=3.0)
+    alphas = (0.9, 0.5, 0.3, 0.1, 0.01)
+    model = mf.MatrixCompletionCV(alphas, (0.0,), cv=3).fit(M)
+    for errors in model.mse_path_[0].T:
+        reached = int(np.isfinite(errors).sum())
+        assert 1 < reached < len(alphas) and np.isinf(errors[reached:]).all()
+        assert errors[reached - 1] > 1.1 * errors[: reached - 1].min()
+    assert np.isfinite(model.mse_path_[0, list(model.alphas_).index(model.best_alpha_)]).all()

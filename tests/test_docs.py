@@ -101,6 +101,8 @@ def check(text, number):
     [
         ("| | mirrorflow | refitted | lasso", "bench_sparse", "test R²", 110),
         ("| | decay off | decay kept", "bench_lowrank", "relative error", 50),
+        ("| test log-loss | L1 |", "bench_logistic", "test log-loss", 75),
+        ("| F1 of the support | L1 |", "bench_logistic", "F1 of the support", 45),
     ],
 )
 def test_the_tables_of_the_estimators_are_what_is_stored(head, study, key, least):

@@ -5,7 +5,8 @@ from .coding import MirrorFlowCoder
 from .completion import MatrixCompletion
 from .completion_cv import MatrixCompletionCV
 from .paths import MirrorFlowCVDisplay, entropy_path, flow_path
-from .regression import MirrorFlowRegressor, MirrorFlowRegressorCV
+from .regression import MirrorFlowRegressorCV
+from .regressor import MirrorFlowRegressor
 from .sensing import MatrixSensing
 
 __all__ = [

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from ..schedule import Constant, SwitchOff
@@ -23,6 +24,7 @@ from ._row_space import row_space
 __all__ = [
     "DECAY",
     "LOG_A",
+    "SHARED",
     "Decay",
     "FlowPoint",
     "FlowRegressor",
@@ -91,6 +93,12 @@ class TurnOff(SwitchOff):
 
 
 DECAY: list[Any] = [SwitchOff, Constant, None]  # what ``decay`` may be
+SHARED: dict[str, Any] = {
+    "decay": DECAY,
+    **{key: ["boolean"] for key in ("positive", "fit_intercept", "standardize", "refit")},
+    "tol": [Interval(Real, 0, 1, closed="neither")],
+    "max_iter": [Interval(Real, 1, None, closed="left")],
+}
 Decay = SwitchOff | Constant | None
 
 
@@ -159,25 +167,34 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             coef, nu, drop = self._interpolated(data, run)
         else:
             coef, nu, drop, path = self._stopped(data, run)
+        log_A = data.log_A(0.0) + run.log_A + drop
+        certificates = self._certificates(data, coef, nu, log_A, end)
+        coef = finish(coef, data, run.zero_tol, run.refit)
+        self._keep(data, run, coef, drop, data.dual(nu), certificates, dtype, single)
+        if path is not None and run.ts is not None:
+            path = (path / data.units[:, None]).astype(dtype)
+            self.coef_path_ = path[0] if single else path
+
+    def _keep(
+        self, data: Data, run: FlowPoint, coef: Array, drop: float, dual: Array,
+        certificates: tuple[Array, Array], dtype: Any, single: bool,
+    ) -> None:  # fmt: skip
+        """Keep the end of the flow, with small coefficients set to 0."""
         relative = run.log_A + drop
         log_A = data.log_A(0.0) + relative
-        kkts, gaps = self._certificates(data, coef, nu, log_A, end)
-        coef = finish(coef, data, run.zero_tol, run.refit)
-        unit = data.unit(run.log_A, self.positive)
+        unit, end = data.unit(run.log_A, self.positive), np.isinf(run.t)
         values = {
             "coef_": (coef / data.units).astype(dtype),
             "intercept_": data.intercept(coef).astype(dtype),
-            "dual_coef_": data.dual(nu),
+            "dual_coef_": dual,
             "A_": np.exp(log_A),
             "log_A_": np.broadcast_to(relative, log_A.shape),
             "t_": np.full(len(log_A), np.inf) if end else run.t * unit,
             "support_": coef != 0,
-            "kkt_residual_": kkts,
-            "gap_": gaps,
+            "kkt_residual_": certificates[0],
+            "gap_": certificates[1],
         }
-        if path is not None and run.ts is not None:
-            values["coef_path_"] = (path / data.units[:, None]).astype(dtype)
-        self._keep(values, single)
+        self._set(values, single)
 
     def _fit_ridge(self, data: Data, penalties: Array, dtype: Any, single: bool) -> None:
         """Fit ridge regression with the last of the penalties; all of them are its path."""
@@ -198,9 +215,9 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             ]),
             "coef_path_": (path.swapaxes(1, 2) / data.units[:, None]).astype(dtype),
         }  # fmt: skip
-        self._keep(values, single)
+        self._set(values, single)
 
-    def _keep(self, values: dict[str, Array], single: bool) -> None:
+    def _set(self, values: dict[str, Array], single: bool) -> None:
         """Keep the results; those of a single target are not in a row of their own."""
         for name, value in values.items():
             setattr(self, name, value[0] if single else value)

@@ -24,6 +24,8 @@ __all__ = [
     "gram",
     "growth",
     "prepare",
+    "pulls",
+    "shortest",
     "smaller_gram",
     "warn_of_scales",
 ]
@@ -205,6 +207,16 @@ def _pull(X: Any, y: Array, weights: Array, squares: Array, positive: bool) -> A
     noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)
     return np.where(pull > noise, pull, 0.0)
+
+
+def pulls(data: Data) -> Array:
+    """Return X^T w y (d, K), the gradients at 0."""
+    return data.X.T @ (data.weights[:, None] * data.y)
+
+
+def shortest(data: Data) -> Array:
+    """Return the least-squares solutions (d, K) whose largest entries are the scales."""
+    return _shortest(data.X, data.y, data.weights, data.means, data.pull)
 
 
 def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Array:

@@ -21,6 +21,8 @@ __all__ = ["MatrixCompletionCV"]
 
 Array = NDArray[np.float64]
 ALPHAS = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
+ROUGHER, ROUGHEST = 100.0, 1e-2  # tolerance with entries hidden: times that of the fit, and at most
+WORSE = 1.1  # times the least error of a fold, above which its path is left
 
 
 class MatrixCompletionCV(RowCompletion):
@@ -30,9 +32,10 @@ class MatrixCompletionCV(RowCompletion):
 
     .. math:: \hat Y_{ij} = (U V^T)_{ij} + a_i + b_j,
 
-    for all ``alphas`` along one path, with and without offsets. The candidate of least mean
-    squared error is fitted to all entries. The decay is kept: for a matrix that is nearly of low
-    rank fit `MatrixCompletion` with ``switch_off=True``, which this search does not try.
+    for all ``alphas`` along one path, with and without offsets, from strong decay to weak. A fold
+    leaves its path where its error is 1.1 times its least one. The candidate of least mean squared
+    error is fitted to all entries. The decay is kept: for a matrix that is nearly of low rank fit
+    `MatrixCompletion` with ``switch_off=True``, which this search does not try.
 
     Parameters
     ----------
@@ -49,7 +52,8 @@ class MatrixCompletionCV(RowCompletion):
     max_iter : int, default=2000
         As for `MatrixCompletion`.
     tol : float, default=1e-4
-        As for `MatrixCompletion`.
+        As for `MatrixCompletion`, for the last fit. With entries hidden it is 100 times that, but
+        not above 0.01: their errors hardly depend on it.
     n_jobs : int, default=None
         Processes or threads of joblib; folds and offsets are shared out among them. The result is
         the same for every number.
@@ -61,7 +65,7 @@ class MatrixCompletionCV(RowCompletion):
     best_offset_penalty_ : float or None
         The penalty on the offsets that was taken; None if there are none.
     mse_path_ : array of shape (n_offset_penalties, n_alphas, n_folds)
-        The mean squared errors of the hidden entries.
+        The mean squared errors of the hidden entries; infinity behind the end of a fold's path.
     alphas_ : array of shape (n_alphas,)
         The candidates, falling.
     U_, V_, singular_values_, rank_, row_offset_, column_offset_, offset_penalty_, decay_, n_iter_
@@ -173,9 +177,9 @@ class MatrixCompletionCV(RowCompletion):
             )
         folds = KFold(self.cv, shuffle=True, random_state=self.random_state)
         parts = list(folds.split(known[2]))
-        run = delayed(hidden_errors)
+        run, tol = delayed(hidden_errors), max(self.tol, min(ROUGHER * self.tol, ROUGHEST))
         found: Any = Parallel(n_jobs=self.n_jobs)(
-            run(known, part, M.shape, p, self.alphas_, columns, self.max_iter, self.tol)
+            run(known, part, M.shape, p, self.alphas_, columns, self.max_iter, tol)
             for p in penalties
             for part in parts
         )
@@ -202,13 +206,16 @@ def hidden_errors(
         empty = np.zeros((shape[0], 0)), np.zeros((shape[1], 0))
         top = float(problem.strongest(*empty, 1)[0].max()) or 1.0
         scaled: Any = problem.times(1 / top)  # alphas are in units of top
-        i, j, errors = i[test], j[test], []
-        for found in path(scaled, columns, [(float(alpha), tol) for alpha in alphas], steps):
+        i, j, errors = i[test], j[test], np.full(len(alphas), np.inf)
+        stages = [(float(alpha), tol) for alpha in alphas]
+        for k, found in enumerate(path(scaled, columns, stages, steps)):
             fitted = np.einsum("ij,ij->i", found.U[i], found.V[j])
             if penalty is not None:
                 fitted += scaled.offsets.a[i] + scaled.offsets.b[j]
-            errors.append(float(((values[test] - top * fitted) ** 2).mean()))
-    return np.array(errors)
+            errors[k] = ((values[test] - top * fitted) ** 2).mean()
+            if errors[k] > WORSE * errors.min():
+                break
+    return errors
 
 
 def _alphas(values: Any) -> Array:

@@ -1,24 +1,22 @@
-"""Least squares along the Hadamard flow, from ridge-like to lasso-like."""
+"""The regressor that chooses its scale and its stopping time by cross-validation."""
 
 from __future__ import annotations
 
 from copy import copy
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import issparse
 from sklearn import get_config
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 
-from .._threads import one_thread, small_on_one_thread
+from .._threads import one_thread
 from ..schedule import SwitchOff
 from ._base import (
-    DECAY,
-    LOG_A,
+    SHARED,
     Decay,
     FlowPoint,
     FlowRegressor,
@@ -40,181 +38,9 @@ from ._candidates import (
 from ._data import growth, prepare, warn_of_scales
 from ._folds import Folds, fold_weights
 
-__all__ = ["MirrorFlowRegressor", "MirrorFlowRegressorCV"]
+__all__ = ["MirrorFlowRegressorCV"]
 
 Array = NDArray[np.float64]
-SHARED: dict[str, Any] = {
-    "decay": DECAY,
-    **{key: ["boolean"] for key in ("positive", "fit_intercept", "standardize", "refit")},
-    "tol": [Interval(Real, 0, 1, closed="neither")],
-    "max_iter": [Interval(Real, 1, None, closed="left")],
-}
-
-
-class MirrorFlowRegressor(FlowRegressor):
-    r"""Linear regression by the flow of x = m * w, stopped early or at its end.
-
-    .. math:: x_t = A \sinh(2 X^T \nu_t), \quad \nu_t' = \tfrac{1}{n} (y - X x_t), \quad \nu_0 = 0
-
-    This is what gradient descent on m and w does from m = 0, w = sqrt(2 A) (Theorem 3.2). A is all
-    that weight decay changes: it divides A by e^{2 alpha} in each unit of time. Large A acts like
-    ridge regression, small A like the lasso.
-
-    Parameters
-    ----------
-    log_A : float, default=-10
-        log(A / S), S the largest coefficient of the minimum-norm least-squares solution (damped by
-        1e-5 of the largest singular value): about 2 or more is ridge-like, -10 sparse, and below
-        -20 the inverse scale space of the lasso. From -10,000 to 20, where it is ridge to 1e-8.
-    t : float, default=2
-        When to stop, > 0, in units of the time that the strongest coefficient, unopposed, takes to
-        grow to S. Below 1 next to nothing has grown; for t to infinity the data are fitted exactly,
-        noise included.
-    interpolate : bool, default=False
-        Go to the end of the flow (t is not used): of all solutions the one of least R_a; with
-        ``positive`` and none that is >= 0, of all least-squares solutions that are. Under noise
-        this is the worst choice. Needs a dense X.
-    decay : SwitchOff, Constant or None, default=None
-        Weight decay on the way, from ``log_A`` at the start; it has to end before the training, or
-        never.
-    positive : bool, default=False
-        Force the coefficients to be >= 0: m = w = sqrt(A) at the start, x = A exp(2 X^T nu).
-    fit_intercept : bool, default=True
-        Whether to fit an intercept; it is not penalized.
-    standardize : bool, default=False
-        Whether to run the flow on the columns of X divided by their standard deviations (by their
-        root mean squares without an intercept), so that their units decide nothing. ``coef_`` is in
-        the units of X; ``zero_tol``, ``A_``, ``dual_coef_`` and the certificates belong to the
-        divided columns. Without it, a stopped flow warns of columns on unequal scales.
-    zero_tol : float, default=1e-3
-        Coefficients smaller than ``zero_tol`` times the largest are set to exactly 0: the flow
-        itself makes them small, never 0. With 0 they are left as they are.
-    refit : bool, default=False
-        Fit the coefficients that are not 0 again, by least squares.
-    tol : float, default=1e-3
-        The error of the coefficients in one step of the integration, relative to the largest.
-    max_iter : int, default=10000
-        The largest number of steps.
-
-    Attributes
-    ----------
-    coef_ : array of shape (n_features,) or (n_targets, n_features)
-        The coefficients.
-    intercept_ : float or array of shape (n_targets,)
-        The intercept.
-    dual_coef_ : array of shape (n_samples,) or (n_targets, n_samples)
-        nu, with x = A sinh(2 X^T nu) before small coefficients are set to 0.
-    A_ : float or array of shape (n_targets,)
-        The scale at the end, decay included, in the units of the coefficients.
-    log_A_ : float or array
-        Its logarithm, relative to S.
-    t_ : float or array
-        The time at which the flow was stopped, in its own units (learning rate times steps of
-        gradient descent on the mean squared error / 2); infinity for ``interpolate``.
-    support_ : array of bool, of the shape of ``coef_``
-        Which coefficients are not 0.
-    kkt_residual_ : float or array
-        The largest entry of arcsinh(x / A) / 2 - X^T nu, relative to the largest of X^T nu; with
-        ``interpolate`` at least the slope that is left of the squared error, relative to its slope
-        at 0. Measured on all samples as they were given, before coefficients are set to 0.
-    gap_ : float or array
-        How far from L1 the fit is: its L1 norm exceeds the smallest one of any coefficients with
-        the same predictions by at most this fraction of itself.
-    n_iter_ : int
-        Steps of the integration, or of Newton's method.
-    n_features_in_, feature_names_in_
-        As everywhere in scikit-learn.
-
-    See Also
-    --------
-    MirrorFlowRegressorCV : chooses ``log_A`` and ``t`` by cross-validation.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from mirrorflow import MirrorFlowRegressor
-    >>> rng = np.random.default_rng(0)
-    >>> X = rng.standard_normal((50, 100))
-    >>> y = 3 * X[:, 0] - 2 * X[:, 7]
-    >>> model = MirrorFlowRegressor(log_A=-15, t=4).fit(X, y)
-    >>> np.flatnonzero(model.support_)
-    array([0, 7])
-    >>> model.coef_[[0, 7]].round(2)
-    array([ 3., -2.])
-    """
-
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "log_A": [Interval(Real, *LOG_A, closed="both")],
-        "t": [Interval(Real, 0, None, closed="neither")],
-        "interpolate": ["boolean"],
-        "zero_tol": [Interval(Real, 0, 1, closed="left")],
-        **SHARED,
-    }
-
-    def __init__(
-        self,
-        log_A: float = -10.0,
-        t: float = 2.0,
-        *,
-        interpolate: bool = False,
-        decay: Decay = None,
-        positive: bool = False,
-        fit_intercept: bool = True,
-        standardize: bool = False,
-        zero_tol: float = 1e-3,
-        refit: bool = False,
-        tol: float = 1e-3,
-        max_iter: int = 10_000,
-    ) -> None:
-        self.log_A = log_A
-        self.t = t
-        self.interpolate = interpolate
-        self.decay = decay
-        self.positive = positive
-        self.fit_intercept = fit_intercept
-        self.standardize = standardize
-        self.zero_tol = zero_tol
-        self.refit = refit
-        self.tol = tol
-        self.max_iter = max_iter
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MirrorFlowRegressor:
-        """Fit the model.
-
-        Parameters
-        ----------
-        X : array, sparse matrix or frame of shape (n_samples, n_features)
-            The features. Sparse ones are not made dense.
-        y : array of shape (n_samples,) or (n_samples, n_targets)
-            The targets.
-        sample_weight : array of shape (n_samples,), default=None
-            Weights >= 0 of the samples.
-
-        Returns
-        -------
-        self
-        """
-        self._validate_params()
-        t = np.inf if self.interpolate else float(self.t)
-        check_decay(self.decay, t)
-        run = FlowPoint(float(self.log_A), t, self.decay, self.tol, self.zero_tol, self.refit)
-        if self.interpolate and issparse(X):
-            raise ValueError("X must be dense with interpolate=True, got a sparse one")
-        fitted = copy(self)  # an interrupted fit leaves self as it was
-        X, y, sample_weight = validated(fitted, X, y, sample_weight)
-        with small_on_one_thread(X.size):
-            data = prepare(X, y, sample_weight, self.fit_intercept, self.positive, self.standardize)
-            if not self.interpolate:  # in infinite time all of them have grown
-                warn_of_scales(data)
-            fitted._fit(data, run, X.dtype, y.ndim == 1)
-        self.__dict__ = fitted.__dict__
-        return self
-
-    def __sklearn_tags__(self) -> Any:
-        """Take sparse X, except for end points."""
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = not self.interpolate
-        return tags
 
 
 class MirrorFlowRegressorCV(FlowRegressor):
