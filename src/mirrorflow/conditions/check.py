@@ -28,7 +28,7 @@ SAMPLED_COORDINATES = 256
 def check(
     g: Reparam, h: Regularizer, w0: Parameters, sensing: Tensor | None = None, seed: int = 0
 ) -> Report:
-    r"""Decide whether (g, h) started at w0 follows a mirror flow (Theorem 3.2).
+    r"""Test the conditions under which (g, h) from w0 follows a mirror flow (Theorem 3.2).
 
     The Lie brackets ``[grad g_i, grad g_j]`` and ``[grad g_i, grad h]`` are bilinear, so that all
     of them vanish if and only if those of random combinations ``p . g``, ``q . g`` do (with
@@ -36,8 +36,8 @@ def check(
     flow; penalties with kinks are caught by following the flow of g and of h in both orders.
 
     With `WeightDecay` and a g that is homogeneous of degree k, [grad g_i, w] = (2-k) grad g_i: the
-    pair commutes up to a change of clock, and everything holds with nu = -int e^{(k-2) a} grad f dt
-    for mu = -int grad f dt (see `RescaledFunction`). ``degree`` is k then.
+    pair commutes up to a change of clock, and the law and the end point hold with nu = -int
+    e^{(k-2) a} grad f dt for mu = -int grad f dt (see `RescaledFunction`). ``degree`` is k then.
 
     Parameters
     ----------

@@ -125,7 +125,8 @@ def flow(
     >>> round((Z @ sol.value).item(), 6), sol.status.name
     (1.0, 'completed')
 
-    Steps of length 0.1 make the end sparser than the flow's, as a per coordinate says:
+    Steps of length 0.1 store a decay of their own, most where the column of Z is large; here that
+    makes the end slightly less sparse than the flow's:
 
     >>> path = flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.Constant(0.0), 50.0, lr=0.1).path
     >>> path.a[-1].item(), path.account.a[-1]

@@ -34,7 +34,7 @@ __all__ = ["IncompatiblePair", "legendre"]
 
 
 class IncompatiblePair(ValueError):
-    """A pair (g, h) for which Theorem 3.2 does not hold; ``report`` says which condition fails."""
+    """A pair (g, h) that fails the conditions of Theorem 3.2; ``report`` says which one."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(report.explain())
@@ -59,7 +59,9 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
         In closed form where there is one, else `Inversion`; `RescaledFunction` for `WeightDecay`
         and a g that is homogeneous of another degree than 2, whose dual variable runs on the clock
         nu = -int e^{(k-2) a} grad f dt. It is on the CPU, and so are the tensors of its maps;
-        `limit` and `flow` take those of any device.
+        `limit` and `flow` take those of any device. For `SymmetricFactor` it is the R_a of sensing
+        matrices that commute, which is not checked here: `limit` returns the status surrogate where
+        they do not, and ``check(g, h, w0, sensing=...)`` decides it.
 
     Raises
     ------

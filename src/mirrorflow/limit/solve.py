@@ -81,9 +81,10 @@ def limit(
 
     .. math:: \min_x R_a(x) \quad \text{subject to} \quad Z x = y
 
-    This is the limit of the flow once the decay is switched off, a being what has accumulated by
-    then (Theorem 3.6). It is solved by its dual, x = primal(Z^T theta, a), in as many unknowns
-    as Z has independent rows; nothing is trained.
+    This is where the flow converges once the decay is switched off, if the loss depends on Z x only
+    and the end fits y, a being what has accumulated by then (Theorem 3.6). It is solved by its
+    dual, x = primal(Z^T theta, a), in as many unknowns as Z has independent rows; nothing is
+    trained.
 
     Parameters
     ----------
@@ -95,7 +96,8 @@ def limit(
     y : Tensor or array of shape (n,) or (n, m)
         The targets; a column for each of m problems, which are solved one by one.
     a : float, 1-d sequence of k floats, or array of shape R.shape
-        The accumulated regularization, -int alpha dt <= 0. Several make a path, in any order, for
+        The accumulated regularization, -int alpha dt, <= 0 for decay; > 0 stands for a larger
+        initialization. Several make a path, in any order, for
         the cost of a few single solves where all coordinates decay at the same rate. With
         `WeightDecay` and a homogeneous g, a is also the logarithm of the initialization scale: the
         end is the end of training from e^a w0 without decay.

@@ -86,8 +86,9 @@ def reset_geometry(x: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     .. math:: m^2 = \tfrac12 \bigl(\sqrt{4 x^2 + \beta^2} + \beta\bigr), \qquad w = x / m
 
     Training moves x in a metric that depends on x and on ``|m^2 - w^2|``, which decay lowers to
-    e^{2a} of what it was. With beta = ``|m_0^2 - w_0^2|`` the accumulated a is 0 again, at the same
-    x (arXiv 2504.12801 does it in steps).
+    e^{2a} of what it was. With beta = ``|m_0^2 - w_0^2|`` the scale is again that of the first
+    start (arXiv 2504.12801 does it in steps), and the centre is the present x: training then ends
+    at the solution of least D_{R_0}(., x), not at argmin R_0 of the first start.
 
     Parameters
     ----------
