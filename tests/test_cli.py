@@ -309,7 +309,10 @@ def test_audit_takes_pairs_that_the_user_names(monkeypatch, capsys, tmp_path):
         (("--pair", "mlp"), "NAME=A,B is needed"),
         (("--pair", "mlp=fc1.weight"), "NAME=A,B is needed"),
         (("--pair", "=q_proj.weight,k_proj.weight"), "NAME=A,B is needed"),
-        (("--pair", "mlp=q_proj.weight,no.weight"), "there is no weight 'no.weight'"),
+        (
+            ("--pair", "mlp=q_proj.weight,no.weight"),
+            "must name weights of the model, got 'no.weight'",
+        ),
         (2 * ("--pair", "a=q_proj.weight,k_proj.weight"), "there is a pair 'a' already"),
         (("--level", "expert"), "level"),
     ],

@@ -146,7 +146,7 @@ def test_an_adapter_that_has_left_the_model_is_not_measured_any_more(leave):
     model.unmerge_adapter()
     assert tracker.measure().defined
     getattr(model, leave)(*(["default"] if leave == "delete_adapter" else []))
-    with pytest.raises(ValueError, match=r"lora_B.default.weight is in the model no more"):
+    with pytest.raises(ValueError, match=r"lora_B.default.weight must still be in the model"):
         tracker.measure()
 
 

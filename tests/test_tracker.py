@@ -213,7 +213,7 @@ def test_quantized_weights_are_listed():
 
 
 def test_a_level_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="'layer' or 'head' is needed, got 'heads'"):
+    with pytest.raises(ValueError, match="level must be 'layer' or 'head', got 'heads'"):
         SpectralTracker(net(), level="heads")
 
 
@@ -293,7 +293,7 @@ def test_a_module_that_is_wrapped_later_is_still_measured():
     assert tracker.measure() == before
     again = copy.deepcopy(tracker)
     model[0] = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ValueError, match="in_proj_weight is in the model no more"):
+    with pytest.raises(ValueError, match="in_proj_weight must still be in the model"):
         tracker.measure()
     assert again.measure() == before
 

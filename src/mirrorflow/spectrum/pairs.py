@@ -209,8 +209,8 @@ def named(pairs: Named | None, shapes: Shapes) -> tuple[Pair, ...]:
     """
     if not isinstance(pairs or {}, Mapping):
         raise TypeError(
-            f'pairs: a mapping is needed, as in {{"mlp": ("fc2.weight", "fc1.weight")}}, got '
-            f"{type(pairs).__name__}"
+            f"pairs must be a mapping, got {type(pairs).__name__}. Write "
+            '{"mlp": ("fc2.weight", "fc1.weight")}'
         )
     return tuple(_named(name, entry, shapes) for name, entry in (pairs or {}).items())
 
@@ -218,19 +218,23 @@ def named(pairs: Named | None, shapes: Shapes) -> tuple[Pair, ...]:
 def _named(name: str, entry: Sequence[Any], shapes: Shapes) -> Pair:
     """Make a pair of (A, B), or of (A, B, heads)."""
     if isinstance(entry, str) or len(entry) not in (2, 3):
-        raise ValueError(f"pair {name!r}: two names are needed, and maybe heads, got {entry!r}")
+        raise ValueError(
+            f"pair {name!r} must hold two names, and at most the number of heads, got {entry!r}"
+        )
     (a, b), heads = entry[:2], entry[2] if len(entry) > 2 else None
     left, right = _factor(name, a, shapes, True), _factor(name, b, shapes, False)
     (r, n), (inner, m) = left.size(shapes), right.size(shapes)
     if r != inner:
         raise ValueError(
-            f"pair {name!r}: {a} is {n} x {r} and {b} is {inner} x {m}, so that they have no "
-            "product; append .T to a name to transpose its weight"
+            f"pair {name!r} must have one inner dimension, got {n} x {r} and {inner} x {m}. Append "
+            ".T to a name to transpose its weight"
         )
     if 0 in (n, r, m):
-        raise ValueError(f"pair {name!r}: the product is {n} x {r} x {m}: it is empty")
+        raise ValueError(f"pair {name!r} must not be empty, got {n} x {r} x {m}")
     if heads is not None and (not isinstance(heads, int) or heads < 1 or r % heads):
-        raise ValueError(f"pair {name!r}: {heads!r} heads do not divide the inner dimension {r}")
+        raise ValueError(
+            f"pair {name!r}: heads must be a whole number that divides {r}, got {heads!r}"
+        )
     return Pair(name, "named", left, right, (n, r, m), heads, heads)
 
 
@@ -241,24 +245,24 @@ def _factor(pair: str, name: str, shapes: Shapes, left: bool) -> Factor:
     key = clean(match[1])
     if key not in shapes:
         near = get_close_matches(key, shapes, 3, 0.3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"pair {pair!r}: there is no weight {key!r}{hint}")
+        hint = f". Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"pair {pair!r} must name weights of the model, got {key!r}{hint}")
     if len(shapes[key]) < 2:
-        raise ValueError(f"pair {pair!r}: {key} has the shape {shapes[key]}, a matrix is needed")
+        raise ValueError(f"pair {pair!r}: {key} must be a matrix, got shape {shapes[key]}")
     transposed = bool(match[4]) != left  # A is taken as the rows of A^T
     if match[2] is None:
         return Factor(key, transposed)
     rows = Factor(key, transposed).size(shapes)[0]
     start, stop = int(match[2] or 0), int(match[3] or rows)
     if not start < stop <= rows:
-        raise ValueError(f"pair {pair!r}: {name} is not within the inner dimension, {rows}")
+        raise ValueError(f"pair {pair!r}: rows must lie within 0:{rows}, got {name}")
     return Factor(key, transposed, start, stop)
 
 
 def checked(level: str) -> str:
     """Refuse a level that does not exist."""
     if level not in LEVELS:
-        raise ValueError(f"level: {' or '.join(map(repr, LEVELS))} is needed, got {level!r}")
+        raise ValueError(f"level must be {' or '.join(map(repr, LEVELS))}, got {level!r}")
     return level
 
 
@@ -267,7 +271,7 @@ def choose(found: Found, level: str, match: str | None) -> Found:
     try:
         pattern = re.compile(match or "")
     except re.error as error:
-        raise ValueError(f"match={match!r} is not a regular expression: {error}") from error
+        raise ValueError(f"match must be a regular expression, got {match!r}: {error}") from error
     kept, skipped = [], list(found.skipped)
     for pair in found.pairs:
         if not (pattern.search(pair.label) or pattern.search(pair.kind)):

@@ -198,7 +198,7 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2] or A.shape[-1] == 0:
         shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
         raise ValueError(
-            f"product_spectrum: A (..., n, r) and B (..., r, m) are needed, got {shapes}"
+            f"product_spectrum: A and B must have shapes (..., n, r) and (..., r, m), got {shapes}"
         )
     for name, factor in (("A", A), ("B", B)):
         if trouble := unreadable(factor):
@@ -258,10 +258,10 @@ def _spectrum(left: Tensor, right: Tensor, group: Any) -> ProductSpectrum:
     if group is not None or is_sharded(left) or is_sharded(right):
         n, m = _sizes(n, m, group)
         if min(n, m) == 0:
-            raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+            raise ValueError(f"product_spectrum: A B must not be empty, got {n} x {m}")
         return spectrum_of_grams(gram_a, gram_b, min(n, r, m), strict=True)
     if min(n, m) == 0:
-        raise ValueError(f"product_spectrum: A B is {n} x {m}: it has no spectrum")
+        raise ValueError(f"product_spectrum: A B must not be empty, got {n} x {m}")
     if r >= min(n, m):
         return spectrum_of_products(left, right, gram_a, gram_b, strict=True)
 
@@ -310,7 +310,7 @@ def _finite(gram_a: Tensor, gram_b: Tensor, strict: bool) -> Tensor:
     finite = finite_a & finite_b
     if strict and not finite.all():
         broken = "B" if finite_a.all() else "A"
-        raise ValueError(f"product_spectrum: {broken} holds NaN or infinite entries")
+        raise ValueError(f"product_spectrum: {broken} must be finite, got NaN or infinite entries")
     return finite
 
 

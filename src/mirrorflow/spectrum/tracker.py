@@ -224,8 +224,8 @@ class SpectralTracker:
             path = paths.get(id(self._places[key][0]))
             if path is None:
                 raise ValueError(
-                    f"SpectralTracker: {key} is in the model no more (merged, unloaded or "
-                    "deleted?): make a new tracker for what the model is now"
+                    f"SpectralTracker: {key} must still be in the model, got a model without it "
+                    "(merged, unloaded or deleted?). Make a new tracker"
                 )
             parent = self._model
             for name in path.split(".") if path else ():
@@ -269,8 +269,8 @@ class SpectralTracker:
             raise ValueError(f"SpectralTracker: {factor.key} {trouble}")
         if weight.numel() == 0:
             raise ValueError(
-                f"SpectralTracker: {factor.key} is empty here: gather it first (DeepSpeed ZeRO-3: "
-                "deepspeed.zero.GatheredParameters)"
+                f"SpectralTracker: {factor.key} must have its entries here, got none. Gather it "
+                "first (DeepSpeed ZeRO-3: deepspeed.zero.GatheredParameters)"
             )
         return weight
 
