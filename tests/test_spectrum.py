@@ -78,7 +78,7 @@ def test_known_spectra():
 
 def test_errors_name_the_factor():
     A, B = factors(5, 6, 2, 6)
-    with pytest.raises(ValueError, match=r"A \(\.\.\., n, r\)"):
+    with pytest.raises(ValueError, match=r"shapes \(\.\.\., n, r\)"):
         product_spectrum(A, B.mT)
     B[0, 0] = torch.nan
     with pytest.raises(ValueError, match="B must be finite"):
