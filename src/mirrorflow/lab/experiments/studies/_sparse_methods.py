@@ -97,10 +97,14 @@ def _relaxed(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Arr
     return alphas, np.hstack([part * coefs + (1 - part) * refitted for part in BLENDS])
 
 
-def _abess() -> Any:
-    """Make a best subset of each size, the size chosen by cross-validation (abess)."""
+def _abess(X: Array, y: Array) -> tuple[Array, float]:
+    """Fit best subsets of each size, the size chosen by cross-validation (abess)."""
     linear: Any = import_module("abess.linear")  # of the extra bench
-    return linear.LinearRegression(cv=FOLDS, thread=1)
+    varying = np.ptp(X, axis=0) > 0  # it refuses columns that are constant
+    model = linear.LinearRegression(cv=FOLDS, thread=1).fit(X[:, varying], y)
+    coef = np.zeros(X.shape[1])
+    coef[varying] = model.coef_
+    return coef, float(np.ravel(model.intercept_)[0])
 
 
 def _mcp(X: Array, y: Array, knobs: Array | None = None) -> tuple[Array, Array]:
@@ -148,7 +152,7 @@ METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "elastic net": _estimator(_elastic_net),
     "relaxed lasso": _by_path(_relaxed),
     "OMP": _estimator(lambda: OrthogonalMatchingPursuitCV(cv=FOLDS)),
-    "abess": _estimator(_abess),
+    "abess": _abess,
     "MCP": _by_path(_mcp),
     "SCAD": _by_path(_scad),
     "early-stopped basis pursuit": _by_path(_early_stopped),
