@@ -120,7 +120,7 @@ def test_the_supports_and_the_table_of_the_readme_are_what_is_stored():
     for (data, method), text in supports.items():
         check(text, f1[f"sparse, {data}", method])
     cells = printed(ROOT / "README.md", "| n against d = 200")
-    assert len(supports) == 48 and len(cells) == 25
+    assert len(supports) == 60 and len(cells) == 25
     for (data, method), texts in cells.items():
         for snr, text in zip((1, 3, 10), texts.split(" / "), strict=True):
             kind = "sparse, n ≥ d/2" if data == "its support" else data.replace(" truth", "")
