@@ -1,6 +1,7 @@
 """The documentation: its examples run as printed, its tables are what is stored."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,23 @@ def test_the_table_of_the_cut_weights_is_what_is_stored():
     for (way, cut), text in cells.items():
         check(text, rows[way][cut])
     assert len(cells) == 20
+
+
+def test_the_tables_of_the_networks_are_what_is_stored():
+    module = framework.load("beyond_networks")
+    (result,) = [
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    ]
+    for network, head in (("cnn", "| CNN, accuracy"), ("gpt", "| GPT, loss")):
+        cells = printed(ROOT / "docs" / "beyond.md", head)
+        for (way, column), text in cells.items():
+            cut = 0.0 if column == "whole" else float(column.split("%")[0]) / 100
+            found = [
+                r["value"] for r in result["records"]
+                if (r["network"], r["way"]) == (network, way) and r["cut"] == pytest.approx(cut)
+            ]  # fmt: skip
+            check(text, statistics.median(found))
+        assert len(cells) == 15
 
 
 def test_the_table_of_truncated_adapters_is_what_is_stored():

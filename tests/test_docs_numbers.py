@@ -147,10 +147,10 @@ QUOTES: list[tuple[str, str, Callable[[], list[float | None]]]] = [
      lambda: [100 * (1 - math.exp(-2 * 0.1 * 1e-3 * 600))]),
     ("README.md", "than the lasso in 8 of 9 noisy designs, with half as many rows in 3 of 9",
      lambda: [*sparse_designs(1.0), *sparse_designs(0.5)]),
-    ("docs/estimators.md", "than the lasso in 8 of 9 designs with noise, with n = d/2 in 3 of 9",
+    ("docs/estimators.md", "lasso in 8 of 9 designs with noise, with n = d/2 in 3 of 9",
      lambda: [*sparse_designs(1.0), None, *sparse_designs(0.5)]),
-    ("docs/estimators.md", "in 7 of these 18 designs (refitted in 8; the relaxed lasso in 10, abess "
-     "in 8)", near_best),
+    ("docs/estimators.md", "in 7 of these 18 designs (refitted in 8; the relaxed lasso in 10, "
+     "abess in 8)", near_best),
     ("README.md", "| end of training of m · w | 0.7 ms | 200,000 gradient steps in Numba: 190 to "
      "340 times as long |",
      lambda: [1e3 * min(limits("seconds")), None, min(limits("ratio to Numba")),
