@@ -199,6 +199,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
     def _fit_ridge(self, data: Data, penalties: Array, dtype: Any, single: bool) -> None:
         """Fit ridge regression with the last of the penalties; all of them are its path."""
         path = ridge_path(data, data.weights, penalties)
+        path[..., data.spreads == 0] = 0.0  # a constant column gets rounding, not exactly 0
         coef, endless = path[:, -1], np.full(len(path), np.inf)
         nu = ridge_dual(data, coef, float(penalties[-1]))
         mu, predictions, self.n_iter_ = (data.X.T @ nu).T, data.X @ coef.T, 1
