@@ -45,6 +45,7 @@ autodoc_default_options = {
 }
 
 copybutton_exclude = ".linenos, .gp, .go"  # neither the prompt nor what a command prints
+highlight_language = "none"  # of blocks without a language: outputs are not Python
 html_theme = "furo"
 html_title = "mirrorflow"
 html_static_path = ["_static"]

@@ -304,7 +304,7 @@ LOOP = mf.OffBelow(0.1, 2.0)
         (0.1, {}, TypeError, r"use Constant\(0.1\)"),
         (mf.Constant(0.1), {"trackevery": 3}, TypeError, "must be track_every.*'trackevery'"),
         (mf.Constant(0.1), {"lr": 3}, TypeError, "relative, groups, decoupled.*got 'lr'"),
-        (mf.Constant(0.1), {"level": "heads"}, ValueError, "level: .*'heads'"),
+        (mf.Constant(0.1), {"level": "heads"}, ValueError, "level must be .*'heads'"),
         (mf.Constant(0.1), {"match": "("}, ValueError, "match must be a regular expression"),
         (mf.Constant(0.1), {"metric": "rank"}, ValueError, "metric must be one of ratio.*'rank'"),
         (mf.Constant(0.1), {"track_every": True}, ValueError, "track_every must be an integer"),

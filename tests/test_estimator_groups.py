@@ -180,5 +180,5 @@ def test_what_the_flow_of_groups_does_not_have_is_refused(option):
 
 def test_steps_that_run_out_are_said():
     X, y = problem()
-    with pytest.warns(ConvergenceWarning, match="has not reached its end in max_iter=5 steps"):
+    with pytest.warns(ConvergenceWarning, match="must reach its end within max_iter=5 steps"):
         mf.MirrorFlowRegressor(groups=LABELS, max_iter=5).fit(X, y)

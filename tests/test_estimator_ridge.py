@@ -110,3 +110,11 @@ def test_a_display_shows_ridge_regression_as_a_line():
     assert line[0].get_ydata()[0] == pytest.approx(model.ridge_mse_.mean(1).min())
     with pytest.raises(ValueError, match="the path must be of a flow"):
         mf.MirrorFlowCVDisplay.from_estimator(model, kind="path")
+
+
+def test_data_without_noise_keep_the_zeros_of_a_flow():
+    """Any small penalty fits them exactly, with no zeros."""
+    X = np.random.default_rng(0).standard_normal((40, 20))
+    model = mf.MirrorFlowRegressorCV().fit(X, X[:, 0] + X[:, 1])
+    assert model.best_kind_ == "flow" and model.best_ridge_ is None
+    np.testing.assert_array_equal(np.flatnonzero(model.coef_), [0, 1])

@@ -193,7 +193,7 @@ def test_a_trial_keeps_its_state_in_its_own_folder(tmp_path, monkeypatch):
     [
         ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
         ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "got 'trackevery'"),
-        ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
+        ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level must be .*'heads'"),
         ({"schedule": mf.Constant(0.1), "metric": "loss"}, ValueError, "metric must be one of"),
         (
             {"groups": [(0, mf.OffBelow(0.1, 2.0))]},

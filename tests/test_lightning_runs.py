@@ -129,7 +129,7 @@ def test_rows_and_the_metric():
     [
         ({"schedule": 0.1}, TypeError, r"use Constant\(0.1\)"),
         ({"schedule": mf.Constant(0.1), "trackevery": 3}, TypeError, "got 'trackevery'"),
-        ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level: .*'heads'"),
+        ({"schedule": mf.Constant(0.1), "level": "heads"}, ValueError, "level must be .*'heads'"),
         ({}, ValueError, "a schedule is missing"),
     ],
 )

@@ -91,10 +91,16 @@ def penalties(values: Any, offered: bool, data: Data) -> Array:
     return -np.sort(-given)
 
 
-def better_ridge(ridges: Array, errors: Array, others: list[Array]) -> float | None:
-    """Return the penalty of least mean error, where that is less than all others have."""
+def better_ridge(ridges: Array, errors: Array, others: list[Array], spread: float) -> float | None:
+    """Return the penalty of least mean error, where that is less than all others have.
+
+    Data without noise are fitted exactly by any small penalty, with no zeros: where a flow leaves
+    next to nothing of the variance ``spread``, it keeps its zeros.
+    """
     mean = errors.mean(axis=1)
     least = min(float(other.mean(axis=1).min()) for other in others)
+    if least < FITTED * spread:
+        return None
     return float(ridges[mean.argmin()]) if mean.min(initial=np.inf) < least else None
 
 

@@ -267,7 +267,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         paths = folds.zero_errors(*self._candidate(i), j, self.zero_tols_, self.refit)
         self.zero_mse_path_ = paths[-1]
         others = [*paths, self.intercept_mse_[None]]
-        self.best_ridge_ = better_ridge(self.ridges_, self.ridge_mse_, others)
+        self.best_ridge_ = better_ridge(self.ridges_, self.ridge_mse_, others, folds.spread)
         if self.best_ridge_ is None:
             warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         refitted = paths[1] if self.refit else None
