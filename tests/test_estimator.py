@@ -358,5 +358,5 @@ def test_weights_must_not_be_negative_or_all_zero():
     X, y, _ = problem()
     with pytest.raises(ValueError, match=r"[Nn]egative"):
         mf.MirrorFlowRegressor().fit(X, y, sample_weight=-np.ones(len(y)))
-    with pytest.raises(ValueError, match="zero|sum"):
+    with pytest.raises(ValueError, match=r"zero|sum"):
         mf.MirrorFlowRegressor().fit(X, y, sample_weight=np.zeros(len(y)))
