@@ -49,6 +49,31 @@ TABLES = {
         "soft-impute": ("ratio", 1),
         "soft-impute's error": ("soft-impute: relative error", 1),
     },
+    "bench_custom": {
+        "ours, ms": ("seconds", MS),
+        "Newton's method on R_a": ("ratio", 1),
+    },
+    "bench_depth": {
+        "ours, ms": ("seconds", MS),
+        "ours as a multiple of two factors": ("ratio to two factors", 1),
+        "200,000 steps in NumPy": ("ratio to NumPy", 1),
+        "200,000 steps in Numba": ("ratio to Numba", 1),
+    },
+    "bench_account": {
+        "a step, ms": ("step, seconds", MS),
+        "times a step without the account": ("ratio", 1),
+    },
+    "bench_optimizer": {
+        "MirrorAdam, ms": ("MirrorAdam, seconds", MS),
+        "times AdamW's foreach": ("ratio to AdamW, foreach", 1),
+        "times its for-loop": ("ratio to AdamW, for-loop", 1),
+        "times its fused kernel": ("ratio to AdamW, fused", 1),
+    },
+    "bench_neighbour": {
+        "beside a busy process, ms": ("seconds", MS),
+        "without, ms": ("without, seconds", MS),
+        "ratio": ("ratio", 1),
+    },
     "bench_ratings": {
         "RMSE, median of the splits": ("RMSE", 1),
         "processor seconds": ("processor seconds", 1),
