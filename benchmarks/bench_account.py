@@ -53,7 +53,7 @@ def compared(name: str, steps: int = STEPS, **options) -> dict:
 
 
 def run() -> list[dict]:
-    """Measure full gradients, single rows, and single rows whose noise is told at times only."""
+    """Measure full gradients, single rows, and single rows whose noise is split off at times."""
     return [
         compared("full gradient"),
         compared("batch 1", batch=1),

@@ -245,7 +245,7 @@ def test_what_stands_beside_two_factors_is_not_listed(tmp_path):
     assert audit(save(tmp_path, weights)).skipped == ()
 
 
-# What a quantized attention layer is stored as, and what is said of it.
+# How a quantized attention layer is stored, and the reason that its record gives.
 STORED = {
     "GPTQ": {"qweight": ((2, 8), torch.int32), "qzeros": ((1, 1), torch.int32),
              "scales": ((1, 8), torch.float16), "g_idx": ((8,), torch.int32)},

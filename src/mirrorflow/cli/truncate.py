@@ -45,8 +45,6 @@ def truncate_command(
         print(plan.report.to_json()) if json else say(plan.report.table(width()))
         if out is not None:
             print(f"adapter: {plan.write(out).resolve()}", file=sys.stderr)
-    except FileNotFoundError as problem:
-        raise UserError(str(problem)) from problem
     except OSError as problem:
         raise disk_error(problem, out or adapter) from problem
     except (ValueError, ImportError) as problem:

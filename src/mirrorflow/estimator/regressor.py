@@ -237,7 +237,7 @@ class MirrorFlowRegressor(FlowRegressor):
             data, groups, run.log_A, (rate, end), run.t, run.tol, self.max_iter
         )
         coef = finish(groups.without_small(coef, run.zero_tol), data, 0.0, run.refit)
-        unknown = np.full(len(coef), np.nan)  # there is no mirror map
+        unknown = np.full(len(coef), np.nan)  # groups have no mirror map to check
         dual = np.full((len(coef), data.samples), np.nan)
         drop = -2 * rate * min(run.t, end)
         self._keep(data, run, coef, drop, dual, (unknown, unknown), dtype, single)

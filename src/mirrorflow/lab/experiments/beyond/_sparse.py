@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ...framework.drawing import short
 if TYPE_CHECKING:
     from altair import TopLevelMixin
 
-__all__ = ["line_chart", "medians", "sparse_problem"]
+__all__ = ["averages", "line_chart", "medians", "sparse_problem"]
 
 Array = NDArray[np.float64]
 Medians = Mapping[Any, Mapping[float, float]]
@@ -39,11 +39,18 @@ def medians(
     >>> medians(rows, "way", "a", "error")
     {'AdamW': {-1.0: 4.0, 0.0: 2.0}}
     """
+    return averages(records, line, across, value, np.median)
+
+
+def averages(
+    records: Sequence[Record], line: str, across: str, value: str, average: Callable[[Any], Any]
+) -> dict[Any, dict[float, float]]:
+    """Return averages over the other columns, by the columns of lines and of the x-axis."""
     found: dict[Any, dict[float, list[float]]] = {}
     for r in records:
         found.setdefault(r[line], {}).setdefault(float(r[across]), []).append(float(r[value]))
     return {
-        name: {x: float(np.median(values)) for x, values in sorted(of.items())}
+        name: {x: float(average(values)) for x, values in sorted(of.items())}
         for name, of in found.items()
     }
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
-from ._sparse import line_chart
+from ._sparse import averages, line_chart
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
@@ -108,7 +108,7 @@ def _train(config: Config, kind: str, seeds: list[int], decays: list[Any]) -> tu
     """Return the ratio at each measurement and the rate after it, (measurements, runs).
 
     All runs train at once; each shrinks its factors by its own rate, and those of a seed have the
-    same teacher, start and noise. A decay is a number, or a loop that is told the ratio.
+    same teacher, start and noise. A decay is a number, or a loop to which the ratio is passed.
     """
     import torch
 
@@ -197,16 +197,11 @@ def _end(ratios: Array, rates: Array, loop: Any, tail: int) -> dict[str, float]:
 
 def _means(records: list[Record], key: str) -> dict[str, dict[float, float]]:
     """Return the means of a number over targets and seeds, by optimizer and gain."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for r in records:
-        found.setdefault(str(r["optimizer"]), {}).setdefault(r["gain"], []).append(float(r[key]))
-    return {
-        kind: {gain: float(np.mean(of[gain])) for gain in sorted(of)} for kind, of in found.items()
-    }
+    return averages(records, "optimizer", "gain", key, np.mean)
 
 
 def _over_optimizers(records: list[Record], key: str) -> dict[float, float]:
-    """Return the means over optimizers, too."""
+    """Return the means over optimizers, targets and seeds, by gain."""
     found = _means(records, key)
     gains = next(iter(found.values()))
     return {gain: float(np.mean([of[gain] for of in found.values()])) for gain in gains}

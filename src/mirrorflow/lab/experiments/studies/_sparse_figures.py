@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...framework.contract import Record
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figure", "kind", "make_charts"]
+__all__ = ["draw_figure", "kind", "make_charts", "snr_chart"]
 
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
 COLOURS = (
@@ -92,23 +93,38 @@ def make_charts(records: list[Record]) -> list[tuple[str, TopLevelMixin]]:
 
 def _chart(records: list[Record], key: str) -> Any:
     """Draw one measure."""
-    import altair as alt
-
-    kinds = _kinds(records)
     rows = [
         {"kind": chosen, "method": method, "SNR": snr, "value": short(value)}
-        for chosen in kinds
+        for chosen in _kinds(records)
         for method, points in _lines(records, chosen, key).items()
         for snr, value in points
     ]
+    across = "signal to noise (none: no noise)"
+    return snr_chart(rows, key, across, LABELS[key], (COLOURS, SHAPES))
+
+
+def snr_chart(
+    rows: list[Record],
+    key: str,
+    across: str,
+    title: str,
+    marks: tuple[Sequence[str], Sequence[str]],
+) -> Any:
+    """Draw the value of each method over the signal to noise, for one kind of problem at a time.
+
+    ``marks`` are a colour and a shape for each method; the first kind of the rows is shown first.
+    """
+    import altair as alt
+
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
     names = list(dict.fromkeys(r["method"] for r in rows))
     menu = alt.param(
         name=f"kind_{key}", value=kinds[0],
         bind=alt.binding_select(options=kinds, name="problem "),
     )  # fmt: skip
     legend = alt.Legend(orient="bottom", columns=2)
-    colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
-    shapes = alt.Scale(domain=names, range=list(SHAPES[: len(names)]))  # one legend for both
+    colours = alt.Scale(domain=names, range=list(marks[0][: len(names)]))
+    shapes = alt.Scale(domain=names, range=list(marks[1][: len(names)]))  # one legend for both
     return (
         alt.Chart(alt.Data(values=rows))
         .transform_filter(alt.datum.kind == menu)
@@ -117,10 +133,10 @@ def _chart(records: list[Record], key: str) -> Any:
             x=alt.X(
                 "SNR:O",
                 sort=None,
-                title="signal to noise (none: no noise)",
+                title=across,
                 axis=alt.Axis(labelAngle=0),
             ),
-            y=alt.Y("value:Q", title=LABELS[key], scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
             shape=alt.Shape("method:N", sort=names, scale=shapes, legend=legend),
             tooltip=["method:N", "SNR:O", alt.Tooltip("value:Q", format=".3g")],

@@ -17,13 +17,14 @@ from scipy.special import expit
 from ...framework import contract
 from ...framework.contract import Part, Record, Recorder, Trajectory, Verdict, checksum
 from ...framework.drawing import DASHES, MARKERS, short
+from ._sparse_figures import snr_chart
 
 if TYPE_CHECKING:
     from altair import TopLevelMixin
     from matplotlib.figure import Figure
 
 NAME = "bench_logistic"
-TITLE = "Sparse classification: the stopped flow beside L1, and why there is no classifier"
+TITLE = "Sparse classification: the stopped flow beside L1, a study that speaks against it"
 PAPER = "Beyond the paper: a study of whether the flow makes a classifier"
 TEST = 2000  # rows that the loss is measured on
 ENOUGH = 0.5  # n/d from which a sparse truth can be found
@@ -240,28 +241,5 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
 
 def _chart(points: list[Record], key: str) -> Any:
     """Draw one measure."""
-    import altair as alt
-
-    names = list(dict.fromkeys(p["method"] for p in points))
-    kinds = sorted(dict.fromkeys(p["kind"] for p in points), reverse=True)
-    menu = alt.param(
-        name=f"kind_{key}", value=kinds[0],
-        bind=alt.binding_select(options=kinds, name="problem "),
-    )  # fmt: skip
-    legend = alt.Legend(orient="bottom", columns=2)
-    colours = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
-    shapes = alt.Scale(domain=names, range=list(SHAPES[: len(names)]))
-    return (
-        alt.Chart(alt.Data(values=points))
-        .transform_filter(alt.datum.kind == menu)
-        .mark_line(point=alt.OverlayMarkDef(size=50))
-        .encode(
-            x=alt.X("SNR:O", sort=None, title="signal to noise", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y(f"{key}:Q", title=MEASURES[key], scale=alt.Scale(zero=False)),
-            color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
-            shape=alt.Shape("method:N", sort=names, scale=shapes, legend=legend),
-            tooltip=["method:N", "SNR:O", alt.Tooltip(f"{key}:Q", format=".3g")],
-        )
-        .add_params(menu)
-        .properties(height=300)
-    )
+    rows = [{**p, "value": p[key]} for p in sorted(points, key=lambda p: p["kind"], reverse=True)]
+    return snr_chart(rows, key, "signal to noise", MEASURES[key], (COLOURS, SHAPES))
