@@ -209,23 +209,26 @@ def _over_optimizers(records: list[Record], key: str) -> dict[float, float]:
 
 def verdicts(records: list[Record]) -> list[Verdict]:
     """Return what the run shows, with its numbers."""
-    off, bound = _over_optimizers(records, "off"), _over_optimizers(records, "at a bound")
-    swing, first = _over_optimizers(records, "swing"), _over_optimizers(records, "first within 5%")
+    off = _over_optimizers(records, "off")
     best = min(off, key=off.__getitem__)
     nearest = (
         "The gain that ends nearest to its targets, in multiples of the rate to begin with, and "
         "how far off the ratio is in the last third",
         f"{best:g}: {off[best]:.1%}",
     )
-    others = [
-        (
-            f"Gain {gain:g}: off the target, at a bound, change of the rate between measurements "
-            "(in rates to begin with), and the measurement that is within 5%",
-            f"{off[gain]:.1%}, {bound[gain]:.0%}, {swing[gain]:.2g}, {first[gain]:.0f}",
-        )
-        for gain in off
-    ]
-    return [nearest, *others]
+    measures = {
+        "off": ("Off the target in the last third, by gain", ".1%"),
+        "at a bound": ("Measurements at a bound of the rate", ".0%"),
+        "swing": ("Change of the rate between measurements, in rates to begin with", ".2g"),
+        "first within 5%": ("Measurement at which 5% is reached", ".0f"),
+    }
+    return [nearest, *((what, _by_gain(records, key, form))
+                       for key, (what, form) in measures.items())]  # fmt: skip
+
+
+def _by_gain(records: list[Record], key: str, form: str) -> str:
+    """Return the means of a number at each gain, as text."""
+    return "; ".join(f"{g:g}: {v:{form}}" for g, v in _over_optimizers(records, key).items())
 
 
 COLUMNS = {
@@ -240,7 +243,7 @@ def table(records: list[Record]) -> list[Record]:
     for r in records:
         rows.setdefault((str(r["optimizer"]), float(r["part"]), float(r["gain"])), []).append(r)
     return [
-        {"optimizer": kind, "target": part, "gain": gain,
+        {"optimizer": kind, "target": f"{part:g}", "gain": f"{gain:g}",
          **{name: float(np.mean([r[key] for r in group])) for key, name in COLUMNS.items()}}
         for (kind, part, gain), group in rows.items()
     ]  # fmt: skip

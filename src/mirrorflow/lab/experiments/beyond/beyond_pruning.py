@@ -281,7 +281,7 @@ def charts(records: list[Record], trajectory: Trajectory) -> list[tuple[str, Top
         for way, of in _medians(records).items()
     }
     colours = [STYLES[i % len(STYLES)]["color"] for i in range(len(found))]
-    reverse = alt.Scale(type="log", reverse=True)
+    reverse = alt.Scale(type="log", reverse=True, nice=False)
     x = alt.X("x:Q", title="weights that are left, %", scale=reverse)
     y = alt.Y("y:Q", title="test accuracy", scale=alt.Scale(zero=False))
     return [

@@ -428,7 +428,7 @@ def _chart(found: dict[str, dict[float, float]], network: str) -> TopLevelMixin:
     ]
     names, colours = list(found), [STYLES[WAYS.index(way)]["color"] for way in found]
     key = alt.Legend(orient="bottom", columns=1, title=None)
-    scale = alt.Scale(type="log", reverse=True)
+    scale = alt.Scale(type="log", reverse=True, nice=False)
     y = alt.Y("y:Q", title=f"validation {WORTH[network]}", scale=alt.Scale(zero=False))
     chart: Any = alt.Chart(alt.Data(values=rows), height=280).encode(
         x=alt.X("x:Q", title="weights that are left, %", scale=scale),
