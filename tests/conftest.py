@@ -1,5 +1,6 @@
 """What every test has: random numbers that are the same in every run, and the smoke runs."""
 
+import collections
 import json
 
 import numpy as np
@@ -7,6 +8,20 @@ import pytest
 import torch
 
 import processes
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
+def pytest_collection_modifyitems(items):
+    """Mark as slow all but n cases, spread evenly, of a test that is marked ``sample(n)``."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            cases[item.path, item.originalname, mark.args[0]].append(item)
+    for (_, _, n), of_one in cases.items():
+        kept = set(np.linspace(0, len(of_one) - 1, n).round())
+        for i, item in enumerate(of_one):
+            if i not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -186,7 +186,7 @@ def test_mlx_keeps_its_scale_in_its_configuration(parameters, scale, tmp_path):
         plan_truncation(path, rank=1)
     config["lora_parameters"]["scale"] = "x"
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged: scale is 'x'"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: scale must be a number, got 'x'"):
         audit(path)
 
 

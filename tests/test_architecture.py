@@ -36,7 +36,7 @@ ALLOWED = {
     "regularizer": ("reparam",),
     "conditions": ("_html", "_devices", "reparam", "regularizer"),
     "legendre": ("_devices", "reparam", "regularizer", "conditions"),
-    "flow": (*THEORY, "_devices", "descent"),
+    "flow": (*THEORY, "_devices", "_threads", "descent"),
     "limit": (*THEORY, "_devices", "_threads"),
     "descent": THEORY,
     "estimator": (*THEORY, "_threads", "flow", "limit"),

@@ -154,7 +154,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path):
     peft.get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match="LOHA adapter: only LoRA"):
+    with pytest.raises(ValueError, match=r"peft_type must be LORA, .* got LOHA"):
         audit(tmp_path)
 
 
@@ -276,14 +276,14 @@ def test_a_damaged_or_foreign_file_is_an_error_that_names_it(damage, tmp_path):
             "foreign": b"GGUF" + bytes(100),
         }[damage]
     )
-    with pytest.raises(ValueError, match=r"x\.safetensors is damaged, or no safetensors file"):
+    with pytest.raises(ValueError, match=r"x\.safetensors must be a whole safetensors file"):
         audit(file)
 
 
 def test_what_is_missing_or_unusable_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         audit(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no safetensors file$"):
+    with pytest.raises(ValueError, match=r"must hold a safetensors file$"):
         audit(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin holds no weights by their names"):
@@ -303,25 +303,28 @@ def test_a_folder_whose_shards_are_not_all_there_is_refused(tmp_path):
     kept = first.read_bytes()
     first.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"is missing: model.safetensors.index.json names it"
+        FileNotFoundError, match=r"must exist, as model.safetensors.index.json names it"
     ):
         audit(tmp_path)
     save(first, other=torch.eye(2))
-    with pytest.raises(ValueError, match=r"lacks .* which the index names"):
+    with pytest.raises(ValueError, match=r"must hold .* which the index names"):
         audit(tmp_path)
     first.write_bytes(kept)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(ValueError, match="not an index of a sharded checkpoint"):
+    with pytest.raises(ValueError, match="must have a weight_map"):
         audit(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"lora_alpha": "x"}, "lora_alpha is 'x', and no number"),
-        ({"lora_alpha": None}, "lora_alpha is None, and no number"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a number, got 'x'"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
         ({"lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern must be of type dict, got \[1\]"),
-        ({"lora_alpha": 4, "alpha_pattern": {"a": "b"}}, "and no map to numbers"),
+        (
+            {"lora_alpha": 4, "alpha_pattern": {"a": "b"}},
+            "alpha_pattern must map patterns to numbers",
+        ),
         (
             {"lora_alpha": 4, "alpha_pattern": {"(": 3}},
             r"alpha_pattern must hold regular expressions .*'\('",
@@ -332,7 +335,7 @@ def test_a_damaged_adapter_config_is_named(config, said, tmp_path):
     save(tmp_path / "x.safetensors", a__lora_A__weight=torch.eye(2, 4),
          a__lora_B__weight=torch.eye(4, 2))  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json(?: is damaged)?: .*{said}"):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{said}"):
         audit(tmp_path)
 
 
@@ -347,7 +350,10 @@ def test_files_that_hold_the_same_names_are_not_mixed(tmp_path):
     for name in ("a", "b"):
         save(tmp_path / f"{name}.safetensors", q_proj__weight=torch.eye(4),
              k_proj__weight=torch.eye(4))  # fmt: skip
-    with pytest.raises(ValueError, match=r"a\.safetensors and b\.safetensors both hold k_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"k_proj.weight must stand in one file .*a\.safetensors and b\.safetensors",
+    ):
         audit(tmp_path)
     assert audit(tmp_path / "b.safetensors").mean_ratio == pytest.approx(2.0)
 
@@ -390,7 +396,7 @@ def test_a_gguf_file_and_a_folder_as_a_file_are_told(tmp_path):
         ):
             audit(path)
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: it is a folder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a plain file, got a folder"):
         audit(tmp_path)
 
 
@@ -398,7 +404,9 @@ def test_a_gguf_file_and_a_folder_as_a_file_are_told(tmp_path):
 def test_what_is_named_has_to_be_floating_too(dtype, tmp_path):
     file = tmp_path / "x.safetensors"
     save(file, up=torch.ones(4, 4, dtype=dtype), down=torch.ones(4, 4))
-    with pytest.raises(ValueError, match=r"up is stored as .*, not floating: dequantize it first"):
+    with pytest.raises(
+        ValueError, match=r"up must hold floating-point numbers, got .* Dequantize it first"
+    ):
         audit(file, pairs={"mlp": ("up", "down")})
 
 
@@ -450,6 +458,7 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
     assert ">no.</th>" in body and re.findall(r"<tr><td class=number>(\d)<", body) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_the_page_tells_the_two_products_of_attention_apart(tmp_path):
     from mirrorflow.lab.report.checkpoint import audit_page
 

@@ -99,8 +99,8 @@ def test_the_command_and_the_page_show_heads_and_the_other_checkpoint(tmp_path):
     pair_of_checkpoints(tmp_path)
     page = tmp_path / "page.html"
     command = [sys.executable, "-m", "mirrorflow", "audit", str(tmp_path / "after"), "--level",
-               "head", "--compare", str(tmp_path / "before"), "--page", str(page)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+               "head", "--compare", str(tmp_path / "before")]  # fmt: skip
+    done = subprocess.run([*command, "--page", str(page)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compared with" in done.stdout and "only here: 2.self_attn head 1" in done.stdout
     html = page.read_text()

@@ -69,6 +69,7 @@ def test_calls_take_turns_and_leave_their_last_result():
     assert found == {"a": before + 1, "b": before + 2}
 
 
+@pytest.mark.slow
 def test_spectra_are_measured_in_processes_of_their_own():
     (row,) = bench_spectrum.in_processes([("a few", 3, 20, 4, None, 1)], count=1)
     dense = row["dense SVDs in float64, seconds"]

@@ -23,6 +23,7 @@ def problem(n, d, seed=0):
 
 @pytest.mark.parametrize("elementwise", [True, False])
 @pytest.mark.parametrize(("n", "d", "a"), [(4, 9, -0.3), (15, 20, -2.0)])
+@pytest.mark.sample(2)
 def test_the_end_is_that_of_the_closed_form(elementwise, n, d, a):
     """Few and many rows take different derivatives of a g whose coordinates share parameters."""
     Z, y, w0 = problem(n, d)
@@ -44,6 +45,7 @@ def test_a_start_at_zero_and_targets_at_zero():
     assert found.status is mf.Status.converged and found.value.abs().max() < 1e-14
 
 
+@pytest.mark.slow
 def test_half_of_the_digits_in_single_precision():
     Z, y, w0 = problem(4, 9)
     single = tuple(f.float() for f in w0)

@@ -70,6 +70,7 @@ def files(tmp_path_factory, smoke):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.sample(14)
 def test_every_command_fits_the_terminal(monkeypatch, capsys, files, smoke, command, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     call(monkeypatch, *command.format(files=files, results=smoke.out).split())

@@ -40,6 +40,7 @@ class AnyWidth(mf.MirrorFlowCoder):
     AnyWidth(np.eye(4), n_steps=20, beta=1.0, learning_rate=1e-3),
     AnyWidth(np.eye(4), n_steps=20, beta=1.0, learning_rate=1e-5, form="log"),
 ])  # fmt: skip
+@pytest.mark.sample(60)
 def test_scikit_learns_conventions(estimator, check):
     name = check.func.__name__
     if name == "check_fit2d_1feature":
@@ -130,6 +131,7 @@ def objective(z, D, X, alpha):
     ("kind", "alpha"),
     [("sparse", 0.01), ("sparse", 0.1), ("uniform", 0.01), ("uniform", 0.1), ("normal", 0.1)],
 )
+@pytest.mark.sample(2)
 def test_the_default_reaches_the_objective_of_lasso_cd(kind, alpha):
     D, X = dictionary(100, 64), signals(kind)
     ours = objective(mf.MirrorFlowCoder(D, alpha=alpha).transform(X), D, X, alpha)
@@ -140,6 +142,7 @@ def test_the_default_reaches_the_objective_of_lasso_cd(kind, alpha):
 
 @pytest.mark.parametrize("size", [1, 16, 255])
 @pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.sample(4)
 def test_the_default_diverges_for_no_size_and_power(size, k):
     """u^{2k} + v^{2k} >= |z|: for every k the least value is the lasso's."""
     D, X = dictionary(30, 64), size * signals("uniform")
@@ -179,6 +182,7 @@ def test_no_signal_knows_of_the_others(options):
     off=st.sampled_from([None, 300]), seed=st.integers(0, 100),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@pytest.mark.slow
 def test_codes_have_the_units_of_signals_over_atoms(c, d, k, off, seed):
     D, X = dictionary(6, 8, seed), signals("normal", 3, 8, seed)
     options = {"k": k, "switch_off": off, "tol": 1e-7, "n_steps": 100_000}

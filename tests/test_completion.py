@@ -26,6 +26,7 @@ from mirrorflow.lab.experiments.studies._lowrank_data import faces
 @parametrize_with_checks(
     [mf.MatrixCompletion(max_iter=n, center=c) for n, c in ((100, False), (99, True))]
 )
+@pytest.mark.sample(46)
 def test_scikit_learns_conventions(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns without an entry, and of 100 steps
@@ -126,6 +127,7 @@ def test_sparse_matrices_are_not_changed():
 
 
 @pytest.mark.parametrize("estimator", [mf.MatrixCompletion(switch_off=True), mf.MatrixSensing()])
+@pytest.mark.sample(1)
 def test_large_sparse_matrices_take_the_memory_of_their_entries(estimator):
     """5,000 x 4,000 with 1 entry in 100: 160 MB if it were dense, once."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from test_completion import as_sparse, problem
 
 
 @parametrize_with_checks([mf.MatrixCompletionCV((0.5, 0.1), (None, 0.0), max_iter=20, cv=2)])
+@pytest.mark.sample(23)
 def test_scikit_learns_conventions(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns without an entry, and of 20 steps
@@ -120,6 +121,7 @@ def test_pairs_outside_the_matrix_are_refused(pairs, message):
         mf.MatrixCompletion(alpha=0.5, center=True).fit(M).predict_pairs(pairs)
 
 
+@pytest.mark.slow
 def test_the_chosen_model_is_the_one_that_predicts_hidden_entries_best():
     """A literal loop over folds and candidates, each fitted by itself."""
     _, M = with_levels(20, 15, seen=0.8)

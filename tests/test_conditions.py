@@ -43,6 +43,7 @@ def custom(fn):
 
 
 @pytest.mark.parametrize("case", COMMUTE, ids=str)
+@pytest.mark.sample(9)
 def test_pairs_that_the_theory_covers(case, seed=1):
     report = mf.check(case.g, case.h, case.start(seed), sensing=measurements(case), seed=seed)
     assert report and report.applies and report.regular and report.commuting
@@ -76,6 +77,7 @@ def test_pairs_that_the_theory_does_not_cover(case, seed=0):
         (mf.Identity(), custom(lambda x: x.sum() - 9), AT[0], False, False),
     ],
 )
+@pytest.mark.sample(4)
 def test_penalties_that_commute_need_not_contract(g, h, w0, well_posed, contracting):
     report = mf.check(g, h, w0)
     assert report.applies
@@ -101,6 +103,7 @@ L1_OF_ALL = custom(lambda w: sum(f.abs().sum() for f in w))
         (L1, vector(1e-6, 1.0)),
     ],
 )
+@pytest.mark.sample(2)
 def test_corollary_d_1_without_overparametrization_no_norm_commutes(h, start):
     """Also where the start is far from the kink of L1, or so close that no flow gets by."""
     report = mf.check(mf.Identity(), h, start)
@@ -122,12 +125,14 @@ def test_a_deep_product_with_another_penalty_is_advised_to_take_weight_decay():
         (mf.LogRatio(), "h = log u + log v."),
     ],
 )
+@pytest.mark.sample(1)
 def test_corollary_3_7_names_the_penalty_that_works(g, terms):
     report = mf.check(g, L1_OF_ALL, TWO)
     assert report.advice.startswith("Corollary 3.7") and report.advice.endswith(terms)
     assert mf.check(g, TERMS, TWO).applies
 
 
+@pytest.mark.slow
 def test_theorem_3_10_needs_matrices_that_commute():
     w0 = AT[:, 0]
     bad = mf.check(mf.CommutingQuadratic(torch.from_numpy(GENERAL)), DECAY, w0)
@@ -247,6 +252,7 @@ NORMS = {
     ("name", "size"),
     [("one coordinate", 1e-6), ("elementwise", 1.0), ("groups", 1e6), ("one of two", 1.0)],
 )
+@pytest.mark.sample(2)
 def test_norms_commute_with_themselves(name, size):
     """r = r0 + mu + a: the gradient of |w| has unit length, and does not change along itself."""
     w = size * vector(1.0, 0.5, 0.3, 0.7, -0.4)
@@ -255,6 +261,7 @@ def test_norms_commute_with_themselves(name, size):
     assert report.applies and report.contracting, report.explain()
 
 
+@pytest.mark.slow
 def test_a_norm_does_not_commute_with_another():
     w = vector(1.0, 0.5, 0.3)
     g = mf.CustomReparam(lambda w: norm(w).reshape(1))
@@ -277,6 +284,7 @@ def test_a_norm_does_not_commute_with_another():
     ],
     ids=("softmax", "squares on the simplex", "copies", "sums"),
 )
+@pytest.mark.sample(2)
 def test_a_rank_that_no_start_repairs_is_named(fn, rank):
     report = mf.check(mf.CustomReparam(fn), DECAY, vector(1.0, 0.5, 0.3, 0.8))
     assert not report.regular
@@ -293,6 +301,7 @@ def test_a_start_of_low_rank_is_told_from_a_model_of_low_rank():
 
 
 @pytest.mark.parametrize("g", (mf.Hadamard(), mf.Depth(2)))
+@pytest.mark.sample(1)
 def test_two_factors_are_not_taken_for_more(g):
     fourth = mf.CustomRegularizer(lambda w: (w[0] ** 4).sum(), elementwise=True)
     assert "WeightDecay() does" in mf.check(g, fourth, TWO).advice
@@ -318,6 +327,7 @@ def neighbours(w):
 
 
 @pytest.mark.parametrize("promise", (False, True))
+@pytest.mark.sample(1)
 def test_ones_own_separable_pair(promise):
     """u^3 + u - v^3 - v commutes with u^3 + u + v^3 + v (Corollary 3.7), but not with decay."""
     g = mf.CustomReparam(cubes, elementwise=promise)
@@ -386,6 +396,7 @@ def test_a_false_promise_of_elementwise_is_found(g, h, w0, culprit):
     ],
     ids=("cos", "log", "-log", "-exp", "quartic", "sinh", "cosh"),
 )
+@pytest.mark.sample(7)
 def test_whether_ones_own_penalty_is_bounded_below(fn, bounded, seed):
     assert mf.check(mf.Identity(), custom(fn), AT[0], seed=seed).well_posed == bounded
 
@@ -407,6 +418,7 @@ TINY = tuple(vector(*f) for f in ((1.0, 2.0), (3.0, -1.0)))
         (mf.PowerDifference(2), L1_OF_ALL, False, 3),
     ],
 )
+@pytest.mark.sample(4)
 def test_starts_of_any_size(g, h, applies, power, size):
     """The squares of 1e-200 underflow; the conditions are relative."""
     size = size ** (1 / power)
@@ -414,6 +426,7 @@ def test_starts_of_any_size(g, h, applies, power, size):
     assert report.regular and report.commuting is applies, report.explain()
 
 
+@pytest.mark.slow
 def test_reports_are_determined_by_the_seed_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     pair = (mf.Depth(3), L1_OF_ALL, THREE)
@@ -432,6 +445,7 @@ def test_the_start_is_left_alone():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.sample(1)
 def test_low_precision_starts_are_decided_in_double(dtype):
     w0 = tuple(f.to(dtype) for f in TWO)
     for h, applies in ((TERMS, True), (DECAY, True), (L1_OF_ALL, False)):

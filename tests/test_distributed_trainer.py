@@ -12,6 +12,7 @@ import processes
 from trainer_ranks import CASES, both
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
     pytest.mark.skipif(sys.platform == "win32", reason="file:// rendezvous"),
 ]

@@ -29,6 +29,7 @@ MODELS = [
 
 
 @parametrize_with_checks(MODELS)
+@pytest.mark.sample(110)
 def test_scikit_learns_conventions(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the checks themselves warn

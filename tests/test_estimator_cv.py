@@ -14,6 +14,7 @@ from test_estimator import problem
 
 
 @pytest.mark.parametrize("options", [{}, {"decay": mf.TurnOff(1.0, 1.0)}, {"positive": True}])
+@pytest.mark.sample(2)
 def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
     """Without a decay that is given, two flows more shrink: their decay stays on."""
     X, y, _ = problem(noise=1.0)
@@ -42,6 +43,7 @@ def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
 
 @pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.sample(3)
 def test_the_threshold_is_the_largest_that_predicts_nearly_as_well_as_the_best(refit, noise):
     X, y, _ = problem(n=40, noise=noise)
     weights, cv = np.random.default_rng(3).uniform(0.5, 2, len(y)), KFold(4)

@@ -43,6 +43,7 @@ def test_the_end_of_a_positive_flow_is_least_squares_over_what_is_positive(n, d)
 
 @pytest.mark.parametrize("d", [1, 2, 5])
 @pytest.mark.parametrize("t", [5.0, 50.0])
+@pytest.mark.sample(2)
 def test_a_late_first_time_is_not_stepped_over(d, t):
     X, _ = problem(30, d)
     for options in ({}, {"positive": True}):
@@ -96,6 +97,7 @@ def by_all_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"positive": True}, {"fit_intercept": False}])
+@pytest.mark.sample(1)
 def test_tall_data_are_summed_over_rows_without_a_change(options, monkeypatch):
     X, y = problem(200, 12)
     Y = np.stack([y, -y[::-1] + X[:, 3]], axis=1) + 5
@@ -179,6 +181,7 @@ def test_feature_selection_by_its_default_keeps_the_support():
 
 
 @pytest.mark.parametrize("log_A", [20.0, -1000.0, -3000.0])
+@pytest.mark.sample(2)
 def test_extreme_scales_are_the_limits_that_they_stand_for(log_A):
     X, y = problem(30, 60, noise=0)
     model = Regressor(log_A, interpolate=True, zero_tol=0).fit(X, y)

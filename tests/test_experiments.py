@@ -61,6 +61,7 @@ def test_a_second_run_is_not_computed_and_a_forced_one_is(name, smoke, tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(8)
 def test_every_axis_of_the_figure_holds_data(name, smoke):
     module, _, result, curves = smoke(name)
     figure = module.draw(result["records"], curves)

@@ -48,6 +48,7 @@ KILLED = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.slow
 def test_killed_between_the_optimizers_save_and_the_schedulers(tmp_path):
     code = KILLED.format(tests=str(__file__).rsplit("/", 1)[0], folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=600)

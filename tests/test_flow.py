@@ -104,6 +104,7 @@ def test_the_error_follows_the_tolerance(view, method):
 
 
 @each_view
+@pytest.mark.sample(1)
 def test_weights_that_decay_to_almost_nothing_still_decide(view):
     """a = -60 leaves A = e^{-120}; x grows back from it exactly as the dual solution says."""
     w0 = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
@@ -259,6 +260,7 @@ def test_infinity_in_finite_time_is_a_status(method):
 
 
 @each_method
+@pytest.mark.sample(1)
 def test_overflow_is_a_status(method):
     """With alpha = -5 and no loss w = e^{5t} overflows at t = 142."""
     with pytest.warns(RuntimeWarning, match="infinite or NaN"):
@@ -287,6 +289,7 @@ def test_a_loss_that_becomes_nan_keeps_what_came_before(view):
 
 
 @each_method
+@pytest.mark.sample(1)
 def test_leaving_the_domain_is_a_status(method):
     """log u - log v without a loss: u^2 = u0^2 + 2a reaches 0 at t = u0^2/(2 alpha)."""
     w0 = (vector(1.0, 1.5), vector(1.2, 1.5))

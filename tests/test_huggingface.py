@@ -65,6 +65,7 @@ def train(made, resume=None):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.sample(2)
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, lora, moved):
     schedule = mf.SwitchOff(0.5, at=OFF)
     whole = trainer(tmp_path / "whole", lora=lora)
@@ -198,6 +199,7 @@ def per_layer():
 @pytest.mark.parametrize(
     ("make", "lora"), [(overall, False), (per_layer, False), (per_layer, True)]
 )
+@pytest.mark.sample(2)
 def test_a_closed_loop_is_fed_and_resumes(tmp_path, make, lora, moved):
     whole = trainer(tmp_path / "whole", lora=lora)
     control = control_decay(whole, make(), track_every=2)

@@ -42,6 +42,7 @@ LOOPS = {
     [("budget", "schedule"), ("level", "schedule"), ("layers", "schedule"), ("budget", "groups"),
      ("hold", "groups")],
 )  # fmt: skip
+@pytest.mark.sample(2)
 def test_a_second_run_is_as_the_first(tmp_path, kind, place):
     given = LOOPS[kind]()
     rules = {"schedule": given} if place == "schedule" else {"groups": [(0, given)]}
@@ -91,6 +92,7 @@ def test_a_loop_in_groups_is_fed_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.sample(1)
 def test_a_run_that_was_begun_without_mirrorflow(tmp_path, optim):
     """The schedule goes on from the run's step, not from 0, and says so."""
     first = trainer(tmp_path, optim=optim)
@@ -151,6 +153,7 @@ def resume(saved):
         (lambda text: json.dumps(json.loads(text) | {"loops": [{}]}), "closed loops"),
     ],
 )
+@pytest.mark.sample(3)
 def test_a_damaged_file_is_named(saved, damage, said):
     text = saved.read_text()
     assert json.loads(text)["scheduler"]["steps"] == STOP
@@ -220,6 +223,7 @@ def test_impossible_settings_are_named_at_once(tmp_path, rules, kind, message):
 @pytest.mark.parametrize(
     ("length", "total"), [({"steps": STEPS}, STEPS), ({"steps": -1, "num_train_epochs": 2}, 32)]
 )
+@pytest.mark.sample(1)
 def test_a_schedule_for_the_length_of_the_run(tmp_path, length, total):
     made = trainer(tmp_path, **length)
     control = control_decay(made, schedule_for=lambda total: mf.SwitchOff(0.5, at=0.5 * total))
@@ -262,6 +266,7 @@ def test_numbers_in_the_logs_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize("every", [0, 5])
+@pytest.mark.sample(1)
 def test_what_is_logged_by_epoch(tmp_path, every):
     made = trainer(
         tmp_path, steps=-1, num_train_epochs=2, logging_strategy="epoch", save_strategy="no"

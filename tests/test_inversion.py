@@ -124,11 +124,13 @@ def agree(closed, R, seed, a):
 @each_pair
 @few
 @given(seed=st.integers(0, 10**6), a=st.floats(-0.6, 0.05))
+@pytest.mark.sample(3)
 def test_inversion_agrees_with_the_closed_form(name, seed, a):
     agree(*both(name, seed), seed, a)
 
 
 @each_pair
+@pytest.mark.sample(2)
 def test_a_users_own_pair_agrees_with_the_closed_form(name):
     closed, R = both(name, 1, own=True, n=1)
     assert isinstance(R, Inversion) and not isinstance(closed, Inversion)
@@ -144,6 +146,7 @@ EDGES = ("hadamard", "hadamard-balanced", "power-1-drift", "power-3", "log-ratio
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.id in EDGES], ids=str)
 @pytest.mark.parametrize("x", [(0.0, 0.0, 0.0), (1e-9, -1e-70, 1e-3), (2.0, -3.0, 1e6)])
+@pytest.mark.sample(5)
 def test_inversion_far_from_the_centre(case, x):
     w0, x, a = case.start(0), tensor(*x), -0.6
     closed, R = mf.legendre(case.g, case.h, w0), Inversion(case.g, case.h, w0)
@@ -160,6 +163,7 @@ def test_inversion_far_from_the_centre(case, x):
     assert ((R.primal(mu, a) - x).abs() < 30 * resolution).all()
 
 
+@pytest.mark.slow
 def test_inversion_of_weights_that_have_decayed_to_nothing():
     """log A = -300: from the centre, at 1e-130, to x = 1 takes 33,000 evaluations."""
     w0 = (tensor(0.3), tensor(1.0))
@@ -173,6 +177,7 @@ def test_inversion_of_weights_that_have_decayed_to_nothing():
 
 @pytest.mark.parametrize("name", ["power-2", "power-3-drift", "log-ratio"])
 @pytest.mark.parametrize("a", [0.0, -0.6])
+@pytest.mark.sample(2)
 def test_the_range_is_that_of_the_closed_form(name, a):
     closed, R = both(name, own=a < 0, n=2)
     for got, wanted in zip(R.range(a), closed.range(a), strict=True):
@@ -195,6 +200,7 @@ def test_the_range_at_large_weights_and_long_decay():
 
 @pytest.mark.parametrize("id", ["hadamard", "hadamard-balanced", "power-1-zero"])
 @pytest.mark.parametrize("a", [0.0, -5.0])
+@pytest.mark.sample(2)
 def test_an_infinite_range(id, a):
     """Balanced starts too, where rounding leaves a difference of the factors that grows."""
     (case,) = (c for c in FAST if c.id == id)
@@ -202,6 +208,7 @@ def test_an_infinite_range(id, a):
     assert torch.isneginf(lower).all() and torch.isposinf(upper).all()
 
 
+@pytest.mark.slow
 def test_the_range_of_a_line_and_of_an_exponential():
     line = Inversion(mf.Identity(), mf.Separable(), tensor(0.0, 2.0))
     assert torch.isinf(torch.stack(line.range(-1.0))).all()
@@ -227,6 +234,7 @@ def exponential(w0):
     return mf.legendre(g, mf.CustomRegularizer(total_exponential, elementwise=True), w0)
 
 
+@pytest.mark.slow
 def test_the_range_costs_a_few_thousand_evaluations():
     """One integration of all coordinates and both sides, without what fails on the way."""
     calls = 0
@@ -242,6 +250,7 @@ def test_the_range_costs_a_few_thousand_evaluations():
     assert 100 < calls < 6000
 
 
+@pytest.mark.slow
 def test_mu_outside_the_range_is_refused_with_the_range():
     closed, R = both("power-2")
     lower, upper = closed.range(-0.2)
@@ -255,6 +264,7 @@ def test_mu_outside_the_range_is_refused_with_the_range():
             R.conjugate(mu, -0.2)
 
 
+@pytest.mark.slow
 def test_decay_that_leaves_no_centre():
     """log u + log v sends u and v to 0 at a finite a; the message does not need the range."""
     _, R = both("log-ratio")
@@ -314,6 +324,7 @@ def thirds(w):
     ],
     ids=("h", "g"),
 )  # fmt: skip
+@pytest.mark.sample(1)
 def test_a_missing_promise_of_elementwise_is_named(g, h, w0, message):
     R = mf.legendre(g, h, w0)
     with pytest.raises(mf.RangeError, match=message):
@@ -333,6 +344,7 @@ def test_coordinates_that_share_parameters_are_not_called_unmarked():
 
 
 @pytest.mark.parametrize("name", ["power-2", "hyperbolic", "dense"])
+@pytest.mark.sample(1)
 def test_gradients_of_first_and_second_order(name):
     R = dense(tensor(0.8, 1.1)) if name == "dense" else both(name, n=1)[1]
     a = torch.tensor(-0.3, dtype=DOUBLE, requires_grad=True)
@@ -345,6 +357,7 @@ def test_gradients_of_first_and_second_order(name):
 
 
 @each_pair
+@pytest.mark.sample(2)
 def test_mirror_and_metric_are_derivatives_of_the_value(name):
     R = both(name, 1)[1]
     mu, x = random(R, -0.3, 2)
@@ -381,6 +394,7 @@ def test_batches_of_mu_and_of_a():
 
 
 @pytest.mark.parametrize("name", ["power-2", "log-ratio", "hyperbolic"])
+@pytest.mark.sample(1)
 def test_float32_in_and_out(name):
     g, h, _, _, start = PAIRS[name]
     exact, R = mf.legendre(g, h, start(0)), Inversion(g, h, tuple(f.float() for f in start(0)))

@@ -62,6 +62,7 @@ def schedules(draw):
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("name", LOSSES)
 @each_fast_pair
+@pytest.mark.sample(60)
 def test_the_mirror_of_x_is_mu(case, name, schedule):
     R = legendre(case)
     _, x, mu, a = train(case, name, schedule, times=(0.3, 1.0, UNTIL))
@@ -72,6 +73,7 @@ def test_the_mirror_of_x_is_mu(case, name, schedule):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", [c for c in COMMUTE if c.slow], ids=str)
+@pytest.mark.sample(4)
 def test_the_mirror_of_x_is_mu_by_inversion(case, name):
     R = legendre(case)
     _, (x,), (mu,), (a,) = train(case, name, SCHEDULES["negative"])
@@ -82,6 +84,7 @@ def test_the_mirror_of_x_is_mu_by_inversion(case, name):
 @few
 @given(seed=st.integers(0, 10**6), schedule=schedules(), name=st.sampled_from(LOSSES))
 @each_fast_pair
+@pytest.mark.sample(6)
 def test_the_laws_hold_from_random_starts(case, seed, schedule, name):
     R = legendre(case, seed)
     _, (x,), (mu,), (a,) = train(case, name, schedule, seed)
@@ -94,6 +97,7 @@ def test_the_laws_hold_from_random_starts(case, seed, schedule, name):
 
 
 @each_pair
+@pytest.mark.sample(9)
 def test_w_depends_on_mu_and_a_only(case):
     """Reach one (mu, a) on two paths: first mu and then a, or the other way round."""
     rng = np.random.default_rng(3)
@@ -131,6 +135,7 @@ def test_schedules_with_one_integral_end_in_one_point(case):
 
 
 @pytest.mark.parametrize("case", [c for c in COMMUTE if c.span is None], ids=str)
+@pytest.mark.sample(8)
 def test_the_inverse_metric_is_the_gram_of_the_jacobian(case):
     (w,), (x,), _, (a,) = train(case, "quartic")
     J = case.field.jacobian(w).T
@@ -153,6 +158,7 @@ def test_the_inverse_metric_of_a_matrix_along_commuting_directions():
 
 
 @each_pair
+@pytest.mark.sample(9)
 def test_the_centre_is_the_flow_without_a_loss(case):
     R, a = legendre(case), -0.3
     still = oracles.move(case.field, case.flat(0), np.zeros(len(case.field.g(case.flat(0)))), a)
@@ -178,6 +184,7 @@ def test_the_centre_minimizes_R(case):
 
 @pytest.mark.parametrize("name", ("least-squares", "logistic"))
 @each_fast_pair
+@pytest.mark.sample(10)
 def test_three_views_agree_with_the_oracle(case, name):
     schedule, times = SCHEDULES["off-on-off"], (0.2, 0.5, 1.1, UNTIL)
     w, x, mu, a = train(case, name, schedule, times=times)
@@ -200,6 +207,7 @@ def test_three_views_agree_with_the_oracle(case, name):
 
 
 @pytest.mark.parametrize("case", [c for c in COMMUTE if c.slow], ids=str)
+@pytest.mark.sample(2)
 def test_the_mirror_view_by_inversion(case):
     _, (x,), (mu,), _ = train(case, "least-squares", SCHEDULES["linear"])
     made = loss(case, "least-squares").torch

@@ -139,6 +139,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sample(27)
 def test_every_head_is_the_one_that_the_forward_of_the_model_uses(name):
     model, path = build(name)
     q, k, _ = forward(model, model.get_submodule(path), run)
@@ -191,6 +192,7 @@ def test_a_normalization_of_q_and_k_without_a_module_is_noted(name):
 
 @pytest.mark.filterwarnings("ignore")  # of saving
 @pytest.mark.parametrize("name", {**FAMILIES, **COSINE})
+@pytest.mark.sample(20)
 def test_a_saved_model_is_measured_as_in_memory(name, tmp_path):
     model, _ = build(name, norms=True)
     model.save_pretrained(tmp_path)

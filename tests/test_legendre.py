@@ -31,6 +31,7 @@ from mirrorflow.legendre import HyperbolicEntropy
 
 
 @pytest.mark.parametrize("case", COMMUTE, ids=str)
+@pytest.mark.sample(9)
 def test_every_pair_gets_its_form(case):
     assert type(legendre(case)) is case.form
 
@@ -97,6 +98,7 @@ def test_the_primal_is_the_gradient_of_the_conjugate(case):
 
 
 @each_form
+@pytest.mark.sample(7)
 def test_gradients_of_first_and_second_order(case):
     R = legendre(case, 2)
     mu, x = (v.requires_grad_() for v in at(R, 2))
@@ -138,6 +140,7 @@ def test_the_divergence_is_its_definition(case, start, seed, size):
 @each_form
 @pytest.mark.parametrize("a", [0.0, A])
 @pytest.mark.parametrize("near", [1e-2, 1e-5, 1e-9, 1e-12])
+@pytest.mark.sample(40)
 def test_the_divergence_of_close_points_keeps_its_digits(case, near, a):
     """It is half the metric's square length, where a difference of values would be 0 or < 0."""
     R = legendre(case, 3)
@@ -215,6 +218,7 @@ def test_the_mirror_of_the_centre_is_zero(case, a):
 
 
 @pytest.mark.parametrize("id", ["hadamard", "hadamard-balanced", "power-2", "log-ratio"])
+@pytest.mark.sample(1)
 def test_a_million_coordinates(id):
     """A matrix of that side would take 8 TB."""
     (case,) = (c for c in FAST if c.id == id)

@@ -167,6 +167,7 @@ def test_a_round_trip_of_quadratic_forms(a, mu):
 
 
 @pytest.mark.parametrize("a", [-3.0, -150.0])
+@pytest.mark.sample(1)
 def test_quadratic_forms_of_diagonal_matrices_are_logarithms(a):
     """x_i = w_i^2 / 2 = e^{2a + 2mu_i} / 2, whatever the sizes of the x_i."""
     diagonal = mf.CommutingQuadratic(torch.diag_embed(torch.eye(2, dtype=DOUBLE)))
@@ -286,6 +287,7 @@ def test_the_metric_of_a_matrix_whose_eigenvalues_differ_beyond_the_rounding():
 
 
 @pytest.mark.parametrize("s", [(1.0, 1.0, 1.0), (2.0, 2.0, 0.5)])
+@pytest.mark.sample(1)
 def test_second_derivatives_where_eigenvalues_repeat(s):
     R, rng = identity_start(3), np.random.default_rng(0)
     X = torch.diag(tensor(*s)).requires_grad_()

@@ -147,6 +147,7 @@ def trained(case):
 
 
 @pytest.mark.parametrize("case", COMMUTE, ids=str)
+@pytest.mark.sample(8)
 def test_training_ends_at_the_limit(case):
     """Theorem 3.6, for every pair: closed forms, quadratics, matrices, and pairs of one's own."""
     linear, x = trained(case)
@@ -308,6 +309,7 @@ def test_one_number_and_a_path_of_one():
 # By inversion, and near the ends of a range, after much decay.
 
 
+@pytest.mark.slow
 def test_inversion_after_much_decay(a=-10.0):
     """A full Newton step goes e^{-2a} too far: without damping the steps run out."""
     g = mf.CustomReparam(lambda w: w[0] * w[1], elementwise=True)
@@ -329,6 +331,7 @@ def test_the_power_difference_after_much_decay(k, a):
     assert distance(sol.value, torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)) < 1e-6
 
 
+@pytest.mark.slow
 def test_what_rounding_forbids_keeps_the_closest_point():
     """At a = -1e7 mu is known to 1e-9, and x, near the end of the range, to 1e-7."""
     R = mf.legendre(mf.PowerDifference(7), TERMS, tensors(np.full(3, 0.9), np.full(3, 0.8)))

@@ -346,6 +346,7 @@ PER_COORDINATE = {
 
 
 @pytest.mark.parametrize("name", PER_COORDINATE)
+@pytest.mark.sample(3)
 def test_an_a_per_coordinate_is_a_start_scaled_per_coordinate(name):
     g, h, decayed, sizes = PER_COORDINATE[name]
     w0, a = tuple(np.full(3, s) for s in sizes), np.array([-0.6, -0.1, 0.0])

@@ -153,6 +153,7 @@ def test_the_smoke_run_shows_what_the_figure_is_about(smoke):
     assert len(cells) == 2 * 3 and sum(r["never"] for r in cells) == 2
 
 
+@pytest.mark.slow
 def test_with_commuting_matrices_the_flow_ends_where_limit_says(tmp_path):
     config = fig02.Config.preset("smoke").model_copy(update={"commuting_time": 1e6})
     part = fig02._commuting(config, 0)

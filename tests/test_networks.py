@@ -50,6 +50,7 @@ def whole(module, config, key, store, **options):
     )
 
 
+@pytest.mark.sample(1)
 def test_a_branch_is_bit_for_bit_the_run_that_was_not_shared(module, tmp_path):
     config = module.Config.preset("smoke")
     lines = module.timelines(config)
@@ -69,6 +70,7 @@ def test_a_branch_is_bit_for_bit_the_run_that_was_not_shared(module, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["off", "hold", "level"])
+@pytest.mark.sample(3)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(module, kind, tmp_path):
     config = module.Config.preset("smoke")
     key = next(k for k in module.timelines(config) if k.startswith(kind))
@@ -103,6 +105,7 @@ def test_a_long_run_stores_its_state_now_and_then_and_only_the_last(module, tmp_
     assert same(state_of(resumed), state_of(once))
 
 
+@pytest.mark.sample(1)
 def test_runs_at_equal_budget_have_absorbed_the_same(module, tmp_path):
     """The ledger, which follows the momentum, is the oracle of `absorbed`."""
     config = module.Config.preset("smoke").model_copy(update={"seeds": (0,)})

@@ -43,6 +43,7 @@ def nearest(Z, y, point):
     return point + np.linalg.pinv(Z) @ (y - Z @ point)
 
 
+@pytest.mark.slow
 def test_the_norm_of_everything_commutes_with_itself():
     norm, w = torch.linalg.vector_norm, torch.tensor([1.0, 0.5, 0.3], dtype=CPU)
     assert mf.check(mf.CustomReparam(lambda w: norm(w).reshape(1)), mf.CustomRegularizer(norm), w)
@@ -91,6 +92,7 @@ def test_training_ends_there():
 
 
 @pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.sample(1)
 def test_where_a_group_dies_the_flow_leaves_the_domain(dense):
     u = start()
     Z, _, y = problem(u)

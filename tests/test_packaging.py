@@ -55,6 +55,7 @@ def python(code, *arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_audit_lint_and_check_need_the_core_alone(tmp_path):
     made = python(FILES, tmp_path)
     assert made.returncode == 0, made.stderr

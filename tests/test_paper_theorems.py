@@ -160,6 +160,7 @@ def test_corollary_C3_the_spectrum_minimizes_the_entropy():
     assert np.linalg.norm(residual) < 1e-6 * np.linalg.norm(mu)
 
 
+@pytest.mark.slow
 def test_the_example_of_check_your_own_agrees_with_its_closed_form(capsys):
     example = runpy.run_path(str(PAGE.parent / "examples" / "own_pair.py"))
     (lower, upper), trained = example["main"]()

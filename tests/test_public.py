@@ -22,6 +22,7 @@ def test_the_list_of_public_names_is_that_which_type_checkers_read():
     assert all(alias.asname == alias.name for n in imported for alias in n.names)  # a re-export
 
 
+@pytest.mark.slow
 def test_a_function_survives_the_import_of_its_module():
     code = "import mirrorflow.flow, mirrorflow as mf; mf.flow(1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -24,6 +24,7 @@ def no_iterations(monkeypatch):
     monkeypatch.delitem(bench_ratings.CAPPED, "IterativeImputer, one split")
 
 
+@pytest.mark.slow
 def test_low_rank_methods_predict_what_biases_cannot(no_iterations):
     rows = {row["case"]: row for row in bench_ratings.compare(*ratings(), splits=2)}
     errors = {name: row["RMSE"] for name, row in rows.items()}

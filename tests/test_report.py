@@ -139,6 +139,7 @@ def whole(page, folder):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.sample(1)
 def test_a_browser_draws_data_in_every_chart_without_complaint(page, width, tmp_path):
     drawn, console = browser.dom(whole(page, tmp_path), f"--window-size={width},2000")
     assert console == []
@@ -182,6 +183,7 @@ def test_on_a_telephone_every_legend_and_title_is_inside_its_chart(stored_page, 
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_a_chart_has_one_legend_for_each_thing_and_every_line_a_colour(stored_page, tmp_path):
     drawn, _ = browser.dom(whole(stored_page, tmp_path))
     for chart in re.split(r'<div class="chart[^>]* id="', drawn)[1:]:
@@ -255,6 +257,7 @@ def test_the_grid_covers_every_case_of_the_explorer():
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_explorers_formulas_equal_the_python_ones(tmp_path):
     grid = [
         (name, p, q, a, [x for x in X if name not in ("balanced", "eigenvalue") or x > 0])

@@ -311,6 +311,7 @@ def test_list_and_report_name_what_is_broken_and_show_the_rest(
         assert str(home / name) in said.err
 
 
+@pytest.mark.slow
 def test_a_sweep_says_which_result_is_broken_and_runs_it_again(tmp_path):
     study = sw.Study(experiment=QUICK, preset="smoke", grid={"points": [21, 31]})
     assert sw.sweep(study, tmp_path, workers=1).complete
@@ -374,6 +375,7 @@ def test_a_finished_run_is_found_in_a_folder_that_takes_nothing(tmp_path, monkey
 # --- Long logs and clocks -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_log_is_resumed_in_little_memory(tmp_path):
     toy, lines = Toy(), 100_000
     toy.fails = {1: KeyboardInterrupt()}

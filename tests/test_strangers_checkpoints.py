@@ -84,6 +84,7 @@ def test_a_pattern_that_would_take_for_ever_is_matched(pattern):
     assert time.process_time() - begun < 20  # backtracking takes years
 
 
+@pytest.mark.slow
 def test_what_still_takes_too_long_is_refused_by_its_field():
     patterns = Patterns(
         {f"(({letter}|.)*.)*x": 1 for letter in "abcdefgh"}, "f.json: alpha_pattern"
@@ -140,12 +141,16 @@ def test_an_anchored_pattern_gives_the_scale_that_peft_gives(tmp_path):
         ("config.json", "[" * 100_000 + "]" * 100_000, "nested more than"),
         ("config.json", '{"a":' * 100_000 + "1" + "}" * 100_000, "nested more than"),
         ("config.json", '{"a":' * 100 + "1" + "}" * 100, "nested more than"),
-        ("config.json", "[1]", "an object is needed"),
+        ("config.json", "[1]", "must hold a JSON object, got"),
         ("config.json", '{"a": ' + "9" * 5000 + "}", "digits"),
-        ("adapter_config.json", {"lora_alpha": 10**400}, "lora_alpha is 1000.*, and no number"),
-        ("adapter_config.json", '{"lora_alpha": Infinity}', "lora_alpha is inf, and no number"),
-        ("adapter_config.json", {"lora_alpha": 1, "r": "x"}, "r is 'x', and no number"),
-        ("adapter_config.json", {"lora_alpha": 1, "alpha_pattern": {"a": 10**400}}, "no map"),
+        ("adapter_config.json", {"lora_alpha": 10**400}, "lora_alpha must be a number, got 1000"),
+        ("adapter_config.json", '{"lora_alpha": Infinity}', "lora_alpha must be a number, got inf"),
+        ("adapter_config.json", {"lora_alpha": 1, "r": "x"}, "r must be a number, got 'x'"),
+        (
+            "adapter_config.json",
+            {"lora_alpha": 1, "alpha_pattern": {"a": 10**400}},
+            "must map patterns to numbers",
+        ),
         ("adapter_config.json", {"lora_alpha": 1, "rank_pattern": [1]}, "rank_pattern must be"),
         ("adapter_config.json", {"lora_alpha": 1, "target_parameters": [3]}, "a list of names"),
         ("adapter_config.json", {"peft_type": ["LORA"]}, "peft_type must be of type str"),
@@ -156,7 +161,7 @@ def test_an_anchored_pattern_gives_the_scale_that_peft_gives(tmp_path):
                          ids=["audit", "truncate"])  # fmt: skip
 def test_a_field_of_another_type_or_size_is_named(read, name, content, said, tmp_path):
     kind = "config" if name == "config.json" else "adapter"
-    with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged: .*{said}") as caught:
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.* {said}") as caught:
         read(folder(tmp_path, **{kind: content}))
     assert len(str(caught.value)) < 400
 
@@ -189,7 +194,7 @@ def test_an_index_names_files_inside_its_folder(shard, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"q_proj.weight": shard}})
     )
-    with pytest.raises(ValueError, match=r"index\.json is damaged: weight_map must name files"):
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must name files"):
         audit(tmp_path)
 
 
@@ -212,7 +217,7 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_not_waited_for(name, tmp_path)
     folder(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}.*it is a pipe or a device"):
+    with pytest.raises(ValueError, match=rf"{name}.*got a pipe or a device"):
         audit(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()

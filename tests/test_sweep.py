@@ -140,11 +140,11 @@ def test_a_sweep_has_the_results_of_runs_one_by_one_bit_for_bit(tmp_path, alone)
 
 
 def test_finished_runs_are_never_run_again(tmp_path):
-    sw.sweep(QUICK, tmp_path, workers=2)
+    sw.sweep(QUICK, tmp_path, workers=1)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/*/result.json")}
     seen = []
     wider = QUICK.model_copy(update={"grid": {"start": [0.2, 0.3, 0.4]}})
-    outcome = sw.sweep(wider, tmp_path, workers=2, watch=seen.append)
+    outcome = sw.sweep(wider, tmp_path, workers=1, watch=seen.append)
     assert outcome.plan.done == 2 and len(outcome.plan.jobs) == 1
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert len(list(tmp_path.glob("*/*/result.json"))) == 4
@@ -161,6 +161,7 @@ def test_a_run_that_gives_nan_is_listed_and_the_others_go_on(tmp_path):
     assert "training loss" in states[1e9].detail
 
 
+@pytest.mark.slow
 def test_what_needs_a_beginning_that_failed_fails_with_its_reason(tmp_path):
     study = SHARING.model_copy(update={"set": {**SMALL, "lr": 1e9}})
     outcome = sw.sweep(study, tmp_path, workers=1)
@@ -179,6 +180,7 @@ def test_a_killed_worker_is_tried_again_and_the_results_are_the_same(tmp_path, a
     assert outcome.complete and records(tmp_path, tab02.NAME) == alone
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_every_time_is_given_up_with_the_reason(tmp_path):
     study = QUICK.model_copy(update={"grid": {"start": [0.1]}})
     hooks = ("sweep_hooks:kills_itself_always",)
@@ -198,6 +200,7 @@ def test_a_full_disk_says_what_to_do(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_loses_nothing(tmp_path):
     out = tmp_path / "small"
     out.mkdir()

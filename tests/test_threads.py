@@ -67,6 +67,7 @@ class Seen(Exception):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(("n", "d", "small"), [(20, 40, True), (400, 400, False)])
+@pytest.mark.sample(6)
 def test_small_problems_have_one_thread_and_large_ones_those_of_the_user(
     name, n, d, small, monkeypatch
 ):

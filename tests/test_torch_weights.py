@@ -179,7 +179,7 @@ def test_weights_that_are_not_plain_are_listed(weight, reason, tmp_path):
 def test_several_files_that_may_hold_weights_are_not_guessed_between(tmp_path):
     for name in ("a.pt", "b.pt"):
         torch.save(weights(), tmp_path / name)
-    with pytest.raises(ValueError, match=r"holds a\.pt, b\.pt: name the file that holds"):
+    with pytest.raises(ValueError, match=r"must hold one set of weights, got a\.pt, b\.pt"):
         audit(tmp_path)
 
 

@@ -243,7 +243,7 @@ def test_dora_is_truncated_before_its_normalization_and_says_so(tmp_path):
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "path_initial_model"),
         ({"use_bdlora": {"target_modules_bd_a": ["x"]}}, "use_bdlora"),
-        ({"peft_type": "LOHA"}, "only LoRA"),
+        ({"peft_type": "LOHA"}, "must be LORA"),
     ],
 )
 def test_adapters_whose_update_is_no_scaled_product_are_refused(changed, said, tmp_path):

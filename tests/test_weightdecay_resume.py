@@ -77,6 +77,7 @@ ORDERS = ("optimizer first", "scheduler first", "made after the optimizer's")
         ("third party", {}),
     ],
 )
+@pytest.mark.sample(10)
 def test_resuming_at_any_step_is_exact(name, options, order):
     make = MAKE[name]
     params = weights()

@@ -1,4 +1,4 @@
-"""Threads of BLAS: one for small problems, and one pool at a time.
+"""Threads of BLAS and torch: one for small problems, and one pool of BLAS at a time.
 
 Two threads that share a small product wait for each other longer than they compute: at best they
 gain nothing, and where another process keeps a core busy each product waits until the thread there
@@ -22,7 +22,7 @@ from typing import Any
 import scipy.linalg  # so that its BLAS is loaded
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["SMALL", "one_pool", "one_thread", "small_on_one_thread"]
+__all__ = ["SMALL", "few_threads", "one_pool", "one_thread", "small_on_one_thread"]
 
 SMALL = 2**17  # numbers of a matrix; products with it take less than about 0.2 ms
 _ALL, _SCIPY = "all", "scipy"
@@ -86,3 +86,22 @@ def one_pool() -> AbstractContextManager[None]:
 def small_on_one_thread(size: int) -> AbstractContextManager[None]:
     """Let BLAS compute with one thread meanwhile where matrices have at most `SMALL` numbers."""
     return one_thread() if size <= SMALL else nullcontext()
+
+
+@contextmanager
+def few_threads(size: int) -> Iterator[None]:
+    """Let torch compute with one thread meanwhile where matrices have at most `SMALL` numbers.
+
+    The number holds for the calling thread; to set it takes less than a microsecond.
+    """
+    import torch  # here: estimators that need none come without it
+
+    before = torch.get_num_threads()
+    if size > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from sklearn.utils import check_array as sklearn_check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 
+from .._threads import small_on_one_thread
 from ._base import without_small
 from ._codes import codes, lipschitz, settled_codes, sizes
 
@@ -214,7 +215,8 @@ class MirrorFlowCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         D = self._atoms(X)
         find = self._settle if self.learning_rate == "adaptive" else self._descend
-        z = without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
+        with small_on_one_thread(max(X.size, len(D) ** 2)):
+            z = without_small(find(X, D, self._starts((len(X), len(D)))), self.zero_tol)
         if self.n_nonzero is None or self.n_nonzero >= len(D):
             return z
         smaller = np.argsort(-np.abs(z), axis=1, kind="stable")[:, self.n_nonzero :]

@@ -89,21 +89,21 @@ def flow_path(
     X, y = checked(X, y, accept_sparse=("csr", "csc"), dtype=FLOATS, y_numeric=True)
     at, (rate, end) = times(ts), rate_and_end(decay)
     check_decay(decay, at[-1])
+    coefs = np.zeros((X.shape[1], len(at)))
     with small_on_one_thread(X.size):
         data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive)
-    coefs = np.zeros((X.shape[1], len(at)))
-    if data.pull[0] > 0:
+        if data.pull[0] > 0:
 
-        def save(_: int, index: int, __: Array, x: Array, ___: float) -> None:
-            coefs[:, index] = x
+            def save(_: int, index: int, __: Array, x: Array, ___: float) -> None:
+                coefs[:, index] = x
 
-        unit = float(data.unit(log_A, positive)[0])
-        with small_on_one_thread(X.size):
+            unit = float(data.unit(log_A, positive)[0])
             flows = whole_flow(data, 0, log_A, rate / unit, end * unit, positive)
             reached, _ = integrate(flows, unit * at[None], save, tol, int(max_iter))
-        if reached[0] < len(at):
-            warn_unfinished(max_iter)
-    return at, coefs.astype(X.dtype), data.intercept(coefs.T, repeat=True).astype(X.dtype)
+            if reached[0] < len(at):
+                warn_unfinished(max_iter)
+        intercepts = data.intercept(coefs.T, repeat=True)
+    return at, coefs.astype(X.dtype), intercepts.astype(X.dtype)
 
 
 @validate_params(
@@ -157,18 +157,16 @@ def entropy_path(
     """
     X, y = checked(X, y, dtype=FLOATS, y_numeric=True)
     found = np.linspace(4.0, -60.0, log_As) if isinstance(log_As, Integral) else scales(log_As)
-    data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive)
-    if not data.pull[0] > 0:
-        zeros = np.zeros((X.shape[1], len(found)))
-        intercepts, gaps = data.intercept(zeros.T, repeat=True), np.zeros(len(found))
-        return found, zeros.astype(X.dtype), intercepts.astype(X.dtype), gaps
-    root = np.sqrt(data.weights)
-    unit = float(data.log_A(0.0)[0])
     with small_on_one_thread(X.size):
-        space = row_space(root[:, None] * data.X, data.rounding)
-        solved = endpoints(space, root * data.y[:, 0], found + unit, positive, int(max_iter))
-    intercepts = data.intercept(solved.x, repeat=True).astype(X.dtype)
-    return found, solved.x.T.astype(X.dtype), intercepts, solved.gap
+        data = prepare(X, y, weights_of(X, sample_weight), fit_intercept, positive)
+        coefs, gaps = np.zeros((len(found), X.shape[1])), np.zeros(len(found))
+        if data.pull[0] > 0:  # otherwise y is constant
+            root, unit = np.sqrt(data.weights), float(data.log_A(0.0)[0])
+            space = row_space(root[:, None] * data.X, data.rounding)
+            solved = endpoints(space, root * data.y[:, 0], found + unit, positive, int(max_iter))
+            coefs, gaps = solved.x, solved.gap
+        intercepts = data.intercept(coefs, repeat=True)
+    return found, coefs.T.astype(X.dtype), intercepts.astype(X.dtype), gaps
 
 
 class MirrorFlowCVDisplay:

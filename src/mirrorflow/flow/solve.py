@@ -13,6 +13,7 @@ import torch
 from .._devices import CPU, device_of, loss_on, moved
 from .._loss import LeastSquares
 from .._solution import Path, Solution, Status
+from .._threads import few_threads, small_on_one_thread
 from ..descent import Account, predicted_account
 from ..descent.prediction import require_predictable
 from ..regularizer import Regularizer, require_pair
@@ -148,8 +149,10 @@ def flow(
     coordinates = make(view, loss, g, h, w0)
     method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
     tolerances, fine = (rtol, atol), lr is not None
-    run = Integration(coordinates, schedule, t_end, tolerances, method, max_steps, times, fine)
-    status = run.integrate()
+    size = loss.Z.numel() if isinstance(loss, LeastSquares) else coordinates.shape.numel()
+    with small_on_one_thread(size), few_threads(size):
+        run = Integration(coordinates, schedule, t_end, tolerances, method, max_steps, times, fine)
+        status = run.integrate()
     if not status.ok:
         warnings.warn(f"flow: {status.value} (t = {run.now:.6g})", RuntimeWarning, stacklevel=2)
     if run.faint:

@@ -44,7 +44,7 @@ def reader() -> Any:
             return safe_open(file, framework="pt")
         except SafetensorError as error:
             raise ValueError(
-                f"{file} is damaged, or no safetensors file ({error}): save or download it again"
+                f"{file} must be a whole safetensors file ({error}). Save or download it again."
             ) from error
         except FileNotFoundError:
             raise  # with its name
@@ -79,9 +79,11 @@ def _pickled(folder: Path) -> list[Path]:
         files = sorted(file for file in folder.iterdir() if file.suffix in PICKLED)
         if len(files) > 1:
             names = ", ".join(file.name for file in files[:3])
-            raise ValueError(f"{folder} holds {names}: name the file that holds the weights")
+            raise ValueError(
+                f"{folder} must hold one set of weights, got {names}. Name one of the files."
+            )
     if not files:
-        raise ValueError(f"{folder} holds no safetensors file{_instead(folder)}")
+        raise ValueError(f"{folder} must hold a safetensors file{_instead(folder)}")
     return files
 
 
@@ -122,14 +124,18 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str] | None] = {}
     weights = json_of(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{index} has no weight_map: it is not an index of a sharded checkpoint")
+        raise ValueError(
+            f"{index} must have a weight_map, as the index of a sharded checkpoint has"
+        )
     for name, shard in weights.items():
         names = shards.setdefault(index.parent / shard_name(index, shard), set())
         assert names is not None
         names.add(name)
     for shard in shards:
         if not shard.exists():
-            raise FileNotFoundError(f"{shard} is missing: {index.name} names it")
+            raise FileNotFoundError(
+                f"{shard} must exist, as {index.name} names it. Download it again."
+            )
     return shards
 
 

@@ -55,8 +55,8 @@ def require_plain(file: Path) -> None:
         If it does not exist.
     """
     if not stat.S_ISREG(file.stat().st_mode):
-        what = "it is a folder" if file.is_dir() else "it is a pipe or a device"
-        raise ValueError(f"{file} cannot be read: {what}, and a plain file is needed")
+        what = "a folder" if file.is_dir() else "a pipe or a device"
+        raise ValueError(f"{file} must be a plain file, got {what}. Name another.")
 
 
 def json_of(file: Path) -> dict[str, Any]:
@@ -70,13 +70,13 @@ def json_of(file: Path) -> dict[str, Any]:
     try:
         require_plain(file)
         size = file.stat().st_size
-        if size > SIZE:
-            raise ValueError(f"it has {size} bytes, and at most {SIZE} are read")
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if size <= SIZE else ""
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # of UTF-8
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if size > SIZE:
+        raise ValueError(f"{file} must have at most {SIZE} bytes, got {size}. Name another.")
     return object_of(text, file)
 
 
@@ -95,7 +95,7 @@ def object_of(text: str, source: Path | str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{source} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{source} is damaged: an object is needed")
+        raise ValueError(f"{source} must hold a JSON object, got {_short(content)}")
     if _is_deeper(content, DEPTH):
         raise ValueError(f"{source} is damaged: it is nested more than {DEPTH} deep")
     return content
@@ -140,7 +140,7 @@ def _require_kinds(
         if key in kinds and value is not None and not isinstance(value, kinds[key]):
             what = " or ".join(kind.__name__ for kind in kinds[key])
             raise ValueError(
-                f"{file} is damaged: {place}{key} must be of type {what}, got {value!r:.60}"
+                f"{file}: {place}{key} must be of type {what}, got {value!r:.60}. Correct it."
             )
         if isinstance(value, dict) and kinds is KINDS:
             _require_kinds(value, kinds, file, f"{place}{key}.")
@@ -165,22 +165,28 @@ def require_adapter(config: Mapping[str, Any], file: Path | str) -> None:
     _require_kinds(config, ADAPTER, file)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise ValueError(
-            f"{file} is that of a {str(kind)[:60]} adapter: only LoRA's update is a product A B"
+            f"{file}: peft_type must be LORA, whose update is a product A B, got {str(kind)[:60]}"
         )
     for key, value in (config.get("lora_parameters") or {}).items():  # MLX
         if key in ("rank", "scale", "alpha") and not is_number(value):
-            raise ValueError(f"{file} is damaged: {key} is {_short(value)}, and no number")
+            raise ValueError(
+                f"{file}: {key} must be a number, got {_short(value)}. Save the adapter again."
+            )
     for key in ("lora_alpha", "r"):
         if key in config and not is_number(config[key]):
-            raise ValueError(f"{file} is damaged: {key} is {_short(config[key])}, and no number")
+            raise ValueError(
+                f"{file}: {key} must be a number, got {_short(config[key])}. Save it again."
+            )
     for key in ("alpha_pattern", "rank_pattern"):
         patterns = config.get(key) or {}
         if not all(map(is_number, patterns.values())):
             raise ValueError(
-                f"{file} is damaged: {key} is {_short(patterns)}, and no map to numbers"
+                f"{file}: {key} must map patterns to numbers, got {_short(patterns)}. Correct it."
             )
     if not all(isinstance(name, str) for name in config.get("target_parameters") or ()):
-        raise ValueError(f"{file} is damaged: target_parameters must be a list of names")
+        raise ValueError(
+            f"{file}: target_parameters must be a list of names. Save the adapter again."
+        )
     scale_patterns(config, file)  # or an error that names the pattern
 
 
@@ -244,6 +250,6 @@ def shard_name(index: Path, name: Any) -> str:
     inside = parts and not {"..", "/"} & set(parts) and len(name) <= 1000
     if not inside or "\\" in name or PureWindowsPath(name).drive or "\0" in name:
         raise ValueError(
-            f"{index} is damaged: weight_map must name files inside its folder, got {_short(name)}"
+            f"{index}: weight_map must name files inside its folder, got {_short(name)}"
         )
     return name

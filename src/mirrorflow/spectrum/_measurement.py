@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._threads import few_threads
 from ._grams import CHUNK, double, gram
 from ._shards import Rows
 from .pairs import Factor, Pair
-from .product import (
-    ProductSpectrum,
-    few_threads,
-    spectrum_of_grams,
-    spectrum_of_products,
-)
+from .product import ProductSpectrum, spectrum_of_grams, spectrum_of_products
 from .records import Record
 
 __all__ = ["measure"]

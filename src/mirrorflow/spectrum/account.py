@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._threads import few_threads
 from ..balance import BalanceAccount, BalanceSplit
 from .pairs import Pair
-from .product import few_threads
 
 __all__ = ["ProductAccount", "by_key_head"]
 

@@ -137,7 +137,9 @@ class Checkpoint:
             present = set(content.keys())
             self._header = {**self._header, **(content.metadata() or {})}
             if names and (missing := sorted(names - present)):
-                raise ValueError(f"{file} lacks {missing[0]}, which the index names: save it again")
+                raise ValueError(
+                    f"{file} must hold {missing[0]}, which the index names. Save it again."
+                )
             if long := next((name for name in present if len(name) > NAME), ""):
                 raise ValueError(
                     f"{file} must name weights in at most {NAME} characters, got {long[:40]}..."
@@ -152,8 +154,8 @@ class Checkpoint:
                     key = key if key in chosen and name == key else name
                 if (other := self._files.get(key, (file, ""))[0]) != file:
                     raise ValueError(
-                        f"{other} and {file.name} both hold {name}, and no index tells which is "
-                        "meant: name one of the files"
+                        f"{name} must stand in one file of a set without an index, got "
+                        f"{other} and {file.name}. Name one of them."
                     )
                 self._files[key] = (file, name)
                 self._types[key] = part.get_dtype()
@@ -169,7 +171,7 @@ class Checkpoint:
         file, name = self._files[factor.key]
         if (kind := self._types[factor.key]) not in READABLE:  # a user has named it
             raise ValueError(
-                f"{file}: {name} is stored as {kind}, not floating: dequantize it first"
+                f"{file}: {name} must hold floating-point numbers, got {kind}. Dequantize it first."
             )
         span = slice(factor.start, factor.stop)
         with self._open(file) as content:

@@ -8,8 +8,7 @@ smallest dimension, so that the product is not larger than its factors, is it fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._threads import SMALL
+from .._threads import few_threads
 from ._grams import double, gram, trace
 from ._shards import is_sharded
 
@@ -25,7 +24,6 @@ __all__ = [
     "ROUNDING",
     "Entry",
     "ProductSpectrum",
-    "few_threads",
     "lost_of",
     "of_grams",
     "of_matrix",
@@ -206,24 +204,6 @@ def product_spectrum(A: Tensor, B: Tensor, group: Any = None) -> ProductSpectrum
     left, right = _detached(A).mT, _detached(B)
     with few_threads(left.numel() + right.numel()):
         return _spectrum(left, right, group)
-
-
-@contextmanager
-def few_threads(size: int) -> Iterator[None]:
-    """Let torch compute with one thread meanwhile where the factors have at most `SMALL` numbers.
-
-    Two threads gain nothing there, and wait for each other where another process keeps a core
-    busy. The number holds for the calling thread; to set it takes less than a microsecond.
-    """
-    before = torch.get_num_threads()
-    if size > SMALL or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def lost_of(energy: float) -> float:
