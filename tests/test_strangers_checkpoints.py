@@ -221,7 +221,7 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_not_waited_for(name, tmp_path)
         audit(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=rf"{name}.*it is a folder"):
+    with pytest.raises(ValueError, match=rf"{name}.*got a folder"):
         audit(tmp_path)
 
 
