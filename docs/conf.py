@@ -22,6 +22,7 @@ extensions = [
     "offline_math",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence"]  # pages write mathematics as $R_a$
+myst_heading_anchors = 2  # a link to a section reads as on GitHub: page.md#its-title
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 

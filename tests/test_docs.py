@@ -205,7 +205,7 @@ def test_the_table_of_truncated_adapters_is_what_is_stored():
         r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
     ]
     rows = {(r["adapter"], f"rank {r['rank']}"): r["loss"] for r in module.table(result["records"])}
-    cells = printed(ROOT / "docs" / "training.md", "| adapter | rank 6")
+    cells = printed(ROOT / "docs" / "which-decay.md", "| adapter | rank 6")
     for place, text in cells.items():
         check(text, rows[place])
     assert len(cells) == 15
@@ -258,7 +258,7 @@ def test_the_costs_of_truncation_are_those_of_the_stored_curve():
         r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
     )
     stored = {row["a"]: row for row in module.table(result["records"]) if row["decay"] != "kept"}
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "which-decay.md").read_text(encoding="utf-8")
     part = text.split("| a (switched off at 60%) |")[1].split("\n\n")[0]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines()[2:]]
     assert {float(row[0]) for row in rows} == set(stored)

@@ -191,7 +191,7 @@ class Batches(lightning.LightningDataModule):
 
 
 def test_lightning_cli_makes_the_schedule(monkeypatch):
-    """By its arguments alone, as docs/training.md has it."""
+    """By its arguments alone, as docs/frameworks.md has it."""
     pytest.importorskip("jsonargparse")
     from lightning.pytorch.cli import LightningCLI
 
