@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
@@ -50,6 +51,7 @@ def neighbour() -> Iterator[None]:
         try:
             assert process.stdout is not None
             process.stdout.readline()
+            time.sleep(0.2)  # it starts on our core, from which the system has to move one of us
             yield
         finally:
             process.kill()

@@ -11,7 +11,8 @@ from threadpoolctl import ThreadpoolController
 import mirrorflow as mf
 from mirrorflow import _threads
 from mirrorflow._threads import SMALL, one_pool, one_thread, small_on_one_thread
-from mirrorflow.estimator import _base, _lowrank, paths, sensing
+from mirrorflow.estimator import _base, _lowrank, coding, paths, sensing
+from mirrorflow.flow import solve as flow_solve
 from mirrorflow.limit import solve
 from mirrorflow.spectrum import _measurement, product
 
@@ -42,6 +43,12 @@ def draw(n, d):
     return rng.standard_normal((n, d)), rng.standard_normal(n)
 
 
+def flow(Z, y):
+    loss = mf.LeastSquares(torch.from_numpy(Z), torch.from_numpy(y))
+    w = torch.ones(Z.shape[1], dtype=torch.float64)
+    mf.flow(loss, mf.Hadamard(), mf.WeightDecay(), (0 * w, w), mf.Constant(0.0), 1.0)
+
+
 def partly_seen(side):
     X = np.outer(np.arange(1.0, side + 1), np.linspace(1, 2, side))
     return np.where(np.random.default_rng(0).random(X.shape) < 0.9, X, np.nan)
@@ -53,6 +60,11 @@ CALLS = {
     "regressor": (_base, "integrate", lambda n, d: mf.MirrorFlowRegressor().fit(*draw(n, d))),
     "flow path": (paths, "integrate", lambda n, d: mf.flow_path(*draw(n, d), ts=[0.3])),
     "entropy path": (paths, "endpoints", lambda n, d: mf.entropy_path(*draw(n, d), [4.0])),
+    "flow": (flow_solve, "Integration", lambda n, d: flow(*draw(n, d))),
+    "codes": (
+        coding, "settled_codes",
+        lambda n, d: mf.MirrorFlowCoder(np.eye(d)).fit_transform(draw(n, d)[0]),
+    ),
     "completion": (_lowrank, "alternate", lambda n, d: mf.MatrixSensing(1).fit(partly_seen(n))),
     "sensing": (
         sensing, "sense",
@@ -66,13 +78,13 @@ class Seen(Exception):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(("n", "d", "small"), [(20, 40, True), (400, 400, False)])
-@pytest.mark.sample(6)
+@pytest.mark.parametrize(("n", "d", "small"), [(20, 40, True), (700, 700, False)])
+@pytest.mark.sample(8)
 def test_small_problems_have_one_thread_and_large_ones_those_of_the_user(
     name, n, d, small, monkeypatch
 ):
     home, computes, call = CALLS[name]
-    assert (n * d <= SMALL) is small
+    assert (n * d <= SMALL) is (n * d <= solve.SMALL) is small
 
     def counted(*args, **kwargs):
         raise Seen(blas())

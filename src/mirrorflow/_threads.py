@@ -83,9 +83,9 @@ def one_pool() -> AbstractContextManager[None]:
     return _limited(_SCIPY)
 
 
-def small_on_one_thread(size: int) -> AbstractContextManager[None]:
-    """Let BLAS compute with one thread meanwhile where matrices have at most `SMALL` numbers."""
-    return one_thread() if size <= SMALL else nullcontext()
+def small_on_one_thread(size: int, small: int = SMALL) -> AbstractContextManager[None]:
+    """Let BLAS compute with one thread meanwhile where matrices have at most ``small`` numbers."""
+    return one_thread() if size <= small else nullcontext()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .._threads import one_pool, small_on_one_thread
 from ..legendre import LegendreFunction, NewtonProblem, RangeError
 from ..legendre.dual import LocalModel
 from ._constraints import length
-from .solve import finite_array, measurements
+from .solve import SMALL, finite_array, measurements
 
 __all__ = ["PenalizedStats", "penalized"]
 
@@ -114,7 +114,7 @@ def penalized(
         raise ValueError(f"a must be one number, got shape {at.shape}. Call once for each a.")
     if times.ndim > 1 or not times.size or not (times > 0).all():
         raise ValueError(f"t must be a positive number or a 1-d sequence of them, got {t}")
-    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size):
+    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size, SMALL):
         points = _path(R, Zs, ys, float(at), times.reshape(-1), max_steps)
     _warn(points)
     x = torch.from_numpy(np.stack([p.x for p in points])).to(R.dtype).reshape(-1, *R.shape)

@@ -23,9 +23,10 @@ from ._constraints import Constraints, length, orthonormal
 from ._continuation import DualPoint
 from ._problems import solve_problem
 
-__all__ = ["LimitStats", "finite_array", "limit", "measurements"]
+__all__ = ["SMALL", "LimitStats", "finite_array", "limit", "measurements"]
 
 Array = NDArray[np.float64]
+SMALL = 450_000  # numbers of Z up to which a second thread gains nothing, beside others it waits
 # From harmless to bad: a path has the status of its worst point.
 SEVERITY = (
     Status.vertex,
@@ -171,7 +172,7 @@ def limit(
         )
     columns = [ys] if ys.ndim == 1 else list(ys.T)
     # Trial points may overflow; what is kept is checked.
-    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size):
+    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size, SMALL):
         states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
         exact = R.describes_training(Zs)
         ends = [_ends(states, Zs, column, max_steps, exact) for column in columns]
