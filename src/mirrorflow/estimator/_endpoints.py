@@ -92,7 +92,9 @@ def _nonnegative(space: RowSpace, y: Array) -> tuple[NDArray[np.bool_], RowSpace
     x, _ = nnls(unit, target, maxiter=max(100, 10 * unit.shape[1]))
     slope = unit.T @ (unit @ x - target)
     face = slope <= FACE * np.abs(unit.T @ target).max(initial=0.0)
-    return face, row_space(rows[:, face], EPS * space.lengths[face]), unit @ x
+    # The rows come out of a decomposition of Z, with its rounding: n or d times that of a number.
+    rounding = EPS * max(space.Z.shape) * space.lengths[face]
+    return face, row_space(rows[:, face], rounding), unit @ x
 
 
 def residual_slope(x: Array, gradient: Array, positive: bool) -> float:
