@@ -78,6 +78,7 @@ class Layout:
 
         lead, long = local.ndim - len(self.shape), len(self.shape) - 1
         shape = (*local.shape[:lead], *self.shape[:-1], self.shape[-2])
+        # Shards along n hold summands of the Gram matrix, others whole entries of it.
         places = [Partial() if dim == long else _place(dim, lead) for dim in self._kept()]
         return self._spread(local, shape, places).full_tensor()
 
@@ -154,12 +155,13 @@ def accumulate(total: Tensor, before: Tensor, after: Tensor, s: float | Tensor) 
     if isinstance(s, Tensor):
         s = s.expand(*before.shape[:-2], 1, 1).reshape(-1, 1, 1)
     sums = total.view(2, *old.shape[:2], old.shape[1])
+    # A_next = s A + C with C = -P: A^T A <- s^2 A^T A + s (A^T C + C^T A) + C^T C.
     sums *= s * s
     for entries, columns in _pieces(old):
         kept = _wide(old, entries, columns) * (s[entries] if isinstance(s, Tensor) else s)
         change = _wide(new, entries, columns) - kept
-        sums[0, entries].baddbmm_(kept, change.mT)
-        sums[1, entries].baddbmm_(change, change.mT)
+        sums[0, entries].baddbmm_(kept, change.mT)  # s A^T C
+        sums[1, entries].baddbmm_(change, change.mT)  # C^T C
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -197,6 +197,7 @@ class BalanceAccount:
             else:
                 stack.merge(after, s, "unsplit")
                 seen = False
+        # The product, not exp(-sum): they differ by the squares of lr decay.
         self._shrink = [old * new for old, new in zip(self._shrink, shrinks, strict=True)]
         self._steps, self._intervals = self._steps + seen, self._intervals + (not seen)
 
@@ -297,7 +298,7 @@ def _difference(
     (s_a, s_b), none = shrink, torch.zeros_like(a["first"])
     D_0 = a["first"] - b["first"]
     parts = {name: (a.get(name, none) - b.get(name, none)).expand_as(D_0).clone() for name in PARTS}
-    left = s_a**2 * a["first"] - s_b**2 * b["first"]
+    left = s_a**2 * a["first"] - s_b**2 * b["first"]  # prod s_A^2 A_0^T A_0 - prod s_B^2 B_0 B_0^T
     return BalanceSplit(D_0, left, **parts, shrink=(s_a, s_b), n_steps=steps, n_intervals=intervals)
 
 
@@ -338,8 +339,8 @@ class _Stack:
         self.axes = [-1 if place % 2 else -2 for place in places]
         self.parts: dict[str, Tensor] = {}
         self.sums: Tensor | None = None  # s A^T C and C^T C of the steps since, of this process
-        self.kept: float | Tensor = 1.0
-        self.since: float | Tensor = 1.0
+        self.kept: float | Tensor = 1.0  # prod s^2 since the beginning
+        self.since: float | Tensor = 1.0  # prod s^2 that the parts do not have yet
         now = self.take(factors)
         self.first = self.gram(now)
         self.before = now if each_step else None
@@ -370,16 +371,18 @@ class _Stack:
         self.settle()
         self._decay(s)
         self.settle()
+        # What decay alone would have left is in the total: the rest belongs to this part.
         self._add(part, self.gram(after) - self.total())
         self.before = after if self.each_step else None
 
     def settle(self) -> None:
         """Let the parts shrink, and add to them what the steps have made."""
         for part in self.parts.values():
-            part.mul_(self.since)
+            part.mul_(self.since)  # a part decays like everything else
         self.since = 1.0
         if self.sums is not None:
             cross, square = self.layout.whole(self.sums)
+            # Already as they are left today: `accumulate` lets its sums shrink at each step.
             self._add("optimizer", cross + cross.mT)
             self._add("second_order", square)
             self.sums = None
@@ -392,8 +395,9 @@ class _Stack:
             name: torch.stack([kept.get(name, zero).to(zero) for kept in saved]) for name in names
         }
         self.first = self.parts.pop("first")
-        self.kept = self.numbers([s * s for s in shrink])
+        self.kept = self.numbers([s * s for s in shrink])  # A^T A falls as s^2
         trace = now.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # Other weights than those of the account: no step can be split from them.
         if not bool((norm(now - self.total()) <= SAME * trace).all()):
             self.before = None
 
@@ -407,6 +411,7 @@ class _Stack:
 
     def _decay(self, s: float | Tensor) -> None:
         """Count how much everything has shrunk."""
+        # (s A)^T (s A) = s^2 A^T A
         self.kept, self.since = self.kept * (s * s), self.since * (s * s)
 
     def _add(self, name: str, change: Tensor) -> None:

@@ -124,6 +124,7 @@ def _solve(gram_a: Tensor, gram_b: Tensor, wanted: Tensor) -> tuple[Tensor, Tens
     inverse = S
     rest, size = _rest(gram_a, gram_b, wanted, S, inverse)
     for step in range(STEPS):
+        # D of A (1 + L) and (1 - L) B, L symmetric, is D + L M + M L to first order.
         weights, vectors = torch.linalg.eigh(size)
         if bool((weights[..., 0] <= SINGULAR * weights[..., -1]).any()):
             if step == 0:
@@ -152,6 +153,7 @@ def _rest(
     gram_a: Tensor, gram_b: Tensor, wanted: Tensor, S: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what is still wanted of D, and A^T A + B B^T, of the factors A S and S^{-1} B."""
+    # (A S)^T A S and S^{-1} B (S^{-1} B)^T
     left, right = S.mT @ gram_a @ S, inverse @ gram_b @ inverse.mT
     rest, size = wanted - left + right, left + right
     return (rest + rest.mT) / 2, (size + size.mT) / 2
@@ -162,6 +164,7 @@ def _damped(
 ) -> tuple[Tensor, Tensor]:
     """Return S exp(t L) and its inverse, t halved for each entry until the rest is smaller."""
     error = norm(_rest(gram_a, gram_b, wanted, S, inverse)[0])
+    # exp(t L) instead of 1 + t L: it is invertible for every t, and its inverse is exp(-t L).
     powers, axes = torch.linalg.eigh((L + L.mT) / 2)
     t = torch.ones_like(error)
     for _ in range(HALVINGS):
@@ -179,7 +182,7 @@ def _damped(
 
 def _settled(error: Tensor, before: Tensor, size: Tensor) -> bool:
     """Return whether every entry is at rounding: below it, or small and no longer falling."""
-    relative = error / _trace(size)
+    relative = error / _trace(size)  # Tr M bounds |D|, and is not 0 where D is
     done = (relative <= EPS) | ((relative <= REACHED) & (error > before / 2))
     return bool((done | (error == before)).all())
 

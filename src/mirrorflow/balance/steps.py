@@ -106,22 +106,25 @@ def diagonal_step(
             f"m, w and grad_x must have one shape, got {shapes}. Expand the smaller ones."
         )
     m, w, q = m.detach(), w.detach(), lr * grad_x.detach() / s
+    # m <- s m - lr G w and w <- s w - lr G m, in u = m + w and v = m - w.
     u, v = s * (1 - q) * (m + w), s * (1 + q) * (m - w)
     both = _log_beside_decay(q)
     unknown = torch.full_like(q, math.nan)
     step = unknown if full_grad is None else _log_beside_decay(lr * full_grad.detach() / s)
-    share = torch.full_like(q, math.log(abs(s)))
+    share = torch.full_like(q, math.log(abs(s)))  # log|s| of a, in both factors alike
     return DiagonalStep((u + v) / 2, (u - v) / 2, _log_ratio(q), share, step, both - step, both)
 
 
 def _log_beside_decay(q: Tensor) -> Tensor:
     """Return 1/2 log|1 - q^2|, to rounding where q is small and where it is near 1."""
     near = (q * q).clamp(max=0.5)
+    # log1p has the digits of a small q^2, and (1 - q)(1 + q) those of |q| near 1.
     return torch.where(q * q < 0.5, torch.log1p(-near), ((1 - q) * (1 + q)).abs().log()) / 2
 
 
 def _log_ratio(q: Tensor) -> Tensor:
     """Return 1/2 log|(1 - q)/(1 + q)|: -artanh(q), or -artanh(1/q) where a factor turns."""
+    # |(1 - q)/(1 + q)| is the same for q and 1/q.
     return -torch.atanh(torch.where(q.abs() <= 1, q, 1 / q))
 
 
@@ -218,6 +221,7 @@ def _factor_step(
     sums = zeros((2,), old)
     accumulate(sums, old, layout(after, axis).take([after], [axis]), s)
     found, cross, square = where.whole(torch.cat([gram(old)[None], sums]))[:, 0]
+    # A^T A, (s^2 - 1) A^T A, s (A^T C + C^T A), C^T C: they sum to A_next^T A_next.
     return found, (s * s - 1) * found, cross + cross.mT, square
 
 

@@ -87,6 +87,7 @@ class Account:
                 "in the coordinates of the account."
             )
         rows = Z.detach().to(mu).reshape(len(Z), -1)
+        # mu = Z^T theta + tilt, with the tilt orthogonal to the rows.
         _, s, Vh = torch.linalg.svd(rows, full_matrices=False)
         eps = torch.finfo(s.dtype).eps * max(rows.shape)
         span = Vh[s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)]
@@ -117,7 +118,7 @@ def coordinates(g: Reparam, h: Regularizer, w0: Parameters, loss: object) -> Coo
     even = isinstance(h, Separable) and h.c is None
     match g:
         case Hadamard() | Depth(k=2) if plain:
-            return Coordinates(1.0, 1.0, _same)
+            return Coordinates(1.0, 1.0, _same)  # m +- w, each by 1 - lr (alpha +- G)
         case PowerDifference(k=1) if plain or even:  # d(u^2)/du = 2u, and so for h
             return Coordinates(2.0, 1.0 if plain else 2.0, _same)
         case SymmetricFactor() if plain:
@@ -148,6 +149,8 @@ def _matrix_coordinates(X0: Tensor, loss: object) -> Coordinates:
             f"U0 U0^T and the sensing matrices do not commute (off by {off:.1e}), so that U U^T "
             "has no exact account"
         )
+    # x_i = x_0 e^{2 (a + mu)} has u alone. With v, which -G would move, a gets the even powers of
+    # lr G and mu the odd ones: outside the row space mu is of third order, as for m * w.
     return Coordinates(1.0, 1.0, lambda G: ((G @ V) * V).sum(-2), V)
 
 
@@ -186,6 +189,7 @@ class Ledger:
         slope, decay = self.coordinates.slope, self.coordinates.decay
         logs = torch.stack([torch.zeros_like(self.total), *self.rows])[:count]
         up, down = logs[:, 0::2], logs[:, 1::2]
+        # log|u/u0| = decay a + slope mu, log|v/v0| = decay a - slope mu.
         pairs = (up + down) / (2 * decay)  # of this run, and last of the whole loss
         a, mu, whole = pairs[:, 0], (up - down)[:, 0] / (2 * slope), pairs[:, -1]
         alone = torch.from_numpy(self.alone[self.saves[:count]] / decay)
@@ -198,7 +202,7 @@ class Ledger:
         c = self._drives(count)
         if self.momentum:
             self.carried = _carry(c.numpy(), self.lr, self.momentum, self.carried)
-        sums = _log_factor(c.mul_(-self.lr)).cumsum(0)
+        sums = _log_factor(c.mul_(-self.lr)).cumsum(0)  # log|1 - lr c|
         if self.total is not None:
             sums += self.total
         first, last = np.searchsorted(self.saves, [self.k, self.k + count], side="right")
@@ -237,7 +241,7 @@ def _decay_alone(rates: Array, lr: float, momentum: float) -> Array:
         last, applied = 0.0, []
         for rate in rates.tolist():
             left = 1 - lr * last
-            last = rate + (momentum * last / left if left else float("nan"))
+            last = rate + (momentum * last / left if left else float("nan"))  # `_carry` with G = 0
             applied.append(last)
         c = np.array(applied)
     logs = _log_factor(torch.from_numpy(-lr * c)).numpy()
@@ -246,6 +250,7 @@ def _decay_alone(rates: Array, lr: float, momentum: float) -> Array:
 
 def _log_factor(z: Tensor) -> Tensor:
     """Return log|1 + z|, accurate for small z; a factor may be negative, as x has its square."""
+    # |1 + z| = 1 + (-2 - z) where 1 + z < 0
     return torch.log1p(torch.where(z > -1, z, -2 - z))
 
 

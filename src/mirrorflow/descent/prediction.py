@@ -88,6 +88,8 @@ def predicted_account(
     assert path is not None
     t, x, mu, a = (_numpy(v) for v in (path.t, path.x, path.mu, path.a))
     # A step's factor is 1 - lr c, and log|1 - lr c| = -lr c - (lr c)^2/2: its square stores a.
+    # With the buffer B it stores lr^2 / (2 (1 - beta)^2) sum G_k (2 B_k - G_k): where G is steady,
+    # (1 + beta) / (1 - beta) G^2; where it is drawn anew, G^2. A step lasts lr / (1 - beta).
     smooth = -lr / 2 * (1 + momentum) / (1 - momentum) ** 2
     rough = -lr / 2 / (1 - momentum)
     if isinstance(loss, LeastSquares):
@@ -108,6 +110,7 @@ def _row_statistics(loss: LeastSquares, x: Array) -> tuple[Array, Array, Array]:
     Z, y = _numpy(loss.Z).reshape(len(loss.y), -1), _numpy(loss.y)
     r = x.reshape(len(x), -1) @ Z.T - y
     mean, squares = r @ Z / len(y), Z**2
+    # Row i has the gradient r_i z_i: the mean of its square, less the square of its mean.
     variance = np.maximum(r**2 @ squares / len(y) - mean**2, 0.0)
     return mean.reshape(x.shape), variance.reshape(x.shape), squares.mean(0).reshape(x.shape[1:])
 
@@ -123,6 +126,7 @@ def _shares(n: int, batch: int | None, momentum: float) -> tuple[float, float]:
     i = np.arange(1, count)
     # Two batches of an epoch have the covariance -V/(count - 1); the buffer weighs it momentum^i.
     seen = 1 - 2 / (count * (count - 1)) * float(((count - i) * momentum**i).sum())
+    # The mean of b of n rows, drawn without replacement, has V (n - b) / (b (n - 1)).
     return float(np.mean((n - sizes) / (sizes * (n - 1)))) * seen, labels
 
 
@@ -139,7 +143,7 @@ def _integrated_noise(noise: float | Schedule, t: Array, lr: float, momentum: fl
 def _squared_rates(t: Array, a: Array) -> Array:
     """Return int alpha^2 dt, alpha being the mean rate between two times of the path."""
     length = np.diff(t)
-    squares = np.diff(a) ** 2 / np.where(length > 0, length, 1.0)
+    squares = np.diff(a) ** 2 / np.where(length > 0, length, 1.0)  # alpha^2 dt = (da/dt)^2 dt
     return np.concatenate([[0.0], np.cumsum(squares)])
 
 

@@ -134,7 +134,7 @@ def descend(
     begun = time.perf_counter()
     # One call for all rates: the schedule at t = k lr, and the sums that a needs.
     rates = schedule.rate(lr * np.arange(steps))
-    sums = np.concatenate([[0.0], -lr * np.cumsum(rates)])
+    sums = np.concatenate([[0.0], -lr * np.cumsum(rates)])  # a_k = -sum lr alpha
     every = save_every or max(1, steps // 100)
     with torch.no_grad():
         ledger, unaccounted = _opened(loss, g, h, w0, lr, momentum, rates, every)
@@ -169,7 +169,7 @@ class _Draws:
         if amplitude := next(self.amplitudes):
             signs = 2 * self.signs.integers(0, 2, len(y)) - 1
             y = y + amplitude * torch.from_numpy(signs).to(y)
-        return ((Z @ x.reshape(-1) - y) @ Z / len(y)).reshape(x.shape)
+        return ((Z @ x.reshape(-1) - y) @ Z / len(y)).reshape(x.shape)  # grad of |Zx - y|^2 / (2b)
 
     def _next(self) -> Tensor:
         """Return the next rows of this epoch, or the first ones of a new one."""
@@ -251,6 +251,7 @@ class _Run:
             d = tuple(di + rate * hi for di, hi in zip(d, decay, strict=True))
         if self.momentum:
             if self.buffer is not None:
+                # b_k = beta b_{k-1} + d_k, and b_0 = d_0 as in torch.
                 d = tuple(self.momentum * b + di for b, di in zip(self.buffer, d, strict=True))
             self.buffer = d
         self.w = tuple(p - self.lr * di for p, di in zip(self.w, d, strict=True))

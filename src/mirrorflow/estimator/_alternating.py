@@ -58,7 +58,7 @@ class Trained:
 
     def times(self, unit: float) -> Trained:
         """Return the factors of ``unit`` times the product."""
-        root = np.sqrt(unit)
+        root = np.sqrt(unit)  # each factor takes half of it
         return replace(self, U=root * self.U, V=root * self.V)
 
 
@@ -147,6 +147,7 @@ def solve_rows(problem: Observed, V: Array, alpha: float | Array) -> Array:
     """
     r, p = V.shape[1], problem.Y.shape[0]
     upper = np.triu_indices(r)
+    # One sparse product with the entries of all v_j v_j^T gives the Gram matrix of every row.
     products = V[:, upper[0]] * V[:, upper[1]]
     right, U, seen = problem.Y @ V, np.zeros((p, r)), problem.seen
     # Without decay a row with too few entries gets the shortest factor, and 0 without any.
@@ -157,6 +158,7 @@ def solve_rows(problem: Observed, V: Array, alpha: float | Array) -> Array:
         part = slice(begin, begin + block)
         gram = np.empty((min(block, p - begin), r, r))
         gram[:, upper[0], upper[1]] = gram[:, upper[1], upper[0]] = seen[part] @ products
+        # (sum_j v_j v_j^T + alpha) u_i = sum_j Y_ij v_j over the entries of row i.
         U[part] = np.linalg.solve(gram + ridge, right[part][..., None])[..., 0]
     return U
 
@@ -216,6 +218,7 @@ def _extended(problem: Any, U: Array, V: Array, alpha: float, max_rank: int) -> 
         return V, False
     s, right = problem.strongest(U, V, room)
     new = s > alpha * (1 + 1e-6)
+    # Decay leaves s - alpha of a singular value s, and a balanced factor has the root of it.
     return np.hstack([V, right[new].T * np.sqrt(s[new] - alpha)]), bool(new.any())
 
 
@@ -232,6 +235,7 @@ def distance(before: Array, after: Array) -> float:
     """Return |before - after| of factors with as many columns; infinity otherwise."""
     if before.shape != after.shape:
         return np.inf
+    # (-u)(-v)^T = u v^T: a column has no sign of its own.
     signs = np.sign(np.einsum("ij,ij->j", before, after))
     return float(np.linalg.norm(before * np.where(signs == 0, 1.0, signs) - after))
 
@@ -240,7 +244,7 @@ def balanced(U: Array, V: Array) -> tuple[Array, Array]:
     """Return factors of the same product with U^T U = V^T V diagonal, without dead directions."""
     QU, RU = np.linalg.qr(U)
     QV, RV = np.linalg.qr(V)
-    left, s, right = np.linalg.svd(RU @ RV.T)
+    left, s, right = np.linalg.svd(RU @ RV.T)  # U V^T = QU (RU RV^T) QV^T
     keep = s > DEAD * s.max(initial=0.0)
     root = np.sqrt(s[keep])
     return (QU @ left[:, keep]) * root, (QV @ right.T[:, keep]) * root
@@ -282,7 +286,7 @@ class Offsets:
             self.a, self.b = a, b
             return
         rows, columns = (np.asarray(seen.sum(axis=axis)).ravel() > 0 for axis in (1, 0))
-        level = a[rows].mean()
+        level = a[rows].mean()  # a - level and b + level have the same sums
         self.a = np.where(rows, a - level, 0.0)
         self.b = np.where(columns, b + level, (b[columns] + level).mean())
 
@@ -326,6 +330,7 @@ class OffsetObserved(Observed):
         penalty, level = self.offsets.penalty, self.offsets.level
         U, a = solve_with_offsets(self, V, self.offsets.b, alpha, penalty)
         V, b = solve_with_offsets(self.transposed(), U, a + level, alpha, penalty)
+        # The penalty is on b - m, which is what was solved for beside a + m.
         self.offsets.keep(a, b + level, self.seen)
         return U, V
 
@@ -336,6 +341,7 @@ class OffsetObserved(Observed):
         for count in range(1, steps + 1):
             before, a = U, self.offsets.a
             U, V = balanced(*self.alternated(V, alpha))
+            # |a 1^T - a_before 1^T|, beside the norm of U V^T.
             moved = np.sqrt(len(V)) * np.linalg.norm(self.offsets.a - a)
             size = float(np.linalg.norm(U.T @ U))  # of the product: the factors are balanced
             if distance(before, U) <= tol * np.linalg.norm(U) and moved <= tol * size:
@@ -384,6 +390,7 @@ class SymmetricObserved(Observed):
         """Take values at their places and at the mirrored ones."""
         places = np.r_[rows, columns], np.r_[columns, rows]
         sums: Any = csr_array((np.r_[values, values], places), shape=shape)
+        # 2 on the diagonal, and where (i, j) and (j, i) are both known.
         counts: Any = csr_array((np.ones(2 * len(values)), places), shape=shape)
         Y = csr_array((sums.data / counts.data, sums.indices, sums.indptr), shape=shape)
         return cls(Y, csr_array((counts.data / 2, sums.indices, sums.indptr), shape=shape))
@@ -412,12 +419,13 @@ class SymmetricObserved(Observed):
             W = flat.reshape(V.shape)
             residual = self.Y.data - product_at(self.Y, W, W)
             value = 0.5 * float(self.seen.data @ residual**2) + alpha * float(flat @ flat)
+            # grad of f(W W^T) + alpha |W|^2 = 2 (grad f + alpha) W, grad f being symmetric.
             return value, 2 * (alpha * W - self.negative_gradient(W, W) @ W).ravel()
 
         limits: Any = {"maxiter": steps, "maxfun": 5 * steps, "ftol": 0.0, "gtol": 0.1 * tol}
         found = minimize(objective, V.ravel(), jac=True, method="L-BFGS-B", options=limits)
         settled = float(np.abs(found.jac).max()) <= max(0.1 * tol, FLOOR)
-        L, s, _ = np.linalg.svd(found.x.reshape(V.shape), full_matrices=False)
+        L, s, _ = np.linalg.svd(found.x.reshape(V.shape), full_matrices=False)  # W W^T = L s^2 L^T
         keep = s**2 > DEAD * s.max(initial=0.0) ** 2
         W = L[:, keep] * s[keep]
         return W, W, int(found.nit), settled

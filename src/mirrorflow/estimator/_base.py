@@ -164,7 +164,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         """Run the flow to its time, perhaps infinity, and keep its end."""
         end, path = np.isinf(run.t), None
         if end:
-            coef, nu, drop = self._interpolated(data, run)
+            coef, nu, drop = self._interpolated(data, run)  # Theorem 3.6: argmin {R_a(x) : Zx = y}
         else:
             coef, nu, drop, path = self._stopped(data, run)
         log_A = data.log_A(0.0) + run.log_A + drop
@@ -201,6 +201,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         path = ridge_path(data, data.weights, penalties)
         path[..., data.spreads == 0] = 0.0  # a constant column gets rounding, not exactly 0
         coef, endless = path[:, -1], np.full(len(path), np.inf)
+        # Large A: R_a is |x|^2 / 2 up to a factor, whose mirror map is x itself.
         nu = ridge_dual(data, coef, float(penalties[-1]))
         mu, predictions, self.n_iter_ = (data.X.T @ nu).T, data.X @ coef.T, 1
         size = np.maximum(np.abs(coef).max(axis=1, initial=0.0), 1e-300)
@@ -249,7 +250,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         self.n_iter_ = 1
         for k in np.flatnonzero(data.pull > 0).tolist():  # decay is in each output's unit of time
             path[k], nus[:, k] = self._one(data, k, run, rate, end, ts)
-        return path[:, :, -1], nus, -2 * rate * min(run.t, end), path
+        return path[:, :, -1], nus, -2 * rate * min(run.t, end), path  # log A_t = log A + 2 a_t
 
     def _one(
         self, data: Data, k: int, run: FlowPoint, rate: float, end: float, ts: Array
@@ -265,6 +266,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             path[:, index:] = x[:, None]
             last.update(state=state, t=t)
 
+        # t in units of the time to grow: rates are divided by the unit, ends times it.
         flows = whole_flow(data, k, run.log_A, rate / unit, end * unit, self.positive)
         reached, steps = integrate(flows, unit * ts[None], save, run.tol, int(self.max_iter))
         self.n_iter_ = max(self.n_iter_, steps)
@@ -272,7 +274,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             warn_unfinished(self.max_iter)
         nu = last["state"]
         if isinstance(flows, GramFlows):
-            nu = data.weights * (last["t"] * data.y[:, k] - data.X @ nu)
+            nu = data.weights * (last["t"] * data.y[:, k] - data.X @ nu)  # nu = int w (y - Xx) dt
         return path, nu
 
     def _interpolated(self, data: Data, run: FlowPoint) -> tuple[Array, Array, float]:
@@ -286,7 +288,7 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             for k in range(y.shape[1])
         ]
         self.n_iter_ = max(1, *(f.steps for f in found))
-        nu = root * np.stack([f.theta[0] for f in found], axis=1)
+        nu = root * np.stack([f.theta[0] for f in found], axis=1)  # Z^T theta = X^T (root theta)
         if data.center:  # the same X^T nu without the mean of X
             nu -= data.weights[:, None] * nu.sum(axis=0)
         return np.stack([f.x[0] for f in found]), nu, drop

@@ -51,14 +51,16 @@ def stages(s: int) -> Stages:
     """Return the coefficients for s >= 2 stages."""
     w0 = 1 + DAMPING / s**2
     T, D, D2 = _chebyshev(s, w0)
-    w1 = D[s] / D2[s]
-    b = [0.0, 0.0, *(D2[j] / D[j] ** 2 for j in range(2, s + 1))]
+    w1 = D[s] / D2[s]  # T_s'(w0) / T_s''(w0)
+    b = [0.0, 0.0, *(D2[j] / D[j] ** 2 for j in range(2, s + 1))]  # b_j = T_j''(w0) / T_j'(w0)^2
     b[0] = b[1] = b[2]
     rest = []
     for j in range(2, s + 1):
         mu, nu, mu_tilde = 2 * b[j] * w0 / b[j - 1], -b[j] / b[j - 2], 2 * b[j] * w1 / b[j - 1]
+        # gamma~_j = -a_{j-1} mu~_j with a_j = 1 - b_j T_j(w0).
         rest.append((mu, nu, mu_tilde, -(1 - b[j - 1] * T[j - 1]) * mu_tilde))
     first = b[1] * w1
+    # The stable interval ends where w0 - w1 h lambda = -1.
     return Stages(first, tuple(rest), _times(first, rest), (w0 + 1) * D2[s] / D[s])
 
 
@@ -74,6 +76,7 @@ def _chebyshev(s: int, w: float) -> tuple[list[float], list[float], list[float]]
     """Return the Chebyshev polynomials T_0 to T_s at w, and their first two derivatives."""
     T, D, D2 = [1.0, w], [0.0, 1.0], [0.0, 0.0]
     for _ in range(2, s + 1):
+        # T_{j+1} = 2 w T_j - T_{j-1}, and its first two derivatives in w.
         D2.append(2 * w * D2[-1] - D2[-2] + 4 * D[-1])
         D.append(2 * w * D[-1] - D[-2] + 2 * T[-1])
         T.append(2 * w * T[-1] - T[-2])
@@ -168,6 +171,7 @@ class _Run:
         """Take one step of every row, each of its own length; some fail and stay."""
         self._power()
         off, decays = self.flows.off, self.flows.rate > 0
+        # h lambda at most what MAX_STAGES are stable for.
         self.h = np.minimum(self.h, stages(MAX_STAGES).reach / np.maximum(self.largest, 1e-300))
         before = decays & (self.t < off)  # land where the decay jumps
         self.h = np.where(before, np.minimum(self.h, off - self.t), self.h)
@@ -182,6 +186,7 @@ class _Run:
         good = error <= 1
         self._hand_over(good, t, new, f, mu, g)
         self._accept(good, t=t, state=new, mu=mu, x=x, slope=slope, f=f, g=g)
+        # Order 2: the error of a step grows like h^3.
         self.h = self.h * np.clip(0.8 * np.maximum(error, 1e-9) ** (-1 / 3), *GROWTH)
 
     def _accept(self, good: NDArray[np.bool_], **values: Array) -> None:

@@ -51,6 +51,7 @@ def codes(
     w = w.astype(X.dtype)
     if positive:
         w[1] = 0
+    # grad_z |x - z D|^2 / 2 = z D D^T - x D^T
     gram, pull = dictionary @ dictionary.T, X @ dictionary.T
     signs = np.array([1.0, -1.0], dtype=X.dtype)[:, None, None]
     count = 0
@@ -59,6 +60,7 @@ def codes(
         yield z
         slope = 2 * k * w ** (2 * k - 1) if form == "power" else 1 / w
         decay = alpha if count < off else 0.0
+        # h is the sum of the terms of g: grad h has the same slope, without the sign.
         w = w - step * slope * (signs * (z @ gram - pull) + decay)
         count += 1
 
@@ -70,7 +72,8 @@ def _start(form: str, k: int, beta: float | Array, x: Array) -> tuple[Array, Arr
         # The smaller of root + x and root - x without cancellation: their product is beta^2.
         large, small = (root + np.abs(x)) / 2, beta**2 / (2 * (root + np.abs(x)))
         u, v = np.where(x > 0, large, small), np.where(x > 0, small, large)
-        return u ** (1 / (2 * k)), v ** (1 / (2 * k))
+        return u ** (1 / (2 * k)), v ** (1 / (2 * k))  # 1/2 inside the power: errata 7
+    # u/v = e^x and u + v = 1/beta
     return 1 / (beta * (1 + np.exp(-x))), 1 / (beta * (1 + np.exp(x)))
 
 
@@ -106,6 +109,7 @@ def settled_codes(
     problem = CodingProblem(
         X / (size * np.sqrt(curvature))[:, None],
         dictionary / np.sqrt(curvature),
+        # z = size z', D = sqrt(L) D', x = size sqrt(L) x': units size^2 L of the fit, size of h.
         form, k, alpha / (size * curvature), positive,
     )  # fmt: skip
     w = np.stack(_start(form, k, beta, start / size[:, None]), axis=1)
@@ -156,6 +160,7 @@ class CodingProblem:
 
     def codes(self, w: Array) -> Array:
         """Return z = g(u, v)."""
+        # u^{2k} - v^{2k}, or log u - log v
         return self._difference(w ** (2 * self.k) if self.form == "power" else np.log(w))
 
     def _difference(self, parts: Array) -> Array:
@@ -177,13 +182,14 @@ class CodingProblem:
 
     def longest(self, point: CodeState) -> Array:
         """Return the longest step that leaves every u^k and v^k about LONGEST of what it was."""
+        # d log u^k = k du / u
         relative = self.k * np.abs(point.gradient / point.w).max(axis=(1, 2))
         return LONGEST / np.maximum(relative, SMALLEST)
 
     def next_step(self, old: CodeState, new: CodeState) -> Array:
         """Return <s, y> / <y, y>, s and y the changes of w and of the gradient; not too long."""
         s, y = new.w - old.w, new.gradient - old.gradient
-        along, squares = _sums(s * y), _sums(y**2)
+        along, squares = _sums(s * y), _sums(y**2)  # Barzilai and Borwein's shorter length
         curved = (along > 0) & (squares > 0)
         length = np.where(curved, along / np.where(curved, squares, 1.0), np.inf)
         return np.minimum(length, self.longest(new))
@@ -195,10 +201,11 @@ class CodingProblem:
         """
         size = -g if self.positive else np.abs(g)  # of codes >= 0 the dual set has one side
         largest = np.maximum(size.max(axis=1), np.finfo(float).tiny)
+        # s times the residual is dual feasible: |D r| s <= alpha.
         s = np.minimum(1.0, self.alpha / largest)
         energy, fit = (residual**2).sum(axis=1), (residual * self.X).sum(axis=1)
         value = 0.5 * energy + self.alpha * np.abs(z).sum(axis=1)
-        gap = value - (s * fit - 0.5 * s**2 * energy)
+        gap = value - (s * fit - 0.5 * s**2 * energy)  # the dual's s <r, x> - s^2 |r|^2 / 2
         return gap / np.where(self.X.any(axis=1), value, 1.0)
 
     def _force(self, z: Array, g: Array) -> Array:
@@ -232,6 +239,7 @@ def settle(problem: CodingProblem, w: Array, tol: float, n_steps: int) -> tuple[
         if not len(rows):
             break
         trial = problem.state(np.maximum(now.w - step[:, None, None] * now.gradient, SMALLEST))
+        # Armijo's condition, below a mean of past values: steps of this length rise now and then.
         better = trial.value <= bound - DECREASE * step * _sums(now.gradient**2)
         step = np.where(better, problem.next_step(now, trial), step / 4)
         bound = np.where(better, MEMORY * bound + (1 - MEMORY) * trial.value, bound)

@@ -89,6 +89,7 @@ class Data:
 
     def log_A(self, relative: float) -> Array:
         """Return log A for each output, from log(A / scale)."""
+        # log A = log(A / scale) + log scale
         return relative + np.log(np.where(self.scale > 0, self.scale, 1.0))
 
     def unit(self, relative: float, positive: bool) -> Array:
@@ -96,7 +97,7 @@ class Data:
 
         A sinh(2 t pull) = scale for t = arcsinh(scale / A) / (2 pull).
         """
-        return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)
+        return growth(relative, positive) / np.where(self.pull > 0, self.pull, 1.0)  # mu = t pull
 
     def intercept(self, coef: Array, repeat: bool = False) -> Array:
         """Return the intercepts of coefficients (K, d); with ``repeat`` all are of one target."""
@@ -129,7 +130,7 @@ def prepare(
     X = X.astype(np.float64, copy=False)
     if not (issparse(X) or X.flags.forc):  # as it will be in another process
         X = np.ascontiguousarray(X)
-    rounding = eps * np.sqrt(_squares(X, v))
+    rounding = eps * np.sqrt(_squares(X, v))  # |eps x_j|, weighted
     y = y.reshape(len(rows), -1).astype(np.float64)
     means, targets, spread = np.zeros(X.shape[1]), np.zeros(y.shape[1]), None
     if center:
@@ -204,6 +205,7 @@ def _pull(X: Any, y: Array, weights: Array, squares: Array, positive: bool) -> A
     """Return the largest gradient at 0 of each target, 0 where it is rounding alone."""
     gradient = X.T @ (weights[:, None] * y)
     largest = float(squares.max(initial=0.0))
+    # |x_j^T w y| <= |x_j| |y| in the weighted norms: rounding is a part of that.
     noise = 1e-13 * np.sqrt(weights @ y**2 * largest)
     pull = gradient.max(axis=0) if positive else np.abs(gradient).max(axis=0)
     return np.where(pull > noise, pull, 0.0)
@@ -232,7 +234,9 @@ def _shortest(X: Any, y: Array, weights: Array, means: Array, pull: Array) -> Ar
     wide = Z.shape[0] < Z.shape[1]
     values, vectors = np.linalg.eigh(smaller_gram(Z, root, shift, wide))
     largest = values.max(initial=1e-300)
+    # (s^2 + DAMPING^2 s_max^2)^{-1}, and 0 for directions that are rounding.
     damped = np.where(values > ROUNDING * largest, values + DAMPING**2 * largest, np.inf)
+    # Of (Z - root means^T)^T right the means drop out: root^T right = 0, as y is centred.
     side = right if wide else Z.T @ right
     solved = vectors @ ((vectors.T @ side) / damped[:, None])
     return Z.T @ solved - np.outer(shift, root @ solved) if wide else solved
@@ -245,7 +249,7 @@ def smaller_gram(Z: Any, root: Array, means: Array, wide: bool) -> Array:
         return product
     if not wide:  # root^T Z = means, and |root| = 1
         return product.toarray() - np.outer(means, means)
-    along = Z @ means
+    along = Z @ means  # (Z - root m^T)(Z - root m^T)^T, term by term
     mixed = np.outer(root, along)
     return product.toarray() - mixed - mixed.T + means @ means * np.outer(root, root)
 
@@ -280,7 +284,7 @@ def _largest(operator: Any) -> float:
     size = 0.0
     for _ in range(30):
         v = operator.rmatvec(operator.matvec(v / max(float(np.linalg.norm(v)), 1e-300)))
-        size = float(np.sqrt(np.linalg.norm(v)))
+        size = float(np.sqrt(np.linalg.norm(v)))  # |Z^T Z v| with |v| = 1 tends to s_1^2
     return size
 
 

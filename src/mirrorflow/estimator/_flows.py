@@ -112,6 +112,7 @@ class Flows(ABC):
         """Return log A_t."""
         if not self._decays:
             return self.log_A[k]
+        # A_t = A e^{2 a_t}, a_t = -rate min(t, off)
         return self.log_A[k] - 2 * self.rate[k] * np.minimum(t, self.off[k])
 
     @cached_property
@@ -168,6 +169,7 @@ class RowFlows(Flows):
 
     def norm(self, v: Array, slope: Array) -> Array:
         """Return the norms in which a row of weight 2 counts as two rows."""
+        # <v, w^{-1} v>, in which the Jacobian w X diag(slope) X^T is symmetric.
         return np.sqrt((v * v * self._inverse).sum(axis=1, keepdims=True))
 
     @cached_property
@@ -217,6 +219,7 @@ class GramFlows(Flows):
 
     def mirror(self, state: Array, t: Array) -> Array:
         """Return mu = t b - G z."""
+        # mu = X^T nu = X^T w (t y - X z)
         return np.multiply(t, self.b.T).T - self._product(state)
 
     def velocity(self, x: Array) -> Array:
@@ -233,6 +236,7 @@ class GramFlows(Flows):
 
     def norm(self, v: Array, slope: Array) -> Array:
         """Return the norms of diag(slope)^{-1/2} v."""
+        # <v, diag(slope)^{-1} v>, in which the Jacobian diag(slope) G is symmetric.
         squares = np.divide(v * v, slope, out=np.zeros_like(v), where=slope > 0)
         return np.sqrt(squares.sum(axis=1, keepdims=True))
 

@@ -122,6 +122,7 @@ class _RowFolds(FoldProblem):
         if self.data.center:
             missed -= (missed @ self.train[fold])[..., None]
         missed *= missed
+        # y' - X' x' = (alpha / S) (y - X x)
         return missed @ self.test[fold] * (float(self.scale[k]) / self.alpha) ** 2
 
     def ridge(self, fold: int, penalties: Array) -> Array:
@@ -179,6 +180,7 @@ class _GramFolds(FoldProblem):
     def error(self, x: Array, k: int, fold: int) -> Array:
         """Return the errors as a quadratic form."""
         M, d = self.test[fold], self.data.X.shape[1]
+        # sum w (y - Xx)^2 = x^T M_XX x - 2 M_yX x + M_yy
         square = ((x @ M[:d, :d] - 2 * M[d + k, :d]) * x).sum(axis=-1)
         return np.maximum(square + M[d + k, d + k], 0.0)
 
@@ -204,6 +206,7 @@ def _about(moments: Array, means: Array, d: int) -> Array:
     """
     m = means[0]
     cross = means[:, :, :, None] * m[:, None, :]
+    # sum w (z - m)(z - m)^T with weights that sum to 1; test rows have another mean than m.
     centred = moments - cross - cross.swapaxes(-1, -2) + m[:, :, None] * m[:, None, :]
     before, after = (np.einsum("fii->fi", of[0]) for of in (moments, centred))
     constant = after <= CONSTANT * before

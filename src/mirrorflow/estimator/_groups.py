@@ -112,7 +112,7 @@ class _Target:
     def x(self, t: float, q: Array) -> Array:
         """Return the coefficients."""
         size = self.groups.sizes(q)
-        log_A = self.log_A - 2 * self.rate * min(t, self.off)
+        log_A = self.log_A - 2 * self.rate * min(t, self.off)  # A_t = A e^{2 a_t}
         safe = np.where(size > NEAR, size, 1.0)  # A sinh(2 |q|) / |q| -> 2 A
         return np.where(size > NEAR, exp_sinh(log_A, 2 * safe) / safe, 2 * np.exp(log_A)) * q
 
@@ -121,7 +121,8 @@ class _Target:
         r, size = self._pull(self.x(t, q)), self.groups.sizes(q)
         safe = np.where(size > NEAR, size, 1.0)
         inner = np.bincount(self.groups.of, q * r)[self.groups.of]
-        along = np.where(size > NEAR, inner * q / safe**2, r)
+        along = np.where(size > NEAR, inner * q / safe**2, r)  # q <q, r> / |q|^2
+        # q' = r_par + |q| coth(|q|) r_perp, and |q| coth(|q|) -> 1.
         return along + np.where(size > NEAR, safe / np.tanh(safe), 1.0) * (r - along)
 
     def _pull(self, x: Array) -> Array:

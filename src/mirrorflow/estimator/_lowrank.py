@@ -71,7 +71,7 @@ class LowRank(BaseEstimator):
         stages.append((float(self.alpha), self.tol))
         if self.switch_off and self.alpha > 0:
             stages.append((0.0, self.tol))
-        # In units of the data nothing depends on what they are measured in.
+        # In units of the strongest pull alpha = 1 keeps X at 0, whatever the data are measured in.
         scaled = problem.times(1 / top)
         with small_on_one_thread(problem.Y.nnz):
             found = alternate(scaled, columns, stages, self.max_iter)
@@ -93,6 +93,7 @@ class LowRank(BaseEstimator):
                 UserWarning,
                 stacklevel=3,
             )
+        # U V^T = Q_U (R_U R_V^T) Q_V^T has the singular values of its core.
         inner = np.linalg.qr(found.U)[1] @ np.linalg.qr(found.V)[1].T
         values = np.linalg.svd(inner, compute_uv=False)
         self.U_, self.V_ = found.U.astype(dtype), found.V.astype(dtype)
@@ -136,6 +137,7 @@ def left_out_errors(
     W, ridge = V, np.full(V.shape[1], decay)
     if penalty is not None:
         W, ridge = np.column_stack([V, np.ones(len(V))]), np.r_[ridge, penalty]
+    # The same least ridge as in `solve_rows`, which fits the rows.
     ridge = np.diag(ridge + 1e-12 * float((W**2).sum()) / len(W))
     Y, found = problem.Y, np.empty(problem.Y.nnz)
     for i in range(Y.shape[0]):
@@ -144,7 +146,7 @@ def left_out_errors(
         solved = np.linalg.solve(rows.T @ rows + ridge, rows.T)
         free = 1 - np.einsum("ij,ji->i", rows, solved)  # 1 - h
         known = free > FREE
-        missed = (y - rows @ (solved @ y)) / np.where(known, free, 1.0)
+        missed = (y - rows @ (solved @ y)) / np.where(known, free, 1.0)  # (y - y^) / (1 - h)
         found[part] = np.where(known, missed, y)
     return found
 

@@ -44,10 +44,12 @@ def ridge_path(data: Data, weights: Array, penalties: Array) -> Array:
         Z -= means
         Z *= root[:, None]
     shift, right = means if sparse else 0 * means, root[:, None] * y
+    # The means drop out of Z^T right: root^T right = 0, as y is centred.
     side, added = right if wide else Z.T @ right, penalties * ridge_unit(data)
     found = ridge_of_gram(smaller_gram(Z, root, shift, wide), side, added)
     if not wide:
         return found
+    # x = (Z - root means^T)^T (Z Z^T + lambda)^{-1} t, sparse Z without its means.
     turned = (Z.T @ found.reshape(-1, len(rows)).T).T.reshape(*found.shape[:2], -1)
     return turned - (found @ root)[..., None] * shift if sparse else turned
 
@@ -66,4 +68,5 @@ def ridge_dual(data: Data, coef: Array, penalty: float) -> Array:
     missed = data.y - data.X @ coef.T
     if data.center:
         missed -= data.weights @ missed
+    # (Z^T Z + lambda) x = Z^T t, so that x = Z^T (t - Z x) / lambda.
     return data.weights[:, None] * missed / (penalty * ridge_unit(data))

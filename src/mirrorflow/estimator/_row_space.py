@@ -46,6 +46,7 @@ class RowSpace:
 
     def targets(self, y: Array) -> Array:
         """Return b (r,) for which Q^T x = b holds exactly for the least-squares solutions x."""
+        # Zx = U diag(s) R^T Q^T x
         return np.asarray(solve_triangular(self.R.T, (self.U.T @ y) / self.s, lower=True))
 
     def shortest(self, y: Array) -> Array:
@@ -59,7 +60,7 @@ class RowSpace:
 
     def compressed(self) -> Array:
         """Return the rows diag(s) G^T (r, d): they have the Gram matrix of Z."""
-        return self.s[:, None] * (self.Q @ self.R).T
+        return self.s[:, None] * (self.Q @ self.R).T  # Z = U (diag(s) G^T), U^T U = 1
 
 
 def row_space(Z: Array, rounding: Array) -> RowSpace:

@@ -59,7 +59,7 @@ class MeasurementProblem:
         squares = A.multiply(A).sum(axis=1) if issparse(A) else np.einsum("ij,ij->i", A, A)
         a = float(np.sqrt(w @ np.asarray(squares).ravel() / A.shape[1])) or 1.0
         b = float(np.sqrt(w @ y**2)) or 1.0
-        return cls(A, y / b, w, a, b / a, shape)
+        return cls(A, y / b, w, a, b / a, shape)  # (A / a) (a X / b) = y / b
 
     def residual(self, U: Array, V: Array) -> Array:
         """Return <A_i, U V^T> / a - y_i."""
@@ -90,7 +90,7 @@ def sense(
     sqrt(init) long.
     """
     p, q = f.shape
-    G = -f.gradient(np.zeros((p, 0)), np.zeros((q, 0)))
+    G = -f.gradient(np.zeros((p, 0)), np.zeros((q, 0)))  # -grad f(0)
     if symmetric:
         s, L = np.linalg.eigh((G + G.T) / 2)
         L = R = L[:, ::-1][:, :columns]
@@ -98,6 +98,7 @@ def sense(
         L, s, Rt = np.linalg.svd(G, full_matrices=False)
         L, R = L[:, :columns], Rt[:columns].T
     top = float(s.max(initial=0.0))
+    # 0 minimizes f + rate |X|_* where |grad f(0)| <= rate, the rate being alpha top.
     if not top > NOTHING * np.sqrt(p * q) or alpha >= 1:  # 0 is the minimizer under decay
         return Trained(np.zeros((p, 1)), np.zeros((q, 1)), 1, True)
     root = np.sqrt(init)
@@ -136,7 +137,7 @@ def _left_out(f: MeasurementProblem, U: Array, V: Array, symmetric: bool, alpha:
         return False
     (L, _), (R, _) = np.linalg.qr(U), np.linalg.qr(V)
     G = -f.gradient(U, V)
-    G -= L @ (L.T @ G)
+    G -= L @ (L.T @ G)  # (1 - L L^T) G (1 - R R^T): what the factors do not have
     G -= (G @ R) @ R.T
     pulls = np.linalg.eigvalsh((G + G.T) / 2) if symmetric else np.linalg.norm(G, 2)
     return bool(np.max(pulls) > ABOVE * alpha)
@@ -163,6 +164,7 @@ def _step(
 ) -> tuple[Array, Array, float, float]:
     """Take a step that lowers the objective; return its length in time and in space as well."""
     G, value, size = f.gradient(U, V), _objective(f, U, V, rate), _size(U, V)
+    # V = U: half of the gradient (Corollary C.3, errata 17), counted twice in slope^2, as it falls.
     GU = (G + G.T) @ U / 2 + rate * U if symmetric else G @ V + rate * U
     GV = GU if symmetric else G.T @ U + rate * V
     slope = _size(GU, GV)
@@ -170,6 +172,7 @@ def _step(
     while True:
         newU, newV = U - eta * GU, V - eta * GV
         fallen = value - _objective(f, newU, newV, rate)
+        # Armijo's condition; rounding decides in steps below 1e-15 of the factors.
         if fallen >= 0.1 * eta * slope**2 or eta * slope <= 1e-15 * size:
             return newU, newV, eta, eta * slope
         eta /= 2

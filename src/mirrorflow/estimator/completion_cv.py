@@ -213,7 +213,7 @@ def hidden_errors(
             if penalty is not None:
                 fitted += scaled.offsets.a[i] + scaled.offsets.b[j]
             errors[k] = ((values[test] - top * fitted) ** 2).mean()
-            if errors[k] > WORSE * errors.min():
+            if errors[k] > WORSE * errors.min():  # weaker decay overfits more from here on
                 break
     return errors
 

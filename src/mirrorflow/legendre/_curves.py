@@ -34,7 +34,7 @@ class Place:
     @property
     def weight(self) -> Array:
         """Return dx/dnu."""
-        return self.dx / self.dnu
+        return self.dx / self.dnu  # the inverse metric of the coordinate: W in Q W Q^T
 
 
 class Curve(ABC):
@@ -74,6 +74,7 @@ class Curve(ABC):
 
     def change(self, before: Place, after: Place) -> Array:
         """Return the change of nu, from the distances to an end where it is the same one."""
+        # nu = end - side * distance: the distances still differ where both nu round to the end.
         near = before.side * (before.distance - after.distance)
         return np.where(before.side == after.side, near, after.nu - before.nu)
 

@@ -81,15 +81,17 @@ class HyperbolicDual(ColumnDual):
         t = self.QT @ (self.speed * theta)
         t += self.shift
         self.largest = float(np.abs(t).max(initial=0.0))
+        # x = A e^tau sinh t and (dx/dmu) / s = A e^tau cosh t: Eq. (9) with errata 1.
         self.x, self.weight = exp_sinh_cosh(self.log_A + tau, t)
-        self.mass = self.x
+        self.mass = self.x  # d x / d tau at fixed theta: tau only scales
 
     def ceiling(self, theta: Array) -> float:
         """Return the largest |<theta, Qx>|, of either sign."""
-        return float(np.abs(self.QT @ theta).max(initial=0.0))
+        return float(np.abs(self.QT @ theta).max(initial=0.0))  # the dual norm of L1
 
     def starting_scale(self) -> float:
         """Return the scale at which the largest x(0) is about 1."""
+        # x(0) = A e^tau sinh(rho), about e^{tau + log A + |rho|} / 2.
         return LOG_2 - float((self.log_A + np.abs(self.shift)).max(initial=-np.inf))
 
     def log_scale(self, tau: float) -> Array:
@@ -114,6 +116,7 @@ class OneSidedDual(ColumnDual):
         """Compute x and its derivative; see `ExponentialDual`."""
         t = self.speed * self.sign * (self.QT @ theta)
         self.largest = float(np.abs(t).max(initial=0.0))
+        # |x| = X_0 e^{tau + t}, Eq. (10); (dx/dmu) / s is |x| as well, since sigma^2 = 1.
         self.weight = np.exp(self.log_x0 + tau + t)
         self.x = self.mass = self.sign * self.weight
 
@@ -135,4 +138,5 @@ class OneSidedDual(ColumnDual):
 
     def certifies_infeasible(self, b: Array, theta: Array) -> bool:
         """Return whether b, of norm 1 or 0, is outside the cone of the signed columns of Q."""
+        # Farkas: some x with these signs has Qx = b unless b is off their cone, by NNLS's distance.
         return float(nnls(self.Q * self.sign, b)[1]) > APART

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 LOG_2 = math.log(2.0)
+# arcsinh z = log 2z + 1/(4 z^2) - ...: at z = e^18.4 = 1e8 the second term is 2.5e-17.
 FAR = 18.4  # log(|x|/A) from which arcsinh(x/A) = log(2|x|/A) to rounding
 
 
@@ -34,7 +35,7 @@ def exp_sinh(log_A: Any, t: Any) -> Any:
 def exp_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
     """Return A sinh(t) and its derivative A cosh(t)."""
     sign, half, fall = _exponentials(log_A, t)
-    return -sign * half * fall, half * (2 + fall)
+    return -sign * half * fall, half * (2 + fall)  # (A/2) (e^|t| -+ e^-|t|)
 
 
 def shared_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
@@ -43,14 +44,14 @@ def shared_sinh_cosh(log_A: Any, t: Any) -> tuple[Any, Any]:
     One exponential for each entry, since A e^-t = A^2 / (A e^t); x is right to an eps of A + |x|,
     in the precision of t.
     """
-    log_half = log_A - np.asarray(LOG_2, dtype=t.dtype)
+    log_half = log_A - np.asarray(LOG_2, dtype=t.dtype)  # log(A/2)
     large = np.abs(t)
     large += log_half
     np.exp(large, out=large)  # (A/2) e^|t|
-    small = np.maximum(large, np.finfo(t.dtype).tiny)
-    np.divide(np.exp(2 * log_half), small, out=small)
-    x = large - small
-    large += small
+    small = np.maximum(large, np.finfo(t.dtype).tiny)  # not 0, where all of x underflows
+    np.divide(np.exp(2 * log_half), small, out=small)  # (A/2) e^-|t| = (A/2)^2 / ((A/2) e^|t|)
+    x = large - small  # A sinh |t|
+    large += small  # A cosh t
     return np.copysign(x, t, out=x), large
 
 
@@ -64,7 +65,7 @@ def _exponentials(log_A: Any, t: Any) -> tuple[Any, Any, Any]:
     sign = xp.copysign(xp.ones_like(t), t)
     size = sign * t
     half = xp.exp(log_A - LOG_2 + size)  # never e^|t| alone: it may overflow
-    return sign, half, xp.expm1(-2 * size)
+    return sign, half, xp.expm1(-2 * size)  # expm1 keeps the digits of sinh near t = 0
 
 
 def arcsinh_ratio(x: Any, log_A: Any) -> Any:
@@ -76,8 +77,9 @@ def arcsinh_ratio(x: Any, log_A: Any) -> Any:
     # Both branches are made finite before `where`, so that neither spoils the other's gradient.
     small_x, safe_log = xp.where(big, 0.0, x), xp.where(big, 0.0, log_A)
     lowest = 1 - math.log(float(xp.finfo(log_A.dtype).max))  # e^-lowest is finite
+    # Where the clip acts, A is below float64: exact at x = 0, not for |x| in (0, 1e-300).
     near = xp.arcsinh(small_x * xp.exp(-xp.clip(safe_log, lowest, None)))
-    far = xp.sign(x) * (LOG_2 + xp.log(xp.where(big, size, 1.0)) - log_A)
+    far = xp.sign(x) * (LOG_2 + xp.log(xp.where(big, size, 1.0)) - log_A)  # sign(x) log(2|x|/A)
     return xp.where(big, far, near)
 
 
@@ -104,6 +106,7 @@ def duality_gap(norm: float, gain: float, ceiling: float) -> float:
     """
     if norm == 0:
         return 0.0
+    # <theta, y> = <Z^T theta, x> <= ceiling |x| for every x with Zx = y: a lower bound of |x|.
     least = gain / ceiling if ceiling > 0 else 0.0
     return min(1.0, max(0.0, 1 - least / norm))
 

@@ -33,6 +33,7 @@ LOST = 37.0  # log of the relative size at which the ends of an integrand are cu
 
 def factors_at(q: Array, c: Array) -> Array:
     """Return the sizes of all factors, ascending; ``c`` (k, ...) begins with a row of zeros."""
+    # w_i = sqrt(q^2 + c_i)
     return np.hypot(q, np.sqrt(c.reshape(len(c), *[1] * (q.ndim - c.ndim + 1), *c.shape[1:])))
 
 
@@ -45,15 +46,16 @@ def tail(w: Array) -> Array:
     """
     w = np.sort(w, axis=0)
     size = np.where(w[-1] > 0, w[-1], 1.0)
-    return size ** (2.0 - len(w)) * _unit_tail(w / size)
+    return size ** (2.0 - len(w)) * _unit_tail(w / size)  # s -> size^2 s in the integral
 
 
 def _unit_tail(w: Array) -> Array:
     """Return the integral for factors whose largest is 1."""
     if len(w) == 3:
-        return elliprf(*(w * w))
+        return elliprf(*(w * w))  # DLMF 19.16.1
     if len(w) == 4:
         pairs = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
+        # DLMF 19.29.4 over (0, inf): U_ij = w_i w_j + w_m w_n for the three pairings of four.
         return elliprf(*((w[i] * w[j] + w[m] * w[n]) ** 2 for i, j, m, n in pairs))
     return trapezoid(w)
 
@@ -68,16 +70,16 @@ def trapezoid(w: Array) -> Array:
         logs = 2 * np.log(w[:2])
     # It rises like e^y below w_1^2 and like e^{y/2} below w_2^2; it falls like e^{(1 - k/2) y}.
     low = np.maximum(logs[0] - LOST, logs[1] - 2 * LOST)
-    finite = np.isfinite(low)
+    finite = np.isfinite(low)  # w_1 = w_2 = 0: the integrand tends to a constant, not to 0
     low = np.where(finite, low, -1.0)
-    high = LOST / (len(w) / 2 - 1)
+    high = LOST / (len(w) / 2 - 1)  # the fall begins at the largest factor, which is 1
     count = int(np.ceil(np.max(high - low, initial=1.0) / SPACING))
     step = (high - low) / count
     s = np.exp(low + step * np.arange(count + 1).reshape(-1, *[1] * low.ndim))
     root = np.ones_like(s)
     for wi in w:
         root *= s + wi * wi
-    return np.where(finite, 0.5 * step * (s / np.sqrt(root)).sum(0), np.inf)
+    return np.where(finite, 0.5 * step * (s / np.sqrt(root)).sum(0), np.inf)  # ds = s dy
 
 
 def factor_from_tail(target: Array, c: Array) -> Array:
@@ -88,11 +90,12 @@ def factor_from_tail(target: Array, c: Array) -> Array:
     q = ((k-2) target)^{-1/(k-2)} lies, since prod sqrt(q^2 + c_i) >= q^{k-1}.
     """
     power = len(c) - 2
-    q = (power * target) ** (-1 / power)
+    q = (power * target) ** (-1 / power)  # the tail for c = 0 is q^{2-k} / (k - 2)
     for _ in range(STEPS):
         w = factors_at(q, c)
         now = tail(w)
         # d tail / dt = -1 / prod_{i >= 3} w_i
+        # (log now - log target) / |d log tail / dt|
         step = np.log(now / target) * now * _product(w[2:])
         step = np.where(np.isfinite(step), step, 0.0)  # q = inf, or 0 from both sides
         q = np.maximum(advance(q, w[1], step), 0.0)
@@ -110,11 +113,11 @@ def factor_from_product(x: Array, c: Array) -> Array:
     k, size = len(c), np.abs(x)
     wide = c.reshape(k, *[1] * (x.ndim - c.ndim + 1), *c.shape[1:])
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        straight = size / np.sqrt(_product(wide[1:]))
+        straight = size / np.sqrt(_product(wide[1:]))  # x = q prod sqrt(c_i) for small q
         q = np.where(size > 0, np.fmin(size ** (1 / k), straight), 0.0)
         for _ in range(STEPS):
             w = np.maximum(factors_at(q, c), 1e-320)
-            slope = 1 + ((q / w[1:]) ** 2).sum(0)
+            slope = 1 + ((q / w[1:]) ** 2).sum(0)  # d log|x| / d log q = 1 + sum q^2 / w_i^2
             step = (np.log(w).sum(0) - np.log(size)) / slope
             step = np.where(np.isfinite(step), step, 0.0)  # x = 0 or infinite
             q = q * np.exp(-step)
@@ -128,6 +131,7 @@ def advance(q: Array, second: Array, step: Array) -> Array:
 
     ``second`` is sqrt(q^2 + c_2), so that the addition formula of sinh serves both cases.
     """
+    # For c_2 = 0 and q < 0 this is q e^-step: x and nu rise with t there as well.
     return q * np.cosh(step) + second * np.sinh(step)
 
 

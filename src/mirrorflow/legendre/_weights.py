@@ -53,7 +53,7 @@ class PackedWeights:
 
     def pull(self, state: Tensor, dx: Tensor) -> Tensor:
         """Return J_g^T dx without a graph; torch.func costs three times as much as autograd."""
-        if type(self.g).pullback is not Reparam.pullback:
+        if type(self.g).pullback is not Reparam.pullback:  # a formula of its own for J^T dx
             with torch.no_grad():
                 return self.pack(self.g.pullback(self.unpack(state), dx))
         at = state.detach().requires_grad_()
@@ -141,7 +141,7 @@ def advance(
 
     def atol(y: Array) -> Any:  # SciPy takes an array as well
         if shape is None:
-            return rtol * 1e-2 * (np.abs(y) + 1e-300)
+            return rtol * 1e-2 * (np.abs(y) + 1e-300)  # rtol decides, but for entries that are 0
         return rtol * 1e-2 * _sizes(y, rhs, shape)
 
     with np.errstate(all="ignore"), torch.no_grad():
@@ -149,8 +149,9 @@ def advance(
         done, spent = 0.0, 0
         while solver.status == "running" and solver.nfev < spent + MAX_EVALUATIONS:
             solver.step()
+            # SciPy fixes atol at the start; weights may fall by e^{-150} on the way.
             solver.atol = atol(solver.y)
-            if solver.t > 2 * done:
+            if solver.t > 2 * done:  # the time has doubled: another allowance
                 done, spent = solver.t, solver.nfev
     if solver.status != "finished" or not np.isfinite(solver.y).all():
         return None

@@ -81,7 +81,7 @@ class LegendreFunction(ABC):
     def value(self, x: Tensor, a: Scalar) -> Tensor:
         r"""Evaluate R_a(x) = <x, mu> - R_a^*(mu) at mu = mirror(x, a)."""
         mu = self.mirror(x, a)
-        return self._sum(x * mu) - self.conjugate(mu, a)
+        return self._sum(x * mu) - self.conjugate(mu, a)  # Fenchel: R_a(x) + R_a^*(mu) = <x, mu>
 
     def clock(self, a: Scalar) -> Any:
         r"""Return d nu / d mu at ``a``, nu the dual variable: mirror(x_t, a_t) = nu_t.
@@ -100,7 +100,7 @@ class LegendreFunction(ABC):
 
     def centre(self, a: Scalar) -> Tensor:
         """Return the minimizer of R_a, primal(0, a): the positional bias."""
-        return self.primal(torch.zeros(self.shape, dtype=self.dtype), a)
+        return self.primal(torch.zeros(self.shape, dtype=self.dtype), a)  # grad R_a = mu = 0
 
     @abstractmethod
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
@@ -228,11 +228,13 @@ class _Differentiated(NewtonProblem):
         """Return d x / d mu as a diagonal. The batch of one keeps messages of `Inversion` cheap."""
         mu = mu.reshape(1, *self.R.shape).requires_grad_()
         x = self.R.primal(mu, a)
+        # x_i depends on mu_i alone, so that the gradient of the sum is the diagonal of d x / d mu.
         slope = torch.autograd.grad(x.sum(), mu, create_graph=True)[0]
         bend = torch.zeros_like(mu)
         if slope.requires_grad:  # not for a linear g
             (bend,) = torch.autograd.grad(slope.sum(), mu, materialize_grads=True)
         steep = _numpy(slope)
+        # |d log slope / d mu| = |x''| / x'
         return LocalModel(_numpy(x), steep, None, np.abs(_numpy(bend)) / np.maximum(steep, 1e-300))
 
     def _dense(self, mu: Tensor, a: float) -> LocalModel:
@@ -240,7 +242,7 @@ class _Differentiated(NewtonProblem):
         mu = mu.requires_grad_()
         x = self.R.primal(mu.reshape(self.R.shape), a).reshape(-1)
         slope = np.stack([_numpy(torch.autograd.grad(xi, mu, retain_graph=True)[0]) for xi in x])
-        values, vectors = np.linalg.eigh((slope + slope.T) / 2)
+        values, vectors = np.linalg.eigh((slope + slope.T) / 2)  # J J^T, symmetric but for rounding
         return LocalModel(_numpy(x), np.maximum(values, 0.0), vectors, np.zeros(len(values)))
 
     def require_centre(self, a: float) -> None:
@@ -259,7 +261,7 @@ def near_bregman(metric: Callable[[Tensor], Tensor], y: Tensor, step: Tensor) ->
     For x = y + step close to y, where R(x) - R(y) - R'(y)(x - y) would lose its digits.
     """
     nodes, weights = np.polynomial.legendre.leggauss(8)
-    s = (1 + nodes) / 2
+    s = (1 + nodes) / 2  # Gauss's nodes, from [-1, 1] to [0, 1]; the weights halve
     terms = (w / 2 * (1 - si) * metric(y + si * step) for si, w in zip(s, weights, strict=True))
     return step**2 * sum(terms, start=torch.zeros_like(step))
 
@@ -298,7 +300,7 @@ def interior(mu: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     with torch.no_grad():
         inside = torch.minimum(mu, torch.nextafter(upper, lower))
         inside = torch.maximum(inside, torch.nextafter(lower, upper))
-    return mu + (inside - mu).detach()
+    return mu + (inside - mu).detach()  # the value of ``inside`` with the gradient of mu
 
 
 def outside(mu: Tensor, lower: Tensor, upper: Tensor, inside: Tensor) -> str:

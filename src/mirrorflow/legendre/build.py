@@ -86,13 +86,14 @@ def legendre(g: Reparam, h: Regularizer, w0: Parameters) -> LegendreFunction:
         return own
     if isinstance(h, WeightDecay) and (known := _undecayed(g)) is not None:
         start, degree = known
+        # R_0 is read at a = 0, where it does not matter that `Separable` is another penalty.
         return RescaledFunction(start.start(g, Separable(), w0), degree, _energy(h, g, w0))
     closed = _closed_form(g, h, w0)
     if closed is None or closed is QuadraticEntropy:  # the others always commute
         report = check(in_double(g), h, w0)
         if not report.applies:
             raise IncompatiblePair(report)
-        if report.degree not in (None, 2.0):
+        if report.degree not in (None, 2.0):  # commutes up to the clock e^{(k-2) a}, k the degree
             return RescaledFunction(Inversion(g, h, w0), report.degree, _energy(h, g, w0))
     return Inversion(g, h, w0) if closed is None else closed.start(g, h, w0)
 
@@ -102,17 +103,19 @@ def _closed_form(g: Reparam, h: Regularizer, w0: Parameters) -> Any:
     decay, separable = isinstance(h, WeightDecay), isinstance(h, Separable)
     match g:
         case Hadamard() | Depth(k=2) if decay:
+            # Eq. (9) with errata 1; Eq. (10) with errata 9 where |m0| = |w0|.
             return _entropy_of(factors(w0)[0].abs() == factors(w0)[1].abs())
         case PowerDifference(k=1) if decay or separable:
+            # The same two entropies, with s = 4.
             return _entropy_of((factors(w0)[0] == 0) | (factors(w0)[1] == 0))
         case PowerDifference() if separable:
-            return PowerEntropy
+            return PowerEntropy  # Eq. (11) with errata 2
         case LogRatio() if separable:
-            return LogCoshEntropy
+            return LogCoshEntropy  # Appendix E with errata 3
         case CommutingQuadratic() if decay:
-            return QuadraticEntropy
+            return QuadraticEntropy  # Theorem 3.10 with B = I
         case SymmetricFactor() if decay:
-            return MatrixEntropy
+            return MatrixEntropy  # Corollary C.3, Eq. (17) with errata 9
         case _:
             return None
 
@@ -121,11 +124,11 @@ def _undecayed(g: Reparam) -> Any:
     """Return the class of R_0 and the degree of a g that weight decay only rescales."""
     match g:
         case Depth() if g.k > 2:
-            return ProductEntropy, float(g.k)
+            return ProductEntropy, float(g.k)  # g(c w) = c^k g(w)
         case PowerDifference() if g.k > 1:
-            return PowerEntropy, float(g.power)
+            return PowerEntropy, float(g.power)  # u^{2k} - v^{2k}: degree 2k
         case LogRatio():
-            return LogCoshEntropy, 0.0
+            return LogCoshEntropy, 0.0  # log(c u) - log(c v) = log u - log v
         case _:
             return None
 

@@ -142,7 +142,7 @@ class ExponentialDual(ABC):
         larger, a solution would have to be absurdly large (Farkas).
         """
         gain = float(theta @ b)
-        return gain > 0 and self.ceiling(theta) * 1e4 < gain
+        return gain > 0 and self.ceiling(theta) * 1e4 < gain  # |x| >= gain / ceiling > 1e4
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class RescaledFunction(LegendreFunction):
         self.integrates_weights = start.integrates_weights
         self.shape, self.dtype = start.shape, start.dtype
         at_start = float(start.conjugate(torch.zeros(self.shape, dtype=self.dtype), 0.0))
+        # Euler: <w, dw> = k <x, dnu>, so that R_0^* = |w|^2 / (2k), h(w0) / k at nu = 0.
         self.offset = (energy / degree if degree else 0.0) - at_start
 
     def clock(self, a: Scalar) -> Any:
@@ -73,18 +74,20 @@ class RescaledFunction(LegendreFunction):
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return x = e^{ka} primal_0(nu) at nu = ``mu``."""
         checked(self, "mu", mu, a)
+        # x = g(e^a v) = e^{ka} g(v)
         return self._grown(a, self.degree) * self.start.primal(mu, 0.0)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Return nu = mirror_0(e^{-ka} x)."""
         checked(self, "x", x, a)
-        return self.start.mirror(self._unscaled(x, a), 0.0)
+        return self.start.mirror(self._unscaled(x, a), 0.0)  # grad of e^{ka} R_0(e^{-ka} x)
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         r"""Return e^{ka} R_0^*(nu) with the constant of the class."""
         checked(self, "mu", mu, a)
         a = self._one(a)
         potential = self.start.conjugate(mu, 0.0) + self.offset
+        # (c R_0(x / c))^* = c R_0^* for c = e^{ka}
         return self._grown(a, self.degree) * potential + self._idle(a)
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
@@ -104,6 +107,7 @@ class RescaledFunction(LegendreFunction):
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return e^{-ka} hess R_0(e^{-ka} x)."""
         checked(self, "x", x, a)
+        # e^{ka} e^{-2ka} R_0''
         return self._grown(a, -self.degree) * self.start.metric(self._unscaled(x, a), 0.0)
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
@@ -116,6 +120,7 @@ class RescaledFunction(LegendreFunction):
 
     def folded(self, a: Scalar, tilt: Scalar = 0.0) -> RescaledFunction:
         """Return the R_0 of the w at nu = tilt: (R_a(x) - <tilt, x>) / clock(a) + constant."""
+        # From e^a w without decay nu = clock(a) mu: the R_0 of that start is R_a / clock(a).
         start, energy = self.start.folded(0.0, tilt).shrunk(a)
         return RescaledFunction(start, self.degree, energy)
 
@@ -164,6 +169,7 @@ class RescaledFunction(LegendreFunction):
         # e^{2 FAR} takes every x beyond LARGEST: halves of it are numbers.
         least = -2 * FAR / self.degree
         low = a.clamp(min=least) if isinstance(a, Tensor) else max(a, least)
+        # e^{-ka} in two halves, each of which is a number.
         half = self._grown(low, -self.degree / 2)
         z = (x.double() * half).clamp(-LARGEST, LARGEST) * half
         end = min(LARGEST, torch.finfo(x.dtype).max / 4)
@@ -183,4 +189,5 @@ class RescaledFunction(LegendreFunction):
 
     def _idle(self, a: Scalar) -> Any:
         """Return what replaces the constant h(w0)/k of R_0^* for k = 0, where ``|v|`` stays."""
+        # k = 0: d R_a^* / da = e^{-2a} h(w) = h(v) is h(w0) all along.
         return 0.0 if self.degree else a * self.energy

@@ -61,11 +61,11 @@ class LogCoshEntropy(LegendreFunction):
         g.validate(w0)
         u, v = factors(w0)
         up, down = h.coefficients(g)
-        return cls(u * u, v * v, up, -down)
+        return cls(u * u, v * v, up, -down)  # h = sum c_j g_j, with g_v = -log v
 
     def _ends(self, a: Scalar) -> tuple[Tensor, Tensor]:
         """Return U and V; `RangeError` where their sum is not positive."""
-        U, V = self.u2 + 2 * self.up * a, self.v2 + 2 * self.down * a
+        U, V = self.u2 + 2 * self.up * a, self.v2 + 2 * self.down * a  # +2a: errata 3
         if not (U + V > 0).all():
             raise RangeError(
                 f"a = {a} is outside the range of accumulated decay: u0^2 + v0^2 + "
@@ -85,16 +85,18 @@ class LogCoshEntropy(LegendreFunction):
         inside = (mu > lower) & (mu < upper)
         if not inside.all():
             raise RangeError(outside(mu, lower, upper, inside))
+        # du = (dmu + kappa_u da) / u gives u^2 = U + 2 mu, and dv likewise v^2 = V - 2 mu.
         return 2 * (mu - lower), 2 * (upper - mu)
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return 1/2 log(u^2 / v^2)."""
         p, n = self._squares(mu, a)
-        return 0.5 * (torch.log(p) - torch.log(n))
+        return 0.5 * (torch.log(p) - torch.log(n))  # log u - log v
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         r"""Return 1/4 sum [u^2 log u^2 - u^2 + v^2 log v^2 - v^2], less its value at the start."""
         p, n = self._squares(mu, a)
+        # d(s log s - s) = log s ds with d(u^2) = 2 dmu, d(v^2) = -2 dmu: the gradient is 4x.
         excess = _entropy(p) + _entropy(n) - _entropy(self.u2) - _entropy(self.v2)
         return self._sum(excess) / 4
 
@@ -102,6 +104,7 @@ class LogCoshEntropy(LegendreFunction):
         """Return 1/2 [V s(2x) - U s(-2x)]."""
         checked(self, "x", x, a)
         U, V = self._ends(a)
+        # U + 2 mu = e^{2x} (V - 2 mu), solved for mu.
         mu = 0.5 * (V * torch.sigmoid(2 * x) - U * torch.sigmoid(-2 * x))
         return interior(mu, -U / 2, V / 2)
 
@@ -110,7 +113,7 @@ class LogCoshEntropy(LegendreFunction):
         checked(self, "x", x, a)
         U, V = self._ends(a)
         shape = U * softplus(-2 * x) + V * softplus(2 * x)
-        constant = _entropy(U + V) - _entropy(self.u2) - _entropy(self.v2)
+        constant = _entropy(U + V) - _entropy(self.u2) - _entropy(self.v2)  # 4 phi(a)
         return self._sum(shape - constant) / 4
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
@@ -118,13 +121,14 @@ class LogCoshEntropy(LegendreFunction):
         checked(self, "x", x, a)
         checked(self, "y", y, a)
         U, V = self._ends(a)
+        # R_a = S/4 softplus(2x) - U x / 2: the linear part has no divergence.
         return self._sum((U + V) * _softplus_excess(2 * y, 2 * (x - y))) / 4
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return the diagonal S s(2x) s(-2x)."""
         checked(self, "x", x, a)
         U, V = self._ends(a)
-        return (U + V) * _logistic_slope(2 * x)
+        return (U + V) * _logistic_slope(2 * x)  # S / (4 cosh^2 x): errata 12
 
     def folded(self, a: Scalar, tilt: Scalar = 0.0) -> LogCoshEntropy:
         """Return R_a(x) - <tilt, x>, whose constants are u^2 and v^2 at mu = tilt."""
@@ -134,7 +138,7 @@ class LogCoshEntropy(LegendreFunction):
     def shrunk(self, a: Scalar) -> tuple[LogCoshEntropy, float]:
         """Return the R_0 of a start from e^a (u0, v0), and ``|w|^2 / 2`` there."""
         scale = torch.exp(2 * torch.as_tensor(a, dtype=self.dtype))
-        u2, v2 = self.u2 * scale, self.v2 * scale
+        u2, v2 = self.u2 * scale, self.v2 * scale  # u0 -> e^a u0
         return LogCoshEntropy(u2, v2, self.up, self.down), float((u2 + v2).sum()) / 2
 
 

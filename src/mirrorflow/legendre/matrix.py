@@ -76,22 +76,25 @@ class MatrixEntropy(LegendreFunction):
         self._check("mu", mu, a)
         shift = torch.as_tensor(self.log_scale(a), dtype=mu.dtype)
         eye = torch.eye(self.n, dtype=mu.dtype)
+        # Corollary C.3: beta e^{2a} exp(2 mu), with the scale in the exponent.
         return torch.linalg.matrix_exp(2 * mu + shift * eye)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Return 1/2 (log X - log(beta e^{2a}) I); `RangeError` unless X is positive definite."""
         self._check("x", x, a)
         eye = torch.eye(self.n, dtype=x.dtype)
+        # The factor 1/2 is that of the flow dU = -(grad f + alpha) U (errata 9 and 17).
         return 0.5 * (_Log.apply(x) - self.log_scale(a) * eye)  # pyright: ignore
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return 1/2 Tr X at X = primal(mu, a)."""
-        return 0.5 * self.primal(mu, a).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return 0.5 * self.primal(mu, a).diagonal(dim1=-2, dim2=-1).sum(-1)  # d(1/2 Tr X) = <X, dmu>
 
     def value(self, x: Tensor, a: Scalar) -> Tensor:
         """Evaluate R_a(X); finite also on the boundary, where X is singular."""
         self._check("x", x, a)
         trace = x.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # Eq. (17) with its factor 1/2 (errata 9)
         return 0.5 * (_Entropy.apply(x) - trace * (1 + self.log_scale(a)))  # pyright: ignore
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
@@ -103,6 +106,7 @@ class MatrixEntropy(LegendreFunction):
     def apply_metric(self, x: Tensor, a: Scalar, direction: Tensor) -> Tensor:
         """Apply the Hessian of R_a at X to a symmetric direction: half the derivative of log."""
         self._check("x", x, a)
+        # d mu = 1/2 D log(X)[direction], and D log(X) = D exp(log X)^{-1}.
         return 0.5 * _InverseExpDerivative.apply(_Log.apply(x), direction)  # pyright: ignore
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
@@ -174,6 +178,7 @@ class _Log(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (log,) = ctx.saved_tensors
+        # D log(X) = D exp(log X)^{-1}, which is its own adjoint.
         return _InverseExpDerivative.apply(log, grads[0])
 
 
@@ -184,6 +189,7 @@ class _InverseExpDerivative(torch.autograd.Function):
     def forward(ctx: Any, L: Tensor, G: Tensor) -> Tensor:
         s, V = torch.linalg.eigh(L)
         inner = V.mT @ (0.5 * (G + G.mT)) @ V
+        # Daleckii and Krein: D exp(L) multiplies entry (i, j) by (e^{s_i} - e^{s_j}) / (s_i - s_j).
         E = V @ (inner * _divided_log(s)) @ V.mT
         ctx.save_for_backward(L, E)
         return E
@@ -215,6 +221,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,) = ctx.saved_tensors
+        # d Tr(X log X) = <log X + I, dX>
         return grads[0][..., None, None] * (_Log.apply(x) + torch.eye(x.shape[-1], dtype=x.dtype))
 
 
@@ -232,12 +239,14 @@ class _Divergence(torch.autograd.Function):
         _positive(s, closed=True)
         _positive(t, closed=False)
         s, t = s.clamp(min=0)[..., :, None], t[..., None, :]
+        # t [(1 + r) log(1 + r) - r] = s log(s/t) - s + t
         return ((V.mT @ U) ** 2 * t * entropy_excess((s - t) / t)).sum((-2, -1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, y = ctx.saved_tensors
         log_y, by = _Log.apply(y), grads[0][..., None, None]
+        # d/dY of -Tr(X log Y) + Tr Y is -D log(Y)[X] + I, and D log(Y)[Y] = I.
         curved = _InverseExpDerivative.apply(log_y, y - x)
         return by * (_Log.apply(x) - log_y), by * curved
 
@@ -246,6 +255,7 @@ def _divided_log(log_s: Tensor) -> Tensor:
     """Return (log s_i - log s_j)/(s_i - s_j), and 1/s_i where they meet, from log s."""
     one, two = log_s[..., :, None], log_s[..., None, :]
     apart = (one - two).abs()
+    # |s_i - s_j| = s_max (1 - e^-apart)
     ratio = torch.where(apart > 0, apart / -torch.expm1(-apart), 1.0)
     return ratio * torch.exp(-torch.maximum(one, two))
 

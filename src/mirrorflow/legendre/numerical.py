@@ -83,6 +83,7 @@ class Inversion(LegendreFunction):
     def _gram(self, state: Tensor) -> Tensor:
         """Return J J^T: its diagonal if elementwise, else a matrix."""
         if self.elementwise:
+            # J^T 1 holds d g / d w_ij; its squares over the factors j are (J J^T)_ii.
             return (self._pull(state, torch.ones_like(state[0])) ** 2).sum(0)
         J = torch.func.jacrev(lambda s: self.g(self._unpack(s)).reshape(-1))(state)
         return J @ J.mT
@@ -158,7 +159,7 @@ class Inversion(LegendreFunction):
         def centre(a: float) -> tuple[Parameters, float]:
             parts = tuple(math.exp(a) * f for f in factors(self.w0))
             w = parts[0] if isinstance(self.w0, Tensor) else parts
-            return w, math.exp((degree - 2) * a)
+            return w, math.exp((degree - 2) * a)  # d nu = e^{(k-2) a} dmu: beyond.md, line 3
 
         return WeightsProblem(general, self.g, self.elementwise, centre)
 
@@ -218,23 +219,26 @@ class Inversion(LegendreFunction):
         def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             slope, turn = self._bend(s)
             dmu = side * (torch.linalg.vector_norm(s, dim=0) + floor)
+            # |dw| = |J^T| |dmu| is |w|, and its size at the centre on top, per unit of the clock.
             dmu = dmu / torch.linalg.vector_norm(slope, dim=0)
+            # EFOLDS times the smaller of that and 1 / turn, in which |J| changes by itself.
             dmu = EFOLDS * dmu / torch.hypot(turn * dmu, torch.ones_like(dmu))
             return slope * dmu, dmu / unit
 
         unit = torch.ones_like(floor)
         unit = velocity(state, floor)[1].abs()  # mu may be of any size
-        marks = [unit / unit]
+        marks = [unit / unit]  # 1: the tolerance of what follows the weights has that size
         for _ in range(3):
             moved = integrate(velocity, state, marks[-1], RANGE_RTOL, own_scale=True)
             if moved is None:
                 raise RangeError(f"the range of mu at a = {a} cannot be found for {self.g}")
             state, mu = moved
             marks.append(mu)
+        # A geometric sequence: what is left after ``late`` is late (shrink + shrink^2 + ...).
         late = marks[3] - marks[2]
         shrink = late / (marks[2] - marks[1])
         end = marks[3] - marks[0] + late * shrink / (1 - shrink)
-        return unit * torch.where(shrink < 0.7, end, side * torch.inf)
+        return unit * torch.where(shrink < 0.7, end, side * torch.inf)  # ratios near 1: no end
 
     def _bend(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return J^T and |dJ / dmu| / |J| of an elementwise pair."""
@@ -245,6 +249,7 @@ class Inversion(LegendreFunction):
             )
             if not slope.requires_grad:  # a linear g
                 return slope, torch.zeros_like(slope[0])
+            # d|J| / dmu = <grad_w |J|, J^T> <= |grad_w |J|| |J|, with grad |J|^2 = 2 |J| grad |J|.
             square = (slope * slope).sum(0)
             (half,) = torch.autograd.grad(square.sum(), at, materialize_grads=True)
         return slope.detach(), torch.linalg.vector_norm(half, dim=0) / (2 * square.detach().sqrt())
@@ -271,7 +276,7 @@ class Inversion(LegendreFunction):
         """Integrate dw = J^T dmu + grad h da from a state; return None where w ends before."""
         pulls, decays = bool((dmu != 0).any()), bool((torch.as_tensor(da) != 0).any())
         if not pulls:
-            alone = self.h.followed(self._unpack(state), da)
+            alone = self.h.followed(self._unpack(state), da)  # a formula, as e^a w for weight decay
             if alone is not None:
                 moved = self._pack(alone)
                 return moved if _held(state, moved) else None
@@ -281,7 +286,7 @@ class Inversion(LegendreFunction):
             moved = self.packed.pull(s, dmu) if pulls else torch.zeros_like(s)
             if decays:
                 decay = detached_gradient(self.h, self._unpack(s), self.g)
-                moved = moved + da * self._pack(decay)
+                moved = moved + da * self._pack(decay)  # dw = J^T dmu + grad h da
             return moved.reshape(-1).numpy()
 
         start = state.detach().to(torch.float64).reshape(-1).numpy()
@@ -293,7 +298,7 @@ class Inversion(LegendreFunction):
         dx = x - self.g(self._unpack(state))
 
         def velocity(s: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            dmu = self._solve(s, dx)
+            dmu = self._solve(s, dx)  # (J J^T)^{-1} dx, so that J dw = dx
             return self._pull(s, dmu), dmu
 
         moved = integrate(velocity, state, torch.zeros_like(x))
@@ -332,7 +337,7 @@ class _Flow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (state,), R = ctx.saved_tensors, ctx.R
-        along = R._decay(state) * grads[0]
+        along = R._decay(state) * grads[0]  # <v, dw> = <J v, dmu> + <v, grad h> da
         return R._push(state, grads[0]), along.sum(0) if R.elementwise else along.sum(), None
 
 
@@ -353,6 +358,8 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (state,), R = ctx.saved_tensors, ctx.R
+        # <v_mu, dmu> + <v_w, dw> = <p, dx> + (<v_w, grad h> - <p, J grad h>) da with
+        # p = (J J^T)^{-1} (v_mu + J v_w).
         pulled = R._solve(state, grads[0] + R._push(state, grads[1]))
         decay = R._decay(state)
         along, across = decay * grads[1], pulled * R._push(state, decay)
@@ -370,6 +377,7 @@ class _Conjugate(torch.autograd.Function):
 
         def velocity(state: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             w = R._unpack(state)
+            # d R^* = <g(w), dmu> + h(w) da along (s mu, s a).
             gain = (R.g(w) * mu).sum() + R.h.value(w, R.g) * a
             return R._pull(state, mu) + a * R._decay(state), gain
 

@@ -88,12 +88,12 @@ class Potential(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return 1 / primal'(mu)."""
-        return 1 / self._slope(self.mirror(x, a).detach(), a)
+        return 1 / self._slope(self.mirror(x, a).detach(), a)  # r''(x) primal'(mu) = 1
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         r"""Return the integral of primal from 0 to mu, by Gauss's rule."""
         checked(self, "mu", mu, a)
-        nodes, weights = np.polynomial.legendre.leggauss(NODES)
+        nodes, weights = np.polynomial.legendre.leggauss(NODES)  # of [-1, 1]; the way is (0, mu)
         parts = [
             float(w) / 2 * self.map(mu * (1 + float(s)) / 2, a)
             for s, w in zip(nodes, weights, strict=True)
@@ -113,6 +113,7 @@ class Potential(LegendreFunction):
         mu = (low + high) / 2
         for _ in range(HALVINGS):
             miss = self.map(mu, a) - x
+            # primal increases: where it is too small, mu is a lower bound.
             low, high = torch.where(miss < 0, mu, low), torch.where(miss > 0, mu, high)
             newton = mu - miss / self._slope(mu, a)
             inside = (newton > low) & (newton < high)
@@ -131,6 +132,7 @@ class Potential(LegendreFunction):
                 short = sign * (self.map(at, a) - x) < 0
                 if not short.any():
                     break
+                # To a finite end half of what is left.
                 further = 2 * at if np.isinf(end) else (at + end) / 2
                 at = torch.where(short, further, at)
                 if not torch.isfinite(at).all() or bool((at == end).any()):

@@ -68,11 +68,12 @@ class PowerEntropy(LegendreFunction):
         if (u == 0).any() or (v == 0).any():
             raise ValueError(f"{g}: u0 and v0 must not be 0, where g is not regular, got 0")
         c, power, (up, down) = 2 * g.k * (2 * g.k - 2), 2 - 2 * g.k, h.coefficients(g)
+        # c_u = u0^{2-2k} / c: d(u^{2-2k}) = -c (dmu + kappa_u da).
         return cls(g.k, u.abs() ** power / c, v.abs() ** power / c, up, -down)
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
         """Return (kappa_v a - c_v, c_u - kappa_u a) per coordinate."""
-        return self.down * a - self.cv, self.cu - self.up * a
+        return self.down * a - self.cv, self.cu - self.up * a  # where N = 0 and P = 0 (errata 2)
 
     def _slacks(self, mu: Tensor, a: Scalar) -> tuple[Tensor, Tensor]:
         """Return P and N after checking that both are positive."""
@@ -81,12 +82,12 @@ class PowerEntropy(LegendreFunction):
         inside = (mu > lower) & (mu < upper)
         if not inside.all():
             raise RangeError(outside(mu, lower, upper, inside))
-        return self.c * (upper - mu), self.c * (mu - lower)
+        return self.c * (upper - mu), self.c * (mu - lower)  # u^{2-2k} and v^{2-2k}
 
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return P^{-q} - N^{-q}."""
         P, N = self._slacks(mu, a)
-        return P**-self.q - N**-self.q
+        return P**-self.q - N**-self.q  # Eq. (11) with the signs of errata 2
 
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         r"""Return sum (P^{1-q} + N^{1-q}) / (c (q - 1))."""
@@ -99,6 +100,7 @@ class PowerEntropy(LegendreFunction):
         lower, upper = self._interval(a)
         log_P, log_N = self._logs(x, a)
         near_upper, near_lower = torch.exp(log_P) / self.c, torch.exp(log_N) / self.c
+        # For x > 0 P is the small one, and P / c is how far mu is below the upper end.
         mu = torch.where(x > 0, upper - near_upper, lower + near_lower)
         return interior(mu, lower, upper)
 
@@ -119,6 +121,7 @@ class PowerEntropy(LegendreFunction):
         Py, Ny = self._logs(y, a)
         # mu(x) - mu(y), from the distances to the end that is near.
         apart = torch.where(x + y > 0, torch.exp(Py) - torch.exp(Px), torch.exp(Nx) - torch.exp(Ny))
+        # <x, mu(x) - mu(y)> - R^*(mu(x)) + R^*(mu(y))
         far = x * apart / self.c - self._energy(Px, Nx) + self._energy(Py, Ny)
         close = (self._curvature(x, a) / self._curvature(y, a) - 1).abs() < 0.1
         step = torch.where(close, x - y, 0.0)
@@ -132,8 +135,10 @@ class PowerEntropy(LegendreFunction):
 
     def shrunk(self, a: Scalar) -> tuple[PowerEntropy, float]:
         """Return the R_0 of a start from e^a (u0, v0), and ``|w|^2 / 2`` there."""
+        # c_u = u0^{2-2k} / c with e^a u0 in the place of u0.
         scale = torch.exp((2 - 2 * self.k) * torch.as_tensor(a, dtype=self.dtype))
         cu, cv = self.cu * scale, self.cv * scale
+        # u0^2 = (c c_u)^{-1/(k-1)}, and 1 - q = -1/(k-1).
         squares = sum(((self.c * v) ** (1 - self.q)).sum() for v in (cu, cv))
         return PowerEntropy(self.k, cu, cv, self.up, self.down), float(squares) / 2
 
@@ -154,19 +159,22 @@ class PowerEntropy(LegendreFunction):
         """Return log P and log N at x: P + N = S, N/P = e^w and F(w) = x S^q."""
         lower, upper = self._interval(a)
         log_S = torch.log(self.c * (upper - lower))
+        # x S^q = F(w) = 2 sinh(tau): tau = arcsinh(x / (2 S^{-q})).
         log_unit = math.log(2) - self.q * log_S
         w = _Split.apply(arcsinh_ratio(x, log_unit), self.q)  # pyright: ignore
-        return log_S + logsigmoid(-w), log_S + logsigmoid(w)
+        return log_S + logsigmoid(-w), log_S + logsigmoid(w)  # S / (1 + e^w), S / (1 + e^-w)
 
     def _energy(self, log_P: Tensor, log_N: Tensor) -> Tensor:
         """Return the conjugate per coordinate."""
         r = 1 - self.q
+        # int (P^-q - N^-q) dmu with dP = -c dmu and dN = c dmu.
         return (torch.exp(r * log_P) + torch.exp(r * log_N)) / (self.c * (self.q - 1))
 
     def _curvature(self, x: Tensor, a: Scalar) -> Tensor:
         """Return the metric of an x that is checked."""
         log_P, log_N = self._logs(x, a)
         r = -self.q - 1
+        # dx/dmu = c q (P^{-q-1} + N^{-q-1})
         return torch.exp(-torch.logaddexp(r * log_P, r * log_N)) / (self.c * self.q)
 
 
@@ -177,7 +185,7 @@ class _PowerCurve(Curve):
         self.c, self.q = R.c, R.q
         self.lower, self.upper = (flat(v) for v in R.range(0.0))
         self.log_sum = np.log(self.c * (self.upper - self.lower))
-        self.state0 = np.log(-self.lower / self.upper)
+        self.state0 = np.log(-self.lower / self.upper)  # N / P at nu = 0
         self.floor = np.full_like(self.state0, -np.inf)
         self.ceiling = -self.floor
 
@@ -187,12 +195,13 @@ class _PowerCurve(Curve):
         small, large = self.log_sum - soft, self.log_sum - soft + np.abs(state)
         near, far = np.exp(tau - self.q * small), np.exp(tau - self.q * large)
         side = np.where(state < 0, -1.0, 1.0)
-        x = -side * near * np.expm1(-self.q * np.abs(state))
+        x = -side * near * np.expm1(-self.q * np.abs(state))  # near - far = near (1 - e^{-q|t|})
         share = np.exp(large - self.log_sum)  # N/S next to P^-q, and P/S next to N^-q
+        # P + N = S and N / P = e^t: dP/dt = -P N / S, dN/dt = P N / S.
         dx = self.q * (near * share + far * (1 - share))
         distance = np.exp(small) / self.c
         nu = np.where(state < 0, self.lower + distance, self.upper - distance)
-        return Place(x, dx, nu, distance * share, distance, side)
+        return Place(x, dx, nu, distance * share, distance, side)  # dnu/dt = P N / (c S)
 
     def move(self, state: Array, step: Array) -> Array:
         """Return t + step."""
@@ -225,16 +234,17 @@ class _Split(torch.autograd.Function):
 
 def _slope(w: Tensor, q: float) -> Tensor:
     """Return d tau / d w, with the largest power taken out: it cancels."""
+    # 2 cosh(tau) dtau = F'(w) dw, F' = q [(1 + e^w)^q s(w) + (1 + e^-w)^q s(-w)].
     size = (q * softplus(w.abs())).detach()
     up, down = torch.exp(q * softplus(w) - size), torch.exp(q * softplus(-w) - size)
     steep = torch.sigmoid(w) * up + torch.sigmoid(-w) * down
-    return q * steep / torch.hypot(up - down, 2 * torch.exp(-size))
+    return q * steep / torch.hypot(up - down, 2 * torch.exp(-size))  # 2 cosh tau = sqrt(F^2 + 4)
 
 
 def _tau(w: Tensor, q: float) -> Tensor:
     """Return arcsinh(F(w) / 2) for w >= 0, without forming a power that may overflow."""
     log_up, falls = q * softplus(w), -torch.expm1(-q * w)  # F = (1 + e^w)^q (1 - e^{-qw})
-    big = log_up > 40
+    big = log_up > 40  # there arcsinh(F / 2) = log F to rounding
     near = torch.asinh(torch.exp(torch.where(big, 0.0, log_up)) * falls / 2)
     return torch.where(big, log_up + torch.log(torch.where(big, falls, 1.0)), near)
 
@@ -245,9 +255,9 @@ def _solve(tau: Tensor, q: float, steps: int = 50) -> Tensor:
     F(w) lies between 2 sinh(qw) and 2^q (e^{qw} - 1). Between those, tau(w) is nearly linear: its
     slope, from 2^{q-1} q at 0 to q at infinity, never falls below 0.86 q. Five steps are enough.
     """
-    high, cut = tau / q, q * math.log(2)
+    high, cut = tau / q, q * math.log(2)  # 2 sinh(qw) <= F(w)
     grown = 2 * torch.sinh(tau.clamp(max=40)) * math.exp(-cut)
-    low = torch.where(tau < 40, torch.log1p(grown), tau - cut) / q
+    low = torch.where(tau < 40, torch.log1p(grown), tau - cut) / q  # F(w) <= 2^q (e^{qw} - 1)
     w, limits = (low + high) / 2, torch.finfo(tau.dtype)
     error = torch.zeros_like(tau)
     for _ in range(steps):

@@ -90,7 +90,7 @@ class ProductEntropy(LegendreFunction):
                 f"{int((size[1] == 0).sum())} coordinate(s). Start those from nonzero factors."
             )
         self.k = len(w)
-        self.c = (size - size[0]) * (size + size[0])
+        self.c = (size - size[0]) * (size + size[0])  # w_i^2 - q^2, where they are close as well
         self.q0 = np.copysign(size[0], w.prod(0))
         self._place_range()
 
@@ -102,9 +102,10 @@ class ProductEntropy(LegendreFunction):
 
     def _place_range(self) -> None:
         """Compute the ends of nu, and nu where q = 0; infinite where q cannot cross 0."""
-        self.crosses = self.c[1] > 0
+        self.crosses = self.c[1] > 0  # else dq/dnu = 0 at q = 0, which is infinitely far away
         zero = np.zeros_like(self.q0)
         with np.errstate(divide="ignore"):
+            # From q = 0 to either end.
             half = np.where(self.crosses, tail(factors_at(zero, self.c)), np.inf)
             near = tail(factors_at(np.abs(self.q0), self.c))
         side = np.copysign(1.0, self.q0)
@@ -126,7 +127,7 @@ class ProductEntropy(LegendreFunction):
     def primal(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return x at nu = ``mu``; ``a`` plays no part."""
         q = self._from_dual(mu, a)
-        return q * self._speed(q)
+        return q * self._speed(q)  # x = q prod_{i >= 2} w_i
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Return nu = grad R(x); differentiable any number of times."""
@@ -150,6 +151,7 @@ class ProductEntropy(LegendreFunction):
         """Return the divergence, by quadrature where x and y are close."""
         p, q = self._from_point(x, a), self._from_point(y, a)
         apart = _Dual.apply(p, self) - _Dual.apply(q, self)  # pyright: ignore
+        # <x, nu(x) - nu(y)> - R^*(nu(x)) + R^*(nu(y))
         far = x * apart - self._energy(p) + self._energy(q)
         close = (self._gram(q) / self._gram(p) - 1).abs() < 0.1
         step = torch.where(close, x - y, 0.0)
@@ -158,6 +160,7 @@ class ProductEntropy(LegendreFunction):
 
     def folded(self, a: Scalar, tilt: Scalar = 0.0) -> ProductEntropy:
         """Return R(x) - <tilt, x>, from the factors at nu = tilt; ``a`` plays no part."""
+        # The rest of the flow from w0, whose nu counts from tilt.
         q = self._from_dual(torch.as_tensor(tilt, dtype=self.dtype).expand(self.shape), a)
         return ProductEntropy(torch.stack([q, *self._others(q)]))
 
@@ -208,15 +211,17 @@ class ProductEntropy(LegendreFunction):
 
     def _slope(self, q: Tensor) -> Tensor:
         """Return dx/dq."""
+        # d log x / d log q = 1 + sum_{i >= 2} q^2 / w_i^2
         turned = sum(((q / w) ** 2 for w in self._others(q)), start=torch.ones_like(q))
         return self._speed(q) * turned
 
     def _gram(self, q: Tensor) -> Tensor:
         """Return dx/dnu = J J^T."""
-        return self._slope(q) * self._speed(q)
+        return self._slope(q) * self._speed(q)  # dx/dq dq/dnu = sum_i prod_{j != i} w_j^2
 
     def _energy(self, q: Tensor) -> Tensor:
         """Return the conjugate per coordinate."""
+        # sum_i w_i^2 = k q^2 + sum_i c_i
         return q * q / 2 + self._tensor(self.c.sum(0)) / (2 * self.k)
 
     def _tensor(self, value: Array) -> Tensor:
@@ -226,6 +231,7 @@ class ProductEntropy(LegendreFunction):
         """Return q at nu, from the end of the range that is near."""
         high, low = self.upper - nu, nu - self.lower
         negative = low < high
+        # The distance of nu to the near end is the tail of |q|, at most the one of q = 0.
         distance = np.minimum(np.where(negative, low, high), self.half)
         return np.where(negative, -1.0, 1.0) * factor_from_tail(distance, self.c)
 
@@ -251,10 +257,13 @@ class _ProductCurve(Curve):
         others, far, clock = w[1:].prod(0), w[2:].prod(0), scale ** (self.k - 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             turned = 1 + np.where(state == 0, 0.0, (scale * state / w[1:]) ** 2).sum(0)
+            # tail(w) = scale^{k-2} tail(scale w), as the integral is homogeneous of degree 2 - k.
             distance = clock * tail(np.concatenate([np.abs(scale * state)[None], w[1:]]))
         side = np.where(state < 0, -1.0, 1.0)
         nu = np.where(state < 0, self.lower + distance, self.upper - distance)
+        # dq/dt = w_2 and dx/dq = prod_{i >= 2} w_i turned: with e^tau they are scaled factors.
         dx = w[1] * others * turned
+        # dnu/dt = w_2 / prod_{i >= 2} w_i
         return Place(scale * state * others, dx, nu, clock / far, distance, side)
 
     def move(self, state: Array, step: Array) -> Array:

@@ -55,10 +55,12 @@ class QuadraticEntropy(LegendreFunction):
 
     def _weights(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return the squared components of w(mu, a) in the eigenbasis."""
+        # Theorem 3.10: w(mu, a) = exp(a I + sum mu_i A_i) w0, each component squared.
         return torch.exp(self.log_c2 + 2 * a + 2 * mu @ self.eigenvalues)
 
     def _hessian(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return d primal / d mu = J J^T."""
+        # J has the rows (A_i w)^T
         return (self.eigenvalues * self._weights(mu, a)) @ self.eigenvalues.mT
 
     def range(self, a: Scalar) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,7 @@ class QuadraticEntropy(LegendreFunction):
     def conjugate(self, mu: Tensor, a: Scalar) -> Tensor:
         """Return 1/4 |w(mu, a)|^2."""
         checked(self, "mu", mu, a)
-        return 0.25 * self._weights(mu, a).sum(-1)
+        return 0.25 * self._weights(mu, a).sum(-1)  # the potential of Theorem 3.10
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Minimize conjugate(mu) - <mu, x> by Newton's method; `RangeError` if x is unreachable."""
@@ -85,7 +87,7 @@ class QuadraticEntropy(LegendreFunction):
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return the inverse of J J^T."""
-        return torch.linalg.inv(self._hessian(self.mirror(x, a), a))
+        return torch.linalg.inv(self._hessian(self.mirror(x, a), a))  # hess R_a = (J J^T)^{-1}
 
     def bregman(self, x: Tensor, y: Tensor, a: Scalar) -> Tensor:
         r"""Evaluate the divergence by the one of the conjugate, a sum of terms >= 0.
@@ -96,6 +98,7 @@ class QuadraticEntropy(LegendreFunction):
         checked(self, "x", x, a)
         checked(self, "y", y, a)
         mu, nu = self.mirror(x, a), self.mirror(y, a)
+        # D_R(x, y) = D_{R^*}(nu, mu)
         return (self._weights(mu, a) * _exp_excess(2 * (nu - mu) @ self.eigenvalues)).sum(-1) / 4
 
     def dual_problem(self, Z: Array) -> ExponentialProblem:
@@ -103,6 +106,7 @@ class QuadraticEntropy(LegendreFunction):
         eigenvalues = self.eigenvalues.numpy().astype(np.float64)
 
         def make(Q: Array, a: float, log_unit: float) -> ExponentialDual:
+            # s_k = w_k^2 / 2 = c_k^2 / 2 e^{2a + 2 lambda_k^T mu}: one-sided, with speed 2.
             log_s = flat(self.log_c2) + 2 * a - math.log(2) - log_unit
             return OneSidedDual(Q, log_s, np.ones(len(log_s)), 2.0)
 
@@ -129,7 +133,7 @@ class _Mirror(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         mu, a = ctx.saved_tensors
-        dx = torch.linalg.solve(ctx.R._hessian(mu, a), grads[0])
+        dx = torch.linalg.solve(ctx.R._hessian(mu, a), grads[0])  # dx/da = 2x at fixed mu
         return dx, -2 * (dx * ctx.R.primal(mu, a)).sum(), None
 
 
@@ -173,13 +177,13 @@ def _newton(R: QuadraticEntropy, x: Tensor, a: Tensor, steps: int = 1000) -> Ten
     rates = 2 * R.eigenvalues[:, known].to(torch.float64)
     logs, target = (R.log_c2[known] + 2 * a).to(torch.float64), x.to(torch.float64)
     size = target.abs().max()
-    log_unit = torch.log(size) if size > 0 else logs.max()
+    log_unit = torch.log(size) if size > 0 else logs.max()  # in these units the largest target is 1
     logs, target = logs - log_unit, target * torch.exp(-log_unit)
     mu, error = torch.zeros_like(target), torch.inf
     for _ in range(steps):
         moved = mu @ rates
         terms = torch.exp(logs + moved)
-        gradient = rates @ terms / 4 - target
+        gradient = rates @ terms / 4 - target  # d R^* / dmu - x
         scale = rates.abs() @ terms / 4 + target.abs()
         error = float((gradient.abs() / scale.clamp(min=1e-300)).max())
         # An exponent that is the sum of two numbers of size 300 is known to 300 eps.
@@ -203,15 +207,18 @@ def _descent(rates: Tensor, exponents: Tensor, gradient: Tensor) -> Tensor:
     exponents, order = torch.sort(exponents, descending=True)
     rates, top = rates[:, order], exponents[0]
     weights = torch.exp(((exponents - top) / 2).clamp(min=-300))  # never 0: the root is regular
+    # H = e^top R^T R: the triangle has the square root of H's condition.
     root = torch.linalg.qr((weights * rates / 2).mT, mode="r")[1]
     half = torch.linalg.solve_triangular(root.mT, -gradient[:, None], upper=False)
     step = torch.linalg.solve_triangular(root, half, upper=True)[:, 0]
     reach = (step @ rates).abs().max()
+    # Newton's step is e^-top step, its r = e^-top reach: log(1 + r) / r of it.
     return step * torch.logaddexp(torch.zeros_like(top), torch.log(reach) - top) / reach
 
 
 def _exp_excess(e: Tensor) -> Tensor:
     """Return exp(e) - 1 - e, without cancellation near 0."""
     small = e.abs() < 1
+    # e^2 int_0^1 (1 - s) exp(s e) ds
     near = near_bregman(torch.exp, torch.zeros_like(e), torch.where(small, e, 0.0))
     return torch.where(small, near, torch.expm1(e) - e)

@@ -73,6 +73,7 @@ class SignEntropy(LegendreFunction):
         Hadamard().validate(w0)
         m, w = factors(w0)
         small = torch.minimum(m.abs(), w.abs())
+        # Both factors move at rate 1, so that |w| - |m| stays: beyond.md, sign descent, line 1.
         return cls((w.abs() - m.abs()).abs(), torch.sign(m * w) * small)
 
     def clock(self, a: Scalar) -> Any:
@@ -88,12 +89,13 @@ class SignEntropy(LegendreFunction):
         """Return ``e^{2a} sign(q) (q^2 + delta_0 |q|)``, q = nu + rho being the smaller factor."""
         checked(self, "mu", mu, a)
         q = mu + self.rho
+        # The factors are e^a |q| and e^a (|q| + delta_0).
         return _squared(a) * q * (q.abs() + self.delta)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Return ``sign(x) (sqrt(4 |z| + delta_0^2) - delta_0) / 2 - rho`` at z = e^{-2a} x."""
         checked(self, "x", x, a)
-        z = x / _squared(a)
+        z = x / _squared(a)  # |z| = |q| (|q| + delta_0), solved for |q|
         root = torch.sqrt(4 * z.abs() + self.delta**2)
         return 2 * z / (root + self.delta) - self.rho  # without the difference of two roots
 
@@ -101,12 +103,13 @@ class SignEntropy(LegendreFunction):
         """Return ``e^{2a} sum (|q|^3 / 3 + delta_0 q^2 / 2)`` over the coordinates."""
         checked(self, "mu", mu, a)
         q = mu + self.rho
-        return self._sum(_squared(a) * (q.abs() ** 3 / 3 + self.delta * q * q / 2))
+        return self._sum(_squared(a) * (q.abs() ** 3 / 3 + self.delta * q * q / 2))  # int x dnu
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return ``e^{-2a} / sqrt(4 |z| + delta_0^2)``, the diagonal of the Hessian."""
         checked(self, "x", x, a)
         unit = _squared(a)
+        # R_a'' = e^-a / sqrt(4 |x| + delta^2) with delta = e^a delta_0.
         return 1 / (unit * torch.sqrt(4 * (x / unit).abs() + self.delta**2))
 
     def array_primal(self) -> ArrayPrimal:
@@ -118,6 +121,7 @@ class SignEntropy(LegendreFunction):
         def primal(mu: Array, a: float) -> tuple[Array, Array]:
             q, unit = mu + rho, math.exp(min(2 * a, 2 * FAR))
             size = np.abs(q)
+            # dx/dnu = |m| + |w|, in units of e^{2a}.
             return unit * q * (size + delta), unit * (2 * size + delta)
 
         return primal

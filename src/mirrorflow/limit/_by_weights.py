@@ -46,13 +46,13 @@ def solve_by_weights(
     w, clock = problem.centre(a)
     weights = _Weights(w, problem.g, constraints.Q, problem.elementwise)
     start = weights.pack(w).double()
-    gap = constraints.b - constraints.Q @ weights.x(start)
+    gap = constraints.b - constraints.Q @ weights.x(start)  # b - Q x_c, which s in [0, 1] goes
     for rtol in (ROUGH, TIGHT):
         theta = weights.reach(start, gap, rtol)
         found = None if theta is None else weights.polish(start, theta, constraints.b)
         if found is not None:
             x, theta, residual, steps = found
-            dual = clock * theta
+            dual = clock * theta  # theta counts in mu from w(0, a); d nu = clock dmu
             return DualPoint(x, dual, -dual, residual, steps=steps, vertex=False)
         if weights.edge is not None:
             return weights.at_edge(constraints.b, clock)
@@ -103,6 +103,7 @@ class _Weights:
         if not length(one[0] - other[0]) <= CLOSE * length(one[0]) or not _turned(one, other):
             return False
         for _ in range(HALVINGS):
+            # Close together a smooth velocity has one sign; across a jump one half still turns.
             w = (one[0] + other[0]) / 2
             middle = w, self.solve(torch.from_numpy(w).reshape(like.shape), gap)[0]
             if _turned(one, middle):
@@ -131,6 +132,7 @@ class _Weights:
             x = self.x(state)
             gap = b - self.Q @ x
             residual = length(gap) / unit
+            # Newton's method squares residuals until rounding stops it.
             if residual < SETTLED or (residual < GOOD and residual > 0.3 * last):
                 return x, theta, residual, k
             if not residual < 2 * last:
@@ -146,10 +148,11 @@ class _Weights:
         """Return dw = J^T Q^T dtheta and dtheta = (Q J J^T Q^T)^{-1} gap."""
         state = state.to(self.dtype)
         if self.elementwise:
+            # d g_i / d w_ij, a row for each factor j; their squares sum to (J J^T)_ii.
             slopes = self.packed.pull(state, self.ones).numpy().reshape(len(state), -1)
             dtheta = _solve((self.Q * (slopes * slopes).sum(0)) @ self.Q.T, gap)
-            return (slopes * (dtheta @ self.Q)).reshape(-1), dtheta
-        K = self._pulled_rows(self.packed.unpack(state)).numpy()
+            return (slopes * (dtheta @ self.Q)).reshape(-1), dtheta  # dw = J^T Q^T dtheta
+        K = self._pulled_rows(self.packed.unpack(state)).numpy()  # K = Q J
         dtheta = _solve(K @ K.T, gap)
         return dtheta @ K, dtheta
 

@@ -56,18 +56,20 @@ def orthonormal(Z: Array, y: Array) -> Constraints:
     U, v = Z / scale[:, None], y / scale
     n, d = Z.shape
     if 0 < n <= d:
+        # U U^T = L L^T: the rows of Q = L^{-1} U are orthonormal.
         factor, failed = potrf(U @ U.T, lower=1, clean=1)
         if failed == 0 and np.diag(factor).min() > RANK:
             inverse = trtri(factor, lower=1)[0]
             # inverse @ U, in half the time
             Q = trmm(1.0, inverse, U.T, side=1, lower=1, trans_a=1).T
+            # Z^T D^{-1} L^{-T} theta = U^T L^{-T} theta = Q^T theta, D the lengths of the rows.
             return Constraints(Q, inverse @ v, inverse.T / scale[:, None], 0.0)
     return _by_singular_vectors(Z, y, U, v, scale)
 
 
 def _by_singular_vectors(Z: Array, y: Array, U: Array, v: Array, scale: Array) -> Constraints:
     """Keep the directions in which the rows are independent."""
-    P, s, Q = np.linalg.svd(U, full_matrices=False)
+    P, s, Q = np.linalg.svd(U, full_matrices=False)  # Q x = diag(1/s) P^T v, where U x = v
     keep = s > DROP * max(s.max(initial=0.0), 1e-300)
     P, s, Q = P[:, keep], s[keep], Q[keep]
     b, back = (P.T @ v) / s, P / s / scale[:, None]

@@ -56,6 +56,7 @@ class DualPoint:
 def follow(dual: ExponentialDual, b: Array, taus: list[float], max_steps: int) -> list[DualPoint]:
     """Solve Q x = b at each tau (descending); ``b`` has norm 1, or is 0."""
     path = _Continuation(dual, b, max_steps)
+    # At a large scale x is nearly linear in theta, and Newton's method arrives from 0.
     first = max(dual.starting_scale(), taus[0])
     if path.correct(np.zeros(len(b)), first, first == taus[0], FIRST) is None:
         return [path.failed(tau) for tau in taus]
@@ -123,6 +124,7 @@ class _Continuation:
             return
         if self.drift < VERTEX:
             return
+        # theta'' = (theta'(tau + l) - theta'(tau)) / l
         self.bend = (tangent - self.tangent) / length
         grown = length * (self.growth if needed <= 3 else 1.0 if needed <= 5 else 0.6)
         self.stride = max(grown, self.stride) if target == tau and needed <= 5 else grown
@@ -138,7 +140,7 @@ class _Continuation:
         slope, F = self.theta / (self.tau - self.start), self.system.FT[heavy]
         # On the support F theta' = -u keeps x; elsewhere the slope stays the average one.
         slope = slope - np.linalg.lstsq(F, self.u[heavy] + F @ slope, rcond=None)[0]
-        guess = self.theta - (self.tau - tau) * slope
+        guess = self.theta - (self.tau - tau) * slope  # slope = d theta / d tau
         self.crossing = self.drift * CROSSING  # and not again before much has changed
         return self.correct(guess, tau, True, 6) is not None
 

@@ -54,7 +54,8 @@ def solve_along_curves(
     if size == 0:
         return _at_zero(problem, constraints, a, max_steps)
     unit = size
-    # Long before SMALLEST all is at a vertex, where nothing changes any more.
+    # x = e^tau z: in units in which b has norm 1 the scale e^{ka} is e^{ka} / |b|. Long before
+    # SMALLEST all is at a vertex, where nothing changes any more.
     wanted = problem.degree * np.asarray(a) - math.log(unit)
     taus = np.maximum(wanted, SMALLEST)
     walker = _Walker(problem.curve, constraints.Q, constraints.b / unit, max_steps)
@@ -75,6 +76,7 @@ def _at_zero(
     walker = _Walker(problem.curve, constraints.Q, constraints.b, max_steps)
     walker.begin(0.0)
     point = walker.go(walker.tau, 1.0)
+    # Q z = 0 does not know the scale: x = e^tau z.
     return [replace(point, x=point.x * math.exp(problem.degree * ai - walker.tau)) for ai in a]
 
 
@@ -124,6 +126,7 @@ class _Walker:
         up, down = np.isinf(self.curve.ceiling), np.isinf(self.curve.floor)
         if up.all() and down.all():
             return False
+        # Farkas: b is off the cone of Q's columns with the signs that x can have.
         return float(nnls(np.hstack([self.Q[:, up], -self.Q[:, down]]), self.b)[1]) > APART
 
     def _descend(self) -> bool:
@@ -136,7 +139,7 @@ class _Walker:
             if self.steps >= self.max_steps or (k % PATIENCE == 0 and self._excluded()):
                 return False
             self.steps += 1
-            step = NewtonSystem(self.QT, at.weight).solve(rest)
+            step = NewtonSystem(self.QT, at.weight).solve(rest)  # Q (dx/dnu) Q^T step = b - Qx
             found = self._searched(step, float(step @ rest))
             if found is None:
                 return float(np.linalg.norm(rest)) < GOOD
@@ -165,6 +168,7 @@ class _Walker:
         theta = self.theta + change * self.theta_slope
         state = self.curve.move(self.state, change * self.state_slope)
         moved = self.curve.change(self.at, self.curve.place(state, target))
+        # Q^T theta - nu(t) by differences: both numbers may lie at an end of nu, to all digits.
         off = self.off + change * (self.QT @ self.theta_slope) - moved
         needed = self._correct(state, theta, off, target, False)
         if needed:
@@ -199,12 +203,13 @@ class _Walker:
             # Below it the residual is rounding, which theta would follow where x is faint.
             dtheta = system.solve(rest if size > floor else 0 * rest) - system.fit(off, seen=True)
             off = off + self.QT @ dtheta
-            dt = off / at.dnu
+            dt = off / at.dnu  # nu' dt = Q^T (theta + dtheta) - nu(t)
             largest = float(np.abs(dt).max(initial=0.0))
             if not largest < FAR:
                 return None
             state, theta = self.curve.move(state, dt), theta + dtheta
             after = self.curve.place(state, tau)
+            # What the step in t really changed nu by takes the place of nu' dt.
             off, at = off - self.curve.change(at, after), after
             tight = size <= floor or (size < 1e-10 and size > 0.3 * best)
             if (loose and max(largest, size) < LOOSE) or (tight and largest < SETTLED):
@@ -218,8 +223,9 @@ class _Walker:
         self.at = self.curve.place(self.state, self.tau)
         weight = self.at.weight
         system = NewtonSystem(self.QT, weight)
+        # Q (x + W Q^T theta') = 0: theta' = -argmin sum W_i (Q_i^T z - x_i / W_i)^2.
         self.theta_slope = -system.fit(self.at.x / weight, seen=True)
-        self.state_slope = (self.QT @ self.theta_slope) / self.at.dnu
-        moved = self.at.x + self.at.dx * self.state_slope
+        self.state_slope = (self.QT @ self.theta_slope) / self.at.dnu  # nu' t' = Q^T theta'
+        moved = self.at.x + self.at.dx * self.state_slope  # dx/dtau along the path
         largest = float(np.abs(self.at.x).max(initial=0.0))
         self.drift = float(np.abs(moved).max(initial=0.0)) / largest if largest > 0 else math.inf

@@ -81,6 +81,7 @@ class _Search:
     def _step(self, residual: Array) -> Array:
         """Return Newton's step: Q (dx/dmu) Q^T step = residual."""
         local = self.local
+        # dx/dmu = V diag(slope) V^T
         basis = self.QT if local.vectors is None else local.vectors.T @ self.QT
         return self._damped(NewtonSystem(basis, local.slope).solve(residual))
 
@@ -94,6 +95,7 @@ class _Search:
             residual = target - self.Q @ self.x
             size = float(np.linalg.norm(residual)) / scale
             floor = 10 * self.eps * (1 + float(np.linalg.norm(self.x)) / scale)
+            # At rounding, or good and no longer falling as Newton's method does.
             if size <= floor or (size < self.good and size > 0.3 * best):
                 return self.theta
             if self.steps >= self.max_steps:
@@ -122,6 +124,7 @@ class _Search:
         start, theta, length = float(step @ residual), self.theta, 1.0
         while start > 0 and length > 1e-10:
             if self.evaluate(theta + length * step):
+                # Minus the derivative of the objective along the step.
                 slope = float(step @ (target - self.Q @ self.x))
                 if slope >= -0.5 * start:
                     return True

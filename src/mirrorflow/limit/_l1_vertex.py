@@ -35,7 +35,7 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
     if x is None:
         return None
     support = np.abs(x) > SHOWS
-    # |x| = e^(log_scale + |t|) / 2 at these depths, t the exponent.
+    # |x| = e^(log_scale + |t|) at these depths, t the exponent.
     wanted = np.where(support, np.log(np.abs(x) + SHOWS * ~support), SUNK) - dual.log_scale(tau)
     if wanted.min() < SINH:
         return None
@@ -45,10 +45,12 @@ def at_vertex(dual: ColumnDual, b: Array, tau: float) -> DualPoint | None:
             return None
         columns = _LeastNorm(dual.Q[:, pushed])
         depth = np.where(support, 1.0, MARGIN)
+        # The exponents s Q^T theta + shift of the pushed columns are what is wanted of them.
         theta = columns.theta(((sign * wanted * depth - dual.shift) / dual.speed)[pushed])
         dual.evaluate(theta, tau)
         high = ~support & (np.abs(dual.x) > np.exp(SUNK))
         if not high.any():
+            # -s d theta / d tau: Q^T of it is the sign of x on the support, and within 1 off it.
             return _point(dual, b, theta, columns.theta((sign * depth)[pushed]))
         sign[high & ~pushed] = np.sign(dual.x[high & ~pushed])
         pushed |= high
@@ -67,7 +69,7 @@ def _sparse(dual: ColumnDual, b: Array) -> Array | None:
     if not support.any() or np.linalg.norm(b - Q @ x) > FITTED:
         return None
     x = np.zeros_like(x)
-    x[support] = _LeastNorm(Q[:, support]).fit(b)
+    x[support] = _LeastNorm(Q[:, support]).fit(b)  # without the rounding of the homotopy
     return x * dual.signs()
 
 
@@ -83,6 +85,7 @@ class _LeastNorm:
 
     def theta(self, t: Array) -> Array:
         """Return the shortest theta with K^T theta = t."""
+        # K = basis R, so that K^T theta = R^T (basis^T theta).
         return self.basis @ solve_triangular(self.factor, t, trans=1)
 
 

@@ -51,7 +51,7 @@ class NewtonSystem:
         unit = float(self.root.max(initial=0.0))
         if unit == 0.0:
             return False
-        KT = rough * (self.root / unit).astype(np.float32)[:, None]
+        KT = rough * (self.root / unit).astype(np.float32)[:, None]  # the largest weight is 1 in it
         gram = KT.T @ KT
         self.factor, failed = spotrf(gram, lower=1, clean=0)
         if failed or not _sound(self.factor, gram, ROUGH):
@@ -107,6 +107,7 @@ class NewtonSystem:
         self._orthogonal(complete=False)
         k, z = self.seen, np.zeros_like(r)
         R = self.qr[:k, :k]
+        # z is 0 beyond the k columns that are seen: R is cut to them.
         half = trtrs(R, r[self.pivot[:k]], trans=1)[0]  # K K^T z = P R^T R P^T z = r
         z[self.pivot[:k]] = trtrs(R, half)[0]
         return z
@@ -134,4 +135,5 @@ class NewtonSystem:
 def _sound(factor: NDArray[Any], gram: NDArray[Any], least: float) -> bool:
     """Return whether no pivot has lost too much next to the diagonal it came from."""
     pivots = factor.diagonal()
+    # pivot^2 / diagonal is the part of a row that those before it do not have.
     return bool((pivots * pivots > least * least * gram.diagonal()).all())

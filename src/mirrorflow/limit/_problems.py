@@ -85,6 +85,7 @@ def _exponential(
     scales = problem.decay * np.asarray(a)
     order = np.argsort(-scales, kind="stable")
     lowest = int(order[-1])
+    # The dual is made at the lowest scale; at tau its A is e^tau times that.
     taus = [float(scales[i] - scales[lowest]) for i in order]
     points = _along(problem, constraints, a[lowest], taus, max_steps)
     return [points[i] for i in np.argsort(order)]
@@ -102,6 +103,7 @@ def _along(
     log_unit = math.log(size) if size > 0 else problem.log_size(a)
     if not math.isfinite(log_unit):  # no coordinate at all
         log_unit = 0.0
+    # x / unit has the constants log A - log unit, and solves Q x = b / unit.
     unit = math.exp(log_unit)  # may underflow where y is 0: then so does x
     dual = problem.make(constraints.Q, a, log_unit)
     b = constraints.b / (unit if size > 0 else 1.0)

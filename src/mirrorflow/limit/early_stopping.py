@@ -151,7 +151,7 @@ def _path(
     points: dict[int, _Point] = {}
     theta = np.zeros(len(y))
     for i in np.argsort(times, kind="stable"):
-        points[i] = search.solve(theta, len(y) / float(times[i]))
+        points[i] = search.solve(theta, len(y) / float(times[i]))  # the ridge n/t
         theta = points[i].theta
     return [points[i] for i in range(len(times))]
 
@@ -188,12 +188,12 @@ class _Search:
         return _Point(local.x, theta, length(gradient) / self.unit, steps, status)
 
     def _gradient(self, local: LocalModel, theta: Array, ridge: float) -> Array:
-        return self.Z @ local.x + ridge * theta - self.y
+        return self.Z @ local.x + ridge * theta - self.y  # 0 where theta = (t/n) (y - Zx)
 
     def _step(self, local: LocalModel, gradient: Array, ridge: float) -> Array:
         """Return Newton's step."""
         rows = self.Z if local.vectors is None else self.Z @ local.vectors
-        hessian = (rows * local.slope) @ rows.T
+        hessian = (rows * local.slope) @ rows.T  # Z W Z^T, and n/t on its diagonal
         hessian[np.diag_indices_from(hessian)] += ridge
         try:
             return -cho_solve(cho_factor(hessian, lower=True), gradient)
@@ -213,6 +213,7 @@ class _Search:
                 local = None
             if local is not None and np.isfinite(local.x).all():
                 gradient = self._gradient(local, there, ridge)
+                # The slope along the step may turn to half of its size, past the minimum.
                 if np.isfinite(local.slope).all() and step @ gradient <= -0.5 * slope:
                     return there, local, gradient
             share /= 2

@@ -173,6 +173,7 @@ def limit(
     columns = [ys] if ys.ndim == 1 else list(ys.T)
     # Trial points may overflow; what is kept is checked.
     with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size, SMALL):
+        # One a per coordinate: the R_0 of the start w(0, a) (errata 10).
         states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
         exact = R.describes_training(Zs)
         ends = [_ends(states, Zs, column, max_steps, exact) for column in columns]
@@ -201,7 +202,7 @@ def _ends(
     x, theta = (np.stack(rows) for rows in ([p.x for p in points], [p.theta for p in points]))
     statuses = [_status(p, constraints.consistent, not exact) for p in points]
     measured = _measure(states, Z, y, constraints, points)
-    return _Ends(x, theta @ constraints.back.T, statuses, measured)
+    return _Ends(x, theta @ constraints.back.T, statuses, measured)  # for the rows of Z as given
 
 
 def _solution(R: LegendreFunction, ends: list[_Ends], single: bool, started: float) -> Solution:
@@ -316,7 +317,7 @@ def _measure(
 ) -> dict[str, Array]:
     """Measure every point against the problem as it was given."""
     size = length(y) or 1.0
-    mus = [(constraints.back @ p.theta) @ Z for p in points]
+    mus = [(constraints.back @ p.theta) @ Z for p in points]  # mu = Z^T theta
     kkt = [
         math.nan if p.left else _kkt(*s, p.x, mu)
         for s, p, mu in zip(states, points, mus, strict=True)
@@ -348,6 +349,7 @@ def _gap(R: LegendreFunction, Z: Array, point: DualPoint, constraints: Constrain
     norm, gaps = R.sparsity_norm(point.x), []
     for witness in (point.theta, -point.slope):
         ceiling = R.sparsity_ceiling((constraints.back @ witness) @ Z)
+        # <v, b> = <Q^T v, x> <= ceiling |x| for every solution x.
         gaps.append(duality_gap(norm, float(witness @ constraints.b), ceiling))
     return min(gaps)
 

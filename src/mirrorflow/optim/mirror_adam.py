@@ -222,16 +222,17 @@ class MirrorAdam(Optimizer):
         ms, ws = [m for m, _ in pairs], [w for _, w in pairs]
         h = _dual_step(_gradient(ms, ws), states, group)
         if group["keep_mu"]:
-            _ops._foreach_sub_([state["mu"] for state in states], h)
+            _ops._foreach_sub_([state["mu"] for state in states], h)  # mu = -sum h
         acting = {m.dtype: _decay_factor(group, m.dtype) for m in ms}
         factors = [acting[m.dtype] for m in ms]
         _rotate(ms, ws, h, factors)
         for state, factor in zip(states, factors, strict=True):
-            state["a"] += math.log(factor)
+            state["a"] += math.log(factor)  # log(1 - lr lambda), nothing for h
 
 
 def _gradient(ms: list[Tensor], ws: list[Tensor]) -> list[Tensor]:
     r"""Return G = (w g_m + m g_w) / (m^2 + w^2): the terms have one sign, so nothing cancels."""
+    # g_m = w G and g_w = m G: w g_m + m g_w = (m^2 + w^2) G.
     G = _ops._foreach_mul([m.grad for m in ms], ws)
     _ops._foreach_addcmul_(G, [w.grad for w in ws], ms)
     squares = _ops._foreach_mul(ms, ms)
@@ -250,11 +251,13 @@ def _dual_step(
     for state in states:
         state["step"] += 1
     M, s = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-    _ops._foreach_lerp_(M, G, 1 - beta1)
+    _ops._foreach_lerp_(M, G, 1 - beta1)  # beta1 M + (1 - beta1) G
     means = _ops._foreach_norm(G)
     _ops._foreach_mul_(means, means)
-    _ops._foreach_div_(means, [float(max(g.numel(), 1)) for g in G])
+    _ops._foreach_div_(means, [float(max(g.numel(), 1)) for g in G])  # |G|^2 / d
     _ops._foreach_lerp_(s, means, 1 - beta2)  # one number for the whole pair
+    # lr / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps), one number for each pair: h stays in the
+    # row space that M is in.
     rates = _ops._foreach_div(s, [1 - beta2 ** state["step"] for state in states])
     _ops._foreach_sqrt_(rates)
     _ops._foreach_add_(rates, group["eps"])
@@ -274,7 +277,7 @@ def _rotate(ms: list[Tensor], ws: list[Tensor], h: list[Tensor], factors: list[f
     _ops._foreach_exp_(h)
     _ops._foreach_div_(u, h)
     _ops._foreach_mul_(v, h)
-    halves = [0.5 * factor for factor in factors]
+    halves = [0.5 * factor for factor in factors]  # m = (u + v) / 2, w = (u - v) / 2
     _ops._foreach_mul_(u, halves)
     _ops._foreach_mul_(v, halves)
     for m, w, p, q in zip(ms, ws, u, v, strict=True):

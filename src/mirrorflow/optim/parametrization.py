@@ -52,6 +52,7 @@ class HadamardFactors(nn.Module):
 
     def right_inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of x with ``m > |w|``, which also resets the geometry of the weight."""
+        # m w = x and m^2 - w^2 = 2A: m^4 - 2A m^2 - x^2 = 0.
         m = torch.sqrt(self.scale + torch.hypot(x, x.new_tensor(self.scale)))
         return m, x / m
 

@@ -65,6 +65,7 @@ def _in_chunks(rows: Tensor) -> Tensor:
     flat = rows.reshape(prod(batch), r, n)
     total = torch.zeros(len(flat), r, r, dtype=torch.float64, device=rows.device)
     scratch = total.new_empty(max(CHUNK, r))
+    # Whole matrices at a time where they are small, else columns of one.
     entries, width = max(1, CHUNK // (r * n)), max(1, min(n, CHUNK // r))
     tall = rows.stride(-2) < rows.stride(-1)  # as lora_B, whose r columns are the rows here
     for grams, part in zip(total.split(entries), flat.split(entries), strict=True):
@@ -72,5 +73,5 @@ def _in_chunks(rows: Tensor) -> Tensor:
             stored = piece.mT if tall else piece
             wide = scratch[: piece.numel()].view(stored.shape).copy_(stored)
             wide = wide.mT if tall else wide
-            grams.baddbmm_(wide, wide.mT)
+            grams.baddbmm_(wide, wide.mT)  # rows rows^T is a sum over columns
     return total.view(*batch, r, r)

@@ -53,7 +53,7 @@ def _batches(pairs: Sequence[Pair], level: str, batch: int) -> Iterator[list[int
         alike.setdefault((pair.shape, pair.heads, pair.key_heads), []).append(i)
     for (shape, *_), members in alike.items():
         n, r, m = shape
-        size = r * (n + m) + 4 * r * r
+        size = r * (n + m) + 4 * r * r  # the factors, and Gram matrices beside their copies
         count = max(1, batch // size)
         yield from (members[start : start + count] for start in range(0, len(members), count))
 
@@ -174,12 +174,14 @@ def _grouped(left: list[Any], right: list[Any], pair: Pair) -> ProductSpectrum:
 
     def entry(index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         queries = double(left[index[0]]).unflatten(0, (key_heads, group, width))
+        # sum_h Q_h^T K = (sum_h Q_h)^T K
         return queries.sum(1).flatten(0, 1), right[index[0]].to(queries.device)
 
     gram_a = _grams(left)
     gram_b = _grams(right).to(gram_a.device)
     split = gram_a.unflatten(-1, (key_heads, group, width))
     split = split.unflatten(-4, (key_heads, group, width))
+    # (sum_h Q_h)(sum_h Q_h)^T = sum_{h, h'} Q_h Q_h'^T, within and between groups.
     summed = split.sum((-5, -2)).flatten(-4, -3).flatten(-2, -1)
     rank = min(n, key_heads * width, m)
     spectrum = spectrum_of_grams(summed, gram_b, rank, None if _sharded(left, right) else entry)

@@ -144,6 +144,7 @@ def by_key_head(pair: Pair, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor
     keys = right.unflatten(0, (key_heads, -1))
     if heads == key_heads:
         return left.unflatten(0, (heads, -1)).mT, keys
+    # K's gradient is the sum over the Q_h that share it: stacked, they are one factor A of it.
     queries = left.unflatten(0, (key_heads, heads // key_heads, -1))
     return queries.mT.flatten(1, 2), keys  # (key heads, query heads of each x n, width)
 

@@ -80,7 +80,7 @@ class ProductSpectrum:
     @property
     def effective_rank(self) -> Tensor:
         """The exponential of the entropy of the normalized singular values; NaN where A B = 0."""
-        p = self.singular_values / self.nuclear[..., None]
+        p = self.singular_values / self.nuclear[..., None]  # p_i = s_i / sum s
         return torch.exp(-torch.xlogy(p, p).sum(-1))
 
     def rank_for(self, energy: float) -> Tensor:
@@ -118,7 +118,7 @@ class ProductSpectrum:
             raise ValueError(
                 f"energy must be in (0, 1], got {energy}. Name a share, as in rank_for(0.99)."
             )
-        size = (trace(self.gram_a) * trace(self.gram_b)).sqrt()
+        size = (trace(self.gram_a) * trace(self.gram_b)).sqrt()  # |A| |B|
         rounding = ROUNDING * self.gram_a.shape[-1] * size
         return smallest_rank(self.singular_values, lost_of(energy), rounding)
 
@@ -134,11 +134,12 @@ class ProductSpectrum:
     @property
     def squared_norm(self) -> Tensor:
         """``(|A|_F^2 + |B|_F^2) / 2``, never less than the nuclear norm."""
-        return (trace(self.gram_a) + trace(self.gram_b)) / 2
+        return (trace(self.gram_a) + trace(self.gram_b)) / 2  # |A|^2 = Tr A^T A
 
     @property
     def gap(self) -> Tensor:
         """``(|A|^2 + |B|^2)/2 - |AB|_*`` >= 0: 0 when the factors are balanced and aligned."""
+        # |AB|_* = min (|A|^2 + |B|^2)/2 over all factors of the product.
         return (self.squared_norm - self.nuclear).clamp(min=0)
 
 
@@ -222,6 +223,7 @@ def smallest_rank(values: Tensor, lost: float, rounding: Tensor) -> Tensor:
     """
     squares = torch.where(values > rounding[..., None], values / values[..., :1], 0.0) ** 2
     tails = squares.flip(-1).cumsum(-1).flip(-1)  # tails[k]: what a rank of k loses
+    # The tails fall: the least rank that loses no more is the number of those that are above.
     kept = (tails > lost * (1 + 1e-12) * tails[..., :1]).sum(-1).to(torch.float64)
     return torch.where(torch.isnan(values[..., 0]), torch.nan, kept)
 
@@ -341,6 +343,7 @@ def of_matrix(product: Tensor, scale: Tensor) -> Tensor:
     Half the work of the SVD is saved where the eigenvalues of P P^T are exact enough.
     """
     wide = product.mT if product.shape[-2] > product.shape[-1] else product
+    # s_i^2 has the error EPS s_1^2, so that s_i has EPS s_1^2 / s_i.
     values = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp_(min=0).sqrt_()
     error = EPS * (values[..., :1] ** 2 / values).sum(-1)
     exact = error < TRUSTED * values.sum(-1)
@@ -357,6 +360,7 @@ def of_grams(gram_a: Tensor, gram_b: Tensor, size: float, entry: Entry | None) -
     """
     lower, failed = torch.linalg.cholesky_ex(gram_a)
     times = torch.bmm if gram_a.ndim == 3 and gram_a.shape == gram_b.shape else torch.matmul
+    # A^T A = L L^T: the nonzero eigenvalues of A B B^T A^T are those of L^T (B B^T) L.
     squares = torch.linalg.eigvalsh(times(lower.mT, times(gram_b, lower)))
     exact = squares.numel() and squares.min().item() > EPS / TRUSTED * size
     if exact and failed.count_nonzero().item() == 0:
@@ -375,7 +379,7 @@ def _repaired(
     """Compute those singular values again that have lost too much."""
     size = (trace(gram_a) * trace(gram_b)).sqrt()
     norms = torch.linalg.matrix_norm(gram_a) * torch.linalg.matrix_norm(gram_b)
-    error = EPS * (norms[..., None] / values).sum(-1)
+    error = EPS * (norms[..., None] / values).sum(-1)  # of the nuclear norm: sum of EPS size / s_i
     exact = (error < TRUSTED * values.sum(-1)) & (failed == 0)
     again = ~exact & (size > 0)
     rounding = ROUNDING * gram_a.shape[-1] * size
@@ -392,6 +396,7 @@ def _repaired(
 
 def _from_factors(left: Tensor, right: Tensor) -> Tensor:
     """Return the singular values of A B from A^T (r, n) and B (r, m), as exact as the dense SVD."""
+    # A = Q_A R_A and B^T = Q_B R_B: A B = Q_A (R_A R_B^T) Q_B^T.
     return torch.linalg.svdvals(_triangle(left) @ _triangle(right).mT)
 
 
@@ -405,11 +410,12 @@ def _from_roots(gram_a: Tensor, gram_b: Tensor, which: Tensor) -> Tensor:
     """Return the singular values of L^T M with L L^T = A^T A and M M^T = B B^T."""
     shape = (*which.shape, *gram_a.shape[-2:])
     root_a, root_b = (_root(g.expand(shape)[which]) for g in (gram_a, gram_b))
-    return torch.linalg.svdvals(root_a.mT @ root_b)
+    return torch.linalg.svdvals(root_a.mT @ root_b)  # A = Q_A L^T, B = M Q_B^T
 
 
 def _root(gram: Tensor) -> Tensor:
     """Return L with L L^T = gram, for a semi-definite gram; rounding counts as 0."""
     values, vectors = torch.linalg.eigh(gram)
+    # The root of what is rounding in the Gram matrix would be 1e-8 of the largest.
     zero = values <= EPS * gram.shape[-1] * values[..., -1:]
     return vectors * torch.where(zero, 0.0, values).sqrt()[..., None, :]

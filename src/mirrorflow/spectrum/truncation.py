@@ -66,6 +66,7 @@ class RankChoice:
         """Return the rank to keep, >= 1, of descending singular values (k,)."""
         if self.rank is not None:
             return min(self.rank, len(values))
+        # The squares that are lost are error^2 of all: energy = 1 - error^2.
         lost = lost_of(self.energy) if self.energy is not None else (self.error or 0.0) ** 2
         return max(1, int(smallest_rank(values, lost, rounding)))
 
@@ -96,7 +97,7 @@ class TruncatedProduct:
     @property
     def left(self) -> Tensor:
         """The left factor ``U_k S_k^(1/2)`` (n, k), balanced: ``A^T A = B B^T = S_k``."""
-        return self.left_vectors * self.singular_values[: self.rank].sqrt()
+        return self.left_vectors * self.singular_values[: self.rank].sqrt()  # S_k shared out evenly
 
     @property
     def right(self) -> Tensor:
@@ -116,7 +117,7 @@ class TruncatedProduct:
     @property
     def energy(self) -> float:
         """The share of the squared singular values that is kept, ``1 - error^2``."""
-        return 1 - self.error**2
+        return 1 - self.error**2  # Eckart and Young: what is lost is orthogonal to the rest
 
     @property
     def is_zero(self) -> bool:
@@ -188,6 +189,7 @@ def _truncated(A: Tensor, B: Tensor, choice: RankChoice) -> TruncatedProduct:
     """Truncate finite matrices in float64."""
     basis_a, core_a = torch.linalg.qr(A)
     basis_b, core_b = torch.linalg.qr(B.mT)
+    # A B = Q_A (R_A R_B^T) Q_B^T
     U, values, Vh = torch.linalg.svd(core_a @ core_b.mT, full_matrices=False)
     rounding = ROUNDING * A.shape[1] * torch.linalg.norm(A) * torch.linalg.norm(B)
     if not values[0] > rounding:
@@ -207,6 +209,7 @@ def distance(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> float:
     other = torch.linalg.qr(torch.cat([B, -D]).mT, mode="r").R
     r = A.shape[1]
     lost = torch.linalg.norm(core @ other.mT).item()
+    # The first r columns of the triangles are those of A and B^T, in the same bases.
     whole = torch.linalg.norm(core[:, :r] @ other[:, :r].mT).item()
     return lost / whole if whole else 0.0
 

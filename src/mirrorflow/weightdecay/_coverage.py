@@ -198,6 +198,7 @@ class Coverage:
         here, known = set(map(id, groups)), set(map(id, self.groups))
         if not here <= known:
             return None
+        # Places of groups stay what they are in the ledgers; the others have nothing to step.
         return [g if id(g) in here else {**g, "params": []} for g in self.groups]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,6 +226,7 @@ class Coverage:
         found = [settled(t, group, own, plan.relative) for t in self._divided(index, group)]
         how = self._outside(optimizer, group) if plan.decoupled else plan.coupling
         how = how or coupling(optimizer, group)
+        # The ledger follows the recursion of the buffer, which these three determine.
         if how == "sgd" and not all(key in group for key in _SGD):
             raise ValueError(
                 f'coupling="sgd" needs the settings of torch.optim.SGD, {", ".join(_SGD)}, in the '

@@ -131,9 +131,10 @@ def geometry(law: Law, a: float, size: float | None = None, start: float | None 
     if size is not None and start is not None and law.name != "not known":
         size = number("size", size, 0.0, strict=True)
         start = number("start", start, 0.0, strict=True)
+        # A_0 / |x|, or delta_0^2 / (4 |x|) with delta_0^2 = 2 A_0: one factor is 0.
         before = start / size if law.name == "gradient flow" else 2 * start / (4 * size)
-        needed = min(0.0, -0.5 * math.log(before / SMALL))
-    after = before * math.exp(2 * a)
+        needed = min(0.0, -0.5 * math.log(before / SMALL))  # before e^{2a} = SMALL
+    after = before * math.exp(2 * a)  # A falls as e^{2a}, delta as e^a and its square as A
     return Geometry(_state(a, before, after), before, after, needed)
 
 
@@ -143,6 +144,6 @@ def _state(a: float, before: float, after: float) -> str:
         return "before"
     if math.isnan(a):
         return "unknown"
-    if 1 - math.exp(2 * a) < MOVES:
+    if 1 - math.exp(2 * a) < MOVES:  # the part of A, or of delta^2, that decay takes
         return "still"
     return "arrived" if after <= SMALL else "unknown" if math.isnan(after) else "moving"

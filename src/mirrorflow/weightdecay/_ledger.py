@@ -119,6 +119,7 @@ class Entry:
         accounts = [(size, self.others.get(i, self)) for i, size in enumerate(sizes)]
         moved = [(size, own) for size, own in accounts if own.taken]
         total = sum(size for size, _ in moved)
+        # Tensors that have never moved have no a: a mean over those that have.
         return sum(size * own.accumulated for size, own in moved) / total if total else 0.0
 
     @property
@@ -169,6 +170,7 @@ class Entry:
     ) -> None:
         """Enter a step into the accounts of the tensors that have missed this step or others."""
         for place in (still | parts.keys()) - self.others.keys():  # these part from the rest here
+            # Up to here it took every step that the set has taken.
             own = Entry(self.coupling, self.taken, self.absorbed, self.held, kept=self.kept)
             self.others[place] = own
             self._parted = None
@@ -213,6 +215,8 @@ class Entry:
         momentum = float(group["momentum"])
         if removed or not self.held or momentum == 0:
             return 0.0
+        # c falls by momentum m in each step: lr c (m + m^2 + ...) = lr c m / (1 - m) is still due,
+        # m times that with Nesterov, whose steps take m c.
         passed = momentum if group["nesterov"] else 1.0
         left = momentum / (1 - momentum) if momentum < 1 else math.inf
         return float(group["lr"]) * self.held * left * passed
@@ -224,7 +228,8 @@ class Entry:
         if self.coupling == "fixed":
             return decay
         if self.coupling == "sgd":
-            return lr * self._through_momentum(decay, group)
+            return lr * self._through_momentum(decay, group)  # lr c, c that of the buffer
+        # No sum of lr x decay describes the others, once there was some.
         return math.nan if decay != 0 or math.isnan(self.absorbed) else 0.0
 
     def _through_momentum(self, decay: float, group: Mapping[str, Any]) -> float:
@@ -341,6 +346,7 @@ class Entry:
             last.stop = step
             last.decay_end = last.decay if last.constant(last.decay) else math.nan
             last.lr_end = last.lr if last.lr == last.lr_end else math.nan
+            # The pieces have to sum to what is known of the whole.
             last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
 
 

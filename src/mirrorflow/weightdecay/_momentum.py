@@ -56,7 +56,7 @@ def keep_apart(
             held = entry.held or 0.0
             if new and (held > _NOTHING or (entry.taken == 0 and group.get(INITIAL, 0.0) != 0)):
                 _warn_of_unknown(new)
-        elif entry.held or again:
+        elif entry.held or again:  # the rate is off: what the buffers hold of decay goes
             remove(optimizer, params)
             entry.empty()
 
@@ -112,7 +112,7 @@ def follow(
         moved.append(p)
         stored.append(state[STORED])
     if moved:
-        shrink(stored, momentum)
+        shrink(stored, momentum)  # s <- momentum s + (1 - dampening) decay w
         torch._foreach_add_(stored, moved, alpha=passed * decay)  # pyright: ignore[reportPrivateImportUsage]
     return unknown
 
@@ -132,7 +132,7 @@ def remove(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> None:
         if state.get("momentum_buffer") is None:
             continue
         if STORED in state:
-            state["momentum_buffer"].sub_(state[STORED])
+            state["momentum_buffer"].sub_(state[STORED])  # the buffer is linear in what entered it
             state[STORED].zero_()
         else:
             unknown += 1

@@ -112,12 +112,13 @@ def rounded_fraction(strength: float, dtype: torch.dtype) -> float:
         return strength
     count = round(1 / torch.finfo(dtype).eps)
     m = (1 + torch.arange(count, dtype=torch.float64) / count).to(dtype)
-    return _fraction(m, m * (1 - strength))
+    return _fraction(m, m * (1 - strength))  # all mantissas of one binade: the others are the same
 
 
 def _fraction(before: torch.Tensor, after: torch.Tensor) -> float:
     """Return <w, w - w'> / <w, w>."""
     w = before.double()
+    # The s for which (1 - s) w is nearest to w'.
     return float((w * (w - after.double())).sum() / (w * w).sum())
 
 
@@ -233,6 +234,7 @@ class RoundedSet:
             return Passed()
         if any(map(_elsewhere, rounded)):
             return self._expected(rounded, strength)
+        # What is not in half precision decays in full: 1 + share (part - 1) in the mean.
         share = sum(p.numel() for p in rounded) / sum(p.numel() for p in params)
         found = self._tried(_blocks(self._optimizer, rounded, step), decay, lr, held)
         entered, reached = (1 + share * (part - 1) for part in (found.entered, found.reached))
@@ -242,6 +244,7 @@ class RoundedSet:
         """Return what is known in advance: of sharded weights each process sees other entries."""
         if self._together or self._coupling == "sgd":
             return Passed()
+        # For mantissas that are equally likely, in all processes alike.
         return Passed(reached=rounded_fraction(strength, params[0].dtype) / strength)
 
     def _tried(
@@ -288,6 +291,7 @@ class RoundedSet:
             buffer = block.state.get("momentum_buffer") if momentum else None
             if buffer is not None:
                 moved = block.cut(buffer).mul(momentum).add_(step, alpha=passes)
+                # m c w is what the buffer holds of decay, w having hardly moved since.
                 pull = momentum * (held or 0.0) * w.float() + passes * entered
             else:
                 moved = step
@@ -297,7 +301,7 @@ class RoundedSet:
             steps.append(moved)
             pulls.append(pull)
         part = _mean_fraction(blocks, entering) / decay if decay else 1.0
-        whole = momentum * (held or 0.0) + decay
+        whole = momentum * (held or 0.0) + decay  # the coefficient that the step subtracts lr times
         return Passed(_or_whole(part), _or_whole(_reached(blocks, steps, pulls, lr, whole)))
 
     # Fused kernels: decay and update are rounded together
@@ -309,7 +313,7 @@ class RoundedSet:
         stronger one is tried in its place, still far below a gap.
         """
         rate = 1.0 if self._coupling == "fixed" else lr
-        tried = max(decay, _least(blocks) / rate)
+        tried = max(decay, _least(blocks) / rate)  # a gap / 32: still in proportion
         try:
             free, pulled = (self._stepped(blocks, number) for number in (0.0, tried))
         except Exception:
@@ -325,6 +329,7 @@ class RoundedSet:
             return 1.0
         fresh = blocks[0].state.get("momentum_buffer") is None
         passes = 1.0 if fresh else 1.0 - float(self._group["dampening"])
+        # Of c <- m c + passes decay a step takes c, with Nesterov decay + m c.
         return (1 + momentum * passes) if self._group["nesterov"] else passes or math.nan
 
     def _stepped(self, blocks: Sequence[Block], decay: float) -> list[torch.Tensor]:
@@ -419,6 +424,7 @@ def _blocks(optimizer: Optimizer, params: Sequence[torch.Tensor], step: int) -> 
         ]
     ends, found = list(itertools.accumulate(sizes)), []
     for i in range(_BLOCKS):
+        # Multiples of the golden ratio modulo 1 leave no place out for long, whatever the step.
         place = int((i + step * _GOLDEN % 1) / _BLOCKS * total)
         index = bisect.bisect_right(ends, place)
         p, size = params[index], sizes[index]
@@ -465,6 +471,7 @@ def _reached(
     strength = lr * _mean_fraction(blocks, pulls)
     if not strength > 0:
         return math.nan
+    # lr c at least a gap / 32, as in `_of_step`.
     times = max(1.0, _least(blocks) / (lr * whole))
     free, pulled = [], []
     for block, step, pull in zip(blocks, steps, pulls, strict=True):

@@ -129,6 +129,7 @@ def targets(
     left = set(range(len(group["params"])))
     found = []
     for what, schedule in chosen:
+        # Of what no rule before this one has chosen.
         mine = tuple(sorted(selected(what, index, group, names) & left))
         if mine or (what == index and isinstance(what, int)):
             left -= set(mine)
@@ -136,7 +137,7 @@ def targets(
     if left or not found:
         found.append(Target(index, tuple(sorted(left)), default, asked=False))
     if len(found) == 1:
-        return [replace(found[0], positions=None)]
+        return [replace(found[0], positions=None)]  # all of it, and what is appended later
     if not per_tensor:
         raise ValueError(
             f"a rule of groups= chooses {len(found[0].positions or ())} of the "

@@ -106,6 +106,7 @@ class HoldRatio(Feedback):
         summed = self.sum + error / self.integral
         wanted = self.base + self.gain * (error + summed)
         bounded = min(max(wanted, self.low), self.high)
+        # r = r_0 + K (e + S), S the sum; the bounds first, then the slew limit.
         acting = self._slewed(bounded)
         if self._has_no_authority(value, saturated=error > 0 and acting == self.high):
             return self._slewed(self.base), "without authority: given up"
@@ -143,7 +144,7 @@ class HoldRatio(Feedback):
         values = [row["value"] for row in self.log if math.isfinite(row["value"])]
         if not values:
             return super().outcome()
-        off = values[-1] / self.target - 1
+        off = values[-1] / self.target - 1  # e = log(value / target) = log1p(off)
         said = "held" if abs(math.log1p(off)) <= self.deadband else "not held"
         where = f"{abs(off):.1%} {'above' if off > 0 else 'below'}"
         counts = Counter(row["reason"].split(",")[0] for row in self.log)
@@ -164,7 +165,7 @@ class HoldRatio(Feedback):
         if self._saturated <= self.patience:
             return False
         first, self._saturated = self._since, 0
-        self.given_up = value > first * (1 - AUTHORITY)
+        self.given_up = value > first * (1 - AUTHORITY)  # the upper bound has not lowered it
         if self.given_up:
             warnings.warn(
                 f"the decay has no authority: {self.patience} updates at its upper bound "

@@ -112,7 +112,7 @@ def known_coupling(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None
         entry = _TABLE.get(cls.__name__)
         if entry is None or cls is not getattr(torch.optim, cls.__name__, None):
             continue
-        if step is not _step_of(cls):
+        if step is not _step_of(cls):  # its own step may do anything: the probe tells
             return None
         if isinstance(entry, str):
             return entry
@@ -197,9 +197,11 @@ class OptimizerProbe:
         base = self._path(dtype, decay_at=None)
         paths = [self._path(dtype, decay_at=t) for t in range(len(_SIZES))]
         if _same(rest, 1.0):  # some do nothing at all where there is no gradient
+            # Decay in the first step alone: L2 that lives on in moments acts in the second as well.
             taken, later = base[1] - paths[0][1], base[2] - paths[0][2]
             remembers = not _close(taken, later)
         else:
+            # At gradient 0 the weights move in the step with decay only, or something remembers it.
             remembers = not _same(rest[[0, 2, 3]], 1.0)
         if remembers:
             return "coupled"
@@ -326,6 +328,7 @@ class OptimizerProbe:
         # Schedule-free optimizers refuse to step otherwise
         group |= {k: True for k in ("train_mode",) if k in group} | dict(settings)
         cls = type(self._optimizer)
+        # Not by its constructor, whose arguments a class is free to choose.
         twin = cls.__new__(cls)
         # What covers a method stays out: an LR scheduler puts a `step` there that steps the
         # original.
@@ -376,7 +379,7 @@ def _shape(effects: torch.Tensor) -> str | None:
     top = effects.abs().amax(dim=1, keepdim=True)
     if float(top.max()) < 1e-12:
         return "unknown"  # a decay that does nothing here
-    slack = _CLOSE * top.clamp(min=1e-6 * float(top.max()))
+    slack = _CLOSE * top.clamp(min=1e-6 * float(top.max()))  # relative to the step's own effect
     if bool(((effects - effects.mean(dim=1, keepdim=True)).abs() <= slack).all()):
         by_step = effects.mean(dim=1)
         if _close(by_step, torch.full_like(by_step, _LR * _DECAY)):

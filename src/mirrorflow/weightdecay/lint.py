@@ -171,6 +171,7 @@ def of_groups(groups: Groups, couplings: Mapping[int, str], outside: bool) -> It
         Whether the decay is applied from outside, so that a 0 in the groups means nothing.
     """
     decays = [decay_of(group, i) for i, group in enumerate(groups)]
+    # What a group was made with, kept beside its decay as torch keeps initial_lr.
     started = [float(g.get(INITIAL, decay)) for g, decay in zip(groups, decays, strict=True)]
     if not outside and not any(decays) and not any(started):
         yield Finding(
@@ -245,6 +246,7 @@ def _vectors(
 
 def _is_vector(p: torch.Tensor) -> bool:
     """Return whether a tensor is a bias or a scale: one number for each channel, as (C, 1, 1)."""
+    # (C, 1, 1) scales channels; (1, C) and (C, 1) may be matrices of a linear layer.
     return p.ndim < 2 or (p.numel() == max(p.shape) and p.shape[-1] == 1 and p.ndim > 2)
 
 
@@ -426,6 +428,7 @@ def _acting_parts(
         if how != "sgd" and not rounds_together(optimizer, group):
             tried = RoundedSet(how, False, optimizer, i)
             yield i, tried.passed(group["params"], decay, lr, step=0).reached
+        # Rounded with the gradient or the update: what acts hangs on the gradients of the run.
         elif strength(decay, group, how) < _weakest(group):
             yield i, math.nan
 

@@ -166,9 +166,9 @@ def outlook(
     a, before = sums[-1] if sums else entry.accumulated, entry.accumulated
     law = law_of(scheduler.optimizer, group)
     decay = max(decays, default=0.0)
-    factor = _factor(before, asked, product.target)
+    factor = _factor(before, asked, product.target)  # a is linear in the decay where all of it acts
     if isinstance(target.schedule, Feedback):
-        factor = math.nan
+        factor = math.nan  # the loop decides: no multiple of its first decay says
     strengths = _strengths(lrs, decays, entry.coupling)
     return Outlook(
         name,
@@ -180,6 +180,7 @@ def outlook(
         max(strengths, default=0.0),
         asked,
         a,
+        # Of this run alone: both sums begin at what is there already.
         abs(a - before) / (before - asked) if asked < before else math.nan,
         _shrink(before, sums),
         law,
@@ -210,8 +211,8 @@ def _shrink(before: float, sums: Sequence[float]) -> float:
     """Return 1 - e^{2 a_before} prod (1 - s)^2."""
     left, last = math.exp(before), before
     for a in sums:
-        left, last = left * (1 - (last - a)), a
-    return 1 - left**2
+        left, last = left * (1 - (last - a)), a  # the fall of a in a step is its s
+    return 1 - left**2  # two factors
 
 
 def _dtypes(params: Sequence[torch.Tensor]) -> str:

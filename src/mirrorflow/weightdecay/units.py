@@ -51,6 +51,7 @@ __all__ = [
 _TO_STEP: dict[str, Callable[[float, float, int], float]] = {
     "decay": lambda value, lr, steps: value * lr,
     "per step": lambda value, lr, steps: value,
+    # (1 - x)^n = 1/2, so that x = 1 - 2^{-1/n}: expm1 and log1p keep the digits of a small x.
     "half-life": lambda value, lr, steps: -math.expm1(-math.log(2) / value),
     "time scale": lambda value, lr, steps: 1 / value,
     "budget": lambda value, lr, steps: value / steps,
@@ -157,9 +158,9 @@ def budget(
     held, acts = 0.0, []
     for step, lr in enumerate(rates):
         decay = number_for(convention, rate_at(schedule, step), lr, top, kind)
-        held = momentum * held + decay
+        held = momentum * held + decay  # SGD's buffer without dampening: c <- m c + decay
         acts.append(effective_decay(held, lr, kind))
-    return math.fsum(acts)
+    return math.fsum(acts)  # exact: thousands of small terms
 
 
 @overload
@@ -278,7 +279,7 @@ class ScaledFunction:
 
     def __call__(self, step: int) -> float:
         """Return its value at an optimizer step."""
-        return self.factor * rate_at(self.function, step)
+        return self.factor * rate_at(self.function, step)  # the budget is linear in the rates
 
 
 def _check_known(schedule: Any) -> None:
