@@ -30,6 +30,7 @@ from mirrorflow.legendre import (
     OneSidedEntropy,
     power,
 )
+from mirrorflow.legendre.hyperbolic import entropy_excess
 
 # Round trips at the edges.
 
@@ -322,3 +323,24 @@ def test_a_matrix_has_to_be_symmetric():
         R.primal(bad, 0.0)
     with pytest.raises(ValueError, match=r"^y must be symmetric"):
         R.bregman(torch.eye(2, dtype=DOUBLE), bad, 0.0)
+
+
+@pytest.mark.parametrize("a", (-352.0, -355.0, -360.0))
+def test_the_mirror_of_x_is_mu_where_one_over_A_is_beyond_float64(a):
+    w0 = (torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    R = mf.legendre(mf.Hadamard(), mf.WeightDecay(), w0)
+    mu = torch.tensor([0.1, -2.0, 6.0, 20.0], dtype=torch.float64)
+    torch.testing.assert_close(R.mirror(R.primal(mu, a), a), mu, rtol=1e-9, atol=0)
+
+
+def test_the_excess_of_the_entropy_keeps_its_digits():
+    """(1 + r) log(1 + r) - r, against 40 digits."""
+    r = torch.cat([torch.linspace(-0.99, 3, 400), torch.logspace(-9, -0.5, 100)]).double()
+    r = torch.cat([r, -r[-100:]])
+    with localcontext() as context:
+        context.prec = 40
+        values = [Decimal(v) for v in r.tolist()]
+        exact = [float((1 + v) * (1 + v).ln() - v) for v in values]
+    torch.testing.assert_close(
+        entropy_excess(r), torch.tensor(exact, dtype=torch.float64), rtol=1e-14, atol=0
+    )

@@ -66,7 +66,7 @@ def codes(
 
 
 def _start(form: str, k: int, beta: float | Array, x: Array) -> tuple[Array, Array]:
-    """Return u and v with g(u, v) = x (Appendix E; for the power its erratum 14)."""
+    """Return u and v with g(u, v) = x (Appendix E; for the power erratum 7)."""
     if form == "power":
         root = np.sqrt(x**2 + beta**2)
         # The smaller of root + x and root - x without cancellation: their product is beta^2.

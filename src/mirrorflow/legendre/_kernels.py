@@ -77,8 +77,10 @@ def arcsinh_ratio(x: Any, log_A: Any) -> Any:
     # Both branches are made finite before `where`, so that neither spoils the other's gradient.
     small_x, safe_log = xp.where(big, 0.0, x), xp.where(big, 0.0, log_A)
     lowest = 1 - math.log(float(xp.finfo(log_A.dtype).max))  # e^-lowest is finite
-    # Where the clip acts, A is below float64: exact at x = 0, not for |x| in (0, 1e-300).
-    near = xp.arcsinh(small_x * xp.exp(-xp.clip(safe_log, lowest, None)))
+    # 1/A overflows before x/A does: in two halves; the derivative at x = 0 is clipped.
+    least = xp.where(small_x == 0, 0.5 * lowest, lowest)
+    root = xp.exp(-xp.maximum(0.5 * safe_log, least))  # 1 / sqrt(A)
+    near = xp.arcsinh(small_x * root * root)
     far = xp.sign(x) * (LOG_2 + xp.log(xp.where(big, size, 1.0)) - log_A)  # sign(x) log(2|x|/A)
     return xp.where(big, far, near)
 

@@ -127,11 +127,11 @@ def factor_from_product(x: Array, c: Array) -> Array:
 
 
 def advance(q: Array, second: Array, step: Array) -> Array:
-    """Return q after ``step`` in t: sqrt(c_2) sinh(t + step), or q e^step where c_2 = 0.
+    """Return q after ``step`` in t: sqrt(c_2) sinh(t + step), or q e^{+-step} where c_2 = 0.
 
     ``second`` is sqrt(q^2 + c_2), so that the addition formula of sinh serves both cases.
     """
-    # For c_2 = 0 and q < 0 this is q e^-step: x and nu rise with t there as well.
+    # For c_2 = 0 the sign is that of q: x and nu rise with t in both cases.
     return q * np.cosh(step) + second * np.sinh(step)
 
 

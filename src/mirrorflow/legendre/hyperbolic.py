@@ -370,10 +370,12 @@ def _arcsinh_difference(x: Tensor, y: Tensor, A: Tensor, direct: Tensor) -> Tens
     return torch.where(close, torch.asinh(ratio), direct)
 
 
-def _series(e: Tensor, first: int, step: int, coefficient: Callable[[int], float]) -> Tensor:
-    """Sum coefficient(k) e^k over k = first, first + step, ...: exact to rounding at |e| < 1/2."""
+def _series(
+    e: Tensor, first: int, step: int, coefficient: Callable[[int], float], terms: int = 7
+) -> Tensor:
+    """Sum coefficient(k) e^k over k = first, first + step, ... so many ``terms``."""
     return sum(
-        (coefficient(k) * e**k for k in range(first, first + 7 * step, step)),
+        (coefficient(k) * e**k for k in range(first, first + terms * step, step)),
         start=torch.zeros_like(e),
     )
 
@@ -390,8 +392,8 @@ def _bregman_odd(e: Tensor) -> Tensor:
 
 def entropy_excess(r: Tensor) -> Tensor:
     """Return (1 + r) log(1 + r) - r for r >= -1, without cancellation near 0."""
-    small = r.abs() < 0.02
-    # sum_{k >= 2} (-r)^k / (k (k - 1)); 7 terms of it are right to 4e-14 at |r| = 0.02.
-    near = _series(torch.where(small, r, 0.0), 2, 1, lambda k: (-1) ** k / (k * (k - 1)))
-    far = torch.xlogy(1 + r, 1 + r) - r
+    small = r.abs() < 0.1  # beyond, what cancels costs a digit at most
+    # sum_{k >= 2} (-r)^k / (k (k - 1)): the 15th term is below rounding at |r| = 0.1.
+    near = _series(torch.where(small, r, 0.0), 2, 1, lambda k: (-1) ** k / (k * (k - 1)), 15)
+    far = torch.special.xlog1py(1 + r, r) - r  # 0 log 0 = 0 at r = -1
     return torch.where(small, near, far)

@@ -201,7 +201,7 @@ class _Continuation:
             self.tangent = -system.fit(u)
 
     def _aim(self, u: Array, system: NewtonSystem) -> None:
-        """DualPoint the tangent at the vertex: theta is linear in log A from here on.
+        """Point the tangent at the vertex: theta is linear in log A from here on.
 
         Directions that no longer show in x keep their average slope since the start, at which
         every coordinate off the support goes on falling.
