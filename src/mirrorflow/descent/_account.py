@@ -80,11 +80,12 @@ class Account:
         ValueError
             If Z does not have one column for each coordinate.
         """
-        mu = self.mu[-1].reshape(-1)
-        if Z.ndim < 2 or Z[0].numel() != len(mu):
+        mu = self.mu[-1]
+        mu = mu if Z.ndim == mu.ndim == 2 else mu.reshape(-1)  # m problems, each in a row
+        if Z.ndim < 2 or Z[0].numel() != mu.shape[-1]:
             raise ValueError(
-                f"tilt: Z must have shape (n, {len(mu)}), got {tuple(Z.shape)}. Pass measurements "
-                "in the coordinates of the account."
+                f"tilt: Z must have shape (n, {mu.shape[-1]}), got {tuple(Z.shape)}. Pass "
+                "measurements in the coordinates of the account."
             )
         rows = Z.detach().to(mu).reshape(len(Z), -1)
         _, s, Vh = torch.linalg.svd(rows, full_matrices=False)
@@ -92,7 +93,7 @@ class Account:
         span = Vh[s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)]
         # Twice: what rounding leaves of a large mu is as large as the tilt.
         for _ in range(2):
-            mu = mu - span.T @ (span @ mu)
+            mu = mu - (mu @ span.T) @ span
         return mu.reshape(self.mu.shape[1:])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._loss import LeastSquares, slope
 from .._solution import Path, Solution, Status
-from ..regularizer import Regularizer, require_pair
+from ..regularizer import Regularizer, require_pair, require_rows
 from ..reparam import Parameters, Reparam, factors
 from ..schedule import Schedule
 from ._account import Ledger, Unaccounted, coordinates
@@ -129,6 +129,8 @@ def descend(
     _check_arguments(schedule, lr, steps, momentum, save_every, split_every)
     require_pair("descend", g, h, w0)
     if isinstance(loss, LeastSquares):
+        if loss.several:
+            require_rows("descend", g, h)
         loss.require(g(w0), "descend")
     amplitudes = drawn_amplitudes("descend", loss, batch, label_noise, lr * np.arange(steps))
     begun = time.perf_counter()
@@ -167,8 +169,10 @@ class _Draws:
             at = self._next()
             Z, y = Z[at], y[at]
         if amplitude := next(self.amplitudes):
-            signs = 2 * self.signs.integers(0, 2, len(y)) - 1
+            signs = 2 * self.signs.integers(0, 2, tuple(y.shape)) - 1
             y = y + amplitude * torch.from_numpy(signs).to(y)
+        if y.ndim == 2:
+            return (Z @ x.mT - y).mT @ Z / len(y)
         return ((Z @ x.reshape(-1) - y) @ Z / len(y)).reshape(x.shape)
 
     def _next(self) -> Tensor:

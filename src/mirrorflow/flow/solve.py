@@ -15,7 +15,7 @@ from .._loss import LeastSquares
 from .._solution import Path, Solution, Status
 from ..descent import Account, predicted_account
 from ..descent.prediction import require_predictable
-from ..regularizer import Regularizer, require_pair
+from ..regularizer import Regularizer, require_pair, require_rows
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 from ._integrator import SMALLEST_ATOL, Integration
@@ -138,6 +138,8 @@ def flow(
     loss, g, h, w0 = loss_on(loss, device), moved(g, CPU), moved(h, CPU), moved(w0, CPU)
     w0 = unflatten(flatten(w0).detach(), w0)
     if isinstance(loss, LeastSquares):
+        if loss.several:
+            require_rows("flow", g, h)
         loss.require(g(w0), "flow")
     _check_tolerances(rtol, atol, w0)
     if lr is not None:
@@ -146,7 +148,8 @@ def flow(
     times = None if save_at is None else _save_times(save_at, t_end)
     begun = time.perf_counter()
     coordinates = make(view, loss, g, h, w0)
-    method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
+    unknowns = len(coordinates.start()) // coordinates.problems
+    method = method or ("LSODA" if unknowns <= STIFF_LIMIT else "DOP853")
     tolerances, fine = (rtol, atol), lr is not None
     run = Integration(coordinates, schedule, t_end, tolerances, method, max_steps, times, fine)
     status = run.integrate()
