@@ -88,7 +88,9 @@ class Coordinates(ABC):
         """Return grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
         if self.linear:
             residual = self.linear.dual_gradient(self.linear.predict(x))
-            return self.linear.transpose(residual), residual.movedim(0, -1)
+            return self.linear.transpose(residual), (
+                residual.mT if self.linear.several else residual
+            )
         if not torch.isfinite(x).all():
             return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
         gradient = slope(self.loss, x)
