@@ -42,15 +42,15 @@ class Account:
 
     Attributes
     ----------
-    a, mu : Tensor of shape (saves, d)
+    a, mu : Tensor of shape (saves, d), or (saves, m, d) for m problems at once
         The accumulated regularization and the dual variable, per coordinate, in float64. Where a
         factor of a step was exactly 0 (lr alpha = 1, say), a is -infinity from then on, and mu,
         which is the logarithm of 0/0, is NaN.
-    decay : Tensor of shape (saves, d)
+    decay : Tensor of the same shape
         The a of the same steps without any gradient: sum log|1 - lr alpha| without momentum.
-    step : Tensor of shape (saves, d)
+    step : Tensor of the same shape
         What the gradients of the whole loss, at the points that the run visited, add to that.
-    noise : Tensor of shape (saves, d)
+    noise : Tensor of the same shape
         The rest: minibatches and label noise. Zero where neither acts.
     basis : Tensor of shape (d, d), or None
         For U U^T, the shared eigenvectors, in columns: coordinate i is then the entry
@@ -73,7 +73,7 @@ class Account:
         Parameters
         ----------
         Z : Tensor of shape (n, d)
-            The measurements, in the coordinates of the account.
+            The measurements, in the coordinates of the account; the tilt of m problems is (m, d).
 
         Raises
         ------

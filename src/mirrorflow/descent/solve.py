@@ -69,7 +69,8 @@ def descend(
     Parameters
     ----------
     loss, g, h, w0, schedule
-        As for `flow`; the schedule is read at the time t = k lr, so that both share a clock.
+        As for `flow`, also for m problems at once; the schedule is read at the time t = k lr, so
+        that both share a clock.
     lr : float
         The learning rate, > 0. For `SymmetricFactor` see its note on the factor 2.
     steps : int
@@ -85,7 +86,8 @@ def descend(
     batch : int, optional
         The size of minibatches of the rows of a `LeastSquares` loss, in [1, n]: a new permutation
         in each epoch, without replacement, the last batch of an epoch smaller where n is not a
-        multiple, as ``DataLoader(shuffle=True)`` does. By default all rows at each step.
+        multiple, as ``DataLoader(shuffle=True)`` does. By default all rows at each step. m problems
+        share their minibatches.
     label_noise : float or Schedule
         The delta >= 0 of the noise +-delta that each label of a step gets, drawn anew at each step;
         as a schedule it is read at t = k lr. For a `LeastSquares` loss.

@@ -88,9 +88,8 @@ class Coordinates(ABC):
         """Return grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
         if self.linear:
             residual = self.linear.dual_gradient(self.linear.predict(x))
-            return self.linear.transpose(residual), (
-                residual.mT if self.linear.several else residual
-            )
+            carried = residual.mT if self.linear.several else residual
+            return self.linear.transpose(residual), carried
         if not torch.isfinite(x).all():
             return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
         gradient = slope(self.loss, x)
