@@ -19,8 +19,16 @@ class LeastSquares:
     ----------
     Z : Tensor of shape (n, d) or (n, p, q)
         The measurements; <Z_i, x> is the i-th prediction.
-    y : Tensor of shape (n,)
-        The targets.
+    y : Tensor of shape (n,), or (n, m) with Z of shape (n, d)
+        The targets. m columns are m problems at once: x is then of shape (m, d), a row for each,
+        and f is the sum of their losses, whose gradient takes two matrix products.
+
+    Examples
+    --------
+    >>> Z, y = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[1.0, -1.0]])
+    >>> LeastSquares(Z, y).gradient(torch.zeros(2, 3))
+    tensor([[-1.0000, -2.0000, -0.5000],
+            [ 1.0000,  2.0000,  0.5000]])
     """
 
     Z: Tensor
@@ -31,18 +39,37 @@ class LeastSquares:
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"LeastSquares: {name} must be a tensor, got {type(value)}")
-        if self.Z.ndim not in (2, 3) or self.y.ndim != 1 or len(self.Z) != len(self.y):
-            got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
-            raise ValueError(f"LeastSquares: Z must be (n, d) or (n, p, q) and y (n,), got {got}")
+        got = f"Z {tuple(self.Z.shape)} and y {tuple(self.y.shape)}"
+        if (self.Z.ndim, self.y.ndim) == (3, 2):
+            raise ValueError(
+                f"LeastSquares: y must be (n,) for matrices x, got {got}. Make one for each column."
+            )
+        shapes = (self.Z.ndim, self.y.ndim) in ((2, 1), (3, 1), (2, 2))
+        if not shapes or len(self.Z) != len(self.y) or (self.several and not self.y.shape[1]):
+            raise ValueError(
+                "LeastSquares: Z must be (n, d) or (n, p, q) and y (n,), or (n, m) with Z (n, d), "
+                f"got {got}"
+            )
         for name, value in (("Z", self.Z), ("y", self.y)):
             if not torch.isfinite(value).all():
                 raise ValueError(
                     f"LeastSquares: {name} must be finite, got NaN or infinite entries"
                 )
 
+    @property
+    def several(self) -> bool:
+        """Return whether y has columns, and x a row for each."""
+        return self.y.ndim == 2
+
     def require(self, x: Tensor, caller: str) -> None:
         """Raise an error if Z does not measure x = g(w0), by shape and dtype."""
-        if self.Z.shape[1:] != x.shape:
+        rows = (self.y.shape[1], self.Z.shape[1]) if self.several else None
+        if rows and x.shape != rows:
+            raise ValueError(
+                f"{caller}: g(w0) must be {rows}, a row for each column of y, got "
+                f"{tuple(x.shape)}. Repeat one start by w0.expand({rows[0]}, -1)."
+            )
+        if not rows and self.Z.shape[1:] != x.shape:
             raise ValueError(
                 f"{caller}: Z must be (n, {', '.join(map(str, x.shape))}) to measure g(w0), "
                 f"got {tuple(self.Z.shape)}"
@@ -54,11 +81,15 @@ class LeastSquares:
             )
 
     def predict(self, x: Tensor) -> Tensor:
-        """Return Z x, of shape (n,)."""
+        """Return Z x, with the shape of y."""
+        if self.several:
+            return self.Z @ x.mT
         return self.Z.reshape(len(self.y), -1) @ x.reshape(-1)
 
     def transpose(self, r: Tensor) -> Tensor:
         """Return Z^T r, with the shape of x."""
+        if self.several:
+            return r.mT @ self.Z
         return (r @ self.Z.reshape(len(self.y), -1)).reshape(self.Z.shape[1:])
 
     def dual_gradient(self, prediction: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "WeightDecay",
     "detached_gradient",
     "require_pair",
+    "require_rows",
 ]
 
 
@@ -235,6 +236,16 @@ def require_pair(caller: str, g: Any, h: Any, w0: Parameters) -> None:
         )
     g.validate(w0)
     h.validate(g)
+
+
+def require_rows(caller: str, g: Reparam, h: Regularizer) -> None:
+    """Raise an error unless each row of w0 is a problem of its own, for y of shape (n, m)."""
+    for part in (g, h):
+        if not part.elementwise:
+            raise ValueError(
+                f"{caller}: g and h must be elementwise for y of shape (n, m), got {part}: "
+                f"{part.why_not_elementwise()}. Call once for each column."
+            )
 
 
 def _kind(value: Any) -> str:

@@ -42,15 +42,15 @@ class Account:
 
     Attributes
     ----------
-    a, mu : Tensor of shape (saves, d)
+    a, mu : Tensor of shape (saves, d), or (saves, m, d) for m problems at once
         The accumulated regularization and the dual variable, per coordinate, in float64. Where a
         factor of a step was exactly 0 (lr alpha = 1, say), a is -infinity from then on, and mu,
         which is the logarithm of 0/0, is NaN.
-    decay : Tensor of shape (saves, d)
+    decay : Tensor of the same shape
         The a of the same steps without any gradient: sum log|1 - lr alpha| without momentum.
-    step : Tensor of shape (saves, d)
+    step : Tensor of the same shape
         What the gradients of the whole loss, at the points that the run visited, add to that.
-    noise : Tensor of shape (saves, d)
+    noise : Tensor of the same shape
         The rest: minibatches and label noise. Zero where neither acts.
     basis : Tensor of shape (d, d), or None
         For U U^T, the shared eigenvectors, in columns: coordinate i is then the entry
@@ -73,18 +73,19 @@ class Account:
         Parameters
         ----------
         Z : Tensor of shape (n, d)
-            The measurements, in the coordinates of the account.
+            The measurements, in the coordinates of the account; the tilt of m problems is (m, d).
 
         Raises
         ------
         ValueError
             If Z does not have one column for each coordinate.
         """
-        mu = self.mu[-1].reshape(-1)
-        if Z.ndim < 2 or Z[0].numel() != len(mu):
+        mu = self.mu[-1]
+        mu = mu if Z.ndim == mu.ndim == 2 else mu.reshape(-1)  # m problems, each in a row
+        if Z.ndim < 2 or Z[0].numel() != mu.shape[-1]:
             raise ValueError(
-                f"tilt: Z must have shape (n, {len(mu)}), got {tuple(Z.shape)}. Pass measurements "
-                "in the coordinates of the account."
+                f"tilt: Z must have shape (n, {mu.shape[-1]}), got {tuple(Z.shape)}. Pass "
+                "measurements in the coordinates of the account."
             )
         rows = Z.detach().to(mu).reshape(len(Z), -1)
         # mu = Z^T theta + tilt, with the tilt orthogonal to the rows.
@@ -93,7 +94,7 @@ class Account:
         span = Vh[s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)]
         # Twice: what rounding leaves of a large mu is as large as the tilt.
         for _ in range(2):
-            mu = mu - span.T @ (span @ mu)
+            mu = mu - (mu @ span.T) @ span
         return mu.reshape(self.mu.shape[1:])
 
 

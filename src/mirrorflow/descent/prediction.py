@@ -108,11 +108,12 @@ def predicted_account(
 def _row_statistics(loss: LeastSquares, x: Array) -> tuple[Array, Array, Array]:
     """Return the gradient at each x, the variance of those of single rows, and mean(z_i^2)."""
     Z, y = _numpy(loss.Z).reshape(len(loss.y), -1), _numpy(loss.y)
-    r = x.reshape(len(x), -1) @ Z.T - y
+    r = x.reshape(len(x), *y.shape[1:], -1) @ Z.T - y.T  # a row for each column of y
     mean, squares = r @ Z / len(y), Z**2
     # Row i has the gradient r_i z_i: the mean of its square, less the square of its mean.
     variance = np.maximum(r**2 @ squares / len(y) - mean**2, 0.0)
-    return mean.reshape(x.shape), variance.reshape(x.shape), squares.mean(0).reshape(x.shape[1:])
+    size = squares.mean(0).reshape(loss.Z.shape[1:])
+    return mean.reshape(x.shape), variance.reshape(x.shape), size
 
 
 def _shares(n: int, batch: int | None, momentum: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._loss import LeastSquares, slope
 from .._solution import Path, Solution, Status
-from ..regularizer import Regularizer, require_pair
+from ..regularizer import Regularizer, require_pair, require_rows
 from ..reparam import Parameters, Reparam, factors
 from ..schedule import Schedule
 from ._account import Ledger, Unaccounted, coordinates
@@ -69,7 +69,8 @@ def descend(
     Parameters
     ----------
     loss, g, h, w0, schedule
-        As for `flow`; the schedule is read at the time t = k lr, so that both share a clock.
+        As for `flow`, also for m problems at once; the schedule is read at the time t = k lr, so
+        that both share a clock.
     lr : float
         The learning rate, > 0. For `SymmetricFactor` see its note on the factor 2.
     steps : int
@@ -85,7 +86,8 @@ def descend(
     batch : int, optional
         The size of minibatches of the rows of a `LeastSquares` loss, in [1, n]: a new permutation
         in each epoch, without replacement, the last batch of an epoch smaller where n is not a
-        multiple, as ``DataLoader(shuffle=True)`` does. By default all rows at each step.
+        multiple, as ``DataLoader(shuffle=True)`` does. By default all rows at each step. m problems
+        share their minibatches.
     label_noise : float or Schedule
         The delta >= 0 of the noise +-delta that each label of a step gets, drawn anew at each step;
         as a schedule it is read at t = k lr. For a `LeastSquares` loss.
@@ -129,6 +131,8 @@ def descend(
     _check_arguments(schedule, lr, steps, momentum, save_every, split_every)
     require_pair("descend", g, h, w0)
     if isinstance(loss, LeastSquares):
+        if loss.several:
+            require_rows("descend", g, h)
         loss.require(g(w0), "descend")
     amplitudes = drawn_amplitudes("descend", loss, batch, label_noise, lr * np.arange(steps))
     begun = time.perf_counter()
@@ -167,8 +171,10 @@ class _Draws:
             at = self._next()
             Z, y = Z[at], y[at]
         if amplitude := next(self.amplitudes):
-            signs = 2 * self.signs.integers(0, 2, len(y)) - 1
+            signs = 2 * self.signs.integers(0, 2, tuple(y.shape)) - 1
             y = y + amplitude * torch.from_numpy(signs).to(y)
+        if y.ndim == 2:  # a row of x for each column of y
+            return (Z @ x.mT - y).mT @ Z / len(y)
         return ((Z @ x.reshape(-1) - y) @ Z / len(y)).reshape(x.shape)  # grad of |Zx - y|^2 / (2b)
 
     def _next(self) -> Tensor:

@@ -20,6 +20,7 @@ from ._views import Array, Coordinates
 __all__ = ["SMALLEST_ATOL", "Integration"]
 
 SMALLEST_ATOL = 1e-140  # solvers square velocity / atol: below it, a start at 0 overflows
+SMALLEST_RTOL = 100 * float(np.finfo(np.float64).eps)  # solvers take no smaller one
 INSIDE = (0.25, 0.5, 0.75)  # parts of a step at which `fine` states are kept as well
 STUCK = 30  # steps in a row that time hardly resolves: x goes to infinity there
 
@@ -138,11 +139,15 @@ class Integration:
 
     def _solver(self, velocity: Callable[[float, Array], Array], right: float, first: Any) -> Any:
         """Start SciPy's integrator at the last good state."""
-        options = {"rtol": self.rtol, "atol": self.atol, "first_step": first}
+        # DOP853 controls the mean square over all entries: one problem might take the error of m.
+        share = math.sqrt(self.coordinates.problems) if self.method == "DOP853" else 1.0
+        rtol, atol = max(self.rtol / share, SMALLEST_RTOL), self.atol / share
+        common = {"rtol": rtol, "atol": atol, "first_step": first}
         if self.method == "DOP853":
-            return DOP853(velocity, self.now, self.state, right, **options)
-        jacobian = self.coordinates.jacobian(self.schedule)
-        return LSODA(velocity, self.now, self.state, right, jac=jacobian, **options)
+            return DOP853(velocity, self.now, self.state, right, **common)
+        jacobian, band = self.coordinates.jacobian(self.schedule), self.coordinates.band
+        own = {"jac": jacobian, "lband": band, "uband": band}
+        return LSODA(velocity, self.now, self.state, right, **common, **own)
 
     def _velocity(self, left: float, right: float) -> Callable[[float, Array], Array]:
         """Return the right-hand side on one piece, where the schedule is smooth."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,17 +35,34 @@ __all__ = [
 
 Array = NDArray[np.float64]
 Loss = Callable[[Tensor], Tensor]
+Product = Callable[[Array], Array]
+# Before 1.16 LSODA read bands in a wider array than documented: it then differentiates itself.
+READS_BANDS = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 16)
 
 
 class Coordinates(ABC):
-    """One view of the flow: its start, its velocity, and how to read x, mu and w from it."""
+    """One view of the flow: its start, its velocity, and how to read x, mu and w from it.
+
+    Attributes
+    ----------
+    problems : int
+        The number m of problems, of each of which every part of the state has a row.
+    parts : list of int
+        The lengths of the arrays that are joined to the state.
+    band : int or None
+        The entries of dy/dt depend on so many of y on either side; None where they do on all.
+    """
+
+    parts: list[int]
+    band: int | None = None
 
     def __init__(self, loss: Loss, g: Reparam, w0: Parameters) -> None:
         self.loss, self.g, self.w0 = loss, g, w0
         self.shape, self.dtype = g(w0).shape, factors(w0)[0].dtype
-        # Least squares: mu = Z^T theta, so that the n numbers theta replace mu.
+        # Least squares: mu = Z^T theta, so that n numbers theta replace mu; for m problems m rows.
         self.linear = loss if isinstance(loss, LeastSquares) else None
-        self.duals = len(self.linear.y) if self.linear else self.shape.numel()
+        self.duals = self.linear.y.numel() if self.linear else self.shape.numel()
+        self.problems = self.duals // len(self.linear.y) if self.linear else 1
 
     @abstractmethod
     def start(self) -> Array:
@@ -70,7 +88,8 @@ class Coordinates(ABC):
         """Return grad f(x), and what mu is integrated from: grad f, or (Zx - y)/n."""
         if self.linear:
             residual = self.linear.dual_gradient(self.linear.predict(x))
-            return self.linear.transpose(residual), residual
+            carried = residual.mT if self.linear.several else residual
+            return self.linear.transpose(residual), carried
         if not torch.isfinite(x).all():
             return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
         gradient = slope(self.loss, x)
@@ -78,13 +97,13 @@ class Coordinates(ABC):
 
     def dual_scales(self) -> Array:
         """Return the change of each dual number that changes an entry of mu by about 1."""
-        Z = self.linear.Z.reshape(self.duals, -1) if self.linear else torch.ones(1, 1)
+        Z = self.linear.Z.flatten(1) if self.linear else torch.ones(1, 1)
         return np.full(self.duals, 1 / (float(Z.norm(dim=0).max()) or 1.0))
 
     def mu(self, dual: Tensor) -> Tensor:
         """Return mu from what was integrated; rows are times."""
         if self.linear:
-            dual = dual @ self.linear.Z.reshape(self.duals, -1)
+            dual = dual.reshape(-1, len(self.linear.y)) @ self.linear.Z.flatten(1)
         return self.g.project(dual.reshape(-1, *self.shape))
 
     def tensor(self, y: Array) -> Tensor:
@@ -98,6 +117,7 @@ class ParameterView(Coordinates):
     def __init__(self, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> None:
         super().__init__(loss, g, w0)
         self.h, self.size = h, flatten(w0).numel()
+        self.parts = [*(f.numel() for f in factors(w0)), self.duals]
 
     def start(self) -> Array:
         """Return (w0, 0)."""
@@ -133,16 +153,16 @@ class ArrayParameterView(ParameterView):
 
     def __init__(self, loss: LeastSquares, g: Reparam, h: Regularizer, w0: Parameters) -> None:
         super().__init__(loss, g, h, w0)
-        self.Z, self.y = _scaled(loss)
-        self.ZT = np.ascontiguousarray(self.Z.T) * self.duals
+        Z, ZT, self.y = _scaled(loss)
+        self.measured, self.pulled = _products(loss, Z, ZT)
         self.cuts = np.cumsum([f.numel() for f in factors(self.w0)])
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
         """Return -(J_g^T Z^T r + alpha grad h) and -r, r = (Zx - y)/n."""
         rate, (*w, _) = schedule.rate(t), np.split(y, self.cuts)
         parts: Any = tuple(w)
-        residual = self.Z @ self.g(parts) - self.y
-        slope: Any = self.ZT @ residual
+        residual = self.measured(self.g(parts)) - self.y
+        slope: Any = self.pulled(residual)
         moved = self.g.pullback(parts, slope)
         decay: Any = self.h.gradient(parts, self.g)
         steps = [m + rate * d for m, d in zip(moved, decay, strict=True)]
@@ -154,7 +174,7 @@ class MirrorView(Coordinates):
 
     def __init__(self, loss: Loss, g: Reparam, w0: Parameters, R: LegendreFunction) -> None:
         super().__init__(loss, g, w0)
-        self.R = R
+        self.R, self.parts = R, [self.duals] * (2 if R.clocked else 1)
 
     def start(self) -> Array:
         """Return mu = 0."""
@@ -217,19 +237,21 @@ class ArrayMirrorView(MirrorView):
         primal: ArrayPrimal,
     ) -> None:
         super().__init__(loss, g, w0, R)
-        self.primal, (self.Z, self.y) = primal, _scaled(loss)
-        self.ZT = np.ascontiguousarray(self.Z.T) * self.duals
+        self.primal = primal
+        self.Z, self.ZT, self.y = _scaled(loss)
+        self.measured, self.pulled = _products(loss, self.Z, self.ZT)
+        self.rows = (self.problems, 1, -1) if loss.several else (-1,)
 
     def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
         """Return -(Zx - y)/n at x = primal(Z^T theta, a_t)."""
-        return self.y - self.Z @ self.primal(self.ZT @ y, schedule.accumulated(t))[0]
+        return self.y - self.measured(self.primal(self.pulled(y), schedule.accumulated(t))[0])
 
     def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array]:
-        """Return -Z diag(d primal/dmu) Z^T / n."""
+        """Return -Z diag(d primal/dmu) Z^T / n, for m problems of shape (m, n, n)."""
 
         def jacobian(t: float, y: Array) -> Array:
-            slope = self.primal(self.ZT @ y, schedule.accumulated(t))[1]
-            return (self.Z * -slope) @ self.ZT
+            slope = self.primal(self.pulled(y), schedule.accumulated(t))[1]
+            return (self.Z * -slope.reshape(self.rows)) @ self.ZT
 
         return jacobian
 
@@ -240,6 +262,7 @@ class PrimalView(Coordinates):
     def __init__(self, loss: Loss, g: Reparam, w0: Parameters, R: LegendreFunction) -> None:
         super().__init__(loss, g, w0)
         self.R, self.size = R, self.shape.numel()
+        self.parts = [self.size, self.duals]
 
     def start(self) -> Array:
         """Return (g(w0), 0)."""
@@ -282,8 +305,51 @@ class PrimalView(Coordinates):
         return Path(torch.from_numpy(t), x, self.mu(state[:, self.size :]), _a(schedule, t))
 
 
+class ByProblem(Coordinates):
+    """A view of m problems, with the entries of each problem in one block of the state.
+
+    Its Jacobian is then a band of the width of one problem, which is what LSODA can use.
+    """
+
+    def __init__(self, view: Coordinates) -> None:
+        self.view, self.problems = view, view.problems
+        problem = np.concatenate([np.arange(p) // (p // self.problems) for p in view.parts])
+        self.order = np.argsort(problem, kind="stable")
+        self.back = np.argsort(self.order)
+        self.band = len(problem) // self.problems - 1
+
+    def start(self) -> Array:
+        """Return the start of the view, in blocks."""
+        return self.view.start()[self.order]
+
+    def scales(self, a: float) -> Array:
+        """Return the scales of the view, in blocks."""
+        return self.view.scales(a)[self.order]
+
+    def velocity(self, t: float, y: Array, schedule: Schedule) -> Array:
+        """Return the velocity of the view, in blocks."""
+        return self.view.velocity(t, y[self.back], schedule)[self.order]
+
+    def path(self, t: Array, y: Array, schedule: Schedule) -> Path:
+        """Read the trajectory of the view."""
+        return self.view.path(t, y[:, self.back], schedule)
+
+    def jacobian(self, schedule: Schedule) -> Callable[[float, Array], Array] | None:
+        """Return the blocks on the diagonal as the bands that LSODA reads."""
+        blocks = self.view.jacobian(schedule) if READS_BANDS else None
+        return None if blocks is None else lambda t, y: _bands(blocks(t, y))
+
+
 def make(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> Coordinates:
     """Choose the coordinates of a view."""
+    coordinates = _chosen(view, loss, g, h, w0)
+    if isinstance(loss, LeastSquares) and loss.several:
+        return ByProblem(coordinates)
+    return coordinates
+
+
+def _chosen(view: str, loss: Loss, g: Reparam, h: Regularizer, w0: Parameters) -> Coordinates:
+    """Choose the coordinates of one problem, or of several as rows."""
     linear = None  # the views in NumPy are for float64
     if isinstance(loss, LeastSquares) and loss.Z.dtype == torch.float64:
         linear = loss
@@ -311,10 +377,33 @@ def _smallest(values: Tensor) -> float:
     return float(sizes.min()) if len(sizes) else 1.0
 
 
-def _scaled(loss: LeastSquares) -> tuple[Array, Array]:
-    """Return Z/n, on flattened x, and y/n: Z/n x - y/n is the derivative in the predictions."""
+def _scaled(loss: LeastSquares) -> tuple[Array, Array, Array]:
+    """Return Z/n, on flattened x, n (Z/n)^T, and y/n, flattened; for m problems in m rows.
+
+    Z/n x - y/n is the derivative in the predictions.
+    """
     n = len(loss.y)
-    return _numpy(loss.Z).reshape(n, -1) / n, _numpy(loss.y) / n
+    Z = _numpy(loss.Z).reshape(n, -1) / n
+    return Z, np.ascontiguousarray(Z.T) * n, _numpy(loss.y.movedim(0, -1)).reshape(-1) / n
+
+
+def _products(loss: LeastSquares, Z: Array, ZT: Array) -> tuple[Product, Product]:
+    """Return the products of Z and ZT with flat arrays; for m problems with each of m rows."""
+    if not loss.several:
+        return Z.dot, ZT.dot
+    return (
+        lambda x: (x.reshape(-1, len(ZT)) @ Z.T).reshape(-1),
+        lambda r: (r.reshape(-1, len(Z)) @ ZT.T).reshape(-1),
+    )
+
+
+def _bands(blocks: Array) -> Array:
+    """Return the matrix with the diagonal blocks (m, n, n), entry (i, j) in row n - 1 + i - j."""
+    m, n, _ = blocks.shape
+    i, j = np.indices((n, n))
+    bands = np.zeros((2 * n - 1, m, n))
+    bands[n - 1 + i - j, :, j] = blocks.transpose(1, 2, 0)
+    return bands.reshape(2 * n - 1, m * n)
 
 
 def _a(schedule: Schedule, t: Array) -> Tensor:

@@ -16,7 +16,7 @@ from .._solution import Path, Solution, Status
 from .._threads import few_threads, small_on_one_thread
 from ..descent import Account, predicted_account
 from ..descent.prediction import require_predictable
-from ..regularizer import Regularizer, require_pair
+from ..regularizer import Regularizer, require_pair, require_rows
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
 from ..schedule import Schedule
 from ._integrator import SMALLEST_ATOL, Integration
@@ -66,10 +66,16 @@ def flow(
     last two; ``path.mu`` is mu = -int grad f dt in all three. Where R_a has no closed form
     (`Inversion`), the mirror view carries w along, as the first does.
 
+    With y of shape (n, m) one call integrates m problems, a row of each factor of w0 (m, d) for
+    each: right-hand sides, or starts with equal columns of y. g and h have to be elementwise. All
+    problems take the same steps, and the tolerance holds for each: the one that needs the shortest
+    step decides, and the first one that fails ends the flow.
+
     Parameters
     ----------
     loss : callable
-        f, from x to a scalar tensor; `LeastSquares` is faster than a function of your own.
+        f, from x to a scalar tensor; `LeastSquares` is faster than a function of your own, and
+        takes several right-hand sides.
     g, h, w0
         The pair and its start. The views "mirror" and "primal" need a commuting pair. Everything
         is evaluated in the dtype of w0; the state is integrated in float64.
@@ -90,8 +96,8 @@ def flow(
         e^{-100} still decide where x goes. At least 1e-140: the solvers square what is divided by
         it.
     method : str, optional
-        LSODA (switches to a stiff method by itself; the default up to 100 unknowns) or DOP853
-        (order 8, no linear algebra; the default above).
+        LSODA (switches to a stiff method by itself; the default up to 100 unknowns, of each problem
+        where there are several) or DOP853 (order 8, no linear algebra; the default above).
     max_steps : int
         The limit on the number of steps.
     lr : float, optional
@@ -104,16 +110,17 @@ def flow(
     -------
     Solution
         On the device of w0; the flow is integrated on the CPU.
-        ``value`` the final x. ``path``, of tensors: t and a (float64), x, mu, and in the view
-        "parameters" w. ``status`` completed, diverged, left_domain or max_steps, with a
-        RuntimeWarning unless completed: then the last row of the path, and ``value``, are the last
-        good state, at the time ``stats.t``. A RuntimeWarning also if decay, before it ends, takes w
-        or x below what ``atol`` can resolve.
+        ``value`` the final x, of shape (m, d) for m problems. ``path``, of tensors with a row for
+        each time: t and a (float64), x, mu, and in the view "parameters" w. ``status`` completed,
+        diverged, left_domain or max_steps, with a RuntimeWarning unless completed: then the last
+        row of the path, and ``value``, are the last good state, at the time ``stats.t``. A
+        RuntimeWarning also if decay, before it ends, takes w or x below what ``atol`` can resolve.
 
     Raises
     ------
     ValueError
-        For a bad argument; for ``lr`` with a pair whose share of the step is not derived.
+        For a bad argument; for ``lr`` with a pair whose share of the step is not derived; for
+        several right-hand sides with a g or h that is not elementwise.
         `IncompatiblePair` if the view needs an R_a that does not exist.
 
     Examples
@@ -125,6 +132,14 @@ def flow(
     >>> sol = flow(loss, mf.Hadamard(), mf.WeightDecay(), w0, mf.SwitchOff(0.1, 5.0), t_end=200.0)
     >>> round((Z @ sol.value).item(), 6), sol.status.name
     (1.0, 'completed')
+
+    Two starts at once, without decay: the smaller one ends at a sparser solution.
+
+    >>> starts = (torch.zeros(2, 3).double(), torch.tensor([[1.0], [0.1]]).double().expand(2, 3))
+    >>> both = mf.LeastSquares(Z, loss.y[:, None].expand(1, 2))
+    >>> flow(both, mf.Hadamard(), mf.WeightDecay(), starts, mf.Constant(0.0), t_end=200.0).value
+    tensor([[0.1817, 0.3868, 0.0895],
+            [0.0345, 0.4806, 0.0086]], dtype=torch.float64)
 
     Steps of length 0.1 store a decay of their own, most where the column of Z is large; here that
     makes the end slightly less sparse than the flow's:
@@ -139,6 +154,8 @@ def flow(
     loss, g, h, w0 = loss_on(loss, device), moved(g, CPU), moved(h, CPU), moved(w0, CPU)
     w0 = unflatten(flatten(w0).detach(), w0)
     if isinstance(loss, LeastSquares):
+        if loss.several:
+            require_rows("flow", g, h)
         loss.require(g(w0), "flow")
     _check_tolerances(rtol, atol, w0)
     if lr is not None:
@@ -147,7 +164,8 @@ def flow(
     times = None if save_at is None else _save_times(save_at, t_end)
     begun = time.perf_counter()
     coordinates = make(view, loss, g, h, w0)
-    method = method or ("LSODA" if len(coordinates.start()) <= STIFF_LIMIT else "DOP853")
+    unknowns = len(coordinates.start()) // coordinates.problems
+    method = method or ("LSODA" if unknowns <= STIFF_LIMIT else "DOP853")
     tolerances, fine = (rtol, atol), lr is not None
     size = loss.Z.numel() if isinstance(loss, LeastSquares) else coordinates.shape.numel()
     with small_on_one_thread(size), few_threads(size):
