@@ -161,7 +161,8 @@ class ArrayParameterView(ParameterView):
         """Return -(J_g^T Z^T r + alpha grad h) and -r, r = (Zx - y)/n."""
         rate, (*w, _) = schedule.rate(t), np.split(y, self.cuts)
         parts: Any = tuple(w)
-        residual = self.measured(self.g(parts)) - self.y
+        x: Any = self.g(parts)  # arrays, as the parts are
+        residual = self.measured(x) - self.y
         slope: Any = self.pulled(residual)
         moved = self.g.pullback(parts, slope)
         decay: Any = self.h.gradient(parts, self.g)
