@@ -89,15 +89,15 @@ def small_on_one_thread(size: int, small: int = SMALL) -> AbstractContextManager
 
 
 @contextmanager
-def few_threads(size: int) -> Iterator[None]:
-    """Let torch compute with one thread meanwhile where matrices have at most `SMALL` numbers.
+def few_threads(size: int, small: int = SMALL) -> Iterator[None]:
+    """Let torch compute with one thread meanwhile where matrices have at most ``small`` numbers.
 
     The number holds for the calling thread; to set it takes less than a microsecond.
     """
     import torch  # here: estimators that need none come without it
 
     before = torch.get_num_threads()
-    if size > SMALL or before == 1:
+    if size > small or before == 1:
         yield
         return
     torch.set_num_threads(1)

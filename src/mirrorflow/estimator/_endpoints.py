@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from sklearn.exceptions import ConvergenceWarning
 
+from .._threads import few_threads
 from ..legendre._kernels import arcsinh_ratio, duality_gap, kkt_residual
 from ._row_space import EPS, RowSpace, row_space
 
@@ -75,7 +76,7 @@ def _path(Q: Array, b: Array, log_As: Array, positive: bool, max_steps: int) -> 
     one = torch.ones(Q.shape[1], dtype=torch.float64)
     # A = w^2 / 2 for m = 0, and w^2 for m = w; a = log(A) / 2.
     w0 = (one, one) if positive else (torch.zeros_like(one), one * 2**0.5)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), few_threads(Q.size):
         warnings.simplefilter("ignore", RuntimeWarning)  # what matters is warned of above
         R = legendre(Hadamard(), WeightDecay(), w0)
         return limit(R, Q, b, np.asarray(log_As) / 2, max_steps, per_coordinate=False)

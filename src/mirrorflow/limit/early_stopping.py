@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 from .._solution import Solution, Status
-from .._threads import one_pool, small_on_one_thread
+from .._threads import few_threads, one_pool, small_on_one_thread
 from ..legendre import LegendreFunction, NewtonProblem, RangeError
 from ..legendre.dual import LocalModel
 from ._constraints import length
@@ -114,7 +114,12 @@ def penalized(
         raise ValueError(f"a must be one number, got shape {at.shape}. Call once for each a.")
     if times.ndim > 1 or not times.size or not (times > 0).all():
         raise ValueError(f"t must be a positive number or a 1-d sequence of them, got {t}")
-    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size, SMALL):
+    with (
+        np.errstate(all="ignore"),
+        one_pool(),
+        small_on_one_thread(Zs.size, SMALL),
+        few_threads(Zs.size, SMALL),
+    ):
         points = _path(R, Zs, ys, float(at), times.reshape(-1), max_steps)
     _warn(points)
     x = torch.from_numpy(np.stack([p.x for p in points])).to(R.dtype).reshape(-1, *R.shape)

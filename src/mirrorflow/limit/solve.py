@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .._devices import CPU, device_of, moved
 from .._solution import Solution, Status
-from .._threads import one_pool, small_on_one_thread
+from .._threads import few_threads, one_pool, small_on_one_thread
 from ..legendre import LegendreFunction
 from ..legendre._kernels import duality_gap
 from ._constraints import Constraints, length, orthonormal
@@ -172,7 +172,12 @@ def limit(
         )
     columns = [ys] if ys.ndim == 1 else list(ys.T)
     # Trial points may overflow; what is kept is checked.
-    with np.errstate(all="ignore"), one_pool(), small_on_one_thread(Zs.size, SMALL):
+    with (
+        np.errstate(all="ignore"),
+        one_pool(),
+        small_on_one_thread(Zs.size, SMALL),
+        few_threads(Zs.size, SMALL),
+    ):
         # One a per coordinate: the R_0 of the start w(0, a) (errata 10).
         states = [(R.folded(ai), 0.0) if isinstance(ai, torch.Tensor) else (R, ai) for ai in at]
         exact = R.describes_training(Zs)
