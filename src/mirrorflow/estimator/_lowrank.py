@@ -63,7 +63,8 @@ class LowRank(BaseEstimator):
         columns = self._columns(M.shape)
         _check_seen(problem.seen)
         empty = np.zeros((M.shape[0], 0)), np.zeros((M.shape[1], 0))
-        top = float(problem.strongest(*empty, 1)[0].max())
+        with small_on_one_thread(problem.Y.nnz):
+            top = float(problem.strongest(*empty, 1)[0].max())
         if not top > NOTHING * float(np.linalg.norm(problem.Y.data)):
             zero = Trained(np.zeros((M.shape[0], 1)), np.zeros((M.shape[1], 1)), 1, True)
             return zero, 0.0, problem
@@ -94,8 +95,9 @@ class LowRank(BaseEstimator):
                 stacklevel=3,
             )
         # U V^T = Q_U (R_U R_V^T) Q_V^T has the singular values of its core.
-        inner = np.linalg.qr(found.U)[1] @ np.linalg.qr(found.V)[1].T
-        values = np.linalg.svd(inner, compute_uv=False)
+        with small_on_one_thread(found.U.size + found.V.size):
+            inner = np.linalg.qr(found.U)[1] @ np.linalg.qr(found.V)[1].T
+            values = np.linalg.svd(inner, compute_uv=False)
         self.U_, self.V_ = found.U.astype(dtype), found.V.astype(dtype)
         self.singular_values_ = values.astype(dtype)
         self.rank_ = int((values > max(1e-6 * values.max(initial=0.0), 1e-300)).sum())
