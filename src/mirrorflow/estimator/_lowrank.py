@@ -62,9 +62,13 @@ class LowRank(BaseEstimator):
         """
         columns = self._columns(M.shape)
         _check_seen(problem.seen)
-        empty = np.zeros((M.shape[0], 0)), np.zeros((M.shape[1], 0))
         with small_on_one_thread(problem.Y.nnz):
-            top = float(problem.strongest(*empty, 1)[0].max())
+            return self._alternated(M, problem, columns)
+
+    def _alternated(self, M: Any, problem: Observed, columns: int) -> tuple[Trained, float, Any]:
+        """Lower the decay in stages, and alternate at each."""
+        empty = np.zeros((M.shape[0], 0)), np.zeros((M.shape[1], 0))
+        top = float(problem.strongest(*empty, 1)[0].max())
         if not top > NOTHING * float(np.linalg.norm(problem.Y.data)):
             zero = Trained(np.zeros((M.shape[0], 1)), np.zeros((M.shape[1], 1)), 1, True)
             return zero, 0.0, problem
@@ -74,8 +78,7 @@ class LowRank(BaseEstimator):
             stages.append((0.0, self.tol))
         # In units of the strongest pull alpha = 1 keeps X at 0, whatever the data are measured in.
         scaled = problem.times(1 / top)
-        with small_on_one_thread(problem.Y.nnz):
-            found = alternate(scaled, columns, stages, self.max_iter)
+        found = alternate(scaled, columns, stages, self.max_iter)
         return found.times(top), stages[-1][0] * top, scaled.times(top)
 
     def _keep(self, found: Trained, dtype: Any) -> None:
