@@ -132,16 +132,13 @@ def _spectra() -> RealSet:
 
 
 def _houses() -> RealSet:
-    """Return the logarithm of prices of houses; a category is a group with a column for each level.
-
-    Levels are those of all houses, of which 600 are drawn.
-    """
+    """Return the logarithm of prices of houses; a category is a group, a column for each level."""
     houses = _table("modeldata", "ames")
-    drawn = np.sort(np.random.default_rng(0).permutation(len(houses))[:HOUSES])
+    houses = houses.iloc[np.sort(np.random.default_rng(0).permutation(len(houses))[:HOUSES])]
     target = np.log(houses.pop("Sale_Price").to_numpy(np.float64))
     columns = [_coded(houses[name]) for name in houses]
     groups = np.repeat(np.arange(len(columns)), [c.shape[1] for c in columns])
-    return RealSet(np.hstack(columns)[drawn], target[drawn], [], groups)
+    return RealSet(np.hstack(columns), target, [], groups)
 
 
 def _coded(column: Any) -> Array:
