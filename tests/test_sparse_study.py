@@ -32,9 +32,9 @@ def test_a_median_over_draws_is_compared():
 
 def test_steadiness_is_the_share_that_pairs_of_supports_have_in_common():
     supports = [np.array(s, dtype=bool) for s in ([1, 1, 0], [1, 0, 0], [0, 1, 1])]
-    assert study._steadiness(supports) == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
-    assert study._steadiness([np.zeros(3, dtype=bool)] * 2) == 1.0
-    assert study._steadiness(supports[:1]) is None
+    assert methods.steadiness(supports) == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert methods.steadiness([np.zeros(3, dtype=bool)] * 2) == 1.0
+    assert methods.steadiness(supports[:1]) is None
 
 
 def test_the_relaxed_lasso_blends_the_lasso_with_least_squares_on_its_support():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figure", "kind", "make_charts", "snr_chart"]
+__all__ = ["COLOURS", "MARKERS", "SHAPES", "draw_figure", "kind", "make_charts", "snr_chart"]
 
 LABELS = {"r2": "test R²", "error": "relative error of the coefficients"}
 COLOURS = (

@@ -1,11 +1,14 @@
-"""The methods of the sparse regression study: each is fitted with its knobs chosen by 5-fold CV."""
+"""The methods of the sparse regression studies: each chooses its knobs by 5-fold CV."""
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import combinations, product
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +21,7 @@ from sklearn.linear_model import (
 )
 from sklearn.model_selection import KFold
 
-__all__ = ["METHODS", "OPTIONAL", "available", "fit"]
+__all__ = ["GROUPED", "METHODS", "OPTIONAL", "available", "fit", "fit_grouped", "steadiness"]
 
 Array = NDArray[np.float64]
 FOLDS = 5
@@ -28,6 +31,11 @@ BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # parts of the lasso in the relaxed lasso,
 MCP_GAMMA = 3.0
 SCAD_GAMMA = 3.7
 ITERATIONS = 1000  # of iterreg, as its estimator takes
+# Of the flow of groups, each of which runs on its own: log A, t, and the least size of a group.
+GROUP_TOL = 1e-5  # at the default, errors of collinear columns show in what is predicted
+GROUP_SCALES = (-2.0, -10.0)
+GROUP_TIMES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+GROUP_ZEROS = (1e-3, 0.03, 0.1, 0.3)
 
 
 def fit(name: str, X: Array, y: Array) -> tuple[Array, float]:
@@ -35,6 +43,16 @@ def fit(name: str, X: Array, y: Array) -> tuple[Array, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence, at ends of paths that are not chosen
         return METHODS[name](X, y)
+
+
+def fit_grouped(name: str, X: Array, y: Array, groups: NDArray[np.intp]) -> tuple[Array, float]:
+    """Fit a method that keeps groups of columns or leaves them out whole.
+
+    ``groups`` has the number of the group of each column, from 0.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _by_path(partial(GROUPED[name], groups))(X, y)
 
 
 def _estimator(make: Callable[[], Any]) -> Callable[[Array, Array], tuple[Array, float]]:
@@ -145,6 +163,38 @@ def _early_stopped(X: Array, y: Array, knobs: Array | None = None) -> tuple[Arra
     return np.arange(ITERATIONS, dtype=np.float64), iterates.T
 
 
+def _group_flow(
+    groups: NDArray[np.intp], X: Array, y: Array, knobs: Array | None = None
+) -> tuple[Array, Array]:
+    """Stop the flow of groups at several times from several scales, without its small groups."""
+    from mirrorflow import MirrorFlowRegressor
+
+    found = []
+    for log_A, t in product(GROUP_SCALES, GROUP_TIMES):
+        options: Any = {"groups": groups, "fit_intercept": False, "zero_tol": 0.0, "tol": GROUP_TOL}
+        coef = MirrorFlowRegressor(log_A, t, **options).fit(X, y).coef_
+        size = np.sqrt(np.bincount(groups, coef**2))[groups]
+        found += [np.where(size >= least * size.max(), coef, 0.0) for least in GROUP_ZEROS]
+    return np.arange(len(found), dtype=np.float64), np.transpose(found)
+
+
+def _group_lasso(
+    groups: NDArray[np.intp], X: Array, y: Array, knobs: Array | None = None
+) -> tuple[Array, Array]:
+    """Follow the path of the group lasso, the norms times the roots of the sizes (skglm)."""
+    from skglm.estimators import GroupLasso
+
+    weights = np.sqrt(np.bincount(groups))
+    top = (np.sqrt(np.bincount(groups, (X.T @ y) ** 2)) / weights).max() / len(y)
+    alphas = np.geomspace(top, 1e-3 * top, STEPS) if knobs is None else knobs
+    members: Any = [np.flatnonzero(groups == g).tolist() for g in range(len(weights))]
+    options: Any = {"weights": weights, "fit_intercept": False, "warm_start": True}
+    model, coefs = GroupLasso(members, **options), np.zeros((X.shape[1], len(alphas)))
+    for i, alpha in enumerate(alphas):
+        coefs[:, i] = model.set_params(alpha=alpha).fit(X, y).coef_
+    return alphas, coefs
+
+
 METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "mirrorflow": _estimator(_flow),
     "mirrorflow, refitted": _estimator(lambda: _flow(refit=True)),
@@ -157,11 +207,25 @@ METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "SCAD": _by_path(_scad),
     "early-stopped basis pursuit": _by_path(_early_stopped),
 }
+GROUPED: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "groups, mirrorflow": _group_flow,
+    "group lasso (skglm)": _group_lasso,
+}
 OPTIONAL = {
     "abess": "abess", "MCP": "skglm", "SCAD": "skglm", "early-stopped basis pursuit": "iterreg",
+    "group lasso (skglm)": "skglm",
 }  # fmt: skip
 
 
 def available(name: str) -> bool:
     """Whether the package of a method is installed."""
     return name not in OPTIONAL or find_spec(OPTIONAL[name]) is not None
+
+
+def steadiness(supports: list[NDArray[np.bool_]]) -> float | None:
+    """Return the mean over pairs of splits of the common share of their supports."""
+    shares = [
+        float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
+        for a, b in combinations(supports, 2)
+    ]
+    return statistics.fmean(shares) if shares else None

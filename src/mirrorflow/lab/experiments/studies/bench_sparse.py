@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,6 +160,8 @@ def _f1(found: Array, truth: Array) -> float:
 
 def _real(config: Config, methods: list[str], name: str) -> Part:
     """Fit the methods to halves of a real data set, and measure on the other halves."""
+    from ._sparse_methods import steadiness
+
     X, y = _diabetes() if name == "diabetes" else _digits()
     records, supports = [], []
     for seed in config.seeds:
@@ -180,19 +182,10 @@ def _real(config: Config, methods: list[str], name: str) -> Part:
             )  # fmt: skip
     for method in methods:
         mine = [i for i, r in enumerate(records) if r["method"] == method]
-        steady = _steadiness([supports[i] for i in mine])
+        steady = steadiness([supports[i] for i in mine])
         for i in mine:
             records[i]["steadiness"] = steady
     return Part(records, {}, checksum(X, y))
-
-
-def _steadiness(supports: list[NDArray[np.bool_]]) -> float | None:
-    """Return the mean over pairs of splits of the common share of their supports."""
-    shares = [
-        float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
-        for a, b in combinations(supports, 2)
-    ]
-    return statistics.fmean(shares) if shares else None
 
 
 def _diabetes() -> tuple[Array, Array]:
