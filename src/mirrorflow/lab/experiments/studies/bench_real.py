@@ -33,9 +33,9 @@ GROUPED = ("groups, mirrorflow", "group lasso (skglm)")
 METHODS: tuple[str, ...] = (*ALL, *GROUPED)
 STAR = "M0,-1L.3,-.3L1,0L.3,.3L0,1L-.3,.3L-1,0L-.3,-.3Z"
 HEXAGON = "M1,0L.5,.87L-.5,.87L-1,0L-.5,-.87L.5,-.87Z"
-HUES = dict(zip(METHODS, (*COLOURS, "#B07D0A", "#2F6FDE"), strict=True))
-FORMS = dict(zip(METHODS, (*SHAPES, STAR, HEXAGON), strict=True))
-MARKS = dict(zip(METHODS, (*MARKERS, "p", "h"), strict=True))
+HUES: dict[str, str] = dict(zip(METHODS, (*COLOURS, "#B07D0A", "#2F6FDE"), strict=True))
+FORMS: dict[str, str] = dict(zip(METHODS, (*SHAPES, STAR, HEXAGON), strict=True))
+MARKS: dict[str, str] = dict(zip(METHODS, (*MARKERS, "p", "h"), strict=True))
 MEASURES = ("r2", "nonzero", "kept", "steadiness", "seconds")
 PANELS = {"r2": "test R²", "steadiness": "steadiness", "seconds": "seconds of the processor"}
 ACROSS = "columns with a coefficient"
