@@ -4,7 +4,6 @@ import warnings
 from itertools import islice
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +19,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
 from mirrorflow.estimator._codes import codes
+
+pd = pytest.importorskip("pandas")  # which the lowest versions are tested without
 
 
 class AnyWidth(mf.MirrorFlowCoder):

@@ -6,7 +6,6 @@ import warnings
 
 import cvxpy as cp
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 from scipy.sparse import coo_array, csc_matrix, csr_array
@@ -21,6 +20,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
 from mirrorflow.lab.experiments.studies._lowrank_data import faces
+
+pd = pytest.importorskip("pandas")  # which the lowest versions are tested without
 
 
 @parametrize_with_checks(

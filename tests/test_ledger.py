@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -31,6 +30,8 @@ from mirrorflow.weightdecay._ledger import Entry
 
 FALL = Linear(0.5, 0.0, duration=6)
 quiet = pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
+
+matplotlib = pytest.importorskip("matplotlib")  # the lowest versions are tested without
 
 
 def run(scheduler, steps, lr=None):
