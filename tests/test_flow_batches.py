@@ -61,13 +61,13 @@ def test_a_batch_is_its_problems_one_by_one(case, view):
     Y = torch.stack([-0.5 * one.y, one.y, 0.3 * one.y.flip(0)], dim=1)
     starts = [case.start(seed) for seed in range(3)]
     setting = {
-        "g": case.g, "h": case.h, "schedule": SCHEDULES["linear"], "t_end": 0.5,
-        "view": view, "save_at": [0.2, 0.5], "rtol": 1e-6, "method": "DOP853",
+        "g": case.g, "h": case.h, "schedule": SCHEDULES["linear"], "t_end": 0.2,
+        "view": view, "save_at": [0.1, 0.2], "rtol": 1e-6, "method": "DOP853",
     }  # fmt: skip
     batch = mf.flow(mf.LeastSquares(one.Z, Y), w0=stacked(starts), **setting)
     assert batch.status is mf.Status.completed and batch.value.shape == (3, one.Z.shape[1])
     assert batch.path.x.shape == batch.path.mu.shape == (2, 3, one.Z.shape[1])
-    for i in range(3) if view == "parameters" else [1]:
+    for i in range(3) if view == "parameters" and not case.slow else [1]:
         single = mf.flow(mf.LeastSquares(one.Z, Y[:, i]), w0=starts[i], **setting)
         assert difference(batch.value[i], single.value) < 1e-5
         assert difference(batch.path.x[:, i], single.path.x) < 1e-5
@@ -158,7 +158,7 @@ def test_the_bands_hold_the_derivative():
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("method", ["LSODA", "DOP853"])
-@pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 1)])
 def test_one_row_or_one_column(view, method, n, m):
     Z, Y, w0 = sparse(n, 4, m)
     setting = {"schedule": mf.Constant(0.1), "t_end": 0.5, "view": view, "method": method}
