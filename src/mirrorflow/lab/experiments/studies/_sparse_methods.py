@@ -184,14 +184,16 @@ def _group_lasso(
     """Follow the path of the group lasso, the norms times the roots of the sizes (skglm)."""
     from skglm.estimators import GroupLasso
 
-    weights = np.sqrt(np.bincount(groups))
-    top = (np.sqrt(np.bincount(groups, (X.T @ y) ** 2)) / weights).max() / len(y)
+    varying = np.ptp(X, axis=0) > 0  # it divides by the norms of groups
+    kept, own = np.unique(groups[varying], return_inverse=True)
+    weights, Z = np.sqrt(np.bincount(groups)[kept]), X[:, varying]
+    top = (np.sqrt(np.bincount(own, (Z.T @ y) ** 2)) / weights).max() / len(y)
     alphas = np.geomspace(top, 1e-3 * top, STEPS) if knobs is None else knobs
-    members: Any = [np.flatnonzero(groups == g).tolist() for g in range(len(weights))]
+    members: Any = [np.flatnonzero(own == g).tolist() for g in range(len(kept))]
     options: Any = {"weights": weights, "fit_intercept": False, "warm_start": True}
     model, coefs = GroupLasso(members, **options), np.zeros((X.shape[1], len(alphas)))
     for i, alpha in enumerate(alphas):
-        coefs[:, i] = model.set_params(alpha=alpha).fit(X, y).coef_
+        coefs[varying, i] = model.set_params(alpha=alpha).fit(Z, y).coef_
     return alphas, coefs
 
 
