@@ -8,8 +8,8 @@ THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 # What differs between machines: vector instructions, threads, the order of the tests, neighbours.
 MACHINES := on-old-instructions on-two-threads in-any-order beside-a-busy-process
 SEED ?= $(shell date +%s)
-# A file's tests go to one process, so that what they share is made once; in the order of the files,
-# so that the two processes end together.
+# A file's tests go to one process, so that what they share is made once; in the order that
+# conftest.py gives them, the longest files first, so that the two processes end together.
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # What the core alone can run; the other tests need frameworks.

@@ -9,10 +9,14 @@ import torch
 
 import processes
 
+# Minutes each: begun among the last, they would keep one process busy while the other waits.
+FIRST = ("test_sweep", "test_experiments", "test_conditions", "test_huggingface_runs")
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
 def pytest_collection_modifyitems(items):
-    """Mark as slow all but n cases, spread evenly, of a test that is marked ``sample(n)``."""
+    """Begin with the longest files; mark as slow all but n cases of a test with ``sample(n)``."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     cases = collections.defaultdict(list)
     for item in items:
         if mark := item.get_closest_marker("sample"):

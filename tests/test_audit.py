@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
+from commands import call
 from mirrorflow.spectrum import SpectralTracker, audit, table
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -436,7 +435,7 @@ def test_fused_weights_are_read_in_part(tmp_path):
     assert audit(tmp_path).mean_ratio == pytest.approx(expected.mean_ratio, rel=1e-9)
 
 
-def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
+def test_the_page_holds_all_products_and_needs_no_network(tmp_path, monkeypatch, capsys):
     weights = {
         "a<b.q_proj.weight": torch.randn(8, 8), "a<b.k_proj.weight": torch.randn(8, 8),
         "zero.q_proj.weight": torch.zeros(8, 8), "zero.k_proj.weight": torch.randn(8, 8),
@@ -444,9 +443,8 @@ def test_the_page_holds_all_products_and_needs_no_network(tmp_path):
     }  # fmt: skip
     safetensors.save_file(weights, tmp_path / "model.safetensors")
     page = tmp_path / "deep" / "page.html"
-    command = [sys.executable, "-m", "mirrorflow", "audit", str(tmp_path), "--page", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and str(page) in done.stderr
+    assert call(monkeypatch, "audit", tmp_path, "--page", page) == 0
+    assert str(page) in capsys.readouterr().err
     text = page.read_text()
     assert "a&lt;b" in text and "<td>a<b" not in text
     assert "2 products; mean ratio" in text and "1 are 0 and have no ratio" in text

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from commands import call
 from mirrorflow.spectrum import audit, compare
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -95,21 +94,22 @@ def test_two_checkpoints_are_compared_product_by_product(tmp_path):
     assert "only here: 2.self_attn" in text
 
 
-def test_the_command_and_the_page_show_heads_and_the_other_checkpoint(tmp_path):
+def test_the_command_and_the_page_show_heads_and_the_other_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
     pair_of_checkpoints(tmp_path)
-    page = tmp_path / "page.html"
-    command = [sys.executable, "-m", "mirrorflow", "audit", str(tmp_path / "after"), "--level",
-               "head", "--compare", str(tmp_path / "before")]  # fmt: skip
-    done = subprocess.run([*command, "--page", str(page)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "compared with" in done.stdout and "only here: 2.self_attn head 1" in done.stdout
+    page, after, before = (tmp_path / name for name in ("page.html", "after", "before"))
+    command = ["audit", after, "--level", "head", "--compare", before]
+    assert call(monkeypatch, *command, "--page", page) == 0
+    out = capsys.readouterr().out
+    assert "compared with" in out and "only here: 2.self_attn head 1" in out
     html = page.read_text()
     specs = json.loads(re.findall(r'id="charts">(.*?)</script>', html, re.S)[0])
     heat = specs["audit-heads"]
     assert heat["mark"]["type"] == "rect" and len(heat["data"]["values"]) == 6
     assert ">change of the ratio</th>" in html and "lower than in the other" in html
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    products = json.loads(done.stdout)["comparison"]["products"]
+    assert call(monkeypatch, *command, "--json") == 0
+    products = json.loads(capsys.readouterr().out)["comparison"]["products"]
     assert [row["product"] for row in products][:2] == ["0.self_attn head 0", "0.self_attn head 1"]
 
 

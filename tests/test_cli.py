@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirrorflow import cli
+from commands import call
 
 NAME = "fig09_fig11_fig14_legendre"  # the fastest experiment
 ROOT = Path(__file__).parents[1]
@@ -34,14 +34,6 @@ def missing(w):
     raise KeyError("w")
 breaks = (mf.CustomReparam(missing), mf.WeightDecay(), w0)
 """
-
-
-def call(monkeypatch, *args):
-    """Run the command line in this process and give its exit code."""
-    monkeypatch.setattr(sys, "argv", ["mirrorflow", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
 
 
 @pytest.fixture
@@ -169,9 +161,7 @@ def test_the_help_of_check_says_that_the_file_is_run(monkeypatch, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 def test_output_that_cannot_be_written_is_one_line(tmp_path):
-    saved = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], weight_decay=0.1).state_dict()
-    torch.save(saved, tmp_path / "optimizer.pt")
-    command = [sys.executable, "-m", "mirrorflow", "lint", str(tmp_path)]
+    command = [sys.executable, "-m", "mirrorflow", "list", "--out", str(tmp_path)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2

@@ -85,6 +85,7 @@ def test_the_score_of_rows_with_one_entry_is_that_of_no_information():
 
 
 @pytest.mark.parametrize("model", [mf.MatrixCompletion(), mf.MatrixSensing(switch_off=False)])
+@pytest.mark.sample(1)
 def test_a_grid_search_chooses_a_decay_that_predicts(model):
     _, M = problem(80, 20, seen=0.7, noise=0.5)
     search = GridSearchCV(model, {"alpha": [0.9, 0.2]}, cv=3).fit(M)

@@ -77,7 +77,7 @@ def test_pairs_that_the_theory_does_not_cover(case, seed=0):
         (mf.Identity(), custom(lambda x: x.sum() - 9), AT[0], False, False),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_penalties_that_commute_need_not_contract(g, h, w0, well_posed, contracting):
     report = mf.check(g, h, w0)
     assert report.applies
@@ -163,6 +163,7 @@ def test_a_pair_of_matrices_that_does_not_commute_is_found_by_its_indices():
         (mf.Product(), (torch.from_numpy(orthogonal(3, 0)), torch.from_numpy(orthogonal(3, 4)))),
     ],
 )
+@pytest.mark.sample(1)
 def test_general_data_on_matrices_and_what_is_needed(g, w0):
     general = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 3)))
     for sensing in (None, general):
@@ -219,6 +220,7 @@ def test_a_coordinate_that_starts_at_zero_of_all_factors_is_found_among_many():
         (mf.LogRatio(), TERMS, (vector(1e-7, 1e7), vector(2e-7, 1e7))),
     ],
 )
+@pytest.mark.sample(2)
 def test_coordinates_of_very_different_sizes_are_regular(g, h, w0):
     """Rows that share no parameter are independent, whatever their sizes."""
     assert mf.check(g, h, w0).regular
@@ -252,7 +254,7 @@ NORMS = {
     ("name", "size"),
     [("one coordinate", 1e-6), ("elementwise", 1.0), ("groups", 1e6), ("one of two", 1.0)],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_norms_commute_with_themselves(name, size):
     """r = r0 + mu + a: the gradient of |w| has unit length, and does not change along itself."""
     w = size * vector(1.0, 0.5, 0.3, 0.7, -0.4)
@@ -375,6 +377,7 @@ def test_many_good_coordinates_do_not_hide_a_bad_one():
     ],
     ids=("g", "h in m", "h in w"),
 )
+@pytest.mark.sample(2)
 def test_a_false_promise_of_elementwise_is_found(g, h, w0, culprit):
     report = mf.check(g, h, w0)
     broken = [c for c in report.conditions if "although elementwise=True was promised" in c.detail]
@@ -396,7 +399,7 @@ def test_a_false_promise_of_elementwise_is_found(g, h, w0, culprit):
     ],
     ids=("cos", "log", "-log", "-exp", "quartic", "sinh", "cosh"),
 )
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 def test_whether_ones_own_penalty_is_bounded_below(fn, bounded, seed):
     assert mf.check(mf.Identity(), custom(fn), AT[0], seed=seed).well_posed == bounded
 
@@ -418,7 +421,7 @@ TINY = tuple(vector(*f) for f in ((1.0, 2.0), (3.0, -1.0)))
         (mf.PowerDifference(2), L1_OF_ALL, False, 3),
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_starts_of_any_size(g, h, applies, power, size):
     """The squares of 1e-200 underflow; the conditions are relative."""
     size = size ** (1 / power)

@@ -58,6 +58,7 @@ def orders(errors):
 
 
 @pytest.mark.parametrize("id", ("hadamard", "power-2", "product", "symmetric"))
+@pytest.mark.sample(3)
 def test_training_approaches_the_flow_at_first_order(id):
     case = next(c for c in EVERY if c.id == id)
     _, (x,), _, _ = oracles.train(

@@ -14,7 +14,7 @@ from test_estimator import problem
 
 
 @pytest.mark.parametrize("options", [{}, {"decay": mf.TurnOff(1.0, 1.0)}, {"positive": True}])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_cross_validation_is_a_loop_over_folds_and_candidates(options):
     """Without a decay that is given, two flows more shrink: their decay stays on."""
     X, y, _ = problem(noise=1.0)

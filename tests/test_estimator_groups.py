@@ -62,6 +62,7 @@ def test_the_fit_is_the_flow_of_s_and_v(log_A, decay, n):
 
 @pytest.mark.parametrize("decay", [None, mf.Constant(1.0)])
 @pytest.mark.parametrize("log_A", [2.0, -6.0, -900.0])
+@pytest.mark.sample(4)
 def test_groups_of_one_column_are_m_times_w(decay, log_A):
     X, y = problem()
     model = mf.MirrorFlowRegressor(log_A, 3, decay=decay, zero_tol=0, tol=1e-6)

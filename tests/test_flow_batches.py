@@ -55,6 +55,7 @@ def in_every_view():
 
 
 @pytest.mark.parametrize(("case", "view"), in_every_view())
+@pytest.mark.sample(24)
 def test_a_batch_is_its_problems_one_by_one(case, view):
     """Rows with their own start and right-hand side, in every view, with every kind of R_a."""
     one = loss(case, "least-squares").torch

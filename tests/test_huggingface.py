@@ -199,7 +199,7 @@ def per_layer():
 @pytest.mark.parametrize(
     ("make", "lora"), [(overall, False), (per_layer, False), (per_layer, True)]
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_closed_loop_is_fed_and_resumes(tmp_path, make, lora, moved):
     whole = trainer(tmp_path / "whole", lora=lora)
     control = control_decay(whole, make(), track_every=2)

@@ -42,7 +42,7 @@ LOOPS = {
     [("budget", "schedule"), ("level", "schedule"), ("layers", "schedule"), ("budget", "groups"),
      ("hold", "groups")],
 )  # fmt: skip
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_second_run_is_as_the_first(tmp_path, kind, place):
     given = LOOPS[kind]()
     rules = {"schedule": given} if place == "schedule" else {"groups": [(0, given)]}
@@ -153,7 +153,7 @@ def resume(saved):
         (lambda text: json.dumps(json.loads(text) | {"loops": [{}]}), "closed loops"),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_damaged_file_is_named(saved, damage, said):
     text = saved.read_text()
     assert json.loads(text)["scheduler"]["steps"] == STOP

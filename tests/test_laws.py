@@ -62,7 +62,7 @@ def schedules(draw):
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("name", LOSSES)
 @each_fast_pair
-@pytest.mark.sample(60)
+@pytest.mark.sample(40)
 def test_the_mirror_of_x_is_mu(case, name, schedule):
     R = legendre(case)
     _, x, mu, a = train(case, name, schedule, times=(0.3, 1.0, UNTIL))
@@ -73,7 +73,7 @@ def test_the_mirror_of_x_is_mu(case, name, schedule):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", [c for c in COMMUTE if c.slow], ids=str)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_the_mirror_of_x_is_mu_by_inversion(case, name):
     R = legendre(case)
     _, (x,), (mu,), (a,) = train(case, name, SCHEDULES["negative"])
@@ -135,7 +135,7 @@ def test_schedules_with_one_integral_end_in_one_point(case):
 
 
 @pytest.mark.parametrize("case", [c for c in COMMUTE if c.span is None], ids=str)
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 def test_the_inverse_metric_is_the_gram_of_the_jacobian(case):
     (w,), (x,), _, (a,) = train(case, "quartic")
     J = case.field.jacobian(w).T
@@ -184,7 +184,7 @@ def test_the_centre_minimizes_R(case):
 
 @pytest.mark.parametrize("name", ("least-squares", "logistic"))
 @each_fast_pair
-@pytest.mark.sample(10)
+@pytest.mark.sample(7)
 def test_three_views_agree_with_the_oracle(case, name):
     schedule, times = SCHEDULES["off-on-off"], (0.2, 0.5, 1.1, UNTIL)
     w, x, mu, a = train(case, name, schedule, times=times)

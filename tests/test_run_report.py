@@ -178,6 +178,7 @@ def test_before_training_there_is_little_to_report():
 
 
 @pytest.mark.parametrize("changes", [{}, {"logging_strategy": "no"}, {"log_level": "error"}])
+@pytest.mark.sample(2)
 def test_the_trainer_prints_the_report_unless_it_logs_nothing(tmp_path, capsys, changes):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")

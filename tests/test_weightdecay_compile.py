@@ -26,7 +26,7 @@ RISE = Linear(0.1, 0.6, duration=12)
     ],
     ids=["adamw", "sgd", "from outside", "exact off"],
 )
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_a_changing_decay_is_compiled_a_few_times(name, options, most, schedule):
     """First with its value, then as any number, and once for 0, which is another branch."""
     torch._dynamo.reset()

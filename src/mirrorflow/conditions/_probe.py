@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import DOP853
 from torch import Tensor
 
-from ..regularizer import Regularizer
+from ..regularizer import Regularizer, detached_gradient
 from ..reparam import Parameters, Reparam, flatten, unflatten
 
 __all__ = ["Probe", "lengths", "norm"]
@@ -70,7 +70,7 @@ class Probe:
             if pulled:
                 speed = flatten(self.g.pullback(here, mu))
             if decays:
-                speed = speed + a * flatten(self.penalty()(here))
+                speed = speed + a * flatten(detached_gradient(self.h, here, self.g))
             return speed.to(torch.float64).numpy()
 
         if not np.isfinite(velocity(0.0, flatten(w).numpy())).all():

@@ -66,11 +66,11 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (n = 12, 400 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
+        """Return smoke (n = 6, 200 steps), cpu (three seeds), or full (ten seeds, a finer map)."""
         if name == "smoke":
             return cls(
-                n=12, r=2, m=60, steps=400, switch=200, every=20, seeds=(0, 1), commuting_m=5,
-                grid_alphas=(0.02, 0.04), grid_switches=(100, 300), commuting_time=1e3,
+                n=6, r=1, m=20, steps=200, switch=100, every=10, seeds=(0, 1), commuting_m=3,
+                grid_alphas=(0.02, 0.04), grid_switches=(50, 150), commuting_time=1e2,
             )  # fmt: skip
         if name == "full":
             return cls(

@@ -85,11 +85,11 @@ class Config(contract.Config):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (tiny matrices and digits), cpu (three draws), or full (ten draws)."""
+        """Return smoke (tiny matrices and a photograph), cpu (three draws), or full (ten draws)."""
         if name == "smoke":
             return cls(
-                small=(12, 10), large=(24, 20), measured=(6, 5), ranks=(1,), large_rank=2,
-                seens=(0.6,), noises=(0.0, 0.1), images=("digits",), max_rank=3, image_rank=3,
+                small=(8, 6), large=(14, 12), measured=(4, 3), ranks=(1,), large_rank=2,
+                seens=(0.6,), noises=(0.1,), images=("china",), shrink=32, max_rank=2, image_rank=2,
                 methods=(OFF, KEPT, "soft-impute", "hard-impute"), seeds=(0,),
             )  # fmt: skip
         return cls(seeds=tuple(range(10)), shrink=2) if name == "full" else cls()

@@ -15,7 +15,10 @@ __all__ = ["Event", "Local"]
 
 # (key of the job, "progress" | "done" | "failed" | "died", what belongs to it)
 Event = tuple[str, str, Any]
-PRELOAD = ("torch", "sklearn", "mirrorflow.lab.framework", "mirrorflow.lab.sweep.work")
+PRELOAD = (
+    "torch", "sklearn.linear_model", "mirrorflow.flow", "mirrorflow.limit", "mirrorflow.descent",
+    "mirrorflow.lab.framework", "mirrorflow.lab.sweep.work",
+)  # fmt: skip
 
 
 class Local:
