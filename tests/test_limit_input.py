@@ -383,6 +383,21 @@ def test_an_a_without_a_centre_is_refused():
 # Awkward designs at random.
 
 
+@pytest.mark.parametrize("close", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("log_A", [2.0, -27.6])
+def test_a_row_that_depends_on_rows_close_together_is_dropped(close, log_A):
+    """The last pivot of such rows is rounding over the small one before it, and looks large."""
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        Z, x = rng.standard_normal((6, 14)), rng.standard_normal(14)
+        Z = np.vstack([Z, Z[0] + close * rng.standard_normal(14)])
+        more = np.vstack([Z, (Z[-1] - Z[0]) / close])
+        R, a = zero_start(14), (log_A + math.log(2)) / 2
+        sol, expected = mf.limit(R, more, more @ x, a), mf.limit(R, Z, Z @ x, a)
+        assert sol.status.ok and sol.stats.kkt < 1e-6 and sol.stats.residual < 1e-9
+        np.testing.assert_allclose(sol.value, expected.value, atol=1e-6 * np.abs(x).max() / close)
+
+
 @st.composite
 def designs(draw):
     n, d = draw(st.integers(2, 8)), draw(st.integers(8, 20))

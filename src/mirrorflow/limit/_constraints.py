@@ -11,11 +11,13 @@ from scipy.linalg import get_blas_funcs, get_lapack_funcs
 __all__ = ["Constraints", "length", "orthonormal"]
 
 Array = NDArray[np.float64]
-RANK = 1e-6  # smallest pivot of the Gram matrix's Cholesky factor; below it, an SVD decides
+# Below this reciprocal condition of the Gram matrix an SVD decides. The last pivot does not: of
+# dependent rows it is rounding, divided by the pivots before it.
+RCOND = 1e-12
 DROP = 1e-11  # singular values, relative to the largest, that count as zero
 MISSED = 1e-9  # part of y outside the range of Z, relative to y, that counts as inconsistent
 (trmm,) = get_blas_funcs(("trmm",), dtype=np.float64)
-potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
+potrf, pocon, trtri = get_lapack_funcs(("potrf", "pocon", "trtri"), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def orthonormal(Z: Array, y: Array) -> Constraints:
     n, d = Z.shape
     if 0 < n <= d:
         # U U^T = L L^T: the rows of Q = L^{-1} U are orthonormal.
-        factor, failed = potrf(U @ U.T, lower=1, clean=1)
-        if failed == 0 and np.diag(factor).min() > RANK:
+        gram = U @ U.T
+        factor, failed = potrf(gram, lower=1, clean=1)
+        if failed == 0 and pocon(factor, np.abs(gram).sum(0).max(), uplo="L")[0] > RCOND:
             inverse = trtri(factor, lower=1)[0]
             # inverse @ U, in half the time
             Q = trmm(1.0, inverse, U.T, side=1, lower=1, trans_a=1).T
