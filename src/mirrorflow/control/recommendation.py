@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -258,7 +259,7 @@ def _for_loss(run: _Run) -> Recommendation:
 def _for_rank(run: _Run, price: float, kept: float) -> Recommendation:
     """Return the schedule of the stored run of lowest ratio that cost no more than the price."""
     if stored := curves(run.product):
-        return _for_cut(run, price, kept, stored[0])
+        return _for_cut(run, price, kept, stored)
     able = [study for study in studies(run.product) if study.seeds >= _SEEDS]
     if not able:
         return _nothing("rank", run)
@@ -282,23 +283,32 @@ def _for_rank(run: _Run, price: float, kept: float) -> Recommendation:
     return _following("rank", run, chosen, (reason, study.arms, names, unknown))
 
 
-def _for_cut(run: _Run, price: float, kept: float, curve: Curve) -> Recommendation:
-    """Return the least decay after which a truncation costs no more than the price."""
-    place = curve.nearest(kept)
-    names, unknown = (curve.result,), run.caveats(curve)
-    if abs(curve.kept[place] - kept) > _NEAR:
+def _for_cut(run: _Run, price: float, kept: float, found: tuple[Curve, ...]) -> Recommendation:
+    """Return the least decay after which a truncation costs no more than the price.
+
+    Where several curves are stored, the one that asks for the most decay is followed.
+    """
+    places = [curve.nearest(kept) for curve in found]
+    arms = [
+        _least(curve, place, price * curve.none.loss)
+        for curve, place in zip(found, places, strict=True)
+    ]
+    first = min(range(len(found)), key=lambda i: math.inf if (arm := arms[i]) is None else arm.a)
+    curve, chosen = found[first], arms[first]
+    order = [first, *(i for i in range(len(found)) if i != first)]
+    reason = " ".join(_why(found[i], places[i], price, arms[i]) for i in order)
+    names, unknown = tuple(found[i].result for i in order), run.caveats(curve)
+    if abs(curve.kept[places[first]] - kept) > _NEAR:
         parts = ", ".join(f"{stored:g}" for stored in curve.kept)
         unknown = (f"what keeping {kept:g} of the ranks costs: {parts} are stored", *unknown)
-    chosen = _least(curve, place, price * curve.none.loss)
-    reason = _why(curve, place, price, chosen)
     if chosen is None or chosen.a == 0:
         return Recommendation("rank", None, 0.0, reason, curve.arms, names, unknown)
-    for found in falls(run.product, run.name):
-        names = (*names, found.result)
+    for fall in falls(run.product, run.name):
+        names = (*names, fall.result)
         reason += (
-            f" In a model that was trained before less may happen: in {found.title} "
-            f"a = {found.a:.2g} lowered the ratio of nuclear to Frobenius norm by {found.fall:.2g} "
-            f"± {found.interval:.1g}."
+            f" In a model that was trained before less may happen: in {fall.title} "
+            f"a = {fall.a:.2g} lowered the ratio of nuclear to Frobenius norm by {fall.fall:.2g} "
+            f"± {fall.interval:.1g}."
         )
     return _following("rank", run, chosen, (reason, curve.arms, names, unknown))
 
