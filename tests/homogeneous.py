@@ -22,39 +22,12 @@ def tensors(w):
     return tuple(torch.from_numpy(f.copy()) for f in w) if len(w) > 1 else torch.from_numpy(w[0])
 
 
-def odd_power():
-    """u^3 - v^3."""
-
-    def g(w):
-        u, v = oracles.halves(w)
-        return u**3 - v**3
-
-    def pull(w, s):
-        u, v = oracles.halves(w)
-        return np.concatenate([3 * u * u * s, -3 * v * v * s])
-
-    return oracles.Field(g, pull, lambda w: w)
-
-
-def weighted_product():
-    """u^2 v."""
-
-    def g(w):
-        u, v = oracles.halves(w)
-        return u * u * v
-
-    def pull(w, s):
-        u, v = oracles.halves(w)
-        return np.concatenate([2 * u * v * s, u * u * s])
-
-    return oracles.Field(g, pull, lambda w: w)
-
-
 def square_times(w):
     return w[0] ** 2 * w[1]
 
 
 OWN = mf.CustomReparam(square_times, elementwise=True)
+OWN_FIELD = oracles.elementwise(2, lambda u, v: u * u * v, lambda u, v: (2 * u * v, u * u))
 # Model, its flow in NumPy, the number of factors, the degree, and whether factors are positive.
 MODELS = {
     "depth-2": (mf.Depth(2), oracles.depth(2), 2, 2, False),
@@ -62,9 +35,9 @@ MODELS = {
     "depth-4": (mf.Depth(4), oracles.depth(4), 4, 4, False),
     "depth-5": (mf.Depth(5), oracles.depth(5), 5, 5, False),
     "power-4": (mf.PowerDifference(2), oracles.power(2, plain=True), 2, 4, False),
-    "power-3": (mf.PowerDifference(1.5), odd_power(), 2, 3, True),
+    "power-3": (mf.PowerDifference(1.5), oracles.power(1.5, plain=True), 2, 3, True),
     "log-ratio": (mf.LogRatio(), oracles.log_ratio(plain=True), 2, 0, True),
-    "own": (OWN, weighted_product(), 2, 3, True),
+    "own": (OWN, OWN_FIELD, 2, 3, True),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 

@@ -27,52 +27,43 @@ class Field:
         return np.stack([self.pull(w, e) for e in np.eye(len(self.g(w)))], axis=1)
 
 
-def halves(w):
-    return np.split(w, 2)
+def elementwise(count, g, slopes, coefficients=None):
+    """x = g(*factors) entry by entry, whose derivatives are slopes(*factors).
 
+    h is weight decay, or has the terms of g, each times one of the coefficients.
+    """
 
-def _times(w):
-    m, v = halves(w)
-    return m * v
+    def pull(w, s):
+        return np.concatenate([slope * s for slope in slopes(*np.split(w, count))])
 
+    def terms(w):
+        parts = slopes(*np.split(w, count))
+        return np.concatenate([c * slope for c, slope in zip(coefficients, parts, strict=True)])
 
-def _times_pull(w, s):
-    m, v = halves(w)
-    return np.concatenate([v * s, m * s])
+    decay = (lambda w: w) if coefficients is None else terms
+    return Field(lambda w: g(*np.split(w, count)), pull, decay)
 
 
 def hadamard():
-    return Field(_times, _times_pull, lambda w: w)
+    return elementwise(2, lambda m, v: m * v, lambda m, v: (v, m))
 
 
 def power(k, up=1.0, down=1.0, plain=False):
     """u^{2k} - v^{2k} with h = up u^{2k} + down v^{2k}, or plain weight decay."""
-
-    def slope(w):
-        return 2 * k * w ** (2 * k - 1)
-
-    def g(w):
-        u, v = halves(w)
-        return u ** (2 * k) - v ** (2 * k)
-
-    def signed(w, s, t):
-        u, v = halves(slope(w))
-        return np.concatenate([u * s, v * t])
-
-    decay = (lambda w: w) if plain else (lambda w: signed(w, up, down))
-    return Field(g, lambda w, s: signed(w, s, -s), decay)
+    n = int(2 * k)
+    return elementwise(
+        2,
+        lambda u, v: u**n - v**n,
+        lambda u, v: (n * u ** (n - 1), -n * v ** (n - 1)),
+        None if plain else (up, -down),
+    )
 
 
 def log_ratio(plain=False):
-    def g(w):
-        u, v = halves(w)
-        return np.log(u) - np.log(v)
-
-    def pull(w, s):
-        u, v = halves(w)
-        return np.concatenate([s / u, -s / v])
-
-    return Field(g, pull, (lambda w: w) if plain else (lambda w: 1 / w))
+    coefficients = None if plain else (1, -1)
+    return elementwise(
+        2, lambda u, v: np.log(u) - np.log(v), lambda u, v: (1 / u, -1 / v), coefficients
+    )
 
 
 def identity(linear):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mirrorflow.spectrum import SpectralTracker, audit, plan_truncation
+from mirrorflow.spectrum._adapters import FORMS
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -40,6 +41,8 @@ NAMES = [
      "base_model.model.q", "", False),
     ("base_model.model.q.lora_A.default.weight", "base_model.model.q.lora_B.default.weight",
      "base_model.model.q", "default", False),
+    ("base_model.model.wte.lora_embedding_A", "base_model.model.wte.lora_embedding_B",
+     "base_model.model.wte", "", False),
     ("q.lora_A", "q.lora_B", "q", "", False),  # loralib, Mochi
     ("q.lora_A.default", "q.lora_B.default", "q", "default", False),
     ("lora_unet_mid_block_to_q.lora_down.weight", "lora_unet_mid_block_to_q.lora_up.weight",
@@ -75,6 +78,11 @@ NAMES = [
      "decoder.layers.0.self_attention.linear_qkv.adapter.linear_out.weight",
      "decoder.layers.0.self_attention.linear_qkv.adapter", "", False),  # Megatron Bridge
 ]  # fmt: skip
+
+
+def test_every_form_of_the_package_has_a_name_in_the_table():
+    met = (next(f for f in FORMS if f.pattern.fullmatch(names[0])) for names in NAMES)
+    assert set(met) == set(FORMS)
 
 
 @pytest.mark.parametrize(("down", "up", "module", "adapter", "turned"), NAMES,

@@ -3,7 +3,7 @@
 Names and shapes are all that a checkpoint on disk has, so that one finder serves models and files.
 What names do not tell (the number of heads, LoRA's scale) comes from `Facts`: `tracker` reads them
 from the modules, `audit` from the configuration files. Where attention has its factors is written
-in `layouts`.
+in `_attention`.
 """
 
 from __future__ import annotations
