@@ -252,14 +252,20 @@ def test_the_table_of_the_gains_is_what_is_stored():
     assert len(cells) == 24 and float(min(off, key=off.__getitem__)) == GAIN  # it is the default
 
 
-def test_the_costs_of_truncation_are_those_of_the_stored_curve():
+@pytest.mark.parametrize(
+    ("network", "head"),
+    [("gpt", "| a (switched off at 60%) |"), ("vit", "| a (the ViT, switched off at 60%) |")],
+)
+def test_the_costs_of_truncation_are_those_of_the_stored_curve(network, head):
     module = framework.load("beyond_compression")
     (result,) = (
-        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+        r
+        for r in framework.find_results(ROOT / "results")
+        if r["experiment"] == module.NAME and r["config"]["network"] == network
     )
     stored = {row["a"]: row for row in module.table(result["records"]) if row["decay"] != "kept"}
     text = (ROOT / "docs" / "which-decay.md").read_text(encoding="utf-8")
-    part = text.split("| a (switched off at 60%) |")[1].split("\n\n")[0]
+    part = text.split(head)[1].split("\n\n")[0]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines()[2:]]
     assert {float(row[0]) for row in rows} == set(stored)
     for a, *cells, ratio in rows:

@@ -248,17 +248,8 @@ def test_a_higher_price_buys_a_lower_ratio_of_adapters():
     assert mf.recommend(model, optimizer, None, 1500, "rank", price=0.0).schedule is None
 
 
-def curve_of_attention():
-    (curve,) = (table for table in TABLES["curve"] if table["product"] == "attention")
-    return curve
-
-
-@pytest.mark.parametrize(("kept", "near"), [(0.8, 0.75), (0.55, 0.5), (0.2, 0.25), (0.05, 0.25)])
-@pytest.mark.parametrize("price", [0.0, 0.001, 0.01, 0.1])
-def test_the_least_decay_is_recommended_after_which_a_cut_costs_the_price(kept, near, price):
-    model, curve = attention(), curve_of_attention()
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    found = mf.recommend(model, optimizer, None, 1500, "rank", price=price, kept=kept)
+def least(curve, near, price):
+    """Return the a of least decay after which a cut costs at most the price, or None."""
     place = curve["kept"].index(near)
     limit = price * next(arm["loss"] for arm in curve["arms"] if arm["a"] == 0)
     able = [
@@ -267,9 +258,22 @@ def test_the_least_decay_is_recommended_after_which_a_cut_costs_the_price(kept, 
         if arm["cost"][place] + arm["spread"][place] <= limit
         if arm["gap"] - arm["interval"] <= limit
     ]
-    assert found.a == pytest.approx(max(able, default=0.0), rel=1e-3)
-    assert (found.schedule is None) == (max(able, default=0.0) == 0)
-    assert ("in no stored run" in found.reason) == (not able)
+    return max(able, default=None)
+
+
+@pytest.mark.parametrize(("kept", "near"), [(0.8, 0.75), (0.55, 0.5), (0.2, 0.25), (0.05, 0.25)])
+@pytest.mark.parametrize("price", [0.0, 0.001, 0.01, 0.1])
+def test_the_least_decay_is_recommended_after_which_a_cut_costs_the_price(kept, near, price):
+    model, curves = attention(), TABLES["curve"]
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    found = mf.recommend(model, optimizer, None, 1500, "rank", price=price, kept=kept)
+    each = [least(curve, near, price) for curve in curves]
+    most = min((a for a in each if a is not None), default=0.0)  # the curve that asks for most
+    assert found.a == pytest.approx(most, rel=1e-3) and (found.schedule is None) == (most == 0)
+    assert found.reason.count("in no stored run") == each.count(None)
+    for curve in curves:
+        assert curve["title"] in found.reason and curve["result"] in found.evidence
+        assert any(curve["title"] in what for what in found.unknown)
     assert f"truncation to {near:g} of each" in found.reason
     far = any("of the ranks costs" in what for what in found.unknown)
     assert far == (abs(kept - near) > 0.125)
@@ -305,3 +309,16 @@ def test_what_cannot_be_answered_is_refused(given, said):
     model = attention()
     with pytest.raises(ValueError, match=said):
         mf.recommend(model, AdamW(model.parameters()), **given)
+
+
+def test_the_guide_says_what_decay_costs_before_any_cut():
+    text = " ".join((ROOT / "docs" / "which-decay.md").read_text("utf-8").split())
+    for curve, strengths in zip(TABLES["curve"], [(-5,), (-5, -1.5)], strict=True):
+        for a in strengths:
+            kept, off = (
+                next(arm for arm in curve["arms"] if arm["a"] == a and (arm["off"] == 1) == whole)
+                for whole in (True, False)
+            )
+            gap, kept_gap = (f"{arm['gap']:.2f} ± {arm['interval']:.2f}" for arm in (off, kept))
+            assert f"a = {a:g} ended {gap} above" in text or f"a = {a:g} {gap} (kept" in text
+            assert f"(kept: {kept_gap})" in text

@@ -221,7 +221,7 @@ def curves(product: str) -> tuple[Curve, ...]:
     Examples
     --------
     >>> [curve.kept for curve in curves("attention")]
-    [(0.75, 0.5, 0.25)]
+    [(0.75, 0.5, 0.25), (0.75, 0.5, 0.25)]
     """
     found = []
     for table in _tables()["curve"]:

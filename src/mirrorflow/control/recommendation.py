@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ GOALS = ("loss", "rank", "sparsity")
 _SEEDS = 3  # fewer show nothing that a schedule could rest on
 _CLOSE = 0.01  # the error at which a solution counts as recovered
 _NO_CURVE = (
-    "how many ranks can then be cut at which loss: the stored curve (beyond_compression) is of "
+    "how many ranks can then be cut at which loss: the stored curves (beyond_compression) are of "
     "attention; the ratio of nuclear to Frobenius norm stands in for it"
 )
 _NEAR = 0.125  # a part of the ranks that is farther from all that are stored is not answered
@@ -286,7 +286,8 @@ def _for_rank(run: _Run, price: float, kept: float) -> Recommendation:
 def _for_cut(run: _Run, price: float, kept: float, found: tuple[Curve, ...]) -> Recommendation:
     """Return the least decay after which a truncation costs no more than the price.
 
-    Where several curves are stored, the one that asks for the most decay is followed.
+    Where several curves are stored, the one that asks for the most decay is followed, of those on
+    which some decay is enough.
     """
     places = [curve.nearest(kept) for curve in found]
     arms = [
@@ -297,7 +298,8 @@ def _for_cut(run: _Run, price: float, kept: float, found: tuple[Curve, ...]) -> 
     curve, chosen = found[first], arms[first]
     order = [first, *(i for i in range(len(found)) if i != first)]
     reason = " ".join(_why(found[i], places[i], price, arms[i]) for i in order)
-    names, unknown = tuple(found[i].result for i in order), run.caveats(curve)
+    together = replace(curve, title=" and ".join(found[i].title for i in order))
+    names, unknown = tuple(found[i].result for i in order), run.caveats(together)
     if abs(curve.kept[places[first]] - kept) > _NEAR:
         parts = ", ".join(f"{stored:g}" for stored in curve.kept)
         unknown = (f"what keeping {kept:g} of the ranks costs: {parts} are stored", *unknown)
