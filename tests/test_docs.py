@@ -279,3 +279,39 @@ def test_the_costs_of_truncation_are_those_of_the_stored_curve(network, head):
             for told, number in zip(cell.split(" ± "), found, strict=True):
                 digits = len(told.split(".")[1])
                 assert float(told) == pytest.approx(number, abs=0.51 * 10**-digits)
+
+
+def test_the_table_of_real_data_sets_is_that_of_its_result():
+    module = framework.load("bench_real")
+    (result,) = (
+        r for r in framework.find_results(ROOT / "results") if r["experiment"] == module.NAME
+    )
+    found = module.summary(result["records"])
+    names = {"refitted": "mirrorflow, refitted"}
+    names["basis pursuit, stopped early"] = "early-stopped basis pursuit"
+    text = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")
+    part = text.split("(`results/bench_real/`):\n\n")[1].split("\n\n")[0].splitlines()
+    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in part]
+    assert len(rows) == len(found) == len(module.SETS) and len(head) == 11
+    for name, *cells in rows:
+        key, size = name.rsplit(", ", 1)
+        methods = {method: found[key][names.get(method, method)] for method in head[1:]}
+        best = max(round(m["r2"], 3) for m in methods.values())
+        assert size == f"{methods['mirrorflow']['n']} x {methods['mirrorflow']['d']}"
+        for m, cell in zip(methods.values(), cells, strict=True):
+            bold = "**" if round(m["r2"], 3) == best else ""
+            assert cell == f"{bold}{m['r2']:.3f}{bold} ({m['nonzero']:g})"
+    near, sets = module.near_best(result["records"])
+    assert (near["mirrorflow"], near["elastic net"], sets) == (4, 4, 8)
+    assert near["lasso"] == near["relaxed lasso"] == 5
+    fewest = [min(m, key=lambda k: m[k]["nonzero"]) for m in found.values()]
+    assert sum(name in ("OMP", "abess") for name in fewest) == 7
+    for other, better, worse in (("lasso", 1, 3), ("relaxed lasso", 1, 0)):
+        gains = module.gains(result["records"], module.OURS, other).values()
+        assert sum(g > 0.01 for g in gains) == better and sum(g < -0.01 for g in gains) == worse
+    columns = [(m["relaxed lasso"]["nonzero"], m["mirrorflow"]["nonzero"]) for m in found.values()]
+    assert sum(one < other for one, other in columns) == 7
+    ours, theirs = (
+        ", ".join(f"{m[k]['r2']:.3f}" for m in found.values() if k in m) for k in module.GROUPED
+    )
+    assert f"({ours} beside {theirs})" in " ".join(text.split())
