@@ -169,6 +169,14 @@ def test_a_preview_needs_a_scheduler_and_says_so(made):
         preview(made, 10)
 
 
+@pytest.mark.parametrize("target", [0.5, 0.999])
+def test_a_ratio_that_cannot_be_held_is_refused(target):
+    with pytest.raises(ValueError, match=rf"target must be >= 1, .* got {target}\. .*lowest="):
+        mf.HoldRatio(target, 0.1)
+    hold = mf.HoldRatio(target, 0.1, lowest=0.0)  # of a norm, say
+    assert hold.update(0, 2 * target) > 0.1
+
+
 @pytest.mark.parametrize("budget", [0.05, 5.0])
 def test_the_preview_says_that_a_budget_is_never_absorbed(budget):
     optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)
