@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def test_the_package_and_its_command_line_do_not_import_torch():
         "import mirrorflow.cli; assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_pytest_has_one_lower_bound_which_imports_modules_once():
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = said["tool"]["pytest"]["ini_options"]["minversion"]  # an older one refuses to run
+    assert f"pytest>={oldest}" in said["project"]["optional-dependencies"]["test-core"]
+    assert tuple(map(int, oldest.split("."))) >= (8, 2)
 
 
 def test_the_package_runs_as_a_module():

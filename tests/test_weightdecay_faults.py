@@ -133,6 +133,50 @@ def test_a_target_that_no_ratio_reaches_is_refused(target):
     assert [off.update(k, target + v) for k, v in enumerate((1.0, 0.0))] == [0.1, 0.0]
 
 
+LATE = [
+    mf.SwitchOff(-0.1, at=5),
+    mf.Constant(-0.1),
+    mf.Linear(0.1, -0.1, 1000),
+    mf.Cosine(0.1, -0.1, 1000),
+    mf.Piecewise([900], [0.1, -0.1]),
+    mf.join([(mf.Linear(0.1, -0.1, 900), 600), (mf.Constant(0.1), None)]),  # before a joint
+    mf.Cyclic(mf.Linear(0.1, -0.1, 900), 800, 3),
+]
+
+
+@pytest.mark.parametrize("schedule", LATE, ids=repr)
+@pytest.mark.parametrize("rules", [False, True])
+def test_a_decay_that_is_negative_late_in_the_run_is_refused_before_it(schedule, rules):
+    p = weights(1)
+    optimizer = AdamW(p, lr=0.1, weight_decay=0.1)
+    options = {"groups": [(0, schedule)]} if rules else {}
+    with pytest.raises(ValueError, match="a weight decay must be >= 0 at all steps, got -0"):
+        WeightDecayScheduler(optimizer, None if rules else schedule, **options)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("end", [7, 1000, 12345])
+@pytest.mark.parametrize("kind", [mf.Linear, mf.Cosine])
+def test_a_ramp_to_zero_is_taken(kind, end):
+    cycles = mf.Cyclic(kind(0.3, 0.0, end), end, 9)
+    for schedule in (kind(0.3, 0.0, end), kind(0.0, 0.3, end), cycles):
+        WeightDecayScheduler(AdamW(weights(1), lr=0.1, weight_decay=0.1), schedule)
+
+
+@pytest.mark.parametrize("made", [None, mf.Constant(0.1), mf.OffAtBudget(0.1, budget=1.0)])
+def test_a_preview_needs_a_scheduler_and_says_so(made):
+    with pytest.raises(TypeError, match="scheduler must be a WeightDecayScheduler, got"):
+        preview(made, 10)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.999])
+def test_a_ratio_that_cannot_be_held_is_refused(target):
+    with pytest.raises(ValueError, match=rf"target must be >= 1, .* got {target}\. .*lowest="):
+        mf.HoldRatio(target, 0.1)
+    hold = mf.HoldRatio(target, 0.1, lowest=0.0)  # of a norm, say
+    assert hold.update(0, 2 * target) > 0.1
+
+
 @pytest.mark.parametrize("budget", [0.05, 5.0])
 def test_the_preview_says_that_a_budget_is_never_absorbed(budget):
     optimizer = AdamW(weights(), lr=0.1, weight_decay=0.1)

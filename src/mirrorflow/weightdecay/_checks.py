@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch.optim import Optimizer
 
 from ..schedule import Constant, Schedule
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Groups = Sequence[Mapping[str, Any]]
+
+ROUNDING = 1e-12  # of the largest rate: a ramp that ends at 0 may end a little below
 
 
 def inner(optimizer: Any) -> Optimizer:
@@ -213,7 +216,7 @@ def check_schedules(
     Raises
     ------
     ValueError
-        If a budget is to be kept of which no account exists.
+        If a budget is to be kept of which no account exists, or a schedule is negative anywhere.
     """
     for target, coupling in zip(targets, couplings, strict=True):
         if isinstance(target.schedule, OffAtBudget) and coupling not in COUNTED:
@@ -224,6 +227,8 @@ def check_schedules(
             )
     for schedule in {id(t.schedule): t.schedule for t in targets}.values():
         points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
+        if isinstance(schedule, Schedule):
+            _check_never_negative(schedule)
         if points and points[-1] < 1:
             warnings.warn(
                 f"{schedule!r} is over before the first step has ended: its clock is the number of "
@@ -239,6 +244,23 @@ def check_schedules(
                 "new one for a new run",
                 stacklevel=4,
             )
+
+
+def _check_never_negative(schedule: Schedule) -> None:
+    """Raise if a schedule gives a negative rate at any time, also one late in the run.
+
+    Between breakpoints rates are monotone, so that the lowest is at one of them or just before it,
+    where the schedule jumps. A class whose rates are not is found at the step at which it happens.
+    """
+    points = np.array([0.0, *schedule.breakpoints])
+    times = np.concatenate([points, np.nextafter(points[1:], 0.0)])
+    rates = schedule.rate(times)
+    lowest = int(np.argmin(rates))
+    if rates[lowest] < -ROUNDING * np.abs(rates).max():
+        raise ValueError(
+            f"a weight decay must be >= 0 at all steps, got {rates[lowest]:.4g} at step "
+            f"{times[lowest]:.10g} of {schedule!r}. Correct its rates"
+        )
 
 
 _OUTSIDE = "decoupled=True decays from outside, and is counted"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .feedback import Feedback, number, whole
+from .feedback import Feedback, number, reachable, whole
 
 __all__ = ["HoldRatio", "PerLayer"]
 
@@ -30,7 +30,7 @@ class HoldRatio(Feedback):
     Parameters
     ----------
     target : float
-        The ratio, > 0.
+        The ratio, > 0 and not below ``lowest``.
     rate : float
         The rate r_0 to begin with, >= 0.
     gain : float, optional
@@ -49,6 +49,9 @@ class HoldRatio(Feedback):
         After so many updates in a row at which the upper bound has acted without an effect, the
         decay has no authority: it shrinks both factors alike, which does not change the ratio. A
         warning says so, and the loop gives up: the rate goes back to ``rate`` and stays there.
+    lowest : float
+        The lowest value that the quantity can have, as in `OffBelow`: 1 for the ratio and for
+        ranks; 0 for norms and losses.
 
     Notes
     -----
@@ -79,9 +82,11 @@ class HoldRatio(Feedback):
         slew: float = math.inf,
         deadband: float = 0.02,
         patience: int = 10,
+        lowest: float = 1.0,
     ) -> None:
         super().__init__(rate)
-        self.target, self.base = number("target", target, 0.0, strict=True), self.current
+        self.target = reachable(number("target", target, 0.0, strict=True), lowest)
+        self.base = self.current
         if gain is None and self.base == 0:
             raise ValueError("gain must be given where rate is 0, got None. Pass gain=0.1, say.")
         self.gain = number("gain", GAIN * self.base if gain is None else gain, 0.0, strict=True)

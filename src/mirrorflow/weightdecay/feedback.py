@@ -24,6 +24,7 @@ __all__ = [
     "as_float",
     "feed",
     "number",
+    "reachable",
     "whole",
 ]
 
@@ -262,13 +263,7 @@ class OffBelow(Feedback):
 
     def __init__(self, rate: float, target: float, *, lowest: float = 1.0) -> None:
         super().__init__(rate)
-        self.target = number("target", target, -math.inf)
-        if not self.target >= as_float("lowest", lowest):
-            raise ValueError(
-                f"target must be >= {lowest:g}, the lowest value that a ratio or a rank can have, "
-                f"got {target!r}. Of another quantity, such as a loss, give the lowest value, "
-                "lowest=0.0 or -math.inf"
-            )
+        self.target = reachable(number("target", target, -math.inf), lowest)
 
     def _decide(self, value: float) -> tuple[float, str]:
         """Return the rate by the target."""
@@ -430,6 +425,17 @@ class FeedWatchdog:
 
 
 # Numbers among the arguments: as Python has them, and refused where they cannot be meant.
+
+
+def reachable(target: float, lowest: float) -> float:
+    """Return a target; raise where no value of what is measured could reach it."""
+    if not target >= as_float("lowest", lowest):
+        raise ValueError(
+            f"target must be >= {lowest:g}, the lowest value that a ratio or a rank can have, "
+            f"got {target!r}. Of another quantity, such as a loss, give the lowest value, "
+            "lowest=0.0 or -math.inf"
+        )
+    return target
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:

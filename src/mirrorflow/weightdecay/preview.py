@@ -142,6 +142,8 @@ def preview(
 
     Raises
     ------
+    TypeError
+        If ``scheduler`` is not one, but a schedule, say.
     ValueError
         If the learning-rate scheduler belongs to another optimizer, or needs a metric to step
         (ReduceLROnPlateau), or there are fewer learning rates than steps; if ``size``, ``start`` or
@@ -166,6 +168,11 @@ def preview(
     strength.
     For a product to shrink by 50% a decay of 0.198 is enough, 0.79 of this one.
     """
+    if not isinstance(scheduler, WeightDecayScheduler):
+        raise TypeError(
+            f"scheduler must be a WeightDecayScheduler, got {type(scheduler).__name__}. Make one: "
+            "WeightDecayScheduler(optimizer, schedule)"
+        )
     steps, copied = whole("steps", steps), shadow(scheduler.optimizer)
     product = Product(size, start, target)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
