@@ -336,8 +336,10 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
     for row, (name, methods) in zip(axes, found.items(), strict=True):
         for axis, (key, label) in zip(row, PANELS.items(), strict=True):
             handles |= _draw(axis, methods, key)
-            axis.set(ylabel=label, xlabel=ACROSS if row is axes[-1] else "")
+            axis.set(ylabel=label)
         row[0].set_title(f"{name}, {methods[OURS]['n']} x {methods[OURS]['d']}", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel(ACROSS)
     figure.legend(
         list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False,
         fontsize=9,
