@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mirrorflow.lab.experiments.studies import _lowrank_methods as methods
-from mirrorflow.lab.experiments.studies._lowrank_data import Entries
+from mirrorflow.lab.experiments.studies._lowrank_data import Entries, pixels
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,9 @@ def test_hard_impute_keeps_as_many_singular_values_as_it_is_told(problem):
 def test_the_knob_is_chosen_on_what_was_held_out(problem):
     found = methods.fit("hard-impute", problem, 5, seed=0)
     assert found.knob == 2 and found.seconds > 0  # the rank of the truth
+
+
+@pytest.mark.parametrize(("name", "shape"), [("digits", (200, 64)), ("flower", (26, 40))])
+def test_images_are_grey_levels(name, shape):
+    found = pixels(name, 16)
+    assert found.shape == shape and 0 <= found.min() < found.max() <= 1

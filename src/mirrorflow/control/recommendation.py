@@ -60,7 +60,7 @@ class Recommendation:
     reason : str
         Why, with numbers.
     numbers : tuple of Arm or RecoveryArm
-        The stored runs that were compared.
+        The stored runs of the study that is followed.
     evidence : tuple of str
         The folders of results that these are from; empty where nothing is stored.
     unknown : tuple of str
@@ -289,18 +289,13 @@ def _for_cut(run: _Run, price: float, kept: float, found: tuple[Curve, ...]) -> 
     Where several curves are stored, the one that asks for the most decay is followed, of those on
     which some decay is enough.
     """
-    places = [curve.nearest(kept) for curve in found]
-    arms = [
-        _least(curve, place, price * curve.none.loss)
-        for curve, place in zip(found, places, strict=True)
-    ]
-    first = min(range(len(found)), key=lambda i: math.inf if (arm := arms[i]) is None else arm.a)
-    curve, chosen = found[first], arms[first]
-    order = [first, *(i for i in range(len(found)) if i != first)]
-    reason = " ".join(_why(found[i], places[i], price, arms[i]) for i in order)
-    together = replace(curve, title=" and ".join(found[i].title for i in order))
-    names, unknown = tuple(found[i].result for i in order), run.caveats(together)
-    if abs(curve.kept[places[first]] - kept) > _NEAR:
+    answers = [(curve, _least(curve, kept, price)) for curve in found]
+    answers.sort(key=lambda answer: math.inf if answer[1] is None else answer[1].a)
+    curve, chosen = answers[0]
+    reason = " ".join(_why(one, kept, price, arm) for one, arm in answers)
+    together = replace(curve, title=" and ".join(one.title for one, _ in answers))
+    names, unknown = tuple(one.result for one, _ in answers), run.caveats(together)
+    if abs(curve.kept[curve.nearest(kept)] - kept) > _NEAR:
         parts = ", ".join(f"{stored:g}" for stored in curve.kept)
         unknown = (f"what keeping {kept:g} of the ranks costs: {parts} are stored", *unknown)
     if chosen is None or chosen.a == 0:
@@ -315,11 +310,12 @@ def _for_cut(run: _Run, price: float, kept: float, found: tuple[Curve, ...]) -> 
     return _following("rank", run, chosen, (reason, curve.arms, names, unknown))
 
 
-def _least(curve: Curve, place: int, limit: float) -> CutArm | None:
-    """Return the run of least decay whose truncation costs at most a limit, if there is one.
+def _least(curve: Curve, kept: float, price: float) -> CutArm | None:
+    """Return the run of least decay whose truncation costs at most the price, if there is one.
 
     Runs that are clearly farther above no decay than that before they are truncated do not count.
     """
+    place, limit = curve.nearest(kept), price * curve.none.loss
     able = [
         arm
         for arm in curve.arms
@@ -328,8 +324,9 @@ def _least(curve: Curve, place: int, limit: float) -> CutArm | None:
     return max(able, key=lambda arm: (arm.a, -arm.cost[place]), default=None)
 
 
-def _why(curve: Curve, place: int, price: float, chosen: CutArm | None) -> str:
-    """Say what a truncation costs without decay, and in the run that is followed."""
+def _why(curve: Curve, kept: float, price: float, chosen: CutArm | None) -> str:
+    """Say what a truncation costs without decay, and after the least decay that is enough."""
+    place = curve.nearest(kept)
     within = f"{100 * price:.3g}% of the loss of no decay, {curve.none.loss:.4g}"
     begun = (
         f"In {curve.title} ({curve.optimizer}, {curve.seeds} seeds), truncation to "

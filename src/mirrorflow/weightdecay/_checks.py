@@ -226,16 +226,9 @@ def check_schedules(
                 f"{_INSTEAD.get(coupling, _OUTSIDE)}"
             )
     for schedule in {id(t.schedule): t.schedule for t in targets}.values():
-        points = schedule.breakpoints if isinstance(schedule, Schedule) else ()
         if isinstance(schedule, Schedule):
             _check_never_negative(schedule)
-        if points and points[-1] < 1:
-            warnings.warn(
-                f"{schedule!r} is over before the first step has ended: its clock is the number of "
-                "the optimizer's steps, not a fraction of the run. Multiply its times by the "
-                "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
-                stacklevel=4,
-            )
+            _warn_if_over_at_once(schedule)
         if isinstance(schedule, Feedback) and schedule.log:
             last = schedule.log[-1]
             warnings.warn(
@@ -244,6 +237,17 @@ def check_schedules(
                 "new one for a new run",
                 stacklevel=4,
             )
+
+
+def _warn_if_over_at_once(schedule: Schedule) -> None:
+    """Warn where times seem to be fractions of the run, not steps."""
+    if schedule.breakpoints and schedule.breakpoints[-1] < 1:
+        warnings.warn(
+            f"{schedule!r} is over before the first step has ended: its clock is the number of "
+            "the optimizer's steps, not a fraction of the run. Multiply its times by the "
+            "number of steps, as in SwitchOff(0.1, at=0.6 * total)",
+            stacklevel=5,
+        )
 
 
 def _check_never_negative(schedule: Schedule) -> None:

@@ -83,7 +83,7 @@ def _with_products(found: RealSet) -> RealSet:
 
 
 def _numbers(X: Array) -> list[int]:
-    """Return the columns of more than two values: the square of two values is no new column."""
+    """Return the columns with more than two values. Squares of the others add nothing."""
     return [j for j in range(X.shape[1]) if len(np.unique(X[:, j])) > 2]
 
 

@@ -89,8 +89,8 @@ class Config(contract.Config):
         if name == "smoke":
             return cls(
                 small=(8, 6), large=(14, 12), measured=(4, 3), ranks=(1,), large_rank=2,
-                seens=(0.6,), noises=(0.1,), images=("china",), shrink=32, max_rank=2, image_rank=2,
-                methods=(OFF, KEPT, "soft-impute", "hard-impute"), seeds=(0,),
+                seens=(0.6,), noises=(0.0, 0.1), images=("china",), shrink=32, max_rank=2,
+                image_rank=2, methods=(OFF, KEPT, "soft-impute", "hard-impute"), seeds=(0,),
             )  # fmt: skip
         return cls(seeds=tuple(range(10)), shrink=2) if name == "full" else cls()
 
