@@ -272,3 +272,22 @@ def test_budget_mistakes_are_named():
     late: Joined = join([(Constant(0.0), 50), (Constant(1.0), None)])
     with pytest.raises(ValueError, match="is 0 over 10 steps"):
         scale_to_budget(late, FALL, 0.1, steps=10)
+
+
+@pytest.mark.parametrize(("product", "part"), [(1e-4, 0.009), (1e-3, 0.11)])
+def test_by_how_much_the_account_of_momentum_differs_where_decay_acts_alone(product, part):
+    """docs/what-acts.md: by about the part lr decay mu / (1 - mu)^2, here at mu = 0.9."""
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = SGD([weight], lr=0.01, momentum=0.9, weight_decay=1.0)
+    scheduler = WeightDecayScheduler(optimizer, Constant(product / 0.01))
+    shrunk, told = [], []
+    for _ in range(300):
+        before, weight.grad = weight[0].item(), torch.zeros_like(weight)
+        optimizer.step()
+        shrunk.append(weight[0].item() / before - 1)
+        told.append(scheduler.accumulated[0])
+    steady = slice(100, None)  # the buffer has filled
+    acted = sum(shrunk[steady]) / (told[-1] - told[99])
+    assert acted - 1 == pytest.approx(part, rel=0.05)
+    first = product * 0.9 / (1 - 0.9) ** 2
+    assert acted - 1 == pytest.approx(first, rel=3 * first)
