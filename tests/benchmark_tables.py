@@ -78,6 +78,12 @@ TABLES = {
         "RMSE, median of the splits": ("RMSE", 1),
         "processor seconds": ("processor seconds", 1),
     },
+    "bench_truncate": {
+        "ours, s": ("seconds", 1),
+        "dense SVDs, extrapolated": ("ratio", 1),
+        "kohya's resize, extrapolated": ("ratio to kohya's resize", 1),
+        "peft.convert_to_lora, extrapolated": ("ratio to peft.convert_to_lora", 1),
+    },
     "bench_spectrum": {
         "ours, ms": ("seconds", MS),
         "dense SVDs in float64": ("ratio, at equal accuracy", 1),
