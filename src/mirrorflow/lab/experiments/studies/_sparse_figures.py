@@ -22,8 +22,11 @@ COLOURS = (
     "#757B84", "#989EA7",
 )  # fmt: skip
 MARKERS = "osD^vP*X<>"
+# Vega's own "arrow" and "wedge" are too thin to be seen: these are the star and the X of MARKERS.
+STAR = "M0,-1L.23,-.31L.95,-.31L.36,.12L.59,.81L0,.38L-.59,.81L-.36,.12L-.95,-.31L-.23,-.31Z"
+SALTIRE = "M-.9,-.5L-.5,-.9L0,-.4L.5,-.9L.9,-.5L.4,0L.9,.5L.5,.9L0,.4L-.5,.9L-.9,.5L-.4,0Z"
 SHAPES = (
-    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "arrow", "wedge",
+    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", STAR, SALTIRE,
     "triangle-left", "triangle-right",
 )  # fmt: skip
 

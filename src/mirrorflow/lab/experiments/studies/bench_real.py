@@ -31,10 +31,10 @@ SETS = (
 )  # fmt: skip
 GROUPED = ("groups, mirrorflow", "group lasso (skglm)")
 METHODS: tuple[str, ...] = (*ALL, *GROUPED)
-STAR = "M0,-1L.3,-.3L1,0L.3,.3L0,1L-.3,.3L-1,0L-.3,-.3Z"
+FOUR_POINTED = "M0,-1L.3,-.3L1,0L.3,.3L0,1L-.3,.3L-1,0L-.3,-.3Z"
 HEXAGON = "M1,0L.5,.87L-.5,.87L-1,0L-.5,-.87L.5,-.87Z"
 HUES: dict[str, str] = dict(zip(METHODS, (*COLOURS, "#B07D0A", "#2F6FDE"), strict=True))
-FORMS: dict[str, str] = dict(zip(METHODS, (*SHAPES, STAR, HEXAGON), strict=True))
+FORMS: dict[str, str] = dict(zip(METHODS, (*SHAPES, FOUR_POINTED, HEXAGON), strict=True))
 MARKS: dict[str, str] = dict(zip(METHODS, (*MARKERS, "p", "h"), strict=True))
 MEASURES = ("r2", "nonzero", "kept", "steadiness", "seconds")
 PANELS = {"r2": "test R²", "steadiness": "steadiness", "seconds": "seconds of the processor"}
@@ -404,8 +404,10 @@ def _chart(records: list[Record], key: str) -> Any:
         .transform_filter(alt.datum.set == menu)
         .mark_point(filled=True, size=110, opacity=1)
         .encode(
-            x=alt.X("columns:Q", title=ACROSS, scale=alt.Scale(type="symlog")),
-            y=alt.Y("value:Q", title=PANELS[key], scale=alt.Scale(zero=False)),
+            x=alt.X(
+                "columns:Q", title=ACROSS, scale=alt.Scale(type="symlog", zero=False, padding=12)
+            ),
+            y=alt.Y("value:Q", title=PANELS[key], scale=alt.Scale(zero=False, padding=12)),
             color=alt.Color("method:N", sort=names, scale=colours, legend=legend),
             shape=alt.Shape("method:N", sort=names, scale=forms, legend=legend),
             tooltip=["method:N", "columns:Q", alt.Tooltip("value:Q", format=".3g")],
