@@ -6,7 +6,6 @@ import warnings
 
 import cvxpy as cp
 import numpy as np
-import polars as pl
 import pytest
 from scipy.sparse import coo_array, csc_matrix, csr_array
 from sklearn.base import clone
@@ -15,13 +14,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.utils import Bunch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mirrorflow as mf
-from mirrorflow.lab.experiments.studies._lowrank_data import faces
-
-pd = pytest.importorskip("pandas")  # which the lowest versions are tested without
 
 
 @parametrize_with_checks(
@@ -147,13 +142,14 @@ def test_large_sparse_matrices_take_the_memory_of_their_entries(estimator):
     np.testing.assert_allclose(model.U_[some] @ model.V_.T, left[some] @ right.T, atol=1e-3)
 
 
-@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
-def test_frames_keep_their_names(frame):
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_frames_keep_their_names(library):
+    # The lowest versions are tested without either.
+    frame = pytest.importorskip(library).DataFrame
     _, M = problem(q=12)
     names = [f"c{i}" for i in range(12)]
     data = frame(dict(zip(names, M.T, strict=True)))
-    kind = "pandas" if frame is pd.DataFrame else "polars"
-    model = mf.MatrixCompletion().set_output(transform=kind).fit(data)
+    model = mf.MatrixCompletion().set_output(transform=library).fit(data)
     filled = model.transform(data)
     assert isinstance(filled, frame) and list(filled.columns) == names
     assert list(model.feature_names_in_) == list(model.get_feature_names_out()) == names
@@ -207,7 +203,7 @@ def test_a_fit_that_fails_leaves_the_estimator_as_it_was(monkeypatch):
         ({"tol": 0.0}, np.ones((4, 5)), "'tol' parameter"),
         ({}, csr_array((4, 5)), "Mark only unknown entries"),
         ({}, np.full((3, 3), np.inf), "infinity"),
-        ({}, pd.DataFrame(np.ones((0, 3))), r"0 sample\(s\)"),
+        ({}, np.ones((0, 3)), r"0 sample\(s\)"),
         ({}, np.ones(3), "2D"),
     ],
 )
@@ -359,18 +355,3 @@ def test_keeping_the_decay_is_the_right_default_for_images():
         return np.linalg.norm(filled[~known] - hidden) / np.linalg.norm(hidden)
 
     assert error() < 0.6 < 1 < error(switch_off=True)
-
-
-def test_faces_are_found_as_for_the_sparse_codes(monkeypatch):
-    images = np.random.default_rng(0).random((400, 64, 64))
-    found = Bunch(data=images.reshape(400, -1).astype(np.float32), images=images)
-    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", lambda: found)
-    small = faces()
-    assert small.shape == (200, 1024)
-    assert small[3, 33] == pytest.approx(images[3, 2:4, 2:4].mean(), rel=1e-6)
-
-    def offline():
-        raise OSError
-
-    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", offline)
-    assert faces() is None

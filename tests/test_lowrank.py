@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from sklearn.utils import Bunch
 
 from mirrorflow.lab.experiments.studies import _lowrank_methods as methods
-from mirrorflow.lab.experiments.studies._lowrank_data import Entries, pixels
+from mirrorflow.lab.experiments.studies._lowrank_data import Entries, faces, pixels
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,18 @@ def test_the_knob_is_chosen_on_what_was_held_out(problem):
 def test_images_are_grey_levels(name, shape):
     found = pixels(name, 16)
     assert found.shape == shape and 0 <= found.min() < found.max() <= 1
+
+
+def test_faces_are_found_as_for_the_sparse_codes(monkeypatch):
+    images = np.random.default_rng(0).random((400, 64, 64))
+    found = Bunch(data=images.reshape(400, -1).astype(np.float32), images=images)
+    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", lambda: found)
+    small = faces()
+    assert small.shape == (200, 1024)
+    assert small[3, 33] == pytest.approx(images[3, 2:4, 2:4].mean(), rel=1e-6)
+
+    def offline():
+        raise OSError
+
+    monkeypatch.setattr("sklearn.datasets.fetch_olivetti_faces", offline)
+    assert faces() is None

@@ -118,7 +118,7 @@ def entries(M: Any) -> tuple[Any, Any, Array]:
         stored = csr_array(M, copy=True)
         stored.sum_duplicates()
         stored = stored.tocoo()
-        rows, columns, values = *stored.coords, stored.data
+        rows, columns, values = stored.row, stored.col, stored.data
     else:
         rows, columns = np.nonzero(~np.isnan(M))
         values = M[rows, columns]

@@ -177,5 +177,5 @@ def filled(M: Any, X: Array) -> Array:
     if not hasattr(M, "tocsr"):
         return np.where(np.isnan(M), X, M)
     known = Observed.of(M).Y.tocoo()
-    X[known.coords] = known.data
+    X[known.row, known.col] = known.data
     return X
