@@ -145,7 +145,7 @@ def test_an_interrupted_fit_leaves_the_estimator_as_it_was(name, monkeypatch):
         raise KeyboardInterrupt
 
     # Data and settings have been read by then, and in part been set.
-    for step in ("kkt", "ridge_dual"):  # one or the other is taken
+    for step in ("kkt", "ridge_dual", "net_dual"):  # one of them is taken
         monkeypatch.setattr(f"mirrorflow.estimator._base.{step}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.fit(X[:, :4], X[:, 0])

@@ -350,7 +350,7 @@ def test_turn_off_refuses_what_is_no_rate_or_time(alpha, t, said):
 def test_too_few_steps_warn_and_are_not_hidden():
     X, y, _ = problem()
     with pytest.warns(ConvergenceWarning, match="max_iter=3"):
-        mf.MirrorFlowRegressorCV(max_iter=3, ts=(0.3, 0.31)).fit(X, y)
+        mf.MirrorFlowRegressorCV(max_iter=3, ts=(0.3, 3.0)).fit(X, y)
     with pytest.warns(ConvergenceWarning, match="Increase max_iter"):
         mf.MirrorFlowRegressor(max_iter=2).fit(X, y)
 

@@ -48,7 +48,7 @@ def test_the_threshold_is_the_largest_that_predicts_nearly_as_well_as_the_best(r
     X, y, _ = problem(n=40, noise=noise)
     weights, cv = np.random.default_rng(3).uniform(0.5, 2, len(y)), KFold(4)
     tols = (0.3, 0.01, 0.1, 0.6)
-    options = {"zero_tols": tols, "shrinkages": (), "refit": refit, "cv": cv, "tol": 1e-5}
+    options = {"zero_tols": tols, "l1_ratios": (), "refit": refit, "cv": cv, "tol": 1e-5}
     model = mf.MirrorFlowRegressorCV((-9.0,), [2.0], **options).fit(X, y, sample_weight=weights)
     whole = mf.MirrorFlowRegressor(-9.0, 1.0).fit(X, y, sample_weight=weights)
     errors = {}
@@ -236,7 +236,7 @@ def test_metadata_is_routed_to_the_splitter():
      ({"zero_tols": []}, "zero_tols"), ({"zero_tols": [-0.1, 0.2]}, "zero_tols must be >= 0"),
      ({"zero_tols": [1.0]}, "zero_tols must be >= 0"),
      ({"shrinkages": [1.0]}, "> 0 and < 1"), ({"shrinkages": [[0.5]]}, "> 0 and < 1"),
-     ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "must be None or .. with decay")],
+     ({"shrinkages": [0.5], "decay": mf.TurnOff(1.0, 1.0)}, "must be .. with decay")],
 )  # fmt: skip
 def test_bad_candidates_are_named(options, said):
     X, y, _ = problem()

@@ -9,7 +9,7 @@ from sklearn.model_selection import KFold
 
 import mirrorflow as mf
 
-FEW = {"log_As": (-6.0,), "ts": 4, "shrinkages": ()}
+FEW = {"log_As": (-6.0,), "ts": 4, "l1_ratios": ()}
 
 
 def dense_truth(n=40, d=60, seed=0):
@@ -93,7 +93,7 @@ def test_ridge_regression_is_left_out_where_it_is_not_what_was_asked_for():
     X, y, _ = dense_truth()
     for options in ({"ridges": ()}, {"positive": True}, {"decay": mf.TurnOff(1.0, 0.2)},
                     {"criterion": "ebic"}):  # fmt: skip
-        model = mf.MirrorFlowRegressorCV(**{**FEW, "shrinkages": None, **options}).fit(X, y)
+        model = mf.MirrorFlowRegressorCV(**{**FEW, **options}).fit(X, y)
         assert model.best_kind_ != "ridge" and model.ridge_mse_.shape[0] == 0
     with pytest.raises(ValueError, match="ridges must be"):
         mf.MirrorFlowRegressorCV(ridges=[0.0]).fit(X, y)

@@ -24,7 +24,7 @@ def problem(n=60, d=30, noise=1.0, seed=0):
 @pytest.mark.parametrize("n", [40, 120])
 def test_frequencies_count_the_folds_that_keep_a_coefficient(n):
     X, y = problem(n, noise=3.0)
-    model = CV((-8.0,), ts=4, shrinkages=(), cv=KFold(4), tol=1e-5).fit(X, y)
+    model = CV((-8.0,), ts=4, l1_ratios=(), cv=KFold(4), tol=1e-5).fit(X, y)
     kept = []
     for train, _ in KFold(4).split(X):
         # the same flow of the fold: its scale and time are in units of all samples
@@ -42,7 +42,7 @@ def test_frequencies_count_the_folds_that_keep_a_coefficient(n):
 
 def test_the_path_is_that_of_flow_path_and_ends_at_the_model():
     X, y = problem()
-    model = CV((-6.0,), ts=6, shrinkages=(), zero_tols=[0.0]).fit(1000 * X, y)
+    model = CV((-6.0,), ts=6, l1_ratios=(), zero_tols=[0.0]).fit(1000 * X, y)
     m = model.best_index_[1] + 1
     ts, coefs, _ = mf.flow_path(1000 * X, y, -6.0, model.ts_[:m], tol=1e-3)
     assert model.ts_[m - 1] == model.best_t_ == ts[-1]

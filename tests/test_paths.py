@@ -60,11 +60,11 @@ def test_too_few_steps_warn():
 
 def test_the_display_shows_the_errors():
     X, y = problem()
-    model = mf.MirrorFlowRegressorCV((0.0, -8.0), ts=5)
+    model = mf.MirrorFlowRegressorCV((0.0, -8.0), ts=5, l1_ratios=())
     with pytest.raises(NotFittedError):
         mf.MirrorFlowCVDisplay.from_estimator(model)
     display = mf.MirrorFlowCVDisplay.from_estimator(model.fit(X, y))
-    assert len(display.ax_.lines) == len(model.log_As_) == 4
+    assert len(display.ax_.lines) == len(model.log_As_) == 2
     np.testing.assert_allclose(display.ax_.lines[1].get_ydata(), model.mse_path_.mean(2)[1])
     assert display.ax_.get_xlabel() and display.ax_.get_ylabel()
     matplotlib.pyplot.close(display.figure_)

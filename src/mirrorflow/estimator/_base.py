@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -18,6 +20,7 @@ from ._chebyshev import integrate
 from ._data import Data, gram
 from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
 from ._flows import Flows, GramFlows, RowFlows, tall
+from ._net import net_dual, net_path, net_primal
 from ._ridge import ridge_dual, ridge_path
 from ._row_space import row_space
 
@@ -33,6 +36,7 @@ __all__ = [
     "choose_zeros",
     "finish",
     "least_squares",
+    "nearly_best",
     "rate_and_end",
     "validated",
     "weights_of",
@@ -40,6 +44,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+NET_TOL = 1e-10  # of the duality gap of an elastic net, relative to |y|^2
 LOG_A = (-10_000, 20)  # of log A; larger ones would be differences of large numbers
 
 
@@ -200,9 +205,25 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         """Fit ridge regression with the last of the penalties; all of them are its path."""
         path = ridge_path(data, data.weights, penalties)
         path[..., data.spreads == 0] = 0.0  # a constant column gets rounding, not exactly 0
-        coef, endless = path[:, -1], np.full(len(path), np.inf)
+        nu = ridge_dual(data, path[:, -1], float(penalties[-1]))
         # Large A: R_a is |x|^2 / 2 up to a factor, whose mirror map is x itself.
-        nu = ridge_dual(data, coef, float(penalties[-1]))
+        self._keep_linear(data, path, nu, lambda mu: mu, dtype, single)
+
+    def _fit_net(
+        self, data: Data, ratio: float, penalties: Array, dtype: Any, single: bool
+    ) -> None:
+        """Fit an elastic net with the last of the penalties; all of them are its path."""
+        path = net_path(data, data.weights, ratio, penalties, self.positive, NET_TOL)
+        nu = net_dual(data, path[:, -1], ratio, float(penalties[-1]))
+        image = partial(net_primal, ratio=ratio, positive=self.positive)
+        self._keep_linear(data, path, nu, image, dtype, single)
+
+    def _keep_linear(
+        self, data: Data, path: Array, nu: Array, image: Callable[[Array], Array], dtype: Any,
+        single: bool,
+    ) -> None:  # fmt: skip
+        """Keep the end of a path (K, m, d) whose x is ``image`` of mu = X^T nu."""
+        coef, endless = path[:, -1], np.full(len(path), np.inf)
         mu, predictions, self.n_iter_ = (data.X.T @ nu).T, data.X @ coef.T, 1
         size = np.maximum(np.abs(coef).max(axis=1, initial=0.0), 1e-300)
         values = {
@@ -211,9 +232,10 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
             "dual_coef_": data.dual(nu),
             "A_": endless, "log_A_": endless, "t_": endless,
             "support_": coef != 0,
-            "kkt_residual_": np.abs(mu - coef).max(axis=1, initial=0.0) / size,
+            "kkt_residual_": np.abs(image(mu) - coef).max(axis=1, initial=0.0) / size,
             "gap_": np.array([
-                gap(x, predictions[:, k] @ nu[:, k], mu[k], False) for k, x in enumerate(coef)
+                gap(x, predictions[:, k] @ nu[:, k], mu[k], self.positive)
+                for k, x in enumerate(coef)
             ]),
             "coef_path_": (path.swapaxes(1, 2) / data.units[:, None]).astype(dtype),
         }  # fmt: skip

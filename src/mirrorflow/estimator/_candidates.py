@@ -11,28 +11,32 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from ._base import LOG_A, Zeros
+from ._base import LOG_A, Zeros, nearly_best
 from ._data import Data
 from ._folds import Folds
 from ._ridge import decomposes
 
 __all__ = [
     "CRITERIA",
+    "NETS",
     "Informed",
-    "better_ridge",
+    "Linear",
     "flows",
     "informed",
     "penalties",
+    "ratios",
     "scales",
     "thresholds",
     "times",
     "warn_at_the_last_time",
+    "without_flow",
 ]
 
 Array = NDArray[np.float64]
 FALLING = 0.2  # an error that falls faster than t to the minus this has not reached its least
 FITTED = 1e-3  # of the variance of y: what is left over when a fit has nothing to gain
-SHRUNK = (0.05, 0.2)  # between none and all of the lasso's shrinkage
+RATIOS = (0.1, 0.5, 0.9)  # of elastic nets
+NETS = np.geomspace(1.0, 1e-2, 18)[1:]  # of the smallest penalty that leaves nothing
 RIDGES = np.geomspace(10.0, 1e-7, 33)  # of the sum of the mean squares of the columns
 ZERO_TOLS = np.geomspace(1e-3, 0.7, 25)
 
@@ -54,25 +58,15 @@ def scales(values: Any) -> Array:
 
 
 def flows(log_As: Any, shrinkages: Any, decay: Any) -> tuple[Array, Array]:
-    """Return log A and shrinkage of each flow; those that shrink start from the largest log A.
-
-    Chosen on draws of the sparse study with seeds 100 to 103, which it does not report: with ridge
-    regression these defaults predict, in the mean, within 0.01 R^2 of twice as many scales.
-    """
-    found, shrunk = scales(log_As), _shrunken(shrinkages, decay)
+    """Return log A and shrinkage of each flow; those that shrink start from the largest log A."""
+    found = scales(log_As)
+    shrunk = np.asarray(shrinkages, dtype=np.float64)
+    if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
+        raise ValueError(f"shrinkages must be > 0 and < 1, got {shrinkages!r}. Use () for none")
+    if decay and shrunk.size:
+        raise ValueError(f"shrinkages must be () with decay, got {shrinkages!r}")
     start = np.full(len(shrunk), found.max())
     return np.r_[found, start], np.r_[np.zeros(len(found)), shrunk]
-
-
-def _shrunken(values: Any, decay: Any) -> Array:
-    """Return the shrinkages of flows whose decay stays on; none by default where there is decay."""
-    given = (() if decay else SHRUNK) if values is None else values
-    shrunk = np.asarray(given, dtype=np.float64)
-    if shrunk.ndim != 1 or not ((shrunk > 0) & (shrunk < 1)).all():
-        raise ValueError(f"shrinkages must be > 0 and < 1, got {given!r}. Use () for none")
-    if decay and shrunk.size:
-        raise ValueError(f"shrinkages must be None or () with decay, got {given!r}")
-    return shrunk
 
 
 def penalties(values: Any, offered: bool, data: Data) -> Array:
@@ -91,17 +85,53 @@ def penalties(values: Any, offered: bool, data: Data) -> Array:
     return -np.sort(-given)
 
 
-def better_ridge(ridges: Array, errors: Array, others: list[Array], spread: float) -> float | None:
-    """Return the penalty of least mean error, where that is less than all others have.
+def ratios(values: Any, offered: bool) -> Array:
+    """Return the l1 ratios of elastic nets; none where they are not offered."""
+    if values is None:
+        return np.array(RATIOS if offered else ())
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or not ((given > 0) & (given < 1)).all():
+        raise ValueError(f"l1_ratios must be > 0 and < 1, got {values!r}. Use () for none")
+    if given.size and not offered:
+        raise ValueError(f"l1_ratios must be () with decay or a criterion, got {values!r}")
+    return given
 
-    Data without noise are fitted exactly by any small penalty, with no zeros: where a flow leaves
-    next to nothing of the variance ``spread``, it keeps its zeros.
+
+@dataclass(frozen=True)
+class Linear:
+    """Ridge regression with a penalty, or an elastic net with an l1 ratio too: what was chosen."""
+
+    kind: str
+    penalty: float
+    ratio: float = 0.0
+
+
+def without_flow(
+    ridges: Array, ridge_errors: Array, l1_ratios: Array, net_errors: Array,
+    flows: list[Array], alone: Array, spread: float,
+) -> Linear | None:  # fmt: skip
+    """Return ridge regression or an elastic net where it is the better choice, else None.
+
+    ``flows`` are the errors (n_candidates, n_folds) of flows, ``alone`` (n_folds,) those of the
+    intercept. Ridge regression must have less error than all of them. For an elastic net, which has
+    zeros as well, it is enough to be near the best flow, and better than the intercept: where many
+    flows were tried, one that is better by a hair is so by chance.
     """
-    mean = errors.mean(axis=1)
-    least = min(float(other.mean(axis=1).min()) for other in others)
-    if least < FITTED * spread:
+    rows = np.concatenate([*flows, alone[None]])
+    best = rows[rows.mean(axis=1).argmin()]
+    # Data without noise are fitted exactly by any small penalty, with no zeros: where a flow leaves
+    # next to nothing of the variance, it keeps its zeros.
+    linear = np.concatenate([ridge_errors, net_errors.reshape(-1, len(best))])
+    if best.mean() < FITTED * spread or not len(linear):
         return None
-    return float(ridges[mean.argmin()]) if mean.min(initial=np.inf) < least else None
+    i = int(linear.mean(axis=1).argmin())
+    if i < len(ridges):
+        return Linear("ridge", float(ridges[i])) if linear[i].mean() < best.mean() else None
+    near = nearly_best(np.stack([linear[i], best]))[0]
+    if not near or linear[i].mean() >= alone.mean():
+        return None
+    which, penalty = divmod(i - len(ridges), len(NETS))
+    return Linear("elastic net", float(NETS[penalty]), float(l1_ratios[which]))
 
 
 def times(values: Any) -> Array:

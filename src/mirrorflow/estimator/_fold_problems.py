@@ -12,6 +12,7 @@ from scipy.sparse import issparse
 
 from ._data import BLOCK, CONSTANT, Data
 from ._flows import Flows, GramFlows, RowFlows, tall
+from ._net import net_of_moments, net_path
 from ._ridge import ridge_of_gram, ridge_path, ridge_unit
 
 __all__ = ["FoldProblem", "fold_problem"]
@@ -46,6 +47,10 @@ class FoldProblem(ABC):
 
         They are in the units of the flow's.
         """
+
+    @abstractmethod
+    def net(self, fold: int, ratio: float, penalties: Array, tol: float) -> Array:
+        """Return the same of elastic nets, up to a duality gap of ``tol`` times |y|^2."""
 
 
 def fold_problem(data: Data, train: Array, test: Array, positive: bool, tol: float) -> FoldProblem:
@@ -129,6 +134,12 @@ class _RowFolds(FoldProblem):
         """Return the coefficients from the rows."""
         return ridge_path(self.data, self.train[fold], penalties) / self.scale[:, None, None]
 
+    def net(self, fold: int, ratio: float, penalties: Array, tol: float) -> Array:
+        """Return the coefficients from the rows."""
+        weights, positive = self.train[fold], self.positive
+        found = net_path(self.data, weights, ratio, penalties, positive, tol)
+        return found / self.scale[:, None, None]
+
 
 @dataclass(frozen=True)
 class _GramFolds(FoldProblem):
@@ -188,6 +199,12 @@ class _GramFolds(FoldProblem):
         """Return the coefficients from the moments."""
         M, d = self.train[fold], self.data.X.shape[1]
         return ridge_of_gram(M[:d, :d], M[:d, d:], penalties * ridge_unit(self.data))
+
+    def net(self, fold: int, ratio: float, penalties: Array, tol: float) -> Array:
+        """Return the coefficients from the moments."""
+        M, d, pull = self.train[fold], self.data.X.shape[1], self.data.pull
+        moments = M[:d, :d], M[:d, d:]
+        return net_of_moments(*moments, pull, ratio, penalties, self.positive, tol)
 
 
 def _moments(Z: Array, weights: Array) -> Array:

@@ -22,6 +22,7 @@ from ._fold_problems import FoldProblem, fold_problem
 
 __all__ = ["Folds", "fold_weights"]
 
+NET = 0.1  # duality gap of elastic nets relative to |y|^2, in units of the flows' tolerance
 KEPT = 2**22  # numbers of states up to which they are kept: 32 MB
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -106,6 +107,12 @@ class Folds:
         rows = [self._coefs(k, log_A, shrinkage, ts, j) for k in range(self.data.y.shape[1])]
         return np.stack([(without_small(x, zero_tol) != 0).mean(axis=0) for x in rows])
 
+    def net_frequencies(self, ratio: float, penalties: Array) -> Array:
+        """Return in which fraction of the folds the last elastic net keeps a coefficient (K, d)."""
+        folds = range(self.train.shape[1])
+        kept = [self.problem.net(f, ratio, penalties, NET * self.tol)[:, -1] != 0 for f in folds]
+        return np.mean(kept, axis=0)
+
     def intercept_errors(self) -> Array:
         """Return the errors (n_folds,) of the intercept alone."""
         zero, folds = np.zeros(self.data.X.shape[1]), range(self.train.shape[1])
@@ -122,6 +129,15 @@ class Folds:
             path = enumerate(self.problem.ridge(f, penalties))
             each = [self.problem.error(x, k, f) / self._units[k] for k, x in path]
             found[:, f] = np.mean(each, axis=0)
+        return found
+
+    def net_errors(self, ratios: Array, penalties: Array) -> Array:
+        """Return the errors (n_ratios, n_penalties, n_folds) of elastic nets, the mean alike."""
+        found = np.zeros((len(ratios), len(penalties), self.train.shape[1]))
+        for i, f in np.ndindex(found.shape[0], found.shape[2]):
+            path = enumerate(self.problem.net(f, float(ratios[i]), penalties, NET * self.tol))
+            each = [self.problem.error(x, k, f) / self._units[k] for k, x in path]
+            found[i, :, f] = np.mean(each, axis=0)
         return found
 
     @cached_property

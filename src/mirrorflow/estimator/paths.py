@@ -190,6 +190,8 @@ class MirrorFlowCVDisplay:
         Which of them the model keeps; None is all.
     ridge : float, default=None
         The least error of ridge regression, a line across the plot where that was chosen.
+    net : float, default=None
+        The same of elastic nets.
 
     Attributes
     ----------
@@ -218,10 +220,12 @@ class MirrorFlowCVDisplay:
         coef_path: Array | None = None,
         support: NDArray[np.bool_] | None = None,
         ridge: float | None = None,
+        net: float | None = None,
     ) -> None:
         self.log_As, self.ts, self.mse_path, self.chosen = log_As, ts, mse_path, chosen
         self.shrinkages = np.zeros(len(log_As)) if shrinkages is None else shrinkages
-        self.coef_path, self.support, self.ridge = coef_path, support, ridge
+        self.coef_path, self.support = coef_path, support
+        self.ridge, self.net = ridge, net
 
     @classmethod
     def from_estimator(
@@ -258,14 +262,16 @@ class MirrorFlowCVDisplay:
         if kind not in ("error", "path"):
             raise ValueError(f"kind must be 'error' or 'path', got {kind!r}")
         path, support = estimator.coef_path_, estimator.support_
-        ridge = estimator.best_kind_ == "ridge"
-        if ridge and kind == "path":
-            raise ValueError("the path must be of a flow, got one of ridge regression")
-        shown: dict[str, Any] = {} if ridge else {"chosen": estimator.best_index_}
-        if path.ndim == 2 and not ridge:
+        linear = estimator.best_kind_ in ("ridge", "elastic net")
+        if linear and kind == "path":
+            raise ValueError(f"the path must be of a flow, got one of {estimator.best_kind_}")
+        shown: dict[str, Any] = {} if linear else {"chosen": estimator.best_index_}
+        if path.ndim == 2 and not linear:
             shown |= {"coef_path": path, "support": support}
-        if ridge:
+        if estimator.best_kind_ == "ridge":
             shown["ridge"] = estimator.ridge_mse_.mean(axis=1).min()
+        if estimator.best_kind_ == "elastic net":
+            shown["net"] = estimator.net_mse_.mean(axis=2).min()
         display = cls(
             log_As=estimator.log_As_, ts=estimator.ts_, mse_path=estimator.mse_path_,
             shrinkages=estimator.shrinkages_, **shown,
@@ -299,8 +305,9 @@ class MirrorFlowCVDisplay:
             i, j = self.chosen
             ring: Any = {"s": 180, "facecolors": "none", "edgecolors": "black", "zorder": 3}
             axis.scatter(self.ts[j], mean[i, j], label="chosen", **ring)
-        if self.ridge is not None:
-            axis.axhline(self.ridge, color="black", linestyle="--", label="ridge, chosen")
+        for error, kind in ((self.ridge, "ridge"), (self.net, "elastic net")):
+            if error is not None:
+                axis.axhline(error, color="black", linestyle="--", label=f"{kind}, chosen")
         axis.set(xscale="log", xlabel=TIME, ylabel="mean squared error")
         axis.legend()
         self.ax_, self.figure_ = axis, axis.figure

@@ -27,15 +27,18 @@ from ._base import (
 )
 from ._candidates import (
     CRITERIA,
-    better_ridge,
+    NETS,
+    Linear,
     flows,
     informed,
     penalties,
+    ratios,
     thresholds,
     times,
     warn_at_the_last_time,
+    without_flow,
 )
-from ._data import growth, prepare, warn_of_scales
+from ._data import Data, growth, prepare, warn_of_scales
 from ._folds import Folds, fold_weights
 
 __all__ = ["MirrorFlowRegressorCV"]
@@ -46,9 +49,10 @@ Array = NDArray[np.float64]
 class MirrorFlowRegressorCV(FlowRegressor):
     r"""`MirrorFlowRegressor` whose scale A and stopping time are chosen by cross-validation.
 
-    The flows of all folds and scales are integrated together, once; each gives a whole path. Two
-    more keep their decay on to the end and shrink like the lasso, as strong noise asks for.
-    Ridge regression, where large scales end, needs no flow: it is taken where it predicts better.
+    The flows of all folds and scales are integrated together, once; each gives a whole path.
+    Ridge regression, where large scales end, and elastic nets, where decay that is kept ends with
+    a share of ridge regression, need no flow: ridge regression is taken where it predicts better,
+    an elastic net where no flow is clearly better.
 
     Parameters
     ----------
@@ -57,14 +61,18 @@ class MirrorFlowRegressorCV(FlowRegressor):
     ts : int or array of floats > 0, default=20
         Candidates for ``t``; a number stands for so many between 0.3 and 30, spaced
         geometrically.
-    shrinkages : array of floats in (0, 1), default=None
+    shrinkages : array of floats in (0, 1), default=()
         A flow more for each, from the largest of ``log_As``, whose decay stays on: it tends to the
         lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
-        the others. None is (0.05, 0.2), and no flow where ``decay`` is given.
+        the others. None with ``decay``.
     ridges : array of floats > 0, default=None
         Penalties of ridge regression, in units of the sum of the variances of the columns. None is
         33 from 10 to 1e-7; none with ``positive``, ``decay``, an information criterion, or a sparse
         X of more than 2000 rows and columns.
+    l1_ratios : array of floats in (0, 1), default=None
+        Elastic nets with these shares of the L1 norm, each with 17 penalties down to a hundredth of
+        the smallest that leaves nothing. None is (0.1, 0.5, 0.9); none with ``decay`` or an
+        information criterion.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
     decay : SwitchOff, Constant or None, default=None
@@ -95,14 +103,17 @@ class MirrorFlowRegressorCV(FlowRegressor):
 
     Attributes
     ----------
-    best_kind_ : {"flow", "kept decay", "ridge", "intercept"}
+    best_kind_ : {"flow", "kept decay", "ridge", "elastic net", "intercept"}
         What was chosen; an intercept alone is what the largest of ``zero_tols`` leaves.
     best_log_A_, best_t_ : float
-        The candidates of least error; infinity both for ridge regression.
+        The candidates of least error; infinity both for ridge regression and elastic nets.
     best_index_ : tuple of int
         The place of the flow of least error in ``mse_path_``: its flow, and its time.
     best_ridge_ : float or None
         The penalty of ridge regression where that was chosen; it has no zeros.
+    best_net_ : tuple of (float, float) or None
+        L1 ratio and penalty of the elastic net where that was chosen, the penalty as a fraction of
+        the smallest that leaves nothing.
     best_decay_ : SwitchOff, Constant or None
         The decay of the chosen flow; one that stays on is written as ending at ``best_t_``.
     best_zero_tol_ : float
@@ -114,7 +125,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         each divided by their variance.
     coef_path_ : array of shape (n_features, m) or (n_targets, n_features, m)
         The coefficients of the chosen flow on all samples at the first m of ``ts_``, up to
-        ``best_t_``, before any are set to 0; those of ridge regression up to ``best_ridge_``.
+        ``best_t_``, before any are set to 0; those of ridge regression and elastic nets up to
+        the chosen penalty.
     selection_frequency_ : array of shape (n_features,) or (n_targets, n_features)
         In which fraction of the folds the chosen flow, on the training part and with the chosen
         threshold, keeps a coefficient: near 1 for a support that does not depend on the draw.
@@ -126,6 +138,8 @@ class MirrorFlowRegressorCV(FlowRegressor):
         The same of the intercept alone.
     ridge_mse_ : array of shape (n_ridges, n_folds)
         The same of ridge regression, for each of ``ridges_``, which decrease.
+    net_mse_ : array of shape (n_l1_ratios, 17, n_folds)
+        The same of elastic nets, for each of ``l1_ratios_`` and penalties that decrease.
     log_As_, shrinkages_ : arrays of shape (n_flows,)
         The flows: one for each of ``log_As``, with shrinkage 0, then those of ``shrinkages``.
     ts_ : array of shape (n_ts,)
@@ -159,8 +173,9 @@ class MirrorFlowRegressorCV(FlowRegressor):
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "log_As": ["array-like"],
         "ts": ["array-like", Interval(Integral, 1, None, closed="left")],
-        "shrinkages": ["array-like", None],
+        "shrinkages": ["array-like"],
         "ridges": ["array-like", None],
+        "l1_ratios": ["array-like", None],
         "zero_tols": ["array-like", None],
         "cv": ["cv_object"],
         "criterion": [StrOptions(set(CRITERIA))],
@@ -173,8 +188,9 @@ class MirrorFlowRegressorCV(FlowRegressor):
         log_As: Any = (-2.0, -20.0),
         ts: Any = 20,
         *,
-        shrinkages: Any = None,
+        shrinkages: Any = (),
         ridges: Any = None,
+        l1_ratios: Any = None,
         zero_tols: Any = None,
         cv: Any = None,
         decay: Decay = None,
@@ -191,6 +207,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.ts = ts
         self.shrinkages = shrinkages
         self.ridges = ridges
+        self.l1_ratios = l1_ratios
         self.zero_tols = zero_tols
         self.cv = cv
         self.decay = decay
@@ -246,53 +263,75 @@ class MirrorFlowRegressorCV(FlowRegressor):
         self.intercept_mse_ = folds.intercept_errors()
         self.ridges_ = penalties(self.ridges, by_cv and not (self.positive or self.decay), data)
         self.ridge_mse_ = folds.ridge_errors(self.ridges_)
-        i, j, zeros = self._by_error(folds) if by_cv else self._by_criterion(folds)
-        run, end = self._best(i, j, zeros), (X.dtype, y.ndim == 1)
-        if self.best_ridge_ is not None:
-            self._fit_ridge(data, self.ridges_[self.ridges_ >= self.best_ridge_], *end)
-            self.selection_frequency_ = np.ones(self.coef_.shape)
+        self.l1_ratios_ = ratios(self.l1_ratios, by_cv and not self.decay)
+        self.net_mse_ = folds.net_errors(self.l1_ratios_, NETS)
+        i, j, zeros, linear = self._by_error(folds) if by_cv else self._by_criterion(folds)
+        run, end = self._best(i, j, zeros, linear), (X.dtype, y.ndim == 1)
+        if linear is not None:
+            self._fit_linear(data, folds, linear, *end)
             return
         frequency = folds.frequencies(*self._candidate(i), j, zeros.zero_tol)
         self.selection_frequency_ = frequency[0] if y.ndim == 1 else frequency
         self._fit(data, run, *end)
 
+    def _fit_linear(
+        self, data: Data, folds: Folds, linear: Linear, dtype: Any, single: bool
+    ) -> None:
+        """Fit ridge regression or an elastic net to all samples."""
+        if linear.kind == "ridge":
+            path = self.ridges_[self.ridges_ >= linear.penalty]
+            self._fit_ridge(data, path, dtype, single)
+            self.selection_frequency_ = np.ones(self.coef_.shape)
+            return
+        path = NETS[linear.penalty <= NETS]  # down to the chosen one
+        self._fit_net(data, linear.ratio, path, dtype, single)
+        frequency = folds.net_frequencies(linear.ratio, path)
+        self.selection_frequency_ = frequency[0] if single else frequency
+
     def _candidate(self, i: int) -> tuple[float, float, Array]:
         """Return log A, shrinkage and times of a flow."""
         return float(self.log_As_[i]), float(self.shrinkages_[i]), self.ts_
 
-    def _by_error(self, folds: Folds) -> tuple[int, int, Zeros]:
+    def _by_error(self, folds: Folds) -> tuple[int, int, Zeros, Linear | None]:
         """Choose flow and time by the least error, and how much of it is set to 0."""
         mean = self.mse_path_.mean(axis=2)
         i, j = (int(v) for v in np.unravel_index(np.argmin(mean), mean.shape))
         paths = folds.zero_errors(*self._candidate(i), j, self.zero_tols_, self.refit)
         self.zero_mse_path_ = paths[-1]
-        others = [*paths, self.intercept_mse_[None]]
-        self.best_ridge_ = better_ridge(self.ridges_, self.ridge_mse_, others, folds.spread)
-        if self.best_ridge_ is None:
+        errors = self.ridges_, self.ridge_mse_, self.l1_ratios_, self.net_mse_
+        linear = without_flow(*errors, paths, self.intercept_mse_, folds.spread)
+        if linear is None:
             warn_at_the_last_time(mean[i], self.ts_, folds.spread)
         refitted = paths[1] if self.refit else None
-        return i, j, choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
+        zeros = choose_zeros(self.zero_tols_, paths[0], refitted, self.intercept_mse_)
+        return i, j, zeros, linear
 
-    def _by_criterion(self, folds: Folds) -> tuple[int, int, Zeros]:
+    def _by_criterion(self, folds: Folds) -> tuple[int, int, Zeros, Linear | None]:
         """Choose flow, time and zeros by what coefficients bring on the samples themselves."""
         candidates = self.log_As_, self.shrinkages_, self.ts_, self.zero_tols_
         found = informed(folds, *candidates, self.refit, self.criterion)
-        self.criterion_path_, self.best_ridge_ = found.path, None
-        return found.i, found.j, found.zeros
+        self.criterion_path_ = found.path
+        return found.i, found.j, found.zeros, None
 
-    def _best(self, i: int, j: int, zeros: Zeros) -> FlowPoint:
-        """Keep what was chosen, and return it."""
+    def _best(self, i: int, j: int, zeros: Zeros, linear: Linear | None) -> FlowPoint:
+        """Keep what was chosen, and return the flow of it."""
         log_A, shrinkage, ts = self._candidate(i)
         t, zero_tol = float(ts[j]), zeros.zero_tol
         self.best_index_, self.best_log_A_, self.best_t_ = (i, j), log_A, t
         self.best_zero_tol_, self.best_refit_, self.best_decay_ = zero_tol, zeros.refit, self.decay
+        self.best_ridge_ = self.best_net_ = None
         if shrinkage > 0:
             self.best_decay_ = SwitchOff(shrinkage * growth(log_A, self.positive), t)
         kind = "kept decay" if shrinkage > 0 else "flow"
         self.best_kind_ = "intercept" if np.isinf(zero_tol) else kind
-        if self.best_ridge_ is not None:  # where flows of large scales end
-            self.best_kind_, self.best_log_A_, self.best_t_ = "ridge", np.inf, np.inf
-            self.best_zero_tol_, self.best_refit_, self.best_decay_ = 0.0, False, None
+        if linear is not None:
+            self.best_kind_, self.best_zero_tol_ = linear.kind, 0.0
+            self.best_log_A_ = self.best_t_ = np.inf  # where flows of large scales end
+            self.best_refit_, self.best_decay_ = False, None
+            if linear.kind == "ridge":
+                self.best_ridge_ = linear.penalty
+            else:
+                self.best_net_ = linear.ratio, linear.penalty
         return FlowPoint(
             log_A, t, self.best_decay_, 0.1 * self.tol, zeros.zero_tol, zeros.refit, ts[: j + 1]
         )
