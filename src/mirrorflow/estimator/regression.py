@@ -71,7 +71,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
         X of more than 2000 rows and columns.
     l1_ratios : array of floats in (0, 1), default=None
         Elastic nets with these shares of the L1 norm, each with 17 penalties down to a hundredth of
-        the smallest that leaves nothing. None is (0.1, 0.5, 0.9); none with ``decay`` or an
+        the smallest that leaves nothing. None is (0.1, 0.5); none with ``decay`` or an
         information criterion.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
