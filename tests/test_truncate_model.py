@@ -355,7 +355,7 @@ def test_frozen_products_are_truncated_on_request_only():
         truncate(model, rank=2)
     report = truncate(model, rank=2, frozen=True)
     assert {record.kind for record in report.records} == {"lora", "value-output"}
-    assert all("merge them first" in reason for _, reason in report.skipped)
+    assert all("merge_and_unload" in reason for _, reason in report.skipped)
     only = truncate(adapted(), rank=2, frozen=True, match="lora")
     assert {record.kind for record in only.records} == {"lora"}
 
@@ -370,6 +370,22 @@ def test_merged_updates_dora_and_fresh_adapters_are_told():
     assert {reason for _, reason in truncate(fresh, rank=2).skipped} == {
         "A B = 0, as at LoRA's start"
     }
+
+
+def test_attention_whose_adapters_are_merged_is_measured_with_them_and_says_so():
+    model = adapted()
+    tracker = SpectralTracker(model, match="attn", frozen=True)
+    apart = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    model.merge_adapter()
+    merged = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    model.unmerge_adapter()
+    again = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    for name in apart:
+        assert "without the adapters' updates" in apart[name].notes[-1]
+        assert "are merged into" in merged[name].notes[-1]
+        assert merged[name].nuclear != apart[name].nuclear
+        assert again[name].notes == apart[name].notes
+    assert apart
 
 
 def test_tied_adapters_are_truncated_once():

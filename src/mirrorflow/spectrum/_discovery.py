@@ -14,7 +14,7 @@ from dataclasses import replace
 from ._adapters import lora, unmeasured
 from ._attention import Projections, forward_notes, outputs, projections
 from ._quantized import quantized, scaled
-from .pairs import Factor, Facts, Found, Pair, Shapes
+from .pairs import APART, Factor, Facts, Found, Pair, Shapes
 
 __all__ = ["find"]
 
@@ -39,10 +39,9 @@ def find(shapes: Shapes, facts: Facts, values: bool = False) -> Found:
 
 def _marked(pair: Pair, adapted: set[str]) -> Pair:
     """Note on attention whose projections have adapters that only the base is measured."""
-    holders = {factor.key.rpartition(".")[0] for factor in (pair.left, pair.right)}
-    if pair.kind == "lora" or not holders & adapted:
+    if pair.kind == "lora" or not pair.holders & adapted:
         return pair
-    return replace(pair, notes=(*pair.notes, "base weights, without the adapters' updates"))
+    return replace(pair, notes=(*pair.notes, APART))
 
 
 def attention(key: str, shapes: Shapes, facts: Facts, values: bool) -> Iterator[Pair | str]:

@@ -28,7 +28,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ._grams import double
 from ._shards import is_sharded
-from .pairs import Factor, Pair, clean
+from .pairs import APART, MERGED, Factor, Pair, clean
 from .product import unreadable
 from .tracker import SpectralTracker
 from .truncation import (
@@ -142,15 +142,15 @@ class _Weights:
                 return f"{factor.key} {trouble}"
         if pair.kind == "lora":
             merged = any(getattr(m, "merged", False) for m in self._modules.get(pair.name, ()))
-            return "the update is merged into the base weights: unmerge it first" if merged else ""
+            return "its update is merged: unmerge_adapter() takes it out again" if merged else ""
         return self._between(pair)
 
     def _between(self, pair: Pair) -> str:
         """Say what stands between the two weights of attention beside q . k, or P V."""
         module = pair.name if pair.right.key.startswith(f"{pair.name}.") else ""  # the root's is ""
         for note in pair.notes:
-            if "adapters' updates" in note:
-                return "adapters' updates are added to its weights: merge them first"
+            if note in (APART, MERGED):
+                return "adapters belong to its weights: merge_and_unload() makes them one"
             if not any(word in note for word in HARMLESS):
                 return note
         if pair.kind == "attention":

@@ -130,9 +130,19 @@ class Pair:
     notes: tuple[str, ...] = ()
 
     @property
+    def holders(self) -> set[str]:
+        """The modules that have the two weights."""
+        return {factor.key.rpartition(".")[0] for factor in (self.left, self.right)}
+
+    @property
     def label(self) -> str:
         """The name, with the adapter, or that it is the product of V and the output."""
         return label(self.name, self.kind, self.adapter)
+
+
+# Of attention whose weights have adapters: what is measured, while they are apart, and merged.
+APART = "base weights, without the adapters' updates"
+MERGED = "the adapters' updates are merged into these weights"
 
 
 def label(name: str, kind: str, adapter: str) -> str:

@@ -16,7 +16,19 @@ from ._discovery import find
 from ._measurement import measure
 from ._shards import Rows, is_sharded
 from .account import ProductAccount, by_key_head
-from .pairs import Adapter, Factor, Named, Pair, checked, choose, clean, named, nothing_found
+from .pairs import (
+    APART,
+    MERGED,
+    Adapter,
+    Factor,
+    Named,
+    Pair,
+    checked,
+    choose,
+    clean,
+    named,
+    nothing_found,
+)
 from .product import unreadable
 from .records import Measurement
 
@@ -236,7 +248,9 @@ class SpectralTracker:
         return list(links.values())
 
     def _now(self, pair: Pair) -> Pair:
-        """Read an adapter's scale again, and whether it is active: both may have changed."""
+        """Read an adapter's scale again, whether it is active, and merged: all may have changed."""
+        if APART in pair.notes and self._modules.merged(pair.holders):
+            return replace(pair, notes=tuple(MERGED if n == APART else n for n in pair.notes))
         if pair.kind != "lora":
             return pair
         known = self._modules.adapter(pair.name, pair.adapter, pair.shape[1])
@@ -358,6 +372,11 @@ class _Modules:
         configs = (getattr(m, "peft_config", None) for m in self._modules.get("", ()))
         found = (c.get(name) for c in configs if isinstance(c, dict))
         return start_notes([getattr(config, "init_lora_weights", None) for config in found])
+
+    def merged(self, modules: Iterable[str]) -> bool:
+        """Whether PEFT has added updates to the weights of one of the modules."""
+        layers = (layer for module in modules for layer in self._modules.get(module, ()))
+        return any(getattr(layer, "merged", False) for layer in layers)
 
     def active(self, module: str, name: str) -> bool:
         """Whether PEFT adds an adapter's update."""
