@@ -17,7 +17,7 @@ from benchmarks._measure import measure
 from mirrorflow import MirrorFlowRegressorCV
 from mirrorflow._threads import one_thread
 
-POINTS = 100  # of a path: five scales and 20 times, or 100 alphas
+POINTS = 100  # alphas of a path; ours: two flows at 20 times, 33 of ridge, 34 of elastic nets
 SNR = 10.0
 PEAKS = 8  # of the spectra
 TARGET, SPECTRA = 1.5, 3.0  # times LassoCV's time
