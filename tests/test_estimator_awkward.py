@@ -146,3 +146,15 @@ def test_a_fit_is_that_of_the_oracle_on_a_dozen_awkward_designs(name, way, seed)
 @pytest.mark.parametrize(("name", "way", "seed"), CASES)
 def test_a_fit_is_that_of_the_oracle_on_awkward_designs(name, way, seed):
     check(name, way, seed)
+
+
+@pytest.mark.parametrize("targets", [[3.0, 2.0, 1.0], [[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]])
+def test_coefficients_that_must_be_0_are_0(targets):
+    """SciPy's non-negative least squares aborts the interpreter without columns."""
+    X, y = np.array([[1.0], [2.0], [3.0]]), np.array(targets)
+    model = mf.MirrorFlowRegressor(positive=True, interpolate=True).fit(X, y)
+    expected = [0.0] if y.ndim == 1 else [[1.0], [0.0]]
+    np.testing.assert_allclose(model.coef_, expected, atol=1e-12)
+    assert np.isfinite(model.dual_coef_).all() and np.max(model.gap_) < 1e-12
+    flat = mf.MirrorFlowRegressor(positive=True, interpolate=True).fit(np.ones((3, 2)), 1e-9 * X)
+    assert not flat.coef_.any() and not flat.support_.any()

@@ -20,7 +20,7 @@ from ._chebyshev import integrate
 from ._data import Data, gram
 from ._endpoints import endpoints, gap, kkt, residual_slope, warn_unfinished
 from ._flows import Flows, GramFlows, RowFlows, tall
-from ._net import net_dual, net_path, net_primal
+from ._net import mixes, net_dual, net_path, net_primal
 from ._ridge import ridge_dual, ridge_path
 from ._row_space import row_space
 
@@ -213,9 +213,10 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         self, data: Data, ratio: float, penalties: Array, dtype: Any, single: bool
     ) -> None:
         """Fit an elastic net with the last of the penalties; all of them are its path."""
-        path = net_path(data, data.weights, ratio, penalties, self.positive, NET_TOL)
-        nu = net_dual(data, path[:, -1], ratio, float(penalties[-1]))
-        image = partial(net_primal, ratio=ratio, positive=self.positive)
+        ratios = mixes(data, ratio)
+        path = net_path(data, data.weights, ratios, penalties, self.positive, NET_TOL)
+        nu = net_dual(data, path[:, -1], ratios, float(penalties[-1]))
+        image = partial(net_primal, ratios=ratios, positive=self.positive)
         self._keep_linear(data, path, nu, image, dtype, single)
 
     def _keep_linear(
@@ -305,15 +306,15 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         drop = -2 * rate * end
         scales, root = data.log_A(run.log_A + drop), np.sqrt(data.weights)[:, None]
         space, y = row_space(root * data.X, data.rounding), root * data.y
-        found = [
-            endpoints(space, y[:, k], scales[[k]], self.positive, int(self.max_iter))
-            for k in range(y.shape[1])
-        ]
-        self.n_iter_ = max(1, *(f.steps for f in found))
-        nu = root * np.stack([f.theta[0] for f in found], axis=1)  # Z^T theta = X^T (root theta)
+        coef, nu = np.zeros((y.shape[1], data.X.shape[1])), np.zeros_like(y)
+        self.n_iter_ = 1
+        for k in np.flatnonzero(data.pull > 0).tolist():  # without a pull all coefficients stay 0
+            found = endpoints(space, y[:, k], scales[[k]], self.positive, int(self.max_iter))
+            coef[k], nu[:, k] = found.x[0], root[:, 0] * found.theta[0]  # Z^T theta = X^T nu
+            self.n_iter_ = max(self.n_iter_, found.steps)
         if data.center:  # the same X^T nu without the mean of X
             nu -= data.weights[:, None] * nu.sum(axis=0)
-        return np.stack([f.x[0] for f in found]), nu, drop
+        return coef, nu, drop
 
     def predict(self, X: Any) -> Array:
         """Predict the targets.

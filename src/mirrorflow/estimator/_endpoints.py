@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from sklearn.exceptions import ConvergenceWarning
 
 from .._threads import few_threads
-from ..legendre._kernels import arcsinh_ratio, duality_gap, kkt_residual
+from ..legendre._kernels import arcsinh_ratio, duality_gap, kkt_residual, nonnegative_least_squares
 from ._row_space import EPS, RowSpace, row_space
 
 __all__ = ["Endpoints", "endpoints", "gap", "kkt", "residual_slope", "warn_unfinished"]
@@ -45,6 +44,9 @@ def endpoints(
     turn = space.dual
     if positive and not found.status.ok:  # `limit` may stall where it cannot prove that no x fits
         face, part, fitted = _nonnegative(space, y)
+        if not face.any():  # every coefficient falls to 0, its dual variable without end
+            none = np.zeros((len(log_As), len(face)))
+            return Endpoints(none, np.zeros((len(log_As), len(y))), np.zeros(len(log_As)), 0)
         found = _path(part.Q.T, part.targets(fitted), log_As, positive, max_steps)
         turn = partial(_turned, space, part)
     if not found.status.ok:
@@ -90,7 +92,7 @@ def _nonnegative(space: RowSpace, y: Array) -> tuple[NDArray[np.bool_], RowSpace
     """
     rows = space.compressed()
     unit, target = rows / space.lengths, space.U.T @ y
-    x, _ = nnls(unit, target, maxiter=max(100, 10 * unit.shape[1]))
+    x = nonnegative_least_squares(unit, target)
     slope = unit.T @ (unit @ x - target)
     face = slope <= FACE * np.abs(unit.T @ target).max(initial=0.0)
     # The rows come out of a decomposition of Z, with its rounding: n or d times that of a number.

@@ -70,9 +70,9 @@ class MirrorFlowRegressorCV(FlowRegressor):
         33 from 10 to 1e-7; none with ``positive``, ``decay``, an information criterion, or a sparse
         X of more than 2000 rows and columns.
     l1_ratios : array of floats in (0, 1), default=None
-        Elastic nets with these shares of the L1 norm, each with 17 penalties down to a hundredth of
-        the smallest that leaves nothing. None is (0.1, 0.5); none with ``decay`` or an
-        information criterion.
+        Elastic nets with these shares of the L1 norm, for X and y of unit scale, each with 17
+        penalties down to a hundredth of the smallest that leaves nothing. None is (0.02, 0.2); none
+        with ``decay`` or an information criterion.
     cv : int, splitter or iterable, default=None
         As everywhere in scikit-learn; None is 5-fold.
     decay : SwitchOff, Constant or None, default=None

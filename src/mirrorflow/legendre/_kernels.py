@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 __all__ = [
     "LOG_2",
@@ -18,6 +19,8 @@ __all__ = [
     "exp_sinh",
     "exp_sinh_cosh",
     "kkt_residual",
+    "nonnegative_least_squares",
+    "outside_cone",
     "shared_sinh_cosh",
 ]
 
@@ -111,6 +114,18 @@ def duality_gap(norm: float, gain: float, ceiling: float) -> float:
     # <theta, y> = <Z^T theta, x> <= ceiling |x| for every x with Zx = y: a lower bound of |x|.
     least = gain / ceiling if ceiling > 0 else 0.0
     return min(1.0, max(0.0, 1 - least / norm))
+
+
+def nonnegative_least_squares(A: Any, b: Any) -> Any:
+    """Return the x >= 0 of least |Ax - b|, arrays; SciPy's crashes without rows or columns."""
+    if 0 in A.shape:
+        return np.zeros(A.shape[1])
+    return nnls(A, b, maxiter=max(100, 10 * A.shape[1]))[0]
+
+
+def outside_cone(A: Any, b: Any, apart: float) -> bool:
+    """Return whether b is farther than ``apart`` from the cone of A's columns (Farkas)."""
+    return float(np.linalg.norm(A @ nonnegative_least_squares(A, b) - b)) > apart
 
 
 def _module(value: Any) -> Any:

@@ -15,6 +15,7 @@ __all__ = ["Potential"]
 
 NODES = 64  # of Gauss's rule for the conjugate
 DOUBLINGS = 1100  # of a bracket for mu, from 1 to the largest number
+BESIDE = 1e-9  # how far from a corner its derivative is taken
 HALVINGS = 200  # of a bracket, each of which Newton's step may replace
 
 
@@ -101,7 +102,19 @@ class Potential(LegendreFunction):
         return self._sum(mu * torch.stack(parts).sum(0))
 
     def _slope(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Return primal'(mu), without a graph."""
+        """Return primal'(mu), without a graph.
+
+        It is > 0; autograd's is 0 at the corner of sign(mu) or |mu|, where the one beside it holds.
+        """
+        slope = self._autograd(mu, a)
+        corner = slope == 0
+        if corner.any():
+            beside = mu + BESIDE * mu.abs().clamp(min=1.0)
+            slope = torch.where(corner, self._autograd(beside, a), slope)
+        return slope
+
+    def _autograd(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Return the derivative of the map as autograd has it."""
         with torch.enable_grad():
             at = mu.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.map(at, a).sum(), at)

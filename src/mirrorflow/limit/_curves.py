@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from ..legendre import RangeError
 from ..legendre._curves import Curve, CurveProblem, Place
+from ..legendre._kernels import outside_cone
 from ._constraints import Constraints, length
 from ._continuation import GOOD, VERTEX, DualPoint
 from ._newton import NewtonSystem
@@ -127,7 +127,7 @@ class _Walker:
         if up.all() and down.all():
             return False
         # Farkas: b is off the cone of Q's columns with the signs that x can have.
-        return float(nnls(np.hstack([self.Q[:, up], -self.Q[:, down]]), self.b)[1]) > APART
+        return outside_cone(np.hstack([self.Q[:, up], -self.Q[:, down]]), self.b, APART)
 
     def _descend(self) -> bool:
         """Minimize the dual objective by Newton's method from theta = 0, where t is nu's own."""

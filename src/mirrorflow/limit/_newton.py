@@ -106,6 +106,8 @@ class NewtonSystem:
             return potrs(self.factor, r, lower=1)[0]
         self._orthogonal(complete=False)
         k, z = self.seen, np.zeros_like(r)
+        if not k:  # LAPACK takes no matrix without rows
+            return z
         R = self.qr[:k, :k]
         # z is 0 beyond the k columns that are seen: R is cut to them.
         half = trtrs(R, r[self.pivot[:k]], trans=1)[0]  # K K^T z = P R^T R P^T z = r
@@ -124,6 +126,8 @@ class NewtonSystem:
             return z
         self._orthogonal(complete=not seen)
         k, z = self.seen if seen else self.rank, np.zeros(self.FT.shape[1])
+        if not k:
+            return z
         right = np.asfortranarray((self.root[self.order] * u[self.order])[:, None])
         reflectors = self.qr[:, : len(self.tau)]
         # R z = H^T W^{1/2} u: unlike the normal equations it keeps the digits of light rows.
