@@ -117,6 +117,26 @@ def test_report_makes_one_page_with_the_command_of_each_run(monkeypatch, capsys,
     assert "--config changes.toml\n\n# changes.toml\nwindow = 1.5</code>" in page
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ("run", "bench_sparse", "--preset", "smoke", "--seed", "-1"),
+            "seeds must be >= 0, got (-1,)",
+        ),
+        (("run", NAME, "--config", "none.toml"), "none.toml must be a file that can be read"),
+        (("run", NAME, "--config", "."), ". must be a file that can be read, got: Is a directory"),
+        (("lint", "none"), "none must be a file that can be read, got: No such file"),
+    ],
+)
+def test_what_cannot_be_read_or_drawn_ends_with_one_sentence(
+    monkeypatch, capsys, tmp_path, args, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *args) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_report_of_nothing_says_what_to_do(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "report", tmp_path) == 2
     assert "mirrorflow run" in capsys.readouterr().err
@@ -134,7 +154,8 @@ def test_check_tells_a_good_pair_from_a_bad_one(monkeypatch, capsys, file, name,
     ("target", "said"),
     [
         ("{file}", "expected path/to/file.py:name"),
-        ("none.py:pair", "none.py does not exist"),
+        ("none.py:pair", "none.py must be a file, got nothing there"),
+        ("{folder}:pair", "must be a file, got a folder"),
         ("{file}:other", "defines no 'other'"),
         ("{file}:number", "must be (g, h, w0)"),
         ("{broken}:pair", "ZeroDivisionError"),
@@ -150,7 +171,14 @@ def test_check_names_what_is_wrong_with_its_argument(
     broken, wrong = tmp_path / "broken.py", tmp_path / "wrong.py"
     broken.write_text("1 / 0")
     wrong.write_text(GOOD.replace("torch.zeros(2,", "torch.full((2,), torch.nan,"))
-    assert call(monkeypatch, "check", target.format(file=file, broken=broken, wrong=wrong)) == 2
+    assert (
+        call(
+            monkeypatch,
+            "check",
+            target.format(file=file, broken=broken, wrong=wrong, folder=tmp_path),
+        )
+        == 2
+    )
     assert said in capsys.readouterr().err
 
 

@@ -85,6 +85,10 @@ def hyperbolic_aware(mu, a):
     return torch.sign(mu) * torch.expm1(2 * mu.abs()) / 2
 
 
+def hyperbolic_aware_by_branches(mu, a, c=2.0):
+    return torch.where(mu >= 0, torch.expm1(c * mu) / c, -torch.expm1(-c * mu) / c)
+
+
 def test_a_potential_with_the_map_of_m_times_w_is_its_entropy():
     R = Potential(entropy_of_m_times_w, (5,))
     closed = mf.legendre(
@@ -105,10 +109,20 @@ def test_a_potential_with_the_map_of_m_times_w_is_its_entropy():
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 def test_hyperbolic_aware_minimization_has_its_metric(size):
-    R = Potential(hyperbolic_aware, (3,))
-    x = size * torch.tensor([-1.0, 0.3, 2.0], dtype=CPU)
+    R = Potential(hyperbolic_aware, (4,))
+    x = size * torch.tensor([-1.0, 0.0, 0.3, 2.0], dtype=CPU)
     assert torch.allclose(R.primal(R.mirror(x, 0.0), 0.0), x, rtol=1e-12)
     assert torch.allclose(R.metric(x, 0.0), 1 / (1 + 2 * x.abs()), rtol=1e-10)
+
+
+def test_the_corner_of_a_map_at_0_stops_no_solver():
+    """Autograd takes 0 for the slope of sign(mu) and |mu| there."""
+    R, smooth = (Potential(m, (2,)) for m in (hyperbolic_aware, hyperbolic_aware_by_branches))
+    Z, y = torch.tensor([[1.0, 2.0]], dtype=CPU), torch.tensor([2.0], dtype=CPU)
+    found, expected = (mf.limit(r, Z, y, 0.0) for r in (R, smooth))
+    assert found.status.ok and torch.allclose(found.value, expected.value, rtol=1e-10)
+    zero = torch.zeros(2, dtype=CPU)
+    assert R.value(zero, 0.0) == 0 and not R.primal(zero, 0.0).any()
 
 
 def test_a_potential_with_ends():

@@ -480,3 +480,13 @@ def test_columns_and_a_path_are_refused():
         mf.limit(R, Z, Y[:3], -1.0)
     with pytest.raises(ValueError, match=r"y must have shape \(4,\) or \(4, m\)"):
         mf.limit(R, Z, Y[:, :0], -1.0)
+
+
+def test_problems_without_a_solution_print_nothing(capfd):
+    """LAPACK writes a line for each matrix without rows that it is given."""
+    one = torch.ones(2, dtype=torch.float64)
+    R = mf.legendre(H, DECAY, (one, one))
+    Z, y = tensors(np.array([[1.0, 0.0]]), np.array([-1.0]))
+    with pytest.warns(RuntimeWarning, match="no x in the domain"):
+        assert mf.limit(R, Z, y, 0.0).status is Status.inconsistent
+    assert capfd.readouterr() == ("", "")

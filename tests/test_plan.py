@@ -126,6 +126,12 @@ def test_every_optimizer_that_is_named_can_be_planned(name):
     assert found.law.name == law.get(name.split("_")[0], "sign descent")
 
 
+def test_a_decay_is_read_as_other_numbers_are(monkeypatch, capsys):
+    rest = "--steps", 5, "--lr", ".1", "--json"
+    plans = {called(monkeypatch, capsys, *rest, "--decay", d) for d in (".1", "0.1", "1e-1")}
+    assert len(plans) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from .checkpoints import audit, lint
-from .errors import INTERRUPTED, UserError, disk_error
+from .errors import INTERRUPTED, UserError, disk_error, unreadable
 from .page import build_page, draw_figures
 from .plan import plan_command
 from .sweeps import sweeps
@@ -234,7 +234,9 @@ def _execute(
     module = framework.load(name)
     try:
         chosen = framework.config_from(module, preset, config, overrides)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise unreadable(error, config, "Give a TOML file of settings.") from error
+    except ValueError as error:
         raise UserError(str(error)) from error
     try:
         with _progress(name) as advance:
@@ -293,7 +295,8 @@ def _load_pair(target: str) -> tuple[Any, Any, Any]:
     if not path or not name:
         raise UserError(f"expected path/to/file.py:name, got {target!r}")
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist. Give path/to/file.py:name.")
+        got = "a folder" if Path(path).is_dir() else "nothing there"
+        raise UserError(f"{path} must be a file, got {got}. Give path/to/file.py:name.")
     values = _ran(path, lambda: runpy.run_path(path))
     if name not in values:
         raise UserError(f"{path} defines no {name!r}")

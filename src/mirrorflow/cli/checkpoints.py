@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .errors import UserError, disk_error
+from .errors import UserError, disk_error, unreadable
 from .terminal import say, width
 
 __all__ = ["audit", "lint"]
@@ -118,7 +118,9 @@ def lint(
 
     try:
         found = lint_file(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(error, path, "Give a saved optimizer.") from error
+    except ValueError as error:
         raise UserError(str(error)) from error
     if json:
         print(encoding.dumps([asdict(finding) for finding in found], indent=1))

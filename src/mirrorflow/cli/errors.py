@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-__all__ = ["INTERRUPTED", "UserError", "disk_error"]
+__all__ = ["INTERRUPTED", "UserError", "disk_error", "unreadable"]
 
 INTERRUPTED = "interrupted; finished parts are kept: the same command goes on from them"
 
@@ -16,6 +16,13 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+def unreadable(error: OSError, path: Path | None, remedy: str) -> UserError:
+    """Say that a file of the user's could not be read, and what to give instead."""
+    if error.errno is None or path is None:  # not of the system: its own sentence
+        return UserError(str(error))
+    return UserError(f"{path} must be a file that can be read, got: {error.strerror}. {remedy}")
 
 
 def disk_error(error: OSError, out: Path, option: str = "--out") -> UserError:

@@ -78,6 +78,10 @@ def _decay(text: str | None) -> Any:
     if text is None:
         return None
     try:
+        return float(text)  # as of the other options: .1 is no number in JSON
+    except ValueError:
+        pass
+    try:
         value = encoding.loads(text)
     except (ValueError, RecursionError):
         value = None

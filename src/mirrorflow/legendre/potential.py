@@ -15,7 +15,6 @@ __all__ = ["Potential"]
 
 NODES = 64  # of Gauss's rule for the conjugate
 DOUBLINGS = 1100  # of a bracket for mu, from 1 to the largest number
-BESIDE = 1e-9  # how far from a corner its derivative is taken
 HALVINGS = 200  # of a bracket, each of which Newton's step may replace
 
 
@@ -77,7 +76,7 @@ class Potential(LegendreFunction):
         inside = (mu > self.lower) & (mu < self.upper)
         if not inside.all():
             raise RangeError(outside(mu, *self.range(a), inside))
-        return self.map(mu, a)
+        return self._mapped(mu, a)
 
     def mirror(self, x: Tensor, a: Scalar) -> Tensor:
         """Invert the map, by bisection and Newton's method; `RangeError` outside its image."""
@@ -85,7 +84,7 @@ class Potential(LegendreFunction):
         with torch.no_grad():
             mu = self._inverse(x.detach(), a)
         # One more step of Newton's method, with the derivatives of the implicit function.
-        return mu - (self.map(mu, a) - x) / self._slope(mu, a)
+        return mu - (self._mapped(mu, a) - x) / self._slope(mu, a)
 
     def metric(self, x: Tensor, a: Scalar) -> Tensor:
         """Return 1 / primal'(mu)."""
@@ -101,23 +100,19 @@ class Potential(LegendreFunction):
         ]
         return self._sum(mu * torch.stack(parts).sum(0))
 
-    def _slope(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Return primal'(mu), without a graph.
+    def _mapped(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Call the map, whose derivative at 0 is the one beside it.
 
-        It is > 0; autograd's is 0 at the corner of sign(mu) or |mu|, where the one beside it holds.
+        Autograd takes 0 for that of sign(mu) and |mu| at 0, and primal' > 0.
         """
-        slope = self._autograd(mu, a)
-        corner = slope == 0
-        if corner.any():
-            beside = mu + BESIDE * mu.abs().clamp(min=1.0)
-            slope = torch.where(corner, self._autograd(beside, a), slope)
-        return slope
+        beside = self.map(torch.where(mu == 0, mu + torch.finfo(mu.dtype).tiny, mu), a)
+        return beside + (self.map(mu, a) - beside).detach()
 
-    def _autograd(self, mu: Tensor, a: Scalar) -> Tensor:
-        """Return the derivative of the map as autograd has it."""
+    def _slope(self, mu: Tensor, a: Scalar) -> Tensor:
+        """Return primal'(mu), without a graph."""
         with torch.enable_grad():
             at = mu.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.map(at, a).sum(), at)
+            (slope,) = torch.autograd.grad(self._mapped(at, a).sum(), at)
         return slope.detach()
 
     def _inverse(self, x: Tensor, a: Scalar) -> Tensor:

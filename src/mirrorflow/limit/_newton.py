@@ -87,6 +87,9 @@ class NewtonSystem:
         last = 1e-16 * self.w[order[min(2 * r, d) - 1]]
         lightest = last if complete else max(last, LIGHT * self.w[order[0]])
         self.order = order[self.w[order] > lightest]
+        if not len(self.order):  # LAPACK takes no matrix without rows
+            self.complete, self.seen, self.rank = complete, 0, 0
+            return
         KT = np.asfortranarray(self.FT[self.order] * self.root[self.order, None])
         self.qr, pivot, self.tau, _, _ = geqp3(KT, overwrite_a=1)  # K^T P = H R, H orthogonal
         self.pivot, self.complete = pivot - 1, complete

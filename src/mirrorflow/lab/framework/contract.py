@@ -384,9 +384,12 @@ def config_from(
     values |= _known(module, read_toml(Path(toml_path)), str(toml_path)) if toml_path else {}
     values |= _known(module, overrides or {}, "the overrides")
     try:
-        return module.Config(**values)
+        found = module.Config(**values)
     except ValidationError as error:
         raise ValueError(f"{module.NAME}: {mistakes(error)}") from None
+    if min(getattr(found, "seeds", None) or [0]) < 0:  # of no random generator
+        raise ValueError(f"{module.NAME}: seeds must be >= 0, got {found.seeds}.")
+    return found
 
 
 def mistakes(error: ValidationError, most: int = 5) -> str:
