@@ -248,6 +248,36 @@ def test_a_budget_that_the_run_cannot_spend_is_said_before_it():
     assert math.isnan(seen.outlooks[0].needed)
 
 
+def test_a_loop_is_named_only_where_there_is_one():
+    optimizer = AdamW([w := weight()], lr=0.1, weight_decay=0.1)
+    with WeightDecayScheduler(optimizer, SwitchOff(0.1, at=2)) as scheduler:
+        for _ in range(3):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        seen = preview(scheduler, 5)  # the decay is over, and not by a loop
+    assert seen.outlooks[0].a == pytest.approx(-0.02)
+    assert "before the run: nothing decays here." in seen.to_dict()["sentences"][2]
+
+
+class OwnSize(torch.optim.Optimizer):
+    """An optimizer without a learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": None, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.mul_(1 - 0.1 * self.param_groups[0]["weight_decay"])
+
+
+def test_without_a_learning_rate_that_is_the_reason():
+    seen = seen_of(OwnSize([weight()]), Constant(0.1), 3, options={"coupling": "decoupled"})
+    (found,) = seen.outlooks
+    assert math.isnan(found.a) and "OwnSize makes its own step size (lr=None)" in found.notes[0]
+    assert "lets through" not in str(seen)
+
+
 @pytest.mark.filterwarnings("ignore:weights of parameter group")
 def test_so_is_one_that_rounding_keeps_from_being_spent():
     optimizer = AdamW([weight(BF16)], lr=1e-3, weight_decay=1.0)

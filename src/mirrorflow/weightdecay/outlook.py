@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,13 @@ import torch
 
 from ._laws import Geometry, Law, geometry, law_of
 from ._rounding import HALF, too_weak
+from .conventions import lr_of
 from .coupling import COUNTED
 from .feedback import Feedback, number
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from ._targets import Target
     from .scheduler import WeightDecayScheduler
 
@@ -38,6 +41,8 @@ _GRADIENT = (
     "what {} lets through depends on the gradients: decoupled=True with rounding='stochastic' "
     "makes all of it act"
 )
+_NO_LR = "{} makes its own step size (lr=None): no sum of lr x decay is known before the run"
+_NO_START = "what was absorbed before is not known"
 _BY_GRADIENT = "mask={!r} lets decay act where the gradients of the run say"
 _BY_MASK = "the mask leaves the rest alone"
 _SWALLOWED = (
@@ -230,17 +235,25 @@ def _notes(
     asked, a = sums
     if coupling not in COUNTED:
         return (_NO_SUM if coupling == "coupled" else f"its decay is {coupling}: no sum says it",)
-    params = target.params(scheduler.optimizer.param_groups[target.group])
+    group = scheduler.optimizer.param_groups[target.group]
+    params = target.params(group)
     halves = [p.dtype for p in params if p.dtype in HALF]
     name = str(halves[0]).removeprefix("torch.") if halves else ""
     mask = scheduler.plan.mask
     if mask is not None and a != asked:
         return (_BY_GRADIENT.format(mask) if isinstance(mask, str) else _BY_MASK,)
     if math.isnan(a):
-        return (_GRADIENT.format(name),)
+        return (_why_unknown(scheduler.optimizer, group, name),)
     if halves and abs(a - asked) > 0.01 * abs(asked):
         return (_SWALLOWED.format(name, too_weak(halves[0])),)
     return ()
+
+
+def _why_unknown(optimizer: Optimizer, group: Mapping[str, Any], half: str) -> str:
+    """Return why a is not known, though a sum describes it; half is a precision, or empty."""
+    if math.isnan(lr_of(group)):
+        return _NO_LR.format(type(optimizer).__name__)
+    return _GRADIENT.format(half) if half else _NO_START
 
 
 # In words, and as a table
@@ -309,7 +322,7 @@ def _why_not(found: Outlook) -> str:
     """Return why no decay is known to reach the target."""
     if math.isnan(found.asked):
         return "no a is known that it could be read from"
-    return "nothing decays here" if found.asked == 0 else "its closed loop decides in the run"
+    return "nothing decays here" if found.strength == 0 else "its closed loop decides in the run"
 
 
 def _percent(part: float) -> str:

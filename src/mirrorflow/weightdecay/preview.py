@@ -143,11 +143,11 @@ def preview(
     Raises
     ------
     TypeError
-        If ``scheduler`` is not one, but a schedule, say.
+        If ``scheduler`` is not one, but a schedule, say, or a learning rate is not a number.
     ValueError
         If the learning-rate scheduler belongs to another optimizer, or needs a metric to step
-        (ReduceLROnPlateau), or there are fewer learning rates than steps; if ``size``, ``start`` or
-        ``target`` is out of range.
+        (ReduceLROnPlateau), or there are fewer learning rates than steps; if a learning rate is
+        negative or not finite; if ``size``, ``start`` or ``target`` is out of range.
 
     Examples
     --------

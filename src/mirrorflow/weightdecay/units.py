@@ -32,7 +32,7 @@ from .conventions import (
     peak_lr,
     rate_at,
 )
-from .feedback import Feedback, whole
+from .feedback import Feedback, as_float, whole
 
 __all__ = [
     "CONVENTIONS",
@@ -323,11 +323,11 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
         )
     steps = None if steps is None else whole("steps", steps)
     if number:
-        rates = [float(lrs)] * (steps or 0)
+        rates = [_checked(lrs)] * (steps or 0)
     elif scheduler is not None:
         rates = learning_rates(scheduler, steps or 0)
     elif isinstance(lrs, Iterable) and not isinstance(lrs, (str, bytes, Mapping)):
-        rates = [float(lr) for lr in lrs]
+        rates = [_checked(lr, step) for step, lr in enumerate(lrs)]
     else:
         raise TypeError(
             "lrs must be a number, the learning rate of each step, or a torch learning-rate "
@@ -335,9 +335,18 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
         )
     if steps is not None and steps != len(rates):
         raise ValueError(f"steps={steps}, but there are {len(rates)} learning rates")
-    if bad := [lr for lr in rates if not (math.isfinite(lr) and lr >= 0)]:
-        raise ValueError(f"a learning rate must be a finite number >= 0, got {bad[0]}")
     return rates
+
+
+def _checked(lr: Any, step: int = 0) -> float:
+    """Return the learning rate of a step as a float, if it is one."""
+    rate = as_float("a learning rate", lr)
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"a learning rate must be a finite number >= 0, got {rate:g} at step {step}. Correct "
+            "it, or the scheduler that gives it"
+        )
+    return rate
 
 
 # The learning rates of a run that has not begun: a copy of the scheduler, stepped ahead.
@@ -376,7 +385,8 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
     optimizer = inner(found.optimizer)
     copied = shadow(optimizer)
     moved = ahead(copied, optimizer, found, steps)
-    return [float(copied.param_groups[group]["lr"]) for _ in moved]
+    named = f"the learning rate of parameter group {group}"
+    return [as_float(named, copied.param_groups[group].get("lr")) for _ in moved]
 
 
 def as_scheduler(lr: Any) -> LRScheduler | None:
@@ -396,7 +406,7 @@ def shadow(optimizer: Optimizer) -> Optimizer:
 
 
 def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Iterator[None]:
-    """Yield at each step, with its learning rates in the groups of the shadow.
+    """Yield at each step, with its learning rates in the groups of the shadow, each >= 0.
 
     Parameters
     ----------
@@ -421,6 +431,9 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
         elif scheduler is None and lr is not None:
             for group in copied.param_groups:
                 group["lr"] = rates[step]
+        for group in copied.param_groups:
+            if group.get("lr") is not None:  # else the optimizer makes its own
+                _checked(group["lr"], step)
         yield
 
 
@@ -430,7 +443,7 @@ def _rates(lr: Any, steps: int) -> list[float]:
         raise TypeError(
             f"lr must be a learning-rate scheduler or the learning rate of each step, got {lr!r}"
         )
-    rates = [float(rate) for _, rate in zip(range(steps), lr, strict=False)]
+    rates = [_checked(rate, step) for step, rate in zip(range(steps), lr, strict=False)]
     if len(rates) < steps:
         raise ValueError(f"{len(rates)} learning rates for {steps} steps")
     return rates
