@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch.nn.utils import parametrize
 from ..optim import HadamardFactors
 from ..schedule import Constant, Schedule, SwitchOff, schedule_to_dict
 from ..spectrum import SpectralTracker
-from ..weightdecay import budget, coupling, learning_rates
+from ..weightdecay import coupling
 from ..weightdecay._checks import inner, one_of
 from ..weightdecay._laws import law_of
 from ..weightdecay.coupling import COUNTED
 from ..weightdecay.feedback import number, whole
 from ..weightdecay.outlook import wrapped
+from ..weightdecay.preview import group_ahead
 from ._evidence import (
     Arm,
     Curve,
@@ -113,9 +115,11 @@ def recommend(
     model : torch.nn.Module
         What trains.
     optimizer : torch.optim.Optimizer
-        Its optimizer; the group with most weights counts.
-    lr_scheduler : LRScheduler, optional
-        Its learning-rate scheduler; without it the learning rate stays as it is.
+        Its optimizer; the group with most of the model's weights counts: its learning rate, and
+        for SGD its momentum, dampening and Nesterov's.
+    lr_scheduler : LRScheduler or iterable of float, optional
+        Its learning-rate scheduler, or the learning rate of each step, as for `preview`; without
+        it the learning rate stays as it is.
     steps : int
         The optimizer steps of the run, >= 1.
     goal : {"loss", "rank", "sparsity"}
@@ -169,11 +173,9 @@ class _Run:
     def __init__(
         self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, steps: int
     ) -> None:
-        self.optimizer, self.steps = optimizer, steps
-        groups = optimizer.param_groups
-        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-        self.group = groups[sizes.index(max(sizes))]
-        self._lrs: Any = float(self.group["lr"]) if lr_scheduler is None else lr_scheduler
+        self.optimizer, self.steps, self._lr = optimizer, steps, lr_scheduler
+        self._index = _largest_group(model, optimizer)
+        self.group = optimizer.param_groups[self._index]
         self.product = _product_of(model)
         found = coupling(optimizer, self.group)
         self.counted = found in COUNTED
@@ -188,27 +190,21 @@ class _Run:
     def schedule(self, off: float, a: float) -> Schedule | None:
         """Return the schedule that comes to a; None if a step would have to overshoot 0."""
         at = max(1, round(off * self.steps))
-        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
-        settings: dict[str, Any] = {"kind": self._kind, "momentum": momentum}
         one = SwitchOff(1.0, at=at) if off < 1 else Constant(1.0)
-        each = budget(one, self._lrs, self.steps, **settings)  # a is linear in the rate
-        if each == 0 or -a / each * self._steepest() >= 1:
+        sums = self._sums(one)  # a is linear in the rate
+        each, steepest = sums[-1], max(b - c for b, c in pairwise((0.0, *sums)))
+        if each == 0 or a / each * steepest >= 1:
             return None
-        rate = float(f"{-a / each:.4g}")
+        rate = float(f"{a / each:.4g}")
         return SwitchOff(rate, at=at) if off < 1 else Constant(rate)
 
     def absorbed(self, schedule: Schedule) -> float:
         """Return a of a schedule."""
-        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
-        return -budget(schedule, self._lrs, self.steps, kind=self._kind, momentum=momentum)
+        return self._sums(schedule)[-1]
 
-    def _steepest(self) -> float:
-        """Return the largest lr x decay of a step at a rate of 1."""
-        if self._kind == "fixed":
-            return 1.0
-        if isinstance(self._lrs, float):
-            return self._lrs
-        return max(learning_rates(self._lrs, self.steps))
+    def _sums(self, schedule: Schedule) -> list[float]:
+        """Return a of a schedule after each step, as `preview` counts it."""
+        return group_ahead(self.optimizer, self._index, self._kind, schedule, self.steps, self._lr)
 
     def caveats(self, study: Study | Recovery) -> tuple[str, ...]:
         """Return how the run differs from what is stored."""
@@ -224,6 +220,19 @@ class _Run:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.group["params"]):
             found.append("what rounding lets through in half precision: mf.preview tells")
         return tuple(found)
+
+
+def _largest_group(model: torch.nn.Module, optimizer: Any) -> int:
+    """Return the place of the group with most of the model's weights that train."""
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def size(group: Mapping[str, Any]) -> tuple[int, int]:
+        sizes = [(p.numel() if id(p) in own else 0, p.numel()) for p in group["params"]]
+        # By all it holds where a wrapper has put other tensors in the place of the model's
+        return sum(ours for ours, _ in sizes), sum(whole for _, whole in sizes)
+
+    groups = [size(group) for group in optimizer.param_groups]
+    return groups.index(max(groups))
 
 
 def _product_of(model: torch.nn.Module) -> str:

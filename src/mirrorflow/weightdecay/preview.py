@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._html import html_table
+from ._coverage import begin_entry
 from ._expected import ExpectedPart
 from ._ledger import Entry
 from ._targets import Target
@@ -22,8 +23,9 @@ from .units import ahead, shadow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.optim import Optimizer
 
-__all__ = ["Preview", "preview", "table"]
+__all__ = ["Preview", "group_ahead", "preview", "table"]
 
 _DASHES = ("-", "--", "-.", ":")
 _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_end", "absorbed", "a")
@@ -212,6 +214,40 @@ def preview(
         for i, (name, curve, asked) in enumerate(zip(names, curves, whole_ones, strict=True))
     ]
     return Preview(rows, dict(zip(names, curves, strict=True)), remarks, outlooks)
+
+
+def group_ahead(
+    optimizer: Optimizer, index: int, coupling: str, schedule: Any, steps: int, lr: Any = None
+) -> list[float]:
+    """Return a of a parameter group after each of its next steps, as if all decay acted.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        It is not changed.
+    index : int
+        The place of the group.
+    coupling : str
+        How its decay acts.
+    schedule : Schedule or callable step -> float
+        Its decay; a closed loop keeps its rate.
+    steps, lr
+        As for `preview`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mirrorflow import SwitchOff
+    >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    >>> group_ahead(optimizer, 0, "decoupled", SwitchOff(0.25, at=2), steps=3)
+    [-0.125, -0.25, -0.25]
+    """
+    copied, sums = shadow(optimizer), []
+    entry = begin_entry(optimizer, optimizer.param_groups[index], coupling)
+    for step, _ in enumerate(ahead(copied, optimizer, lr, steps)):
+        entry.record(step, rate_at(schedule, step), copied.param_groups[index])
+        sums.append(entry.accumulated)
+    return sums
 
 
 def _copied_loops(targets: Sequence[Target]) -> list[Any]:
