@@ -386,6 +386,31 @@ def test_what_cannot_be_answered_is_refused(given, said):
         mf.recommend(model, AdamW(model.parameters()), **given)
 
 
+@pytest.mark.parametrize("goal", ["loss", "rank", "sparsity"])
+@pytest.mark.parametrize(
+    ("lr", "error", "said"),
+    [
+        (
+            CosineAnnealingLR(AdamW([torch.nn.Parameter(torch.ones(2))]), T_max=10),
+            ValueError,
+            "this CosineAnnealingLR belongs to another optimizer. Give the scheduler of this one",
+        ),
+        (0.1, TypeError, "lr_scheduler must be a learning-rate scheduler or the learning rate of"),
+        ([0.1] * 9, ValueError, "9 learning rates for 10 steps"),
+        ([-0.1] * 10, ValueError, "a learning rate must be a finite number >= 0, got -0.1"),
+    ],
+    ids=["of another", "number", "too few", "negative"],
+)
+def test_learning_rates_are_refused_as_a_preview_refuses_them(lr, error, said, goal):
+    model = attention()
+    optimizer = AdamW(model.parameters(), weight_decay=0.1)
+    with pytest.raises(error, match=said):
+        mf.recommend(model, optimizer, lr, 10, goal)
+    scheduler = mf.WeightDecayScheduler(optimizer, mf.Constant(0.1))
+    with pytest.raises(error, match=said.replace("lr_scheduler", "lr")):
+        mf.preview(scheduler, 10, lr)
+
+
 def test_the_guide_says_what_decay_costs_before_any_cut():
     text = " ".join((ROOT / "docs" / "which-decay.md").read_text("utf-8").split())
     for curve, strengths in zip(TABLES["curve"], [(-5,), (-5, -1.5)], strict=True):

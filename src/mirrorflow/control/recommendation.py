@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from ..optim import HadamardFactors
 from ..schedule import Constant, Schedule, SwitchOff, schedule_to_dict
@@ -21,6 +22,7 @@ from ..weightdecay.coupling import COUNTED
 from ..weightdecay.feedback import number, whole
 from ..weightdecay.outlook import wrapped
 from ..weightdecay.preview import group_ahead
+from ..weightdecay.units import as_scheduler, check_owner, listed_rates
 from ._evidence import (
     Arm,
     Curve,
@@ -136,7 +138,8 @@ def recommend(
     ------
     TypeError, ValueError
         If the goal is none of these, ``steps`` is missing, ``price`` is negative, or
-        ``kept`` lies outside of (0, 1).
+        ``kept`` lies outside of (0, 1); if the learning-rate scheduler belongs to another
+        optimizer.
 
     Examples
     --------
@@ -171,9 +174,10 @@ class _Run:
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, steps: int
+        self, model: torch.nn.Module, optimizer: Optimizer, lr_scheduler: Any, steps: int
     ) -> None:
-        self.optimizer, self.steps, self._lr = optimizer, steps, lr_scheduler
+        self.optimizer, self.steps = optimizer, steps
+        self._lr = _checked_lr(lr_scheduler, optimizer, steps)
         self._index = _largest_group(model, optimizer)
         self.group = optimizer.param_groups[self._index]
         self.product = _product_of(model)
@@ -222,7 +226,15 @@ class _Run:
         return tuple(found)
 
 
-def _largest_group(model: torch.nn.Module, optimizer: Any) -> int:
+def _checked_lr(lr: Any, optimizer: Optimizer, steps: int) -> Any:
+    """Return the learning-rate scheduler, if it is of this optimizer, or a list of rates."""
+    if (scheduler := as_scheduler(lr)) is not None:
+        check_owner(scheduler, optimizer)
+        return scheduler
+    return None if lr is None else listed_rates("lr_scheduler", lr, steps)
+
+
+def _largest_group(model: torch.nn.Module, optimizer: Optimizer) -> int:
     """Return the place of the group with most of the model's weights that train."""
     own = {id(p) for p in model.parameters() if p.requires_grad}
 

@@ -42,8 +42,10 @@ __all__ = [
     "ahead",
     "as_scheduler",
     "budget",
+    "check_owner",
     "convert",
     "learning_rates",
+    "listed_rates",
     "scale_to_budget",
     "shadow",
 ]
@@ -424,7 +426,7 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
     if scheduler is not None:
         scheduler = _copied(scheduler, optimizer, copied)
     elif lr is not None:
-        rates = _rates(lr, steps)
+        rates = listed_rates("lr", lr, steps)
     for step in range(steps):
         if scheduler is not None and step:
             _step(scheduler)
@@ -437,11 +439,12 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
         yield
 
 
-def _rates(lr: Any, steps: int) -> list[float]:
-    """Return the learning rates of the steps, from what the user gave."""
+def listed_rates(name: str, lr: Any, steps: int) -> list[float]:
+    """Return the learning rates of the steps, from what the user gave under this name."""
     if not isinstance(lr, Iterable) or isinstance(lr, (str, bytes)):
         raise TypeError(
-            f"lr must be a learning-rate scheduler or the learning rate of each step, got {lr!r}"
+            f"{name} must be a learning-rate scheduler or the learning rate of each step, got "
+            f"{lr!r}"
         )
     rates = [_checked(rate, step) for step, rate in zip(range(steps), lr, strict=False)]
     if len(rates) < steps:
@@ -449,13 +452,19 @@ def _rates(lr: Any, steps: int) -> list[float]:
     return rates
 
 
+def check_owner(scheduler: LRScheduler, optimizer: Optimizer) -> None:
+    """Raise unless a scheduler writes the learning rates of this optimizer."""
+    if inner(scheduler.optimizer) is not optimizer:
+        raise ValueError(
+            f"this {type(scheduler).__name__} belongs to another optimizer. Give the scheduler of "
+            "this one"
+        )
+
+
 def _copied(scheduler: LRScheduler, optimizer: Optimizer, copied: Optimizer) -> LRScheduler:
     """Return a copy of a scheduler, with the shadow in the place of its optimizer."""
+    check_owner(scheduler, optimizer)
     name, theirs = type(scheduler).__name__, scheduler.optimizer
-    if inner(theirs) is not optimizer:
-        raise ValueError(
-            f"this {name} belongs to another optimizer. Give the scheduler of this one"
-        )
     needed = [
         parameter.name
         for parameter in inspect.signature(scheduler.step).parameters.values()
