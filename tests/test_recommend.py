@@ -386,6 +386,49 @@ def test_what_cannot_be_answered_is_refused(given, said):
         mf.recommend(model, AdamW(model.parameters()), **given)
 
 
+def adafactor(params, **settings):
+    optimization = pytest.importorskip("transformers.optimization")
+    return optimization.Adafactor(params, **settings)
+
+
+class OwnSize(SGD):
+    """An optimizer that makes its own step size."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, momentum=0.9)
+        for group in self.param_groups:
+            group["lr"] = None
+
+
+@pytest.mark.parametrize("cls", [adafactor, OwnSize])
+def test_without_a_learning_rate_there_is_an_answer_but_no_schedule(cls):
+    for make in (*MODELS, attention):
+        model = make()
+        optimizer = cls(trained(model))
+        assert mf.recommend(model, optimizer, steps=100, goal="loss").schedule is None
+    with pytest.raises(ValueError, match=r"learning rate must be.*got lr=None: \w+ makes.*one"):
+        mf.recommend(model, optimizer, steps=100, goal="rank")
+    for price in (0.0, 9.0):  # no stored decay is enough, or none is needed
+        found = mf.recommend(model, optimizer, steps=100, goal="rank", price=price)
+        assert found.schedule is None
+    plain = torch.nn.Linear(3, 3)
+    for goal in ("rank", "sparsity"):
+        assert mf.recommend(plain, cls(plain.parameters()), steps=9, goal=goal).schedule is None
+
+
+def test_the_remedy_for_a_step_size_of_its_own_is_one():
+    model = attention()
+    settings = {"lr": 0.02, "relative_step": False, "weight_decay": 0.1}
+    scaled = adafactor(model.parameters(), **settings)
+    with pytest.raises(ValueError, match="got Adafactor: the weights shrink by the decay times a"):
+        mf.recommend(model, scaled, steps=300, goal="rank")
+    assert mf.recommend(model, scaled, steps=300, goal="loss").schedule is None
+    optimizer = adafactor(model.parameters(), scale_parameter=False, **settings)
+    found = mf.recommend(model, optimizer, steps=300, goal="rank")
+    with mf.WeightDecayScheduler(optimizer, found.schedule) as scheduler:
+        assert mf.preview(scheduler, 300).outlooks[0].a == pytest.approx(found.a, rel=1e-9)
+
+
 @pytest.mark.parametrize("goal", ["loss", "rank", "sparsity"])
 @pytest.mark.parametrize(
     ("lr", "error", "said"),

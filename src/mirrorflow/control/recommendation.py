@@ -18,7 +18,8 @@ from ..spectrum import SpectralTracker
 from ..weightdecay import coupling
 from ..weightdecay._checks import inner, one_of
 from ..weightdecay._laws import law_of
-from ..weightdecay.coupling import COUNTED
+from ..weightdecay.conventions import lr_of
+from ..weightdecay.coupling import COUNTED, COUPLINGS
 from ..weightdecay.feedback import number, whole
 from ..weightdecay.outlook import wrapped
 from ..weightdecay.preview import group_ahead
@@ -46,6 +47,7 @@ _NO_CURVE = (
     "attention; the ratio of nuclear to Frobenius norm stands in for it"
 )
 _NEAR = 0.125  # a part of the ranks that is farther from all that are stored is not answered
+_REFUSED_OUTSIDE = ("scaled", "averaged")  # by WeightDecayScheduler(decoupled=True)
 _NOTHING = "no stored experiment trains a model whose products are of this kind"
 
 
@@ -139,7 +141,8 @@ def recommend(
     TypeError, ValueError
         If the goal is none of these, ``steps`` is missing, ``price`` is negative, or
         ``kept`` lies outside of (0, 1); if the learning-rate scheduler belongs to another
-        optimizer.
+        optimizer; if the answer is a schedule, and what decay comes to is not known under this
+        optimizer, since it makes its own step size (``lr=None``), say.
 
     Examples
     --------
@@ -181,9 +184,9 @@ class _Run:
         self._index = _largest_group(model, optimizer)
         self.group = optimizer.param_groups[self._index]
         self.product = _product_of(model)
-        found = coupling(optimizer, self.group)
-        self.counted = found in COUNTED
-        self._kind = found if self.counted else "decoupled"  # as decoupled=True would do it
+        self._coupling = coupling(optimizer, self.group)
+        self.counted = self._coupling in COUNTED
+        self._kind = self._coupling if self.counted else "decoupled"  # by decoupled=True
         self.law = law_of(optimizer, self.group)
 
     @property
@@ -192,7 +195,14 @@ class _Run:
         return type(self.optimizer).__name__
 
     def schedule(self, off: float, a: float) -> Schedule | None:
-        """Return the schedule that comes to a; None if a step would have to overshoot 0."""
+        """Return the schedule that comes to a; None if a step would have to overshoot 0.
+
+        Raises
+        ------
+        ValueError
+            If no schedule is known to come to it under this optimizer.
+        """
+        self._check_countable()
         at = max(1, round(off * self.steps))
         one = SwitchOff(1.0, at=at) if off < 1 else Constant(1.0)
         sums = self._sums(one)  # a is linear in the rate
@@ -205,6 +215,21 @@ class _Run:
     def absorbed(self, schedule: Schedule) -> float:
         """Return a of a schedule."""
         return self._sums(schedule)[-1]
+
+    def _check_countable(self) -> None:
+        """Raise unless a sum of lr x decay describes the optimizer's decay, or one from outside."""
+        if self._kind != "fixed" and math.isnan(lr_of(self.group)):
+            raise ValueError(
+                "the learning rate must be a number for a schedule that comes to a given a, got "
+                f"lr=None: {self.name} makes its own step size. Make it with one (transformers' "
+                "Adafactor: lr=1e-3, relative_step=False, scale_parameter=False), or take AdamW"
+            )
+        if self._coupling in _REFUSED_OUTSIDE:
+            raise ValueError(
+                "the optimizer must decay by lr x decay, or let decay act from outside, for a "
+                f"schedule that comes to a given a, got {self.name}: "
+                f"{COUPLINGS[self._coupling]}. Take another, such as AdamW"
+            )
 
     def _sums(self, schedule: Schedule) -> list[float]:
         """Return a of a schedule after each step, as `preview` counts it."""
