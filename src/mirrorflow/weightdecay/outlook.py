@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,8 +104,9 @@ class Outlook:
         a / asked: the part that acts in this precision; NaN if it is not known, or nothing is
         asked.
     shrink : float
-        The most by which decay makes a product smaller: ``1 - prod (1 - s)^2``, in [0, 1], which
-        is 1 - e^{2a} up to the squares of s; NaN if it is not known.
+        The most by which decay makes a product smaller: ``1 - prod (1 - s)^2``, in [0, 1], s of
+        the tensor on which most acts, of a mask where it is largest. Where all tensors decay
+        alike it is 1 - e^{2a} up to the squares of s; NaN if it is not known.
     law : Law
         What training by this optimizer keeps of a product.
     geometry : Geometry
@@ -146,7 +148,7 @@ def outlook(
     index: int,
     name: str,
     curve: tuple[Sequence[float], Sequence[float], Sequence[float]],
-    asked: float,
+    bounds: tuple[float, Sequence[float]],
     product: Product,
 ) -> Outlook:
     """Return what the decay of a set of tensors comes to.
@@ -161,14 +163,16 @@ def outlook(
         Of the set.
     curve : (lr, decay, a)
         The learning rate, the decay, and a after each of the steps.
-    asked : float
-        -sum of lr x decay over these steps and before, if all of it acted.
+    bounds : (asked, most)
+        -sum of lr x decay over these steps and before, if all of it acted; and, before them and
+        after each, that of the tensor on which most of it acts.
     product : Product
         The scale of the products, and the target.
     """
     target, entry = scheduler.targets[index], scheduler.account.entries[index]
     group, (lrs, decays, sums) = scheduler.optimizer.param_groups[target.group], curve
-    a, before = sums[-1] if sums else entry.accumulated, entry.accumulated
+    (asked, most), before = bounds, entry.accumulated
+    a = sums[-1] if sums else before
     law = law_of(scheduler.optimizer, group)
     decay = max(decays, default=0.0)
     factor = _factor(before, asked, product.target)  # a is linear in the decay where all of it acts
@@ -187,7 +191,7 @@ def outlook(
         a,
         # Of this run alone: both sums begin at what is there already.
         abs(a - before) / (before - asked) if asked < before else math.nan,
-        _shrink(before, sums),
+        _shrink(most),
         law,
         geometry(law, a, product.size, product.start),
         product.target,
@@ -212,11 +216,11 @@ def _strengths(lrs: Sequence[float], decays: Sequence[float], coupling: str) -> 
     return [lr * decay for lr, decay in zip(lrs, decays, strict=True)]
 
 
-def _shrink(before: float, sums: Sequence[float]) -> float:
-    """Return 1 - e^{2 a_before} prod (1 - s)^2."""
-    left, last = math.exp(before), before
-    for a in sums:
-        left, last = left * (1 - (last - a)), a  # the fall of a in a step is its s
+def _shrink(sums: Sequence[float]) -> float:
+    """Return 1 - e^{2 a_before} prod (1 - s)^2, of a before the steps and after each."""
+    left = math.exp(sums[0])
+    for last, a in pairwise(sums):
+        left *= 1 - (last - a)  # the fall of a in a step is its s
     return 1 - left**2  # two factors
 
 

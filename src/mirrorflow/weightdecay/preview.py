@@ -15,7 +15,7 @@ from ._coverage import begin_entry
 from ._expected import ExpectedPart
 from ._ledger import Entry
 from ._targets import Target
-from .conventions import rate_at
+from .conventions import lr_of, rate_at
 from .feedback import Feedback, OffAtBudget, whole
 from .outlook import Outlook, Product, outlook, outlook_table, sentences, wrapped
 from .scheduler import WeightDecayScheduler
@@ -178,28 +178,36 @@ def preview(
     steps, copied = whole("steps", steps), shadow(scheduler.optimizer)
     product = Product(size, start, target)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
-    whole_ones = [copy.deepcopy(entry) for entry in entries]  # as if all of it acted
+    whole_ones = copy.deepcopy(entries)  # as if all of it acted
+    most_ones = copy.deepcopy(entries)  # of the tensor on which most of it acts
     parts = [
         ExpectedPart(scheduler, which, entry.coupling)
         for which, entry in zip(scheduler.targets, entries, strict=True)
     ]
     schedules = _copied_loops(scheduler.targets)
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
+    for account, part in zip(most_ones, parts, strict=True):
+        account.absorbed = part.most_so_far(account)
+    most = [[account.accumulated] for account in most_ones]
     moved = ahead(copied, scheduler.optimizer, lr, steps)
     for step, _ in enumerate(moved, scheduler.steps):
         rates = [None if s is None else rate_at(s, step) for s in schedules]
         decays = scheduler.decays(rates, copied.param_groups)
-        for which, rate, decay, entry, asked, part, curve in zip(
-            scheduler.targets, rates, decays, entries, whole_ones, parts, curves, strict=True
+        for i, (which, rate, decay) in enumerate(
+            zip(scheduler.targets, rates, decays, strict=True)
         ):
+            accounts = entries[i], whole_ones[i], most_ones[i]
             group = copied.param_groups[which.group]
-            if scheduler.exact_off and rate == 0 and entry.held:
-                entry.held = asked.held = 0.0
-            lr_now = math.nan if group.get("lr") is None else float(group["lr"])
+            if scheduler.exact_off and rate == 0 and entries[i].held:
+                for account in accounts:
+                    account.held = 0.0
+            lr_now = lr_of(group)
             if which.params(scheduler.optimizer.param_groups[which.group]):
-                entry.record(step, decay, group, reached=part(decay, lr_now))
-                asked.record(step, decay, group)
-            _extend(curve, lr_now, decay, entry.accumulated)
+                mean, largest = parts[i](decay, lr_now)
+                for account, reached in zip(accounts, (mean, 1.0, largest), strict=True):
+                    account.record(step, decay, group, reached=reached)
+            _extend(curves[i], lr_now, decay, entries[i].accumulated)
+            most[i].append(most_ones[i].accumulated)
         _feed(schedules, entries, step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
@@ -210,8 +218,8 @@ def preview(
         *_unspent(schedules, entries, end),
     ]
     outlooks = [
-        outlook(scheduler, i, name, curve, asked.accumulated, product)
-        for i, (name, curve, asked) in enumerate(zip(names, curves, whole_ones, strict=True))
+        outlook(scheduler, i, name, curves[i], (whole_ones[i].accumulated, most[i]), product)
+        for i, name in enumerate(names)
     ]
     return Preview(rows, dict(zip(names, curves, strict=True)), remarks, outlooks)
 
