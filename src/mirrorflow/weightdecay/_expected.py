@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpectedPart"]
 
 _SAMPLE = 16384  # entries, evenly over the tensors
+_LEAST = 256  # of each tensor, so that the largest part of many is not that of their noise
 
 
 class ExpectedPart:
@@ -166,7 +167,7 @@ def _largest(p: torch.Tensor, mask: torch.Tensor | Mapping[Any, Any] | None) -> 
 
 def _samples(params: Sequence[torch.Tensor], largest: Sequence[float]) -> list[_Sample]:
     """Return some entries of each tensor; normal ones where they cannot be read."""
-    each = max(1, _SAMPLE // max(1, len(params)))
+    each = max(_LEAST, _SAMPLE // max(1, len(params)))
     found: dict[torch.dtype, tuple[list[torch.Tensor], list[float]]] = {}
     for p, top in zip(params, largest, strict=True):
         if (part := _entries(p, each)) is not None:
