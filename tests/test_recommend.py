@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from collections import defaultdict
@@ -384,6 +385,21 @@ def test_what_cannot_be_answered_is_refused(given, said):
     model = attention()
     with pytest.raises(ValueError, match=said):
         mf.recommend(model, AdamW(model.parameters()), **given)
+
+
+@pytest.mark.parametrize("wrong", ["a", "0.5", None, [0.5]])
+@pytest.mark.parametrize("name", ["kept", "price"])
+def test_parts_are_numbers(name, wrong):
+    model = attention()
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {re.escape(repr(wrong))}"):
+        mf.recommend(model, AdamW(model.parameters()), None, 9, "rank", **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, None, "model"])
+def test_a_model_is_a_module(wrong):
+    optimizer = AdamW(attention().parameters())
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got .*Give the model"):
+        mf.recommend(wrong, optimizer, None, 9)
 
 
 def adafactor(params, **settings):

@@ -349,6 +349,21 @@ def test_mistakes_in_learning_rates_are_named():
             budget(FALL, 0.1, 3, kind=kind)
     with pytest.raises(ValueError, match="above its peak"):
         budget(FALL, [0.1, 0.2], convention="adamc", peak=0.1)
+    with pytest.raises(ValueError, match="group must be one of 0, got 1"):
+        learning_rates(lr, 3, group=1)
+
+
+@pytest.mark.parametrize("spent", [budget, partial(scale_to_budget, Constant(0.2))])
+def test_mistakes_in_settings_are_named_by_the_function_that_was_called(spent):
+    name = "budget" if spent is budget else "scale_to_budget"
+    for settings, error, message in (
+        ({"foo": 1}, TypeError, f"^{name}.. got an unexpected keyword argument 'foo'"),
+        ({"momentum": "a"}, ValueError, "momentum must be a number >= 0 and < 1, got 'a'"),
+        ({"convention": "adamc", "peak": "a"}, TypeError, "peak must be a number, got 'a'"),
+        ({"convention": ["adamc"]}, ValueError, r"convention must be one of .*, got \['adamc'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            spent(FALL, 0.1, 9, **settings)
 
 
 # What is not a schedule

@@ -20,7 +20,7 @@ from ..weightdecay._checks import inner, one_of
 from ..weightdecay._laws import law_of
 from ..weightdecay.conventions import lr_of
 from ..weightdecay.coupling import COUNTED, COUPLINGS
-from ..weightdecay.feedback import number, whole
+from ..weightdecay.feedback import as_float, number, whole
 from ..weightdecay.outlook import wrapped
 from ..weightdecay.preview import group_ahead
 from ..weightdecay.units import as_scheduler, check_owner, listed_rates
@@ -158,9 +158,14 @@ def recommend(
         raise ValueError(
             "steps must be a whole number, got None. Give the optimizer steps of the run"
         )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {model!r}. Give the model that the optimizer "
+            "trains"
+        )
     run = _Run(model, inner(optimizer), lr_scheduler, whole("steps", steps))
     number("price", price, 0.0)
-    if not 0 < kept < 1:
+    if not 0 < as_float("kept", kept) < 1:
         raise ValueError(f"kept must lie in (0, 1), got {kept}. Give a part of the ranks.")
     if goal == "loss":
         return _for_loss(run)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
-from ._checks import inner, one_of
+from ._checks import check_momentum, inner, one_of
 from ._targets import check_schedule
 from .conventions import (
     CONVENTIONS,
@@ -32,7 +32,7 @@ from .conventions import (
     peak_lr,
     rate_at,
 )
-from .feedback import Feedback, as_float, whole
+from .feedback import Feedback, as_float, number, whole
 
 __all__ = [
     "CONVENTIONS",
@@ -93,9 +93,8 @@ def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> f
     for name in (unit, to):
         if name not in UNITS:
             raise ValueError(f"a unit of decay must be one of {', '.join(UNITS)}, got {name!r}")
-    for name, number in (("value", value), ("lr", lr), ("steps", steps)):
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"convert: {name} must be positive and finite, got {number}")
+    for name, given in (("value", value), ("lr", lr), ("steps", steps)):
+        number(name, given, 0.0, strict=True)
     per_step = _TO_STEP[unit](value, lr, steps)
     if to == "half-life" and per_step >= 1:
         raise ValueError(
@@ -154,7 +153,7 @@ def budget(
     if convention is not None:
         one_of("convention", convention, CONVENTIONS)
     one_of("kind", kind, ("decoupled", "fixed", "sgd"))  # of others no such sum says what acts
-    _check_momentum(momentum, kind)
+    check_momentum(momentum, kind)
     rates = _lrs(lrs, steps)
     top = _peak(lrs, rates, convention, peak)
     held, acts = 0.0, []
@@ -167,7 +166,15 @@ def budget(
 
 @overload
 def scale_to_budget(
-    schedule: Schedule, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+    schedule: Schedule,
+    other: Any,
+    lrs: Any,
+    steps: int | None = None,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> Scaled: ...
 
 
@@ -177,12 +184,24 @@ def scale_to_budget(
     other: Any,
     lrs: Any,
     steps: int | None = None,
-    **settings: Any,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> ScaledFunction: ...
 
 
 def scale_to_budget(
-    schedule: Any, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+    schedule: Any,
+    other: Any,
+    lrs: Any,
+    steps: int | None = None,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> Scaled | ScaledFunction:
     """Return a schedule scaled so that it spends what another does.
 
@@ -198,8 +217,8 @@ def scale_to_budget(
         The learning rate, one number or one a step, the same in both runs; or its scheduler.
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
-    **settings
-        The ``convention``, ``kind``, ``momentum`` and ``peak`` of both runs, as for `budget`.
+    convention, kind, momentum, peak
+        Of both runs, as for `budget`.
 
     Returns
     -------
@@ -213,7 +232,8 @@ def scale_to_budget(
     (0.4, 0.4, 0.0)
     """
     rates = _lrs(lrs, steps)
-    settings["peak"] = _peak(lrs, rates, settings.get("convention"), settings.get("peak"))
+    settings: dict[str, Any] = {"convention": convention, "kind": kind, "momentum": momentum}
+    settings["peak"] = _peak(lrs, rates, convention, peak)
     own = budget(schedule, rates, **settings)
     if own == 0:
         raise ValueError(
@@ -291,17 +311,6 @@ def _check_known(schedule: Any) -> None:
         raise TypeError(
             f"{type(schedule).__name__} decides in the run, so what it will spend is not known "
             "before. Run it first, and compare with what its scheduler has accumulated"
-        )
-
-
-def _check_momentum(momentum: Any, kind: str) -> None:
-    """Raise unless it is the momentum of SGD, or 0."""
-    if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
-        raise ValueError(f"momentum must be a number >= 0 and < 1, got {momentum!r}")
-    if momentum and kind != "sgd":
-        raise ValueError(
-            f'momentum must be 0 unless kind="sgd", where decay acts through it, got '
-            f"momentum={momentum} with kind={kind!r}"
         )
 
 
@@ -385,6 +394,7 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
             f"learning_rates takes a torch learning-rate scheduler, got {type(scheduler).__name__}"
         )
     optimizer = inner(found.optimizer)
+    one_of("group", group, range(len(optimizer.param_groups)))
     copied = shadow(optimizer)
     moved = ahead(copied, optimizer, found, steps)
     named = f"the learning rate of parameter group {group}"
