@@ -241,8 +241,15 @@ def test_units_are_what_their_names_say():
     assert 0.875 ** convert(0.5, "decay", "half-life", lr=0.25) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="one of decay, per step, half-life"):
         convert(0.5, "decay", "fortnight", lr=0.25)
-    with pytest.raises(ValueError, match="value must be positive"):
+    with pytest.raises(ValueError, match="value must be a number > 0, got 0"):
         convert(0.0, "decay", "half-life", lr=0.25)
+    for wrong, given in (
+        ("value", {"value": "a"}),
+        ("lr", {"lr": "0.1"}),
+        ("steps", {"steps": None}),
+    ):
+        with pytest.raises(TypeError, match=f"{wrong} must be a number, got {given[wrong]!r}"):
+            convert(**{"value": 0.5, "unit": "decay", "to": "budget", "lr": 0.25, **given})
     with pytest.raises(ValueError, match="< 1 for a half-life, got"):
         convert(4.0, "decay", "half-life", lr=0.25)
 

@@ -128,6 +128,105 @@ def test_of_a_mask_the_part_that_acts_is_said():
     assert math.isnan(found.a) and "cautious" in found.notes[0]
 
 
+# At most: of the tensor, and of a mask the entries, on which most acts
+
+
+def literal_shrink(before, after, mask=None):
+    """Return 1 - (1 - s)^2 for the largest s of any tensor, where its mask is largest."""
+    parts = []
+    for w, v, m in zip(before, after, mask or [None] * len(before), strict=True):
+        where = torch.ones_like(w, dtype=torch.bool) if m is None else m == m.max()
+        w, v = w[where].double(), v[where].double()
+        if float(w @ w):
+            parts.append(float(w @ (w - v)) / float(w @ w))
+    return 1 - (1 - max(parts)) ** 2
+
+
+def test_at_most_is_of_the_tensors_that_decay_in_full():
+    params = [weight(torch.float32), weight(BF16)]
+    optimizer = AdamW(params, lr=1e-3, weight_decay=1.0)
+    (found,) = seen_of(optimizer, Constant(1.0), 100).outlooks
+    assert found.a == pytest.approx(-0.05) and found.part == pytest.approx(0.5)
+    assert found.shrink == pytest.approx(1 - (1 - 1e-3) ** 200, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_at_most_is_the_largest_of_any_tensor(seed):
+    rng = torch.Generator().manual_seed(seed)
+    draws = (
+        lambda n: torch.randn(n, generator=rng),
+        lambda n: torch.rand(n, generator=rng) - 0.5,
+        torch.ones,  # as of a norm: all mantissas alike
+        torch.zeros,
+        lambda n: torch.randn(n, generator=rng).double(),
+    )
+    dtypes = [(BF16, torch.float16), (BF16,), (BF16, torch.float32)][seed % 3]
+    params = [
+        torch.nn.Parameter(draw(20 + 7 * i).to(dtypes[i % len(dtypes)]))
+        for i, draw in enumerate(draws)
+    ]
+    strength = float(10 ** (-3.2 + 1.5 * torch.rand((), generator=rng)))
+    # eps: the usual one is 0 in float16
+    settings = {"lr": strength, "weight_decay": 1.0, "foreach": seed % 2 == 0, "eps": 1e-3}
+    for options in ({}, {"decoupled": True}):
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        optimizer = AdamW(copies, **settings)
+        with WeightDecayScheduler(optimizer, Constant(1.0), **options) as scheduler:
+            (found,) = preview(scheduler, 1).outlooks
+            for p in copies:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        real = literal_shrink([p.detach() for p in params], [p.detach() for p in copies])
+        assert found.shrink == pytest.approx(real, rel=1e-4, abs=1e-12)
+        assert math.isfinite(real) and found.shrink >= 1 - (1 + found.a) ** 2 - 1e-12
+
+
+@pytest.mark.parametrize("top", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+def test_at_most_of_a_mask_is_where_it_is_largest(dtype, top):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(400).to(dtype))
+    mask = top * (torch.rand(400) < 0.5)
+    before = w.detach().clone()
+    options = {"decoupled": True, "mask": mask}
+    if dtype == BF16:
+        options["rounding"] = "stochastic"
+    optimizer = AdamW([w], lr=0.02, weight_decay=1.0)
+    (found,) = seen_of(optimizer, Constant(1.0), 1, options=options).outlooks
+    with WeightDecayScheduler(optimizer, Constant(1.0), **options):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    real = literal_shrink([before], [w.detach()], [mask])
+    assert found.shrink == pytest.approx(real, rel=1e-9 if dtype != BF16 else 0.05, abs=1e-12)
+    assert found.shrink == pytest.approx(1 - (1 - 0.02 * top) ** 2, rel=1e-9)
+
+
+def test_what_a_mapping_of_masks_lacks_decays_in_full():
+    params = [weight(), weight()]
+    optimizer = AdamW(params, lr=0.02, weight_decay=1.0)
+    options = {"decoupled": True, "mask": {params[0]: torch.tensor([1.0, 0.0, 0.0, 0.0]) / 2}}
+    (found,) = seen_of(optimizer, Constant(1.0), 1, options=options).outlooks
+    assert found.shrink == pytest.approx(1 - 0.98**2)
+
+
+def test_tensors_whose_entries_lie_elsewhere_decay_in_full():
+    params = [weight(size=0), weight(size=0)]  # as ZeRO-3 leaves them
+    (found,) = seen_of(AdamW(params, lr=0.02, weight_decay=1.0), Constant(1.0), 1).outlooks
+    assert found.shrink == pytest.approx(1 - 0.98**2)
+
+
+def test_at_most_counts_what_acted_before_as_well():
+    params = [weight(torch.float32), weight(BF16)]
+    optimizer = AdamW(params, lr=1e-3, weight_decay=1.0)
+    with WeightDecayScheduler(optimizer, Constant(1.0)) as scheduler:
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        (found,) = preview(scheduler, 50).outlooks
+    assert found.shrink == pytest.approx(1 - math.exp(-2 * 2e-3) * (1 - 1e-3) ** 100, rel=1e-9)
+
+
 def test_the_weights_are_as_they_were():
     w = torch.nn.Parameter(torch.randn(1000).to(BF16))
     before = w.detach().clone()
@@ -246,6 +345,36 @@ def test_a_budget_that_the_run_cannot_spend_is_said_before_it():
     assert "never switches off" in seen.verdict
     assert "its closed loop decides in the run" in seen.to_dict()["sentences"][2]
     assert math.isnan(seen.outlooks[0].needed)
+
+
+def test_a_loop_is_named_only_where_there_is_one():
+    optimizer = AdamW([w := weight()], lr=0.1, weight_decay=0.1)
+    with WeightDecayScheduler(optimizer, SwitchOff(0.1, at=2)) as scheduler:
+        for _ in range(3):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        seen = preview(scheduler, 5)  # the decay is over, and not by a loop
+    assert seen.outlooks[0].a == pytest.approx(-0.02)
+    assert "before the run: nothing decays here." in seen.to_dict()["sentences"][2]
+
+
+class OwnSize(torch.optim.Optimizer):
+    """An optimizer without a learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": None, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.mul_(1 - 0.1 * self.param_groups[0]["weight_decay"])
+
+
+def test_without_a_learning_rate_that_is_the_reason():
+    seen = seen_of(OwnSize([weight()]), Constant(0.1), 3, options={"coupling": "decoupled"})
+    (found,) = seen.outlooks
+    assert math.isnan(found.a) and "OwnSize makes its own step size (lr=None)" in found.notes[0]
+    assert "lets through" not in str(seen)
 
 
 @pytest.mark.filterwarnings("ignore:weights of parameter group")

@@ -70,6 +70,27 @@ def test_a_warmup_may_be_a_part_of_the_run():
         assert run.warmup == 6 and run.learning_rates[:7] == [t / 6 for t in range(7)]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"warmup_steps": "3"}, TypeError, "warmup_steps must be a number, got '3'"),
+        ({"warmup_ratio": "0.1"}, TypeError, "warmup_ratio must be a number, got '0.1'"),
+        ({"max_steps": "50"}, ValueError, "max_steps must be a whole number >= 1, got '50'"),
+        ({"learning_rate": "1e-3"}, TypeError, "lr must be a number, got '1e-3'"),
+        ({"weight_decay": "0.1"}, TypeError, "decay must be a number, got '0.1'"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_text_are_named(wrong, error, said):
+    arguments = {"max_steps": 50, "learning_rate": 1.0, "weight_decay": 0.1}
+    with pytest.raises(error, match=said):
+        TrainingRun.from_arguments(arguments | wrong)
+    with pytest.raises(ValueError, match=r"^steps must be a whole number >= 1, got '9'"):
+        TrainingRun.from_arguments(arguments | {"warmup_ratio": 0.1}, steps="9")
+    with pytest.raises(TypeError, match=r"momentum must be a number, got '0\.9'"):
+        TrainingRun(steps=9, lr=0.1, decay=0.1, optimizer="sgd", momentum="0.9")  # pyright: ignore
+
+
 def test_the_command_answers_in_three_sentences_and_a_table(monkeypatch, capsys):
     given = ["--steps", 3000, "--lr", 5e-6, "--decay", 0.1, "--lr-schedule", "constant"]
     code, out, _ = called(monkeypatch, capsys, *given, "--size", 0.1, "--start", 0.167)

@@ -1,14 +1,23 @@
 """What the preview knows of closed loops, metrics, and groups of one name."""
 
+import math
+
 import matplotlib
 import pytest
 import torch
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 
 from mirrorflow.control import ControlledDecay
 from mirrorflow.schedule import Constant, SwitchOff
-from mirrorflow.weightdecay import HoldRatio, OffAtBudget, WeightDecayScheduler, preview, table
+from mirrorflow.weightdecay import (
+    HoldRatio,
+    OffAtBudget,
+    WeightDecayScheduler,
+    budget,
+    preview,
+    table,
+)
 from optimizers import FALL
 
 
@@ -120,6 +129,36 @@ def test_a_scheduler_of_another_optimizer_and_no_learning_rates_are_refused():
         preview(scheduler, 5, StepLR(other, 2))
     with pytest.raises(TypeError, match=r"the learning rate of each step, got 0\.5"):
         preview(scheduler, 5, 0.5)  # pyright: ignore
+
+
+@pytest.mark.parametrize("make", [AdamW, SGD])
+@pytest.mark.parametrize(
+    ("lrs", "error", "said"),
+    [
+        ([0.1, -0.1, 0.1], ValueError, r"finite number >= 0, got -0\.1 at step 1\. Correct it"),
+        ([math.nan] * 3, ValueError, "a learning rate must be a finite number >= 0, got nan"),
+        ([0.1, 0.1, math.inf], ValueError, "finite number >= 0, got inf at step 2"),
+        (["a"] * 3, TypeError, "a learning rate must be a number, got 'a'"),
+        ([0.1, None, 0.1], TypeError, "a learning rate must be a number, got None"),
+    ],
+)
+def test_learning_rates_are_checked_as_those_of_a_budget(make, lrs, error, said):
+    scheduler = WeightDecayScheduler(make([weight()], lr=0.5, weight_decay=0.1), Constant(0.1))
+    for call in (lambda: preview(scheduler, 3, lrs), lambda: budget(Constant(0.1), lrs)):
+        with pytest.raises(error, match=said):
+            call()
+
+
+def test_so_are_those_of_a_scheduler_and_of_the_groups():
+    optimizer = SGD([weight()], lr=0.5, weight_decay=0.1)
+    below = LambdaLR(optimizer, lambda step: 1.0 - step)
+    scheduler = WeightDecayScheduler(optimizer, Constant(0.1))
+    assert preview(scheduler, 2, below).curves["0"][0] == [0.5, 0.0]
+    with pytest.raises(ValueError, match=r"got -0\.5 at step 2\. Correct it, or the scheduler"):
+        preview(scheduler, 3, below)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="got nan at step 0"):
+        preview(scheduler, 3)
 
 
 def test_accelerates_wrapped_scheduler_is_taken():

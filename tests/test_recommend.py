@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from collections import defaultdict
@@ -11,10 +12,11 @@ import pytest
 import torch
 from scipy.stats import t as student
 from torch.optim import SGD, Adam, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import mirrorflow as mf
 from mirrorflow.optim import overparametrize
+from optimizers import Plain, quiet
 
 ROOT = Path(__file__).parents[1]
 TABLES = tomllib.loads((ROOT / "src/mirrorflow/control/evidence.toml").read_text("utf-8"))
@@ -216,6 +218,8 @@ def acted(optimizer, lr, schedule, steps):
     [
         (lora, AdamW, {}),
         (lora, SGD, {"momentum": 0.9}),
+        (lora, SGD, {"momentum": 0.9, "dampening": 0.5}),
+        (attention, SGD, {"momentum": 0.8, "nesterov": True}),
         (attention, AdamW, {}),
         (attention, SGD, {}),
     ],
@@ -232,6 +236,78 @@ def test_the_schedule_for_rank_comes_to_the_a_of_the_stored_run(make, cls, setti
     assert any(found.a == pytest.approx(arm.a, rel=1e-3) for arm in arms_of(found))
     differs = cls is not {lora: SGD, attention: AdamW}[make]
     assert differs == any("the stored runs are of" in what for what in found.unknown)
+
+
+OPTIMIZERS = {
+    "adamw": (AdamW, {}),
+    "adam, decoupled": (Adam, {"decoupled_weight_decay": True}),
+    "adam, from outside": (Adam, {}),
+    "sgd": (SGD, {}),
+    "sgd momentum": (SGD, {"momentum": 0.9}),
+    "sgd dampening": (SGD, {"momentum": 0.9, "dampening": 0.5}),
+    "sgd nesterov": (SGD, {"momentum": 0.8, "nesterov": True}),
+    "fixed": (Plain, {}),
+}
+LRS = {
+    "none": lambda optimizer, steps: None,
+    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps),
+    "warm-up": lambda optimizer, steps: LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 50)),
+    "cycle": lambda optimizer, steps: OneCycleLR(
+        optimizer,
+        max_lr=[3 * group["lr"] for group in optimizer.param_groups],
+        total_steps=steps,
+        cycle_momentum="momentum" in optimizer.defaults and optimizer.defaults["momentum"] > 0,
+    ),
+    "list": lambda optimizer, steps: [0.02 * (1 - t / steps) for t in range(steps)],
+}
+
+
+@quiet
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("lrs", LRS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_preview_of_a_recommended_schedule_comes_to_the_recommended_a(name, lrs, place):
+    (cls, settings), model, steps = OPTIMIZERS[name], attention(), 300
+    others = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(others, (1e-5, 0.5), strict=True)]
+    groups.insert(place, {"params": list(model.parameters()), "lr": 0.02})
+    optimizer = cls(groups, weight_decay=0.1, **settings)
+    lr = LRS[lrs](optimizer, steps)
+    found = mf.recommend(model, optimizer, lr, steps, "rank")
+    assert any(found.a == pytest.approx(arm.a, rel=1e-3) for arm in arms_of(found) if arm.a)
+    outside = name == "adam, from outside"
+    with mf.WeightDecayScheduler(optimizer, found.schedule, decoupled=outside) as scheduler:
+        seen = mf.preview(scheduler, steps, lr)
+    assert seen.outlooks[place].a == pytest.approx(found.a, rel=1e-9)
+
+
+def test_of_a_buffer_that_is_there_already_no_step_is_the_first():
+    model = attention()
+    optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9, dampening=0.9, weight_decay=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    found = mf.recommend(model, optimizer, None, 300, "rank")
+    with pytest.warns(mf.weightdecay.CoupledDecayWarning):
+        scheduler = mf.WeightDecayScheduler(optimizer, found.schedule)
+    with scheduler:
+        assert mf.preview(scheduler, 300).outlooks[0].a == pytest.approx(found.a, rel=1e-9)
+
+
+def test_the_group_counts_that_has_most_weights_of_the_model_that_train():
+    net, model = torch.nn.Linear(90, 90), attention()
+    frozen = torch.nn.Parameter(torch.ones(99, 99), requires_grad=False)
+    model.register_parameter("frozen", frozen)
+    groups = [
+        {"params": net.parameters(), "lr": 1e-5},
+        {"params": trained(model), "lr": 0.02},
+        {"params": [frozen], "lr": 0.5},
+    ]
+    optimizer = AdamW(groups, weight_decay=0.1)
+    found = mf.recommend(model, optimizer, None, 300, "rank")
+    alone = AdamW(trained(model), lr=0.02, weight_decay=0.1)
+    assert found.schedule is not None
+    assert found.schedule == mf.recommend(model, alone, None, 300, "rank").schedule
 
 
 @pytest.mark.filterwarnings("ignore::mirrorflow.weightdecay.CoupledDecayWarning")
@@ -309,6 +385,89 @@ def test_what_cannot_be_answered_is_refused(given, said):
     model = attention()
     with pytest.raises(ValueError, match=said):
         mf.recommend(model, AdamW(model.parameters()), **given)
+
+
+@pytest.mark.parametrize("wrong", ["a", "0.5", None, [0.5]])
+@pytest.mark.parametrize("name", ["kept", "price"])
+def test_parts_are_numbers(name, wrong):
+    model = attention()
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {re.escape(repr(wrong))}"):
+        mf.recommend(model, AdamW(model.parameters()), None, 9, "rank", **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, None, "model"])
+def test_a_model_is_a_module(wrong):
+    optimizer = AdamW(attention().parameters())
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got .*Give the model"):
+        mf.recommend(wrong, optimizer, None, 9)
+
+
+def adafactor(params, **settings):
+    optimization = pytest.importorskip("transformers.optimization")
+    return optimization.Adafactor(params, **settings)
+
+
+class OwnSize(SGD):
+    """An optimizer that makes its own step size."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, momentum=0.9)
+        for group in self.param_groups:
+            group["lr"] = None
+
+
+@pytest.mark.parametrize("cls", [adafactor, OwnSize])
+def test_without_a_learning_rate_there_is_an_answer_but_no_schedule(cls):
+    for make in (*MODELS, attention):
+        model = make()
+        optimizer = cls(trained(model))
+        assert mf.recommend(model, optimizer, steps=100, goal="loss").schedule is None
+    with pytest.raises(ValueError, match=r"learning rate must be.*got lr=None: \w+ makes.*one"):
+        mf.recommend(model, optimizer, steps=100, goal="rank")
+    for price in (0.0, 9.0):  # no stored decay is enough, or none is needed
+        found = mf.recommend(model, optimizer, steps=100, goal="rank", price=price)
+        assert found.schedule is None
+    plain = torch.nn.Linear(3, 3)
+    for goal in ("rank", "sparsity"):
+        assert mf.recommend(plain, cls(plain.parameters()), steps=9, goal=goal).schedule is None
+
+
+def test_the_remedy_for_a_step_size_of_its_own_is_one():
+    model = attention()
+    settings = {"lr": 0.02, "relative_step": False, "weight_decay": 0.1}
+    scaled = adafactor(model.parameters(), **settings)
+    with pytest.raises(ValueError, match="got Adafactor: the weights shrink by the decay times a"):
+        mf.recommend(model, scaled, steps=300, goal="rank")
+    assert mf.recommend(model, scaled, steps=300, goal="loss").schedule is None
+    optimizer = adafactor(model.parameters(), scale_parameter=False, **settings)
+    found = mf.recommend(model, optimizer, steps=300, goal="rank")
+    with mf.WeightDecayScheduler(optimizer, found.schedule) as scheduler:
+        assert mf.preview(scheduler, 300).outlooks[0].a == pytest.approx(found.a, rel=1e-9)
+
+
+@pytest.mark.parametrize("goal", ["loss", "rank", "sparsity"])
+@pytest.mark.parametrize(
+    ("lr", "error", "said"),
+    [
+        (
+            CosineAnnealingLR(AdamW([torch.nn.Parameter(torch.ones(2))]), T_max=10),
+            ValueError,
+            "this CosineAnnealingLR belongs to another optimizer. Give the scheduler of this one",
+        ),
+        (0.1, TypeError, "lr_scheduler must be a learning-rate scheduler or the learning rate of"),
+        ([0.1] * 9, ValueError, "9 learning rates for 10 steps"),
+        ([-0.1] * 10, ValueError, "a learning rate must be a finite number >= 0, got -0.1"),
+    ],
+    ids=["of another", "number", "too few", "negative"],
+)
+def test_learning_rates_are_refused_as_a_preview_refuses_them(lr, error, said, goal):
+    model = attention()
+    optimizer = AdamW(model.parameters(), weight_decay=0.1)
+    with pytest.raises(error, match=said):
+        mf.recommend(model, optimizer, lr, 10, goal)
+    scheduler = mf.WeightDecayScheduler(optimizer, mf.Constant(0.1))
+    with pytest.raises(error, match=said.replace("lr_scheduler", "lr")):
+        mf.preview(scheduler, 10, lr)
 
 
 def test_the_guide_says_what_decay_costs_before_any_cut():

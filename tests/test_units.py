@@ -322,7 +322,9 @@ def test_mistakes_in_learning_rates_are_named():
         ("0.1", 3, TypeError, "lrs must be a number"),
         (object(), 3, TypeError, "lrs must be a number"),
         ([0.1, -0.1], None, ValueError, "a learning rate must be a finite number >= 0, got -0.1"),
-        ([0.1, math.nan], None, ValueError, "got nan"),
+        ([0.1, math.nan], None, ValueError, "got nan at step 1. Correct it"),
+        ([0.1, "a"], None, TypeError, "a learning rate must be a number, got 'a'"),
+        (-0.1, 3, ValueError, "a learning rate must be a finite number >= 0, got -0.1"),
         ([0.1, 0.2], 3, ValueError, "steps=3, but there are 2"),
     ):
         with pytest.raises(error, match=message):
@@ -330,6 +332,14 @@ def test_mistakes_in_learning_rates_are_named():
     plateau = ReduceLROnPlateau(SGD([weight()], lr=0.5))
     with pytest.raises(ValueError, match="ReduceLROnPlateau answers to metrics"):
         learning_rates(plateau, 5)
+    below = LambdaLR(SGD([weight()], lr=0.5), lambda step: 1.0 - step)
+    with pytest.raises(ValueError, match=r"finite number >= 0, got -0\.5 at step 2\..*scheduler"):
+        learning_rates(below, 5)
+    none = SGD([weight()], lr=0.5)
+    of_none = StepLR(none, step_size=2)
+    none.param_groups[0]["lr"] = None
+    with pytest.raises(TypeError, match="learning rate of parameter group 0 must be a number, got"):
+        learning_rates(of_none, 1)
     with pytest.raises(TypeError, match="a torch learning-rate scheduler, got float"):
         learning_rates(0.5, 5)  # pyright: ignore
     with pytest.raises(ValueError, match=f"one of {', '.join(CONVENTIONS)}"):
@@ -339,6 +349,21 @@ def test_mistakes_in_learning_rates_are_named():
             budget(FALL, 0.1, 3, kind=kind)
     with pytest.raises(ValueError, match="above its peak"):
         budget(FALL, [0.1, 0.2], convention="adamc", peak=0.1)
+    with pytest.raises(ValueError, match="group must be one of 0, got 1"):
+        learning_rates(lr, 3, group=1)
+
+
+@pytest.mark.parametrize("spent", [budget, partial(scale_to_budget, Constant(0.2))])
+def test_mistakes_in_settings_are_named_by_the_function_that_was_called(spent):
+    name = "budget" if spent is budget else "scale_to_budget"
+    for settings, error, message in (
+        ({"foo": 1}, TypeError, f"^{name}.. got an unexpected keyword argument 'foo'"),
+        ({"momentum": "a"}, ValueError, "momentum must be a number >= 0 and < 1, got 'a'"),
+        ({"convention": "adamc", "peak": "a"}, TypeError, "peak must be a number, got 'a'"),
+        ({"convention": ["adamc"]}, ValueError, r"convention must be one of .*, got \['adamc'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            spent(FALL, 0.1, 9, **settings)
 
 
 # What is not a schedule

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from ..optim import HadamardFactors
 from ..schedule import Constant, Schedule, SwitchOff, schedule_to_dict
 from ..spectrum import SpectralTracker
-from ..weightdecay import budget, coupling, learning_rates
+from ..weightdecay import coupling
 from ..weightdecay._checks import inner, one_of
 from ..weightdecay._laws import law_of
-from ..weightdecay.coupling import COUNTED
-from ..weightdecay.feedback import number, whole
+from ..weightdecay.conventions import lr_of
+from ..weightdecay.coupling import COUNTED, COUPLINGS
+from ..weightdecay.feedback import as_float, number, whole
 from ..weightdecay.outlook import wrapped
+from ..weightdecay.preview import group_ahead
+from ..weightdecay.units import as_scheduler, check_owner, listed_rates
 from ._evidence import (
     Arm,
     Curve,
@@ -42,6 +47,7 @@ _NO_CURVE = (
     "attention; the ratio of nuclear to Frobenius norm stands in for it"
 )
 _NEAR = 0.125  # a part of the ranks that is farther from all that are stored is not answered
+_REFUSED_OUTSIDE = ("scaled", "averaged")  # by WeightDecayScheduler(decoupled=True)
 _NOTHING = "no stored experiment trains a model whose products are of this kind"
 
 
@@ -113,9 +119,11 @@ def recommend(
     model : torch.nn.Module
         What trains.
     optimizer : torch.optim.Optimizer
-        Its optimizer; the group with most weights counts.
-    lr_scheduler : LRScheduler, optional
-        Its learning-rate scheduler; without it the learning rate stays as it is.
+        Its optimizer; the group with most of the model's weights counts: its learning rate, and
+        for SGD its momentum, dampening and Nesterov's.
+    lr_scheduler : LRScheduler or iterable of float, optional
+        Its learning-rate scheduler, or the learning rate of each step, as for `preview`; without
+        it the learning rate stays as it is.
     steps : int
         The optimizer steps of the run, >= 1.
     goal : {"loss", "rank", "sparsity"}
@@ -132,7 +140,9 @@ def recommend(
     ------
     TypeError, ValueError
         If the goal is none of these, ``steps`` is missing, ``price`` is negative, or
-        ``kept`` lies outside of (0, 1).
+        ``kept`` lies outside of (0, 1); if the learning-rate scheduler belongs to another
+        optimizer; if the answer is a schedule, and what decay comes to is not known under this
+        optimizer, since it makes its own step size (``lr=None``), say.
 
     Examples
     --------
@@ -148,9 +158,14 @@ def recommend(
         raise ValueError(
             "steps must be a whole number, got None. Give the optimizer steps of the run"
         )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {model!r}. Give the model that the optimizer "
+            "trains"
+        )
     run = _Run(model, inner(optimizer), lr_scheduler, whole("steps", steps))
     number("price", price, 0.0)
-    if not 0 < kept < 1:
+    if not 0 < as_float("kept", kept) < 1:
         raise ValueError(f"kept must lie in (0, 1), got {kept}. Give a part of the ranks.")
     if goal == "loss":
         return _for_loss(run)
@@ -167,17 +182,16 @@ class _Run:
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, steps: int
+        self, model: torch.nn.Module, optimizer: Optimizer, lr_scheduler: Any, steps: int
     ) -> None:
         self.optimizer, self.steps = optimizer, steps
-        groups = optimizer.param_groups
-        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-        self.group = groups[sizes.index(max(sizes))]
-        self._lrs: Any = float(self.group["lr"]) if lr_scheduler is None else lr_scheduler
+        self._lr = _checked_lr(lr_scheduler, optimizer, steps)
+        self._index = _largest_group(model, optimizer)
+        self.group = optimizer.param_groups[self._index]
         self.product = _product_of(model)
-        found = coupling(optimizer, self.group)
-        self.counted = found in COUNTED
-        self._kind = found if self.counted else "decoupled"  # as decoupled=True would do it
+        self._coupling = coupling(optimizer, self.group)
+        self.counted = self._coupling in COUNTED
+        self._kind = self._coupling if self.counted else "decoupled"  # by decoupled=True
         self.law = law_of(optimizer, self.group)
 
     @property
@@ -186,29 +200,45 @@ class _Run:
         return type(self.optimizer).__name__
 
     def schedule(self, off: float, a: float) -> Schedule | None:
-        """Return the schedule that comes to a; None if a step would have to overshoot 0."""
+        """Return the schedule that comes to a; None if a step would have to overshoot 0.
+
+        Raises
+        ------
+        ValueError
+            If no schedule is known to come to it under this optimizer.
+        """
+        self._check_countable()
         at = max(1, round(off * self.steps))
-        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
-        settings: dict[str, Any] = {"kind": self._kind, "momentum": momentum}
         one = SwitchOff(1.0, at=at) if off < 1 else Constant(1.0)
-        each = budget(one, self._lrs, self.steps, **settings)  # a is linear in the rate
-        if each == 0 or -a / each * self._steepest() >= 1:
+        sums = self._sums(one)  # a is linear in the rate
+        each, steepest = sums[-1], max(b - c for b, c in pairwise((0.0, *sums)))
+        if each == 0 or a / each * steepest >= 1:
             return None
-        rate = float(f"{-a / each:.4g}")
+        rate = float(f"{a / each:.4g}")
         return SwitchOff(rate, at=at) if off < 1 else Constant(rate)
 
     def absorbed(self, schedule: Schedule) -> float:
         """Return a of a schedule."""
-        momentum = float(self.group.get("momentum", 0.0)) if self._kind == "sgd" else 0.0
-        return -budget(schedule, self._lrs, self.steps, kind=self._kind, momentum=momentum)
+        return self._sums(schedule)[-1]
 
-    def _steepest(self) -> float:
-        """Return the largest lr x decay of a step at a rate of 1."""
-        if self._kind == "fixed":
-            return 1.0
-        if isinstance(self._lrs, float):
-            return self._lrs
-        return max(learning_rates(self._lrs, self.steps))
+    def _check_countable(self) -> None:
+        """Raise unless a sum of lr x decay describes the optimizer's decay, or one from outside."""
+        if self._kind != "fixed" and math.isnan(lr_of(self.group)):
+            raise ValueError(
+                "the learning rate must be a number for a schedule that comes to a given a, got "
+                f"lr=None: {self.name} makes its own step size. Make it with one (transformers' "
+                "Adafactor: lr=1e-3, relative_step=False, scale_parameter=False), or take AdamW"
+            )
+        if self._coupling in _REFUSED_OUTSIDE:
+            raise ValueError(
+                "the optimizer must decay by lr x decay, or let decay act from outside, for a "
+                f"schedule that comes to a given a, got {self.name}: "
+                f"{COUPLINGS[self._coupling]}. Take another, such as AdamW"
+            )
+
+    def _sums(self, schedule: Schedule) -> list[float]:
+        """Return a of a schedule after each step, as `preview` counts it."""
+        return group_ahead(self.optimizer, self._index, self._kind, schedule, self.steps, self._lr)
 
     def caveats(self, study: Study | Recovery) -> tuple[str, ...]:
         """Return how the run differs from what is stored."""
@@ -224,6 +254,27 @@ class _Run:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.group["params"]):
             found.append("what rounding lets through in half precision: mf.preview tells")
         return tuple(found)
+
+
+def _checked_lr(lr: Any, optimizer: Optimizer, steps: int) -> Any:
+    """Return the learning-rate scheduler, if it is of this optimizer, or a list of rates."""
+    if (scheduler := as_scheduler(lr)) is not None:
+        check_owner(scheduler, optimizer)
+        return scheduler
+    return None if lr is None else listed_rates("lr_scheduler", lr, steps)
+
+
+def _largest_group(model: torch.nn.Module, optimizer: Optimizer) -> int:
+    """Return the place of the group with most of the model's weights that train."""
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def size(group: Mapping[str, Any]) -> tuple[int, int]:
+        sizes = [(p.numel() if id(p) in own else 0, p.numel()) for p in group["params"]]
+        # By all it holds where a wrapper has put other tensors in the place of the model's
+        return sum(ours for ours, _ in sizes), sum(whole for _, whole in sizes)
+
+    groups = [size(group) for group in optimizer.param_groups]
+    return groups.index(max(groups))
 
 
 def _product_of(model: torch.nn.Module) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "check_decay",
     "check_exact_off",
     "check_free",
+    "check_momentum",
     "check_rounding",
     "check_schedules",
     "inner",
@@ -61,10 +62,22 @@ def inner(optimizer: Any) -> Optimizer:
 _DEEPEST = 8  # wrappers, around one another
 
 
-def one_of(name: str, value: str, known: Iterable[str]) -> None:
+def one_of(name: str, value: Any, known: Iterable[Any]) -> None:
     """Raise unless the value is known."""
+    known = tuple(known)  # in which a list can be looked for as well
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def check_momentum(momentum: Any, kind: str) -> None:
+    """Raise unless it is the momentum of SGD, or 0."""
+    if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+        raise ValueError(f"momentum must be a number >= 0 and < 1, got {momentum!r}")
+    if momentum and kind != "sgd":
+        raise ValueError(
+            f'momentum must be 0 unless kind="sgd", where decay acts through it, got '
+            f"momentum={momentum} with kind={kind!r}"
+        )
 
 
 def check_free(optimizer: Optimizer, owner: type) -> None:

@@ -232,7 +232,7 @@ class Coverage:
                 f'coupling="sgd" needs the settings of torch.optim.SGD, {", ".join(_SGD)}, in the '
                 f"groups, and {type(optimizer).__name__} does not have them all"
             )
-        entries = [_begin_entry(optimizer, group, how) for _ in found]
+        entries = [begin_entry(optimizer, group, how) for _ in found]
         if not plan.decoupled and needs_no_gradient(optimizer, group):
             self.ungated.add(index)
         group[INITIAL] = own
@@ -322,7 +322,7 @@ def _rule(target: Target) -> tuple[bool, bool]:
     return target.asked, target.positions is None
 
 
-def _begin_entry(optimizer: Optimizer, group: Mapping[str, Any], coupling: str) -> Entry:
+def begin_entry(optimizer: Optimizer, group: Mapping[str, Any], coupling: str) -> Entry:
     """Return the new ledger of a group; a buffer that SGD has filled already holds no decay."""
     buffers = any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"])
     return Entry(coupling, held=0.0 if buffers else None)

@@ -30,6 +30,7 @@ import torch
 
 from ..schedule import Schedule
 from .coupling import COUNTED
+from .feedback import as_float
 
 __all__ = [
     "CONVENTIONS",
@@ -158,13 +159,14 @@ def peak_lr(group: Mapping[str, Any], peak: float | None = None) -> float:
             f"to the parameter group. Set peak={lr:g} if the learning rate never rises above its "
             "present value, or make the learning-rate scheduler first"
         )
-    if not (math.isfinite(float(found)) and found > 0 and lr <= _ABOVE * float(found)):
+    top = as_float("peak", found)
+    if not (math.isfinite(top) and top > 0 and lr <= _ABOVE * top):
         raise ValueError(
-            f"the learning rate {lr:g} is above its peak {float(found):g}, by which this "
+            f"the learning rate {lr:g} is above its peak {top:g}, by which this "
             "convention divides. Set the highest learning rate of the run, "
             "peak=max(learning_rates(lr_scheduler, steps))"
         )
-    return float(found)
+    return top
 
 
 def rate_at(schedule: Any, step: int) -> float:

@@ -464,8 +464,11 @@ def number(name: str, value: Any, low: float, strict: bool = False) -> float:
 
 
 def as_float(name: str, value: Any) -> float:
-    """Return a Python float."""
+    """Return a Python float; of text none, also if it reads as a number."""
+    error = None
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor with several elements
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError) as cause:  # of a tensor with several elements
+        error = cause
+    raise TypeError(f"{name} must be a number, got {value!r}") from error

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._laws import Geometry, Law, geometry, law_of
 from ._rounding import HALF, too_weak
+from .conventions import lr_of
 from .coupling import COUNTED
 from .feedback import Feedback, number
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from ._targets import Target
     from .scheduler import WeightDecayScheduler
 
@@ -38,6 +42,8 @@ _GRADIENT = (
     "what {} lets through depends on the gradients: decoupled=True with rounding='stochastic' "
     "makes all of it act"
 )
+_NO_LR = "{} makes its own step size (lr=None): no sum of lr x decay is known before the run"
+_NO_START = "what was absorbed before is not known"
 _BY_GRADIENT = "mask={!r} lets decay act where the gradients of the run say"
 _BY_MASK = "the mask leaves the rest alone"
 _SWALLOWED = (
@@ -98,8 +104,9 @@ class Outlook:
         a / asked: the part that acts in this precision; NaN if it is not known, or nothing is
         asked.
     shrink : float
-        The most by which decay makes a product smaller: ``1 - prod (1 - s)^2``, in [0, 1], which
-        is 1 - e^{2a} up to the squares of s; NaN if it is not known.
+        The most by which decay makes a product smaller: ``1 - prod (1 - s)^2``, in [0, 1], s of
+        the tensor on which most acts, of a mask where it is largest. Where all tensors decay
+        alike it is 1 - e^{2a} up to the squares of s; NaN if it is not known.
     law : Law
         What training by this optimizer keeps of a product.
     geometry : Geometry
@@ -141,7 +148,7 @@ def outlook(
     index: int,
     name: str,
     curve: tuple[Sequence[float], Sequence[float], Sequence[float]],
-    asked: float,
+    bounds: tuple[float, Sequence[float]],
     product: Product,
 ) -> Outlook:
     """Return what the decay of a set of tensors comes to.
@@ -156,14 +163,16 @@ def outlook(
         Of the set.
     curve : (lr, decay, a)
         The learning rate, the decay, and a after each of the steps.
-    asked : float
-        -sum of lr x decay over these steps and before, if all of it acted.
+    bounds : (asked, most)
+        -sum of lr x decay over these steps and before, if all of it acted; and, before them and
+        after each, that of the tensor on which most of it acts.
     product : Product
         The scale of the products, and the target.
     """
     target, entry = scheduler.targets[index], scheduler.account.entries[index]
     group, (lrs, decays, sums) = scheduler.optimizer.param_groups[target.group], curve
-    a, before = sums[-1] if sums else entry.accumulated, entry.accumulated
+    (asked, most), before = bounds, entry.accumulated
+    a = sums[-1] if sums else before
     law = law_of(scheduler.optimizer, group)
     decay = max(decays, default=0.0)
     factor = _factor(before, asked, product.target)  # a is linear in the decay where all of it acts
@@ -182,7 +191,7 @@ def outlook(
         a,
         # Of this run alone: both sums begin at what is there already.
         abs(a - before) / (before - asked) if asked < before else math.nan,
-        _shrink(before, sums),
+        _shrink(most),
         law,
         geometry(law, a, product.size, product.start),
         product.target,
@@ -207,11 +216,11 @@ def _strengths(lrs: Sequence[float], decays: Sequence[float], coupling: str) -> 
     return [lr * decay for lr, decay in zip(lrs, decays, strict=True)]
 
 
-def _shrink(before: float, sums: Sequence[float]) -> float:
-    """Return 1 - e^{2 a_before} prod (1 - s)^2."""
-    left, last = math.exp(before), before
-    for a in sums:
-        left, last = left * (1 - (last - a)), a  # the fall of a in a step is its s
+def _shrink(sums: Sequence[float]) -> float:
+    """Return 1 - e^{2 a_before} prod (1 - s)^2, of a before the steps and after each."""
+    left = math.exp(sums[0])
+    for last, a in pairwise(sums):
+        left *= 1 - (last - a)  # the fall of a in a step is its s
     return 1 - left**2  # two factors
 
 
@@ -230,17 +239,25 @@ def _notes(
     asked, a = sums
     if coupling not in COUNTED:
         return (_NO_SUM if coupling == "coupled" else f"its decay is {coupling}: no sum says it",)
-    params = target.params(scheduler.optimizer.param_groups[target.group])
+    group = scheduler.optimizer.param_groups[target.group]
+    params = target.params(group)
     halves = [p.dtype for p in params if p.dtype in HALF]
     name = str(halves[0]).removeprefix("torch.") if halves else ""
     mask = scheduler.plan.mask
     if mask is not None and a != asked:
         return (_BY_GRADIENT.format(mask) if isinstance(mask, str) else _BY_MASK,)
     if math.isnan(a):
-        return (_GRADIENT.format(name),)
+        return (_why_unknown(scheduler.optimizer, group, name),)
     if halves and abs(a - asked) > 0.01 * abs(asked):
         return (_SWALLOWED.format(name, too_weak(halves[0])),)
     return ()
+
+
+def _why_unknown(optimizer: Optimizer, group: Mapping[str, Any], half: str) -> str:
+    """Return why a is not known, though a sum describes it; half is a precision, or empty."""
+    if math.isnan(lr_of(group)):
+        return _NO_LR.format(type(optimizer).__name__)
+    return _GRADIENT.format(half) if half else _NO_START
 
 
 # In words, and as a table
@@ -309,7 +326,7 @@ def _why_not(found: Outlook) -> str:
     """Return why no decay is known to reach the target."""
     if math.isnan(found.asked):
         return "no a is known that it could be read from"
-    return "nothing decays here" if found.asked == 0 else "its closed loop decides in the run"
+    return "nothing decays here" if found.strength == 0 else "its closed loop decides in the run"
 
 
 def _percent(part: float) -> str:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._html import html_table
+from ._coverage import begin_entry
 from ._expected import ExpectedPart
 from ._ledger import Entry
 from ._targets import Target
-from .conventions import rate_at
+from .conventions import lr_of, rate_at
 from .feedback import Feedback, OffAtBudget, whole
 from .outlook import Outlook, Product, outlook, outlook_table, sentences, wrapped
 from .scheduler import WeightDecayScheduler
@@ -22,8 +23,9 @@ from .units import ahead, shadow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.optim import Optimizer
 
-__all__ = ["Preview", "preview", "table"]
+__all__ = ["Preview", "group_ahead", "preview", "table"]
 
 _DASHES = ("-", "--", "-.", ":")
 _COLUMNS = ("group", "kind", "start", "stop", "decay", "decay_end", "lr", "lr_end", "absorbed", "a")
@@ -143,11 +145,11 @@ def preview(
     Raises
     ------
     TypeError
-        If ``scheduler`` is not one, but a schedule, say.
+        If ``scheduler`` is not one, but a schedule, say, or a learning rate is not a number.
     ValueError
         If the learning-rate scheduler belongs to another optimizer, or needs a metric to step
-        (ReduceLROnPlateau), or there are fewer learning rates than steps; if ``size``, ``start`` or
-        ``target`` is out of range.
+        (ReduceLROnPlateau), or there are fewer learning rates than steps; if a learning rate is
+        negative or not finite; if ``size``, ``start`` or ``target`` is out of range.
 
     Examples
     --------
@@ -176,28 +178,36 @@ def preview(
     steps, copied = whole("steps", steps), shadow(scheduler.optimizer)
     product = Product(size, start, target)
     entries = [copy.deepcopy(entry) for entry in scheduler.account.entries]
-    whole_ones = [copy.deepcopy(entry) for entry in entries]  # as if all of it acted
+    whole_ones = copy.deepcopy(entries)  # as if all of it acted
+    most_ones = copy.deepcopy(entries)  # of the tensor on which most of it acts
     parts = [
         ExpectedPart(scheduler, which, entry.coupling)
         for which, entry in zip(scheduler.targets, entries, strict=True)
     ]
     schedules = _copied_loops(scheduler.targets)
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
+    for account, part in zip(most_ones, parts, strict=True):
+        account.absorbed = part.most_so_far(account)
+    most = [[account.accumulated] for account in most_ones]
     moved = ahead(copied, scheduler.optimizer, lr, steps)
     for step, _ in enumerate(moved, scheduler.steps):
         rates = [None if s is None else rate_at(s, step) for s in schedules]
         decays = scheduler.decays(rates, copied.param_groups)
-        for which, rate, decay, entry, asked, part, curve in zip(
-            scheduler.targets, rates, decays, entries, whole_ones, parts, curves, strict=True
+        for i, (which, rate, decay) in enumerate(
+            zip(scheduler.targets, rates, decays, strict=True)
         ):
+            accounts = entries[i], whole_ones[i], most_ones[i]
             group = copied.param_groups[which.group]
-            if scheduler.exact_off and rate == 0 and entry.held:
-                entry.held = asked.held = 0.0
-            lr_now = math.nan if group.get("lr") is None else float(group["lr"])
+            if scheduler.exact_off and rate == 0 and entries[i].held:
+                for account in accounts:
+                    account.held = 0.0
+            lr_now = lr_of(group)
             if which.params(scheduler.optimizer.param_groups[which.group]):
-                entry.record(step, decay, group, reached=part(decay, lr_now))
-                asked.record(step, decay, group)
-            _extend(curve, lr_now, decay, entry.accumulated)
+                mean, largest = parts[i](decay, lr_now)
+                for account, reached in zip(accounts, (mean, 1.0, largest), strict=True):
+                    account.record(step, decay, group, reached=reached)
+            _extend(curves[i], lr_now, decay, entries[i].accumulated)
+            most[i].append(most_ones[i].accumulated)
         _feed(schedules, entries, step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
@@ -208,10 +218,44 @@ def preview(
         *_unspent(schedules, entries, end),
     ]
     outlooks = [
-        outlook(scheduler, i, name, curve, asked.accumulated, product)
-        for i, (name, curve, asked) in enumerate(zip(names, curves, whole_ones, strict=True))
+        outlook(scheduler, i, name, curves[i], (whole_ones[i].accumulated, most[i]), product)
+        for i, name in enumerate(names)
     ]
     return Preview(rows, dict(zip(names, curves, strict=True)), remarks, outlooks)
+
+
+def group_ahead(
+    optimizer: Optimizer, index: int, coupling: str, schedule: Any, steps: int, lr: Any = None
+) -> list[float]:
+    """Return a of a parameter group after each of its next steps, as if all decay acted.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        It is not changed.
+    index : int
+        The place of the group.
+    coupling : str
+        How its decay acts.
+    schedule : Schedule or callable step -> float
+        Its decay; a closed loop keeps its rate.
+    steps, lr
+        As for `preview`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mirrorflow import SwitchOff
+    >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    >>> group_ahead(optimizer, 0, "decoupled", SwitchOff(0.25, at=2), steps=3)
+    [-0.125, -0.25, -0.25]
+    """
+    copied, sums = shadow(optimizer), []
+    entry = begin_entry(optimizer, optimizer.param_groups[index], coupling)
+    for step, _ in enumerate(ahead(copied, optimizer, lr, steps)):
+        entry.record(step, rate_at(schedule, step), copied.param_groups[index])
+        sums.append(entry.accumulated)
+    return sums
 
 
 def _copied_loops(targets: Sequence[Target]) -> list[Any]:

@@ -205,7 +205,8 @@ class TrainingRun:
                 "steps must be given where max_steps is not set: the arguments do not hold the "
                 "size of the data. It is epochs x batches / gradient_accumulation_steps"
             )
-        settings["warmup"] = changes.get("warmup", _warmup(values, settings["steps"]))
+        steps = whole("steps" if "steps" in changes else "max_steps", settings["steps"])
+        settings["warmup"] = changes.get("warmup", _warmup(values, steps))
         if "dtype" not in changes:
             settings["remarks"] = (_UNSAID.format("float32"),)
         return cls(**settings)
@@ -279,8 +280,9 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
             "the scheduler that the Trainer makes"
         )
     steps: Any = values.get("max_steps")
+    unset = steps is None or (isinstance(steps, (int, float)) and steps <= 0)
     return {
-        "steps": steps if isinstance(steps, (int, float)) and steps > 0 else None,
+        "steps": None if unset else steps,
         "lr": values.get("learning_rate"),
         "decay": values.get("weight_decay", 0.0),
         "optimizer": _plain(values.get("optim", "adamw_torch")),
@@ -295,6 +297,6 @@ def _plain(value: Any) -> Any:
 
 def _warmup(values: Mapping[str, Any], steps: int) -> int:
     """Return the steps of the warmup: a number, or a part of the run below 1 (transformers 5)."""
-    given = values.get("warmup_steps") or values.get("warmup_ratio") or 0
-    number("warmup_steps", given, 0.0)
+    name = "warmup_steps" if values.get("warmup_steps") else "warmup_ratio"
+    given = number(name, values.get(name) or 0, 0.0)
     return int(given) if given >= 1 else math.ceil(given * steps)

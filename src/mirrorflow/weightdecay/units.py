@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..schedule import Schedule
-from ._checks import inner, one_of
+from ._checks import check_momentum, inner, one_of
 from ._targets import check_schedule
 from .conventions import (
     CONVENTIONS,
@@ -32,7 +32,7 @@ from .conventions import (
     peak_lr,
     rate_at,
 )
-from .feedback import Feedback, whole
+from .feedback import Feedback, as_float, number, whole
 
 __all__ = [
     "CONVENTIONS",
@@ -42,8 +42,10 @@ __all__ = [
     "ahead",
     "as_scheduler",
     "budget",
+    "check_owner",
     "convert",
     "learning_rates",
+    "listed_rates",
     "scale_to_budget",
     "shadow",
 ]
@@ -91,9 +93,8 @@ def convert(value: float, unit: str, to: str, *, lr: float, steps: int = 1) -> f
     for name in (unit, to):
         if name not in UNITS:
             raise ValueError(f"a unit of decay must be one of {', '.join(UNITS)}, got {name!r}")
-    for name, number in (("value", value), ("lr", lr), ("steps", steps)):
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"convert: {name} must be positive and finite, got {number}")
+    for name, given in (("value", value), ("lr", lr), ("steps", steps)):
+        number(name, given, 0.0, strict=True)
     per_step = _TO_STEP[unit](value, lr, steps)
     if to == "half-life" and per_step >= 1:
         raise ValueError(
@@ -152,7 +153,7 @@ def budget(
     if convention is not None:
         one_of("convention", convention, CONVENTIONS)
     one_of("kind", kind, ("decoupled", "fixed", "sgd"))  # of others no such sum says what acts
-    _check_momentum(momentum, kind)
+    check_momentum(momentum, kind)
     rates = _lrs(lrs, steps)
     top = _peak(lrs, rates, convention, peak)
     held, acts = 0.0, []
@@ -165,7 +166,15 @@ def budget(
 
 @overload
 def scale_to_budget(
-    schedule: Schedule, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+    schedule: Schedule,
+    other: Any,
+    lrs: Any,
+    steps: int | None = None,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> Scaled: ...
 
 
@@ -175,12 +184,24 @@ def scale_to_budget(
     other: Any,
     lrs: Any,
     steps: int | None = None,
-    **settings: Any,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> ScaledFunction: ...
 
 
 def scale_to_budget(
-    schedule: Any, other: Any, lrs: Any, steps: int | None = None, **settings: Any
+    schedule: Any,
+    other: Any,
+    lrs: Any,
+    steps: int | None = None,
+    *,
+    convention: str | None = None,
+    kind: str = "decoupled",
+    momentum: float = 0.0,
+    peak: float | None = None,
 ) -> Scaled | ScaledFunction:
     """Return a schedule scaled so that it spends what another does.
 
@@ -196,8 +217,8 @@ def scale_to_budget(
         The learning rate, one number or one a step, the same in both runs; or its scheduler.
     steps : int, optional
         The length of the run; needed unless ``lrs`` is a sequence.
-    **settings
-        The ``convention``, ``kind``, ``momentum`` and ``peak`` of both runs, as for `budget`.
+    convention, kind, momentum, peak
+        Of both runs, as for `budget`.
 
     Returns
     -------
@@ -211,7 +232,8 @@ def scale_to_budget(
     (0.4, 0.4, 0.0)
     """
     rates = _lrs(lrs, steps)
-    settings["peak"] = _peak(lrs, rates, settings.get("convention"), settings.get("peak"))
+    settings: dict[str, Any] = {"convention": convention, "kind": kind, "momentum": momentum}
+    settings["peak"] = _peak(lrs, rates, convention, peak)
     own = budget(schedule, rates, **settings)
     if own == 0:
         raise ValueError(
@@ -292,17 +314,6 @@ def _check_known(schedule: Any) -> None:
         )
 
 
-def _check_momentum(momentum: Any, kind: str) -> None:
-    """Raise unless it is the momentum of SGD, or 0."""
-    if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
-        raise ValueError(f"momentum must be a number >= 0 and < 1, got {momentum!r}")
-    if momentum and kind != "sgd":
-        raise ValueError(
-            f'momentum must be 0 unless kind="sgd", where decay acts through it, got '
-            f"momentum={momentum} with kind={kind!r}"
-        )
-
-
 def _peak(lrs: Any, rates: list[float], convention: str | None, peak: float | None) -> float:
     """Return the peak as `WeightDecayScheduler` knows it, or the highest learning rate."""
     top, scheduler = max(rates, default=0.0), as_scheduler(lrs)
@@ -323,11 +334,11 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
         )
     steps = None if steps is None else whole("steps", steps)
     if number:
-        rates = [float(lrs)] * (steps or 0)
+        rates = [_checked(lrs)] * (steps or 0)
     elif scheduler is not None:
         rates = learning_rates(scheduler, steps or 0)
     elif isinstance(lrs, Iterable) and not isinstance(lrs, (str, bytes, Mapping)):
-        rates = [float(lr) for lr in lrs]
+        rates = [_checked(lr, step) for step, lr in enumerate(lrs)]
     else:
         raise TypeError(
             "lrs must be a number, the learning rate of each step, or a torch learning-rate "
@@ -335,9 +346,18 @@ def _lrs(lrs: Any, steps: int | None) -> list[float]:
         )
     if steps is not None and steps != len(rates):
         raise ValueError(f"steps={steps}, but there are {len(rates)} learning rates")
-    if bad := [lr for lr in rates if not (math.isfinite(lr) and lr >= 0)]:
-        raise ValueError(f"a learning rate must be a finite number >= 0, got {bad[0]}")
     return rates
+
+
+def _checked(lr: Any, step: int = 0) -> float:
+    """Return the learning rate of a step as a float, if it is one."""
+    rate = as_float("a learning rate", lr)
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(
+            f"a learning rate must be a finite number >= 0, got {rate:g} at step {step}. Correct "
+            "it, or the scheduler that gives it"
+        )
+    return rate
 
 
 # The learning rates of a run that has not begun: a copy of the scheduler, stepped ahead.
@@ -374,9 +394,11 @@ def learning_rates(scheduler: LRScheduler, steps: int, group: int = 0) -> list[f
             f"learning_rates takes a torch learning-rate scheduler, got {type(scheduler).__name__}"
         )
     optimizer = inner(found.optimizer)
+    one_of("group", group, range(len(optimizer.param_groups)))
     copied = shadow(optimizer)
     moved = ahead(copied, optimizer, found, steps)
-    return [float(copied.param_groups[group]["lr"]) for _ in moved]
+    named = f"the learning rate of parameter group {group}"
+    return [as_float(named, copied.param_groups[group].get("lr")) for _ in moved]
 
 
 def as_scheduler(lr: Any) -> LRScheduler | None:
@@ -396,7 +418,7 @@ def shadow(optimizer: Optimizer) -> Optimizer:
 
 
 def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Iterator[None]:
-    """Yield at each step, with its learning rates in the groups of the shadow.
+    """Yield at each step, with its learning rates in the groups of the shadow, each >= 0.
 
     Parameters
     ----------
@@ -414,35 +436,45 @@ def ahead(copied: Optimizer, optimizer: Optimizer, lr: Any, steps: int) -> Itera
     if scheduler is not None:
         scheduler = _copied(scheduler, optimizer, copied)
     elif lr is not None:
-        rates = _rates(lr, steps)
+        rates = listed_rates("lr", lr, steps)
     for step in range(steps):
         if scheduler is not None and step:
             _step(scheduler)
         elif scheduler is None and lr is not None:
             for group in copied.param_groups:
                 group["lr"] = rates[step]
+        for group in copied.param_groups:
+            if group.get("lr") is not None:  # else the optimizer makes its own
+                _checked(group["lr"], step)
         yield
 
 
-def _rates(lr: Any, steps: int) -> list[float]:
-    """Return the learning rates of the steps, from what the user gave."""
+def listed_rates(name: str, lr: Any, steps: int) -> list[float]:
+    """Return the learning rates of the steps, from what the user gave under this name."""
     if not isinstance(lr, Iterable) or isinstance(lr, (str, bytes)):
         raise TypeError(
-            f"lr must be a learning-rate scheduler or the learning rate of each step, got {lr!r}"
+            f"{name} must be a learning-rate scheduler or the learning rate of each step, got "
+            f"{lr!r}"
         )
-    rates = [float(rate) for _, rate in zip(range(steps), lr, strict=False)]
+    rates = [_checked(rate, step) for step, rate in zip(range(steps), lr, strict=False)]
     if len(rates) < steps:
         raise ValueError(f"{len(rates)} learning rates for {steps} steps")
     return rates
 
 
+def check_owner(scheduler: LRScheduler, optimizer: Optimizer) -> None:
+    """Raise unless a scheduler writes the learning rates of this optimizer."""
+    if inner(scheduler.optimizer) is not optimizer:
+        raise ValueError(
+            f"this {type(scheduler).__name__} belongs to another optimizer. Give the scheduler of "
+            "this one"
+        )
+
+
 def _copied(scheduler: LRScheduler, optimizer: Optimizer, copied: Optimizer) -> LRScheduler:
     """Return a copy of a scheduler, with the shadow in the place of its optimizer."""
+    check_owner(scheduler, optimizer)
     name, theirs = type(scheduler).__name__, scheduler.optimizer
-    if inner(theirs) is not optimizer:
-        raise ValueError(
-            f"this {name} belongs to another optimizer. Give the scheduler of this one"
-        )
     needed = [
         parameter.name
         for parameter in inspect.signature(scheduler.step).parameters.values()
