@@ -424,3 +424,15 @@ def test_scales_that_no_product_has_are_refused(wrong):
     optimizer = AdamW([weight()], weight_decay=0.1)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         seen_of(optimizer, Constant(0.1), 3, **wrong)
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(1.0, 1.0), (5.0, 1.0), (0.5, 3.0)])
+def test_a_step_that_erases_the_weights_is_told(lr, decay):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([w], lr=lr, weight_decay=decay)
+    seen = preview(WeightDecayScheduler(optimizer, Constant(decay)), 10)
+    (found,) = seen.outlooks
+    assert found.strength == lr * decay and math.isnan(found.shrink)
+    words = " ".join(seen.verdict.split())
+    assert f"lr x decay = {lr * decay:.3g} takes weights to 0 or beyond" in words
+    assert "shrinks by" not in words

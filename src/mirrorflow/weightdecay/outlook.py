@@ -106,7 +106,7 @@ class Outlook:
     shrink : float
         The most by which decay makes a product smaller: ``1 - prod (1 - s)^2``, in [0, 1], s of
         the tensor on which most acts, of a mask where it is largest. Where all tensors decay
-        alike it is 1 - e^{2a} up to the squares of s; NaN if it is not known.
+        alike it is 1 - e^{2a} up to the squares of s; NaN if it is not known, or s >= 1.
     law : Law
         What training by this optimizer keeps of a product.
     geometry : Geometry
@@ -217,10 +217,15 @@ def _strengths(lrs: Sequence[float], decays: Sequence[float], coupling: str) -> 
 
 
 def _shrink(sums: Sequence[float]) -> float:
-    """Return 1 - e^{2 a_before} prod (1 - s)^2, of a before the steps and after each."""
+    """Return 1 - e^{2 a_before} prod (1 - s)^2, of a before the steps and after each.
+
+    NaN if a step takes weights to 0 or beyond, s >= 1.
+    """
     left = math.exp(sums[0])
     for last, a in pairwise(sums):
-        left *= 1 - (last - a)  # the fall of a in a step is its s
+        if (s := last - a) >= 1:  # the fall of a in a step
+            return math.nan
+        left *= 1 - s
     return 1 - left**2  # two factors
 
 
@@ -305,6 +310,11 @@ def _effect(found: Outlook) -> str:
     size = f"A product of two weights shrinks by {_percent(found.shrink)} at most"
     if math.isnan(found.shrink):
         size = "How far a product shrinks is not known"
+    if found.strength >= 1:
+        size = (
+            f"A step with lr x decay = {found.strength:.3g} takes weights to 0 or beyond, so that "
+            "it has to stay below 1"
+        )
     moves = _MOVES[found.geometry.state]
     return f"{size}, and {moves}; under {found.optimizer} {law}{found.law.stores}."
 
