@@ -57,3 +57,14 @@ def test_bad_input_is_refused_with_what_to_do(call, message):
     with pytest.raises(ValueError, match=message) as raised:
         call()
     assert str(raised.value).count(". ") >= 1
+
+
+def test_rates_and_factors_of_another_kind_are_named():
+    A, B = torch.ones(3, 2), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"lr must be a number, or one for A and one for B, got"):
+        product_step(A, B, A, B, lr=(0.1, 0.1, 0.1), decay=0.1)
+    with pytest.raises(TypeError, match="A, B must be tensors, got ndarray"):
+        product_step(A.numpy(), B.numpy(), A.numpy(), B.numpy(), lr=0.1, decay=0.1)
+    pairs, tuples = (product_step(A, B, A, B, lr=k(r), decay=0.1) for k, r in (
+        (list, (0.1, 0.2)), (tuple, (0.1, 0.2))))  # fmt: skip
+    assert torch.equal(pairs.decay, tuples.decay)

@@ -423,3 +423,15 @@ def test_positive_codes_refuse_what_has_a_sign():
     with pytest.raises(ValueError, match="start must be >= 0 with positive_code=True, got -1"):
         coder = mf.MirrorFlowCoder(dictionary(), start=-1.0, positive_code=True)
         coder.transform(np.ones((1, 8)))
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 10.0])
+def test_codes_are_0_where_no_atom_pulls_more_than_the_penalty(alpha, positive):
+    signals = np.array([[-1.0, -1.0], [0.05, -2.0], [1.0, 2.0]])
+    coder = mf.MirrorFlowCoder(np.eye(2), alpha=alpha, positive_code=positive, tol=1e-6)
+    pulls = np.maximum(signals, 0.0) if positive else signals
+    expected = np.sign(pulls) * np.maximum(np.abs(pulls) - alpha, 0.0)
+    found = coder.transform(signals)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert not found[(expected == 0).all(axis=1)].any()

@@ -69,3 +69,18 @@ def test_a_derivative_that_is_infinite_is_not_regular_and_ends():
     """sqrt at 0: SciPy's integrator would not come back from a velocity that is NaN."""
     report = mf.check(mf.CustomReparam(torch.sqrt, elementwise=True), DECAY, vector(0.0, 1.0))
     assert not report.applies and not report.regular
+
+
+@pytest.mark.parametrize(
+    ("fn", "error", "said"),
+    [
+        (lambda w: 5, TypeError, "must be a torch tensor, got int"),
+        (lambda w: (w[0] * w[1]).detach().numpy(), TypeError, "got ndarray"),
+        (lambda w: torch.ones(3), ValueError, "must depend on w, got a constant or detached"),
+        (lambda w: (w[0] * w[1]).detach(), ValueError, "must depend on w"),
+    ],
+)
+def test_a_g_without_a_derivative_is_named(fn, error, said):
+    w0 = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    with pytest.raises(error, match=said):
+        mf.check(mf.CustomReparam(fn, elementwise=True), mf.WeightDecay(), w0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 import mirrorflow as mf
 from cases import EVERY
@@ -287,6 +288,7 @@ def good():
         ({"a": math.nan}, ValueError, "a must be finite, got NaN"),
         ({"a": -math.inf}, ValueError, "a must be finite, got NaN or inf"),
         ({"a": None}, TypeError, "a must hold real numbers"),
+        ({"Z": csr_array(np.ones((2, 3)))}, TypeError, r"got a sparse one. Give Z.toarray\(\)"),
         ({"a": "-1"}, TypeError, "a must hold real numbers"),
         ({"Z": np.full((2, 3), math.nan)}, ValueError, "Z must be finite, got NaN"),
         ({"y": np.array([1.0, math.inf])}, ValueError, "y must be finite, got NaN or inf"),
@@ -490,3 +492,10 @@ def test_problems_without_a_solution_print_nothing(capfd):
     with pytest.warns(RuntimeWarning, match="no x in the domain"):
         assert mf.limit(R, Z, y, 0.0).status is Status.inconsistent
     assert capfd.readouterr() == ("", "")
+
+
+def test_numbers_of_low_precision_are_numbers():
+    Z, y = tensors(np.array([[1.0, 2.0]]), np.array([2.0]))
+    R = zero_start(2)
+    found, expected = (mf.limit(R, Z, t, -1.0).value for t in (y.bfloat16(), y))
+    assert torch.equal(found, expected)

@@ -207,6 +207,11 @@ def _wide(rows: Tensor, entries: slice, columns: slice) -> Tensor:
 
 def check_pair(A: Tensor, B: Tensor, name: str) -> tuple[torch.Size, torch.Size]:
     """Return the shapes of two factors that fit and have floating-point data."""
+    for factor in (A, B):
+        if not isinstance(factor, Tensor):
+            raise TypeError(
+                f"{name} must be tensors, got {type(factor).__name__}. Give torch.as_tensor(...)"
+            )
     if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2] or A.shape[-1] == 0:
         raise ValueError(
             f"{name} must be A (..., n, r) and B (..., r, m), got {tuple(A.shape)} and "

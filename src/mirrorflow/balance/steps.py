@@ -3,7 +3,9 @@ r"""Exact accounts of one step: of m * w per coordinate, and of a product A B.""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,9 +227,18 @@ def _factor_step(
     return found, (s * s - 1) * found, cross + cross.mT, square
 
 
+def _for_both(rate: Any, name: str) -> Sequence[float]:
+    """Return the number for A and that for B."""
+    if not isinstance(rate, (tuple, list)):
+        return rate, rate
+    if len(rate) != 2:
+        raise ValueError(f"{name} must be a number, or one for A and one for B, got {rate!r}")
+    return rate
+
+
 def _shrink_factors(lr: Number, decay: Number) -> tuple[float, float]:
     """Return 1 - lr decay for A and for B."""
-    lrs, decays = (rate if isinstance(rate, tuple) else (rate, rate) for rate in (lr, decay))
+    lrs, decays = (_for_both(rate, name) for rate, name in ((lr, "lr"), (decay, "decay")))
     a, b = (
         1 - finite(rate, "lr") * finite(each, "decay")
         for rate, each in zip(lrs, decays, strict=True)

@@ -76,6 +76,7 @@ def check(
     require_pair("check", g, h, w0)
     g, h, sensing = (moved(value, CPU) for value in (g, h, sensing))
     whole = _double(moved(w0, CPU))
+    _require_derivative(g, whole)
     _require_finite(g, h, whole)
     _validate_sensing(sensing, g(whole).shape)
     probe = Probe(g, h, _sampled(g, h, whole), sensing, seed)
@@ -88,6 +89,18 @@ def check(
     conditions.append(_contracting(probe, failed))
     remedy = advice(g, h, conditions, _ranks(probe)) if failed else ""
     return Report(f"{g} with {h}", tuple(conditions), remedy, None if failed else degree)
+
+
+def _require_derivative(g: Reparam, w0: Parameters) -> None:
+    """Raise an error where autograd cannot follow g(w0) back to w."""
+    parts = tuple(f.detach().requires_grad_() for f in factors(w0))
+    with torch.enable_grad():
+        x = g(parts[0] if isinstance(w0, Tensor) else parts)
+    if x.numel() and not x.requires_grad:
+        raise ValueError(
+            f"g(w) must depend on w, got a constant or detached tensor of {g}. Compute it from w "
+            "with torch operations"
+        )
 
 
 def _require_finite(g: Reparam, h: Regularizer, w0: Parameters) -> None:

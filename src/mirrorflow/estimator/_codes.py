@@ -118,7 +118,15 @@ def settled_codes(
     if off is not None:
         problem = replace(problem, alpha=np.zeros_like(problem.alpha))
         w, distance = settle(problem, w, tol, n_steps - off)
-    return size[:, None] * problem.codes(w), distance
+    z = size[:, None] * problem.codes(w)
+    if form == "power":
+        pull = X @ dictionary.T
+        # z = 0 is best where no atom pulls more than the penalty: u and v are then on their way to
+        # 0, which they do not reach.
+        largest = (pull if positive else np.abs(pull)).max(axis=1)
+        still = largest <= (alpha if off is None else 0.0)
+        z[still], distance = 0.0, np.where(still, 0.0, distance)
+    return z, distance
 
 
 @dataclass(frozen=True)

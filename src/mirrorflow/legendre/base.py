@@ -307,5 +307,7 @@ def outside(mu: Tensor, lower: Tensor, upper: Tensor, inside: Tensor) -> str:
     """Return which coordinate of mu is outside, and the interval it has to be in."""
     lower, upper = lower.expand_as(inside), upper.expand_as(inside)
     where = tuple(torch.nonzero(~inside)[0].tolist())
+    if not lower[where] < upper[where]:
+        return f"the range of mu{list(where)} is empty at this a. Take a smaller a"
     bounds = f"({lower[where]:.6g}, {upper[where]:.6g})"
     return f"mu{list(where)} = {mu.expand_as(inside)[where]:.6g} is outside the range {bounds}"

@@ -271,7 +271,10 @@ def _amounts(
 def finite_array(name: str, value: Any) -> Array:
     """Return finite float64 numbers, or an error that names the argument."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()  # bfloat16, too
+    if hasattr(value, "toarray"):
+        raise TypeError(f"{name} must be an array, got a sparse one. Give {name}.toarray()")
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths

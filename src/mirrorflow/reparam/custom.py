@@ -45,8 +45,14 @@ class CustomReparam(Reparam):
         """Take any number of factors."""
         self.names = tuple(f"w{i + 1}" for i in range(len(factors(w))))
         super().validate(w)
-        if self.elementwise and self.fn(w).shape != factors(w)[0].shape:
-            got = f"{tuple(self.fn(w).shape)} for {tuple(factors(w)[0].shape)}"
+        x = self.fn(w)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{self}: fn(w) must be a torch tensor, got {type(x).__name__}. Compute it from w "
+                "with torch operations."
+            )
+        if self.elementwise and x.shape != factors(w)[0].shape:
+            got = f"{tuple(x.shape)} for {tuple(factors(w)[0].shape)}"
             raise ValueError(
                 f"{self}: fn(w) must have the shape of the factors, got {got}. Leave "
                 "elementwise=True out."
