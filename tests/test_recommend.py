@@ -281,6 +281,19 @@ def test_the_preview_of_a_recommended_schedule_comes_to_the_recommended_a(name, 
     assert seen.outlooks[place].a == pytest.approx(found.a, rel=1e-9)
 
 
+@quiet
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_group_without_decay_needs_a_rule(decay):
+    model, other = attention(), torch.nn.Parameter(torch.ones(4))
+    groups = [{"params": [other], "weight_decay": 0.1}, {"params": list(model.parameters())}]
+    optimizer = SGD(groups, lr=0.02, weight_decay=decay)
+    found = mf.recommend(model, optimizer, None, 300, "rank")
+    assert ("groups=[(1, schedule)]" in found.reason) == (decay == 0)
+    rules = [(1, found.schedule)] if decay == 0 else []
+    with mf.WeightDecayScheduler(optimizer, found.schedule, groups=rules) as scheduler:
+        assert mf.preview(scheduler, 300).outlooks[1].a == pytest.approx(found.a, rel=1e-9)
+
+
 def test_of_a_buffer_that_is_there_already_no_step_is_the_first():
     model = attention()
     optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9, dampening=0.9, weight_decay=0.1)

@@ -17,6 +17,7 @@ from ..schedule import Constant, Schedule, SwitchOff, schedule_to_dict
 from ..spectrum import SpectralTracker
 from ..weightdecay import coupling
 from ..weightdecay._checks import inner, one_of
+from ..weightdecay._group_state import own_decay
 from ..weightdecay._laws import law_of
 from ..weightdecay.conventions import lr_of
 from ..weightdecay.coupling import COUNTED, COUPLINGS
@@ -220,6 +221,17 @@ class _Run:
     def absorbed(self, schedule: Schedule) -> float:
         """Return a of a schedule."""
         return self._sums(schedule)[-1]
+
+    @property
+    def rule(self) -> str:
+        """A sentence on the rule without which a scheduler leaves the group alone; or none."""
+        if "weight_decay" not in self.group or own_decay(self.group) != 0:
+            return ""
+        rule = f"groups=[({self._index}, schedule)]"
+        return (
+            f" Its parameter group, {self._index}, has weight_decay 0, and stays without decay "
+            f"unless a rule of WeightDecayScheduler names it: {rule}."
+        )
 
     def _check_countable(self) -> None:
         """Raise unless a sum of lr x decay describes the optimizer's decay, or one from outside."""
@@ -449,7 +461,7 @@ def _following(
             "would have to shrink weights by all they are."
         )
         return Recommendation(goal, None, 0.0, reason, tuple(arms), names, unknown)
-    a = run.absorbed(schedule)
+    a, reason = run.absorbed(schedule), reason + run.rule
     return Recommendation(goal, schedule, a, reason, tuple(arms), names, unknown)
 
 
