@@ -265,6 +265,7 @@ class Stepping:
         """Refuse, before anything is changed, what these ledgers cannot go on from."""
         saved = state["param_groups"]
         if len(saved) == len(self.optimizer.param_groups):  # torch itself refuses another number
+            self.cover()  # a group added since the last step has its ledger in the checkpoint
             check_load(self.plan, self.coverage, self.account, saved)
 
     def after_load(self, optimizer: Optimizer) -> None:
