@@ -267,12 +267,14 @@ class ControlledDecay:
         return [*(("", loop) for loop in self._loops), *self._layers.items()]
 
     def _absorbed(self) -> dict[int, float]:
-        """Return the most that a set of tensors with a schedule has absorbed, by its id."""
+        """Return the most that a tensor with a schedule has absorbed, by the schedule's id."""
         found: dict[int, float] = {}
+        groups = self.scheduler.optimizer.param_groups
         pairs = zip(self.scheduler.targets, self.scheduler.account.entries, strict=True)
         for target, entry in pairs:
             key = id(target.schedule)
-            found[key] = max(found.get(key, 0.0), entry.absorbed)
+            absorbed = entry.foremost(target.count(groups[target.group])).absorbed
+            found[key] = max(found.get(key, 0.0), absorbed)
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,11 +26,12 @@ class DecayRow:
     group, kind : str
         Its name, and how its decay acts, one of ``mirrorflow.weightdecay.COUPLINGS``.
     asked : float
-        The sum of lr x decay; NaN where a resumed run does not know it.
+        The sum of lr x decay, for the tensor that absorbed most, over the steps in which it had a
+        gradient; NaN where a resumed run does not know it.
     acted : float
-        ``-a_T``, what of it the weights have absorbed; NaN where no such number exists.
+        ``-a_T``, what of it that tensor has absorbed; NaN where no such number exists.
     steps : int
-        How many steps moved the group.
+        How many steps moved the group, or any of its tensors.
     off_from : int or None
         The step from which on the decay was 0; None if it was not 0 at the end, or always.
     """

@@ -44,15 +44,16 @@ def decay_rows(scheduler: WeightDecayScheduler) -> tuple[DecayRow, ...]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in scheduler.audit():
         rows.setdefault(row["group"], []).append(row)
-    pairs = zip(scheduler.targets, scheduler.account.entries, strict=True)
-    named = [(scheduler.name(target), entry) for target, entry in pairs]
-    return tuple(
-        DecayRow(
-            name, entry.coupling, entry.asked, entry.absorbed, entry.taken, _off_from(rows, name)
-        )
-        for name, entry in named
-        if entry.asked != 0 or entry.absorbed != 0
-    )
+    groups = scheduler.optimizer.param_groups
+    found = []
+    for target, entry in zip(scheduler.targets, scheduler.account.entries, strict=True):
+        if entry.asked != 0 or entry.absorbed != 0:
+            name, most = scheduler.name(target), entry.foremost(target.count(groups[target.group]))
+            off = _off_from(rows, name)
+            found.append(
+                DecayRow(name, entry.coupling, most.asked, most.absorbed, entry.taken, off)
+            )
+    return tuple(found)
 
 
 def _off_from(rows: Mapping[str, list[dict[str, Any]]], name: str) -> int | None:

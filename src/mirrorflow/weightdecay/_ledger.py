@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 __all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece", "with_all_groups"]
@@ -122,6 +122,16 @@ class Entry:
         # Tensors that have never moved have no a: a mean over those that have.
         return sum(size * own.accumulated for size, own in moved) / total if total else 0.0
 
+    def foremost(self, count: int) -> Entry:
+        """Return the account that has absorbed most, of ``count`` tensors; one with NaN if any has.
+
+        Each tensor has missed other steps: the set as a whole has absorbed what none of them has.
+        """
+        if not self.others:
+            return self
+        own = [*self.others.values(), *([self] if len(self.others) < count else ())]
+        return max(own, key=lambda one: math.inf if math.isnan(one.absorbed) else one.absorbed)
+
     @property
     def acting_part(self) -> float:
         """The part of the decay that rounding let through; NaN before any, or if not known."""
@@ -171,8 +181,7 @@ class Entry:
         """Enter a step into the accounts of the tensors that have missed this step or others."""
         for place in (still | parts.keys()) - self.others.keys():  # these part from the rest here
             # Up to here it took every step that the set has taken.
-            own = Entry(self.coupling, self.taken, self.absorbed, self.held, kept=self.kept)
-            self.others[place] = own
+            self.others[place] = replace(self, others={}, pieces=[], _parted=None)
             self._parted = None
         if len(still) == len(self.others):
             return
@@ -281,9 +290,13 @@ class Entry:
         """Return everything, in plain numbers, strings and lists."""
         values = asdict(self)
         pieces = [list(piece.values()) for piece in values["pieces"]]
-        others = {"others": [list(own) for own in self.parted()]}
+        others = {"others": [list(own._numbers(place)) for place, own in self.others.items()]}
         del values["_parted"]
         return {"kind": values.pop("coupling")} | values | others | {"pieces": pieces}
+
+    def _numbers(self, place: int) -> tuple[float, ...]:
+        """Return the place and the numbers of a tensor with an account of its own."""
+        return (place, *self.totals()[1:], self.asked, self.passed, self.kept)
 
     def parted(self) -> tuple[tuple[int, int, float, float], ...]:
         """Return the place, steps, sum and buffer of each tensor with an account of its own."""
@@ -293,11 +306,13 @@ class Entry:
         return self._parted
 
     def part(self, known: Sequence[Sequence[float]]) -> None:
-        """Take over what `parted` gave."""
+        """Take over what `parted` gave, or the numbers of a state, which has more of them."""
         self.others, self._parted = {}, None
-        for place, taken, absorbed, held in known:
+        for place, taken, absorbed, held, *more in known:
             own = Entry(self.coupling)
             own._take((self.coupling, int(taken), float(absorbed), float(held)))
+            if more:
+                own.asked, own.passed, own.kept = map(float, more)
             self.others[int(place)] = own
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -105,8 +105,13 @@ class Stepping:
 
     def _feed(self) -> None:
         """Feed the loops the account of their decay, and save what they remember in the groups."""
-        pairs = ((target.schedule, entry.absorbed) for target, entry in self.ledgers)
-        feed(pairs, self.account.steps)
+        groups = self.optimizer.param_groups
+        most = (
+            entry.foremost(target.count(groups[target.group])) if entry.others else entry
+            for target, entry in self.ledgers
+        )
+        pairs = zip(self.ledgers, most, strict=True)
+        feed(((t.schedule, entry.absorbed) for (t, _), entry in pairs), self.account.steps)
         for index, loops in self.coverage.loops.items():
             memory = tuple(loop.memory() for loop in loops)
             self.optimizer.param_groups[index][MEMORY] = memory

@@ -62,6 +62,10 @@ class Target:
         """Return the tensors, from the live group."""
         return tensors(group, self.positions)
 
+    def count(self, group: Mapping[str, Any]) -> int:
+        """Return the number of tensors, in the live group."""
+        return len(group["params"] if self.positions is None else self.positions)
+
 
 def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
     """Return the (what, schedule) pairs of a user, checked.

@@ -182,6 +182,7 @@ def preview(
         for which, entry in zip(scheduler.targets, entries, strict=True)
     ]
     schedules = _copied_loops(scheduler.targets)
+    counts = [t.count(scheduler.optimizer.param_groups[t.group]) for t in scheduler.targets]
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
     moved = ahead(copied, scheduler.optimizer, lr, steps)
     for step, _ in enumerate(moved, scheduler.steps):
@@ -198,14 +199,14 @@ def preview(
                 entry.record(step, decay, group, reached=part(decay, lr_now))
                 asked.record(step, decay, group)
             _extend(curve, lr_now, decay, entry.accumulated)
-        _feed(schedules, entries, step + 1)
+        _feed(schedules, _foremost(entries, counts), step + 1)
     names = _names(scheduler)
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
     end = scheduler.steps + steps
     remarks = [
         *_remarks(schedules),
         *_cannot_fire(schedules, steps),
-        *_unspent(schedules, entries, end),
+        *_unspent(schedules, _foremost(entries, counts), end),
     ]
     outlooks = [
         outlook(scheduler, i, name, curve, asked.accumulated, product)
@@ -221,11 +222,16 @@ def _copied_loops(targets: Sequence[Target]) -> list[Any]:
     return [copies.get(id(t.schedule), t.schedule) for t in targets]
 
 
-def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None:
+def _foremost(entries: Sequence[Entry], counts: Sequence[int]) -> list[float]:
+    """Return the most that a tensor of each set has absorbed."""
+    return [entry.foremost(n).absorbed for entry, n in zip(entries, counts, strict=True)]
+
+
+def _feed(schedules: Sequence[Any], absorbed: Sequence[float], step: int) -> None:
     """Feed each `OffAtBudget` what has been absorbed: all that is known without a model."""
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
-        pairs = zip(schedules, entries, strict=True)
-        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        pairs = zip(schedules, absorbed, strict=True)
+        spent = max(value for schedule, value in pairs if schedule is loop)
         if loop.current:
             loop.update(step, spent)
 
@@ -255,12 +261,12 @@ def _cannot_fire(schedules: Sequence[Any], steps: int) -> list[str]:
     return remarks
 
 
-def _unspent(schedules: Sequence[Any], entries: Sequence[Entry], end: int) -> list[str]:
+def _unspent(schedules: Sequence[Any], absorbed: Sequence[float], end: int) -> list[str]:
     """Return remarks on the budgets that the run does not absorb: their decay never ends."""
     remarks = []
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
-        pairs = zip(schedules, entries, strict=True)
-        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        pairs = zip(schedules, absorbed, strict=True)
+        spent = max(value for schedule, value in pairs if schedule is loop)
         if loop.current and math.isnan(spent):
             remarks.append(
                 "OffAtBudget may never switch off: what acts is not known before the run"
