@@ -34,6 +34,10 @@ class DecayRow:
         How many steps moved the group, or any of its tensors.
     off_from : int or None
         The step from which on the decay was 0; None if it was not 0 at the end, or always.
+    left : float
+        ``prod (1 - s)`` over the steps of that tensor, s being the part that a step took of the
+        entries that decay most; NaN where the steps have no such factors (momentum, rounding), or
+        a resumed run does not know them.
     """
 
     group: str
@@ -42,11 +46,15 @@ class DecayRow:
     acted: float
     steps: int
     off_from: int | None
+    left: float = math.nan
 
     @property
     def shrinkage(self) -> float:
-        """The most by which this decay alone has shrunk a product: ``1 - e^{2a}``."""
-        return -math.expm1(-2 * self.acted)
+        """The most by which this decay alone has shrunk a product: ``1 - left^2``.
+
+        Where that is not known about ``1 - e^{2a}``, a little less than it.
+        """
+        return -math.expm1(-2 * self.acted) if math.isnan(self.left) else 1 - self.left**2
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,9 @@ def decay_rows(scheduler: WeightDecayScheduler) -> tuple[DecayRow, ...]:
     found = []
     for target, entry in zip(scheduler.targets, scheduler.account.entries, strict=True):
         if entry.asked != 0 or entry.absorbed != 0:
-            name, most = scheduler.name(target), entry.foremost(target.count(groups[target.group]))
-            off = _off_from(rows, name)
-            found.append(
-                DecayRow(name, entry.coupling, most.asked, most.absorbed, entry.taken, off)
-            )
+            name, own = scheduler.name(target), entry.smallest(target.count(groups[target.group]))
+            off, kind = _off_from(rows, name), entry.coupling
+            found.append(DecayRow(name, kind, own.asked, own.absorbed, entry.taken, off, own.left))
     return tuple(found)
 
 
@@ -183,12 +181,19 @@ def _of_decay(report: RunReport) -> list[str]:
         _of_asked(row) for row in known if row.asked > 0 and abs(row.acted / row.asked - 1) > APART
     ]
     if known:
-        most = max(known, key=lambda row: row.acted)
-        text = f"Decay alone has shrunk a product by {100 * most.shrinkage:.3g}% of its size at"
-        text = f"{text} most (1 - e^(2a), a = {-most.acted:.3g})"
+        most = max(known, key=lambda row: row.shrinkage)
+        text = f"Decay alone has shrunk a product by {_of_size(most)}"
         little = most.shrinkage < TOO_LITTLE
         said.append(f"{text}: too little to matter as drag or as bias." if little else f"{text}.")
     return said
+
+
+def _of_size(row: DecayRow) -> str:
+    """Return by how much: a bound where the factors of all steps are known, else by a alone."""
+    size, a = f"{100 * row.shrinkage:.3g}% of its size", f"a = {-row.acted:.3g}"
+    if math.isnan(row.left):
+        return f"about {size} (1 - e^(2a), {a})"
+    return f"{size} at most ({a})"
 
 
 def _of_asked(row: DecayRow) -> str:

@@ -71,6 +71,9 @@ class Entry:
     kept : float
         The product of 1 - lr x decay over the steps since `take_kept`; NaN where a step of them has
         no such factor, or is not known.
+    left : float
+        The same product over all steps, of the entries that decay most: what decay alone has left
+        of them.
     span : int
         The length below which pieces are joined, so that there are never more than a few.
     others : dict of int to Entry
@@ -96,6 +99,7 @@ class Entry:
     asked: float = 0.0
     passed: float = 0.0
     kept: float = 1.0
+    left: float = 1.0
     span: int = 1
     others: dict[int, Entry] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -127,10 +131,22 @@ class Entry:
 
         Each tensor has missed other steps: the set as a whole has absorbed what none of them has.
         """
-        if not self.others:
-            return self
-        own = [*self.others.values(), *([self] if len(self.others) < count else ())]
-        return max(own, key=lambda one: math.inf if math.isnan(one.absorbed) else one.absorbed)
+        accounts = self._accounts(count)
+        return max(accounts, key=lambda own: math.inf if math.isnan(own.absorbed) else own.absorbed)
+
+    def smallest(self, count: int) -> Entry:
+        """Return the account of the tensor, of ``count``, of whose entries decay has left least."""
+        return min(self._accounts(count), key=Entry._remains)
+
+    def _accounts(self, count: int) -> list[Entry]:
+        """Return the different accounts of the tensors of the set, of which there are ``count``."""
+        return [*self.others.values(), *([self] if len(self.others) < max(count, 1) else ())]
+
+    def _remains(self) -> float:
+        """Return what decay has left of an entry at least, ``e^a`` where only a is known."""
+        if math.isnan(self.absorbed):
+            return -math.inf
+        return math.exp(-self.absorbed) if math.isnan(self.left) else abs(self.left)
 
     @property
     def acting_part(self) -> float:
@@ -166,6 +182,9 @@ class Entry:
         self.passed += entered * reached * asked
         self.absorbed += share
         self.kept *= 1 - share  # the sum alone would miss share^2 / 2 of each step
+        if share != 0 or asked != 0:
+            most = 1.0 if entered == reached == 1 else math.nan  # rounding differs by the entry
+            self.left *= self._least(most * asked, share, group)
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
 
     def _record_others(
@@ -241,6 +260,11 @@ class Entry:
         # No sum of lr x decay describes the others, once there was some.
         return math.nan if decay != 0 or math.isnan(self.absorbed) else 0.0
 
+    def _least(self, most: float, share: float, group: Mapping[str, Any]) -> float:
+        """Return the factor of a step that takes ``most`` of an entry; NaN if it has none."""
+        carried = self.coupling == "sgd" and float(group["momentum"]) != 0
+        return math.nan if carried or math.isnan(share) else 1 - most
+
     def _through_momentum(self, decay: float, group: Mapping[str, Any]) -> float:
         """Move the coefficient in SGD's buffer by a step, and return the one that acts."""
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
@@ -296,7 +320,7 @@ class Entry:
 
     def _numbers(self, place: int) -> tuple[float, ...]:
         """Return the place and the numbers of a tensor with an account of its own."""
-        return (place, *self.totals()[1:], self.asked, self.passed, self.kept)
+        return (place, *self.totals()[1:], self.asked, self.passed, self.kept, self.left)
 
     def parted(self) -> tuple[tuple[int, int, float, float], ...]:
         """Return the place, steps, sum and buffer of each tensor with an account of its own."""
@@ -312,7 +336,7 @@ class Entry:
             own = Entry(self.coupling)
             own._take((self.coupling, int(taken), float(absorbed), float(held)))
             if more:
-                own.asked, own.passed, own.kept = map(float, more)
+                own.asked, own.passed, own.kept, own.left = map(float, more)
             self.others[int(place)] = own
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -322,6 +346,7 @@ class Entry:
         self.asked = float(state.get("asked", math.nan))
         self.passed = float(state.get("passed", math.nan))
         self.kept = float(state.get("kept", math.nan))
+        self.left = float(state.get("left", math.nan if self.absorbed else 1.0))
         self.part(state.get("others", ()))
         if self.kept == 1:  # no decay has acted since the last call, nor on the others
             for own in self.others.values():
@@ -352,6 +377,7 @@ class Entry:
         _, self.taken, self.absorbed, held = totals
         self.held = None if math.isnan(held) else held
         self.asked = self.passed = self.kept = math.nan
+        self.left = math.nan if self.absorbed else 1.0
 
     def _cut(self, step: int) -> None:
         """Forget the record from a step on; the last piece takes up the difference."""
