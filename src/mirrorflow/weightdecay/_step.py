@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from ._agreement import settle, warn_if_missing
 from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
-from ._ledger import TOTALS, Account, Entry, with_all_groups
+from ._ledger import TOTALS, Account, Entry, Part, with_all_groups
 from ._load import check_load, keep_own
 from ._masks import mean_over_entries, shrink_masked
 from ._momentum import follow, forget, keep_apart
@@ -328,7 +329,9 @@ class StepContext:
         self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
         self._passed: dict[int, tuple[float, float]] = {}  # by place, where weights are rounded
-        self._parts: dict[int, dict[int, float]] = {}  # by place and tensor, where decay is masked
+        self._parts: dict[
+            int, dict[tuple[int, ...], Part]
+        ] = {}  # by place and tensor, where these differ
         self.read()
 
     def read(self) -> None:
@@ -345,7 +348,9 @@ class StepContext:
 
     def round(self, rounded: Mapping[int, RoundedSet], step: int) -> None:
         """Find out what the precision of the weights will let through."""
-        self._passed |= let_through(rounded, self._ledgers, self._effective, self._ungated, step)
+        passed, parts = let_through(rounded, self._ledgers, self._effective, self._ungated, step)
+        self._passed |= passed
+        self._parts |= parts
 
     def shrink(
         self, step: int, everything: bool = False, seed: int | None = None, mask: Any = None
@@ -367,7 +372,9 @@ class StepContext:
             if mask is not None:
                 own = None if seed is None else seed + place
                 acted = shrink_masked(moved, mask, part, own, step)
-                self._parts[place] = dict(zip(chosen, acted, strict=True))
+                self._parts[place] = {
+                    (i,): (1.0, part, math.nan) for i, part in zip(chosen, acted, strict=True)
+                }
                 self._passed[place] = 1.0, mean_over_entries(acted, moved)
             elif seed is None:
                 shrink(moved, 1 - part)
@@ -385,7 +392,7 @@ class StepContext:
             if moved and place not in done:
                 passed, parts = self._passed.get(place, (1.0, 1.0)), self._parts.get(place)
                 still = () if target.group in self._ungated else found.still
-                entry.record(step, found.decay, found.settings, *passed, still, parts)
+                entry.record(step, found.decay, found.settings, *passed, still=still, parts=parts)
                 done.add(place)
 
     def idle(self, seen: Collection[int]) -> list[int]:
