@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -183,7 +184,7 @@ class Stepping:
             return self._rest()
         if self.account.missing:
             warn_if_missing(self.account)
-        self._again = self.counter.continues(groups)
+        self._again = self.counter.continues(groups, self.optimizer.state)
         if self._again:
             self._write(self.account.steps - 1, strict=True)
         else:
@@ -445,22 +446,40 @@ class StepCounter:
         """Leave the tensors, which a copy does not step."""
         return {"_lists": [], "_stepped": None, "_begun": None}
 
-    def continues(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+    def continues(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Any]
+    ) -> bool:
         """Return whether a call goes on with the last step: with none of its tensors, but others.
 
-        Where one group begins with the tensor of the last call, it does not, and that is all that
-        an ordinary step costs.
+        It does not where these replace the last ones, which have left no state then. Nor where one
+        group begins with the tensor of the last call, and that is all that an ordinary step costs.
         """
         lists = [group["params"] for group in groups]
-        pairs = zip(lists, self._lists, strict=False)
-        if any(now and before and now[0] is before[0] for now, before in pairs):
+        if self._begin_alike(lists):
             self._begun = None
             return False
         stepped = self._by_id(self._lists) if self._stepped is None else self._stepped
         now = self._by_id(lists)
         again = bool(now and stepped) and not now.keys() & stepped.keys()
+        if again and not any(p in state for p in stepped.values()):
+            # ZeRO-3 keeps the tensors and their state; who splits Gaussians moves the state.
+            moved = any(p in state for p in now.values())
+            stepped = {} if moved else self._kept_elsewhere(stepped)
+            again = bool(stepped)
         self._begun = stepped | now if again else now
         return again
+
+    def _begin_alike(self, lists: list[list[torch.Tensor]]) -> bool:
+        """Return whether a group begins with the tensor of the last call."""
+        pairs = zip(lists, self._lists, strict=False)
+        return any(now and before and now[0] is before[0] for now, before in pairs)
+
+    def _kept_elsewhere(self, stepped: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return the tensors that are kept by others than this; it keeps none of them then."""
+        known = {key: weakref.ref(p) for key, p in stepped.items()}
+        stepped.clear()
+        self._lists, self._stepped, self._begun = [], None, None
+        return {key: p for key, one in known.items() if (p := one()) is not None}
 
     def _by_id(self, lists: list[list[torch.Tensor]]) -> dict[int, torch.Tensor]:
         """Return the tensors by their ids, which they keep as long as they are kept."""
