@@ -406,6 +406,11 @@ def check_settings(
             f"got {metric!r}"
         )
     options = _checked(options)
+    if balance_every and options.get("mask") is not None:
+        raise ValueError(
+            f"balance_every must be 0 with mask=, got {balance_every}: where decay acts on a part "
+            "of a weight, no factor of the whole weight describes it. Leave one of them out."
+        )
     for loop in (schedule, *(of_group for _, of_group in options["groups"])):
         measured = isinstance(loop, (Feedback, PerLayer)) and not isinstance(loop, OffAtBudget)
         if measured and not track_every:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -372,11 +371,10 @@ class StepContext:
             part = strength(found.decay, found.settings, entry.coupling)
             if mask is not None:
                 own = None if seed is None else seed + place
-                acted = shrink_masked(moved, mask, part, own, step)
-                self._parts[place] = {
-                    (i,): (1.0, part, math.nan) for i, part in zip(chosen, acted, strict=True)
-                }
-                self._passed[place] = 1.0, mean_over_entries(acted, moved)
+                pairs = shrink_masked(moved, mask, part, own, step)
+                acted = zip(chosen, pairs, strict=True)
+                self._parts[place] = {(i,): (1.0, *parts) for i, parts in acted}
+                self._passed[place] = 1.0, mean_over_entries([mean for mean, _ in pairs], moved)
             elif seed is None:
                 shrink(moved, 1 - part)
             else:
