@@ -14,6 +14,7 @@ import torch
 
 import mirrorflow as mf
 from mirrorflow.control import ControlledDecay, RunReport
+from mirrorflow.control.verdict import verdict
 from mirrorflow.spectrum.reference import random_product
 from mirrorflow.weightdecay import PerLayer
 from test_weightdecay_layers import EVERY, LR, STEPS, Net, train
@@ -153,6 +154,38 @@ def test_decay_that_is_too_little_is_said_to_be():
     assert "too little to matter" in few and "0.0" in few
     assert "too little" not in said(run(mf.Constant(2.0)).report())
     assert "No decay acted" in said(run(mf.Constant(0.0)).report())
+
+
+def test_the_report_does_not_ask_for_what_was_given():
+    late = said(run(mf.Constant(0.5), track_every=100).report())
+    assert "track_every=100 exceeds the 12 steps" not in late  # it measured at step 0
+    net = Net()
+    made = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.1)
+    control = ControlledDecay(net, made, mf.Constant(0.5), track_every=100)
+    train(net, made, control, 0, STEPS)
+    late = said(control.report())
+    assert "track_every=100 exceeds the 12 steps" in late and "track_every=50" not in late
+
+
+def test_a_ratio_that_has_not_moved_is_not_said_to_have_risen():
+    report = run(mf.Constant(2.0), track_every=EVERY).report()
+    (row, _), number = report.products, "The mean ratio of"
+    for after, expected in ((3.091, "was 3.09 at step 0, and at step 12"), (3.2, "rose from 3.09")):
+        one = replace(report, products=(replace(row, ratio_before=3.09, ratio_after=after),))
+        assert f"{number} 1 product {expected}" in said(verdict(one))
+
+
+def test_groups_of_one_name_stay_apart():
+    net = Net()
+    params = list(net.parameters())
+    groups = [{"params": params[:2], "name": "w"}, {"params": params[2:], "name": "w"}]
+    made = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
+    rules = [(0, mf.SwitchOff(2.0, at=3)), (1, mf.SwitchOff(1.0, at=7))]
+    control = ControlledDecay(net, made, None, groups=rules)
+    train(net, made, control, 0, STEPS)
+    rows = control.report().decay
+    assert [(row.group, row.off_from) for row in rows] == [("w (group 0)", 3), ("w (group 1)", 7)]
+    assert {row["group"] for row in control.scheduler.audit()} == {"w (group 0)", "w (group 1)"}
 
 
 def test_a_loop_that_did_not_fire_says_so_in_the_report():

@@ -259,6 +259,7 @@ class ControlledDecay:
                 product_rows(first["products"], last[1] if last else None, pairs),
                 D_rows(splits),
                 loop_rows(self._named_loops(), self._absorbed()),
+                track_every=self.track_every,
             )
         )
 

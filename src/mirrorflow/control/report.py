@@ -155,6 +155,8 @@ class RunReport:
     loops : tuple of LoopRow
     shows, cannot_show : tuple of str
         What follows from these numbers, and what does not, in sentences.
+    track_every : int
+        After how many steps the spectra were to be measured; 0 for never.
     """
 
     optimizer: str
@@ -167,6 +169,7 @@ class RunReport:
     loops: tuple[LoopRow, ...]
     shows: tuple[str, ...] = ()
     cannot_show: tuple[str, ...] = ()
+    track_every: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is NaN is None, as JSON has no NaN."""

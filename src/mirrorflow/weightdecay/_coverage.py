@@ -150,7 +150,7 @@ class Coverage:
 
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
-        warn_if_unused(self.plan.rules, optimizer.param_groups, names_of(self.plan.model))
+        warn_if_unused(self.plan.rules, optimizer.param_groups, self.plan.model)
 
     def warn_if_scaled(self, optimizer: Optimizer, account: Account) -> None:
         """Warn of a decay that the schedule rules, but whose strength no sum describes."""
@@ -211,13 +211,17 @@ class Coverage:
         self._index()
 
     def names(self, optimizer: Optimizer) -> list[str]:
-        """Return the names of the sets of tensors."""
+        """Return the names of the sets of tensors; with the group where two have the same."""
         known, found = names_of(self.plan.model), []
         for index, group in enumerate(optimizer.param_groups[: len(self.own)]):
             found += labels([t for t in self.targets if t.group == index], group, known)
         order = sorted(range(len(self.targets)), key=lambda i: self.targets[i].group)
         by_target = dict(zip(order, found, strict=True))
-        return [by_target[i] for i in range(len(self.targets))]
+        plain = [by_target[i] for i in range(len(self.targets))]
+        return [
+            name if plain.count(name) == 1 else f"{name} (group {target.group})"
+            for name, target in zip(plain, self.targets, strict=True)
+        ]
 
     def _open(self, index: int, optimizer: Optimizer, account: Account) -> None:
         """Take over a group; nothing is changed if that fails."""

@@ -200,7 +200,7 @@ def preview(
                 asked.record(step, decay, group)
             _extend(curve, lr_now, decay, entry.accumulated)
         _feed(schedules, _foremost(entries, counts), step + 1)
-    names = _names(scheduler)
+    names = [scheduler.name(target) for target in scheduler.targets]
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
     end = scheduler.steps + steps
     remarks = [
@@ -277,15 +277,6 @@ def _unspent(schedules: Sequence[Any], absorbed: Sequence[float], end: int) -> l
                 f"budget of {loop.budget:g}"
             )
     return remarks
-
-
-def _names(scheduler: WeightDecayScheduler) -> list[str]:
-    """Return the name of each set of tensors; with the place of its group where two share one."""
-    names = [scheduler.name(target) for target in scheduler.targets]
-    return [
-        name if names.count(name) == 1 else f"{name} (group {target.group})"
-        for name, target in zip(names, scheduler.targets, strict=True)
-    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
