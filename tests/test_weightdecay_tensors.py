@@ -133,6 +133,27 @@ def test_what_a_run_has_left_of_a_budget_is_that_of_its_tensors():
     assert "by step 30 it absorbs 0.2 of its budget" in remark
 
 
+@makes
+def test_the_accounts_of_older_checkpoints_are_taken(make):
+    """They have a row for each tensor, with its place and three numbers."""
+    routed = routes(16)
+    ws, optimizer, scheduler = build(make)
+    train(ws, optimizer, routed[:9])
+    groups, state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    rows = [(p, *row[1:4]) for row in state["entries"][0]["others"] for p in row[0]]
+    assert len(rows) > 2
+    state["entries"][0]["others"] = [list(row) for row in rows]
+    del state["entries"][0]["left"]
+    groups["param_groups"][0]["weight_decay_tensors"] = (tuple(rows),)
+    train(ws, optimizer, routed[9:])
+    again, other, resumed = build(make)
+    other.load_state_dict(groups)
+    resumed.load_state_dict(state)
+    assert resumed.by_tensor() != scheduler.by_tensor()
+    train(again, other, routed[9:])
+    assert resumed.by_tensor() == scheduler.by_tensor()
+
+
 def test_tensors_are_named_as_the_model_names_them():
     model = torch.nn.Linear(2, 2)
     optimizer = AdamW(model.named_parameters(), lr=0.1, weight_decay=0.1)

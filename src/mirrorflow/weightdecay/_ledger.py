@@ -245,8 +245,9 @@ class Entry:
             places: dict[int, list[int]] = {}
             for place, own in self.others.items():
                 places.setdefault(id(own), []).append(place)
-            some = [(self.others[one[0]], tuple(one), ()) for one in places.values()]
+            some: list[Way] = [(self.others[p[0]], tuple(p), ()) for p in places.values()]
             self._ways = None, some
+            return some
         return self._ways[1]
 
     def _copied(self) -> Entry:
