@@ -89,6 +89,16 @@ def test_counts_that_disagree_are_said(lost):
     run(params, optimizer, 1)  # said once
 
 
+@pytest.mark.parametrize("entry", [{}, {"taken": 3}, 3])
+def test_a_state_whose_ledgers_lack_numbers_is_refused(entry):
+    params = weights()
+    scheduler = WeightDecayScheduler(AdamW(params, lr=0.1, weight_decay=0.3), FALL)
+    before = str(scheduler.state_dict())
+    with pytest.raises(ValueError, match="ledger 0 of the state must have the keys absorbed, held"):
+        scheduler.load_state_dict({"steps": 3, "entries": [entry]})
+    assert str(scheduler.state_dict()) == before
+
+
 # Changed between the runs
 
 

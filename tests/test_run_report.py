@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import mirrorflow as mf
 from mirrorflow.control import ControlledDecay, RunReport
+from mirrorflow.control.verdict import verdict
 from mirrorflow.spectrum.reference import random_product
 from mirrorflow.weightdecay import PerLayer
 from test_weightdecay_layers import EVERY, LR, STEPS, Net, train
@@ -41,7 +43,8 @@ def test_the_decay_is_that_of_the_ledger():
     assert row.asked == row.acted == pytest.approx(LR * 2.0 * 7)
     assert -row.acted == control.scheduler.accumulated[0]
     assert row.off_from == 7 and row.steps == STEPS
-    assert row.shrinkage == pytest.approx(1 - math.exp(-2 * row.acted))
+    assert row.left == pytest.approx((1 - LR * 2.0) ** 7)
+    assert row.shrinkage == pytest.approx(1 - row.left**2)
 
 
 def test_ratio_and_rank_are_those_of_the_first_and_the_last_measurement():
@@ -105,11 +108,84 @@ def test_a_resumed_run_reports_as_an_uninterrupted_one():
 # The sentences
 
 
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"convention": "fixed"}])
+def test_a_product_shrinks_by_what_the_report_says_at_most(options):
+    """In large steps, whose product is far below e^{2a}; half of them before a resumption."""
+    rate = (2.0 if options else 0.2) if "convention" not in options else 0.1
+    w = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(2)]
+    net = torch.nn.ParameterDict(dict(zip("ab", w, strict=True)))
+
+    def begun():
+        made = torch.optim.AdamW(net.parameters(), lr=0.1 if options else 1.0, weight_decay=1.0)
+        return made, ControlledDecay(net, made, mf.Constant(rate), **options)
+
+    made, control = begun()
+    for step in range(6):
+        if step == 3:
+            states = json.loads(json.dumps(control.state_dict())), made.state_dict()
+            control.close()
+            made, control = begun()
+            made.load_state_dict(states[1])
+            control.load_state_dict(states[0])
+        for p in w:
+            p.grad = torch.zeros_like(p)
+        made.step()
+        control.step()
+    report = control.report()
+    shrunk = 1 - (w[0][0, 0] * w[1][0, 0]).item()
+    assert report.decay[0].shrinkage == pytest.approx(shrunk)
+    assert f"{100 * shrunk:.3g}% of its size at most (a = " in report.shows[0]
+
+
+def test_where_no_factor_is_known_the_report_says_about():
+    momentum = partial(torch.optim.SGD, momentum=0.9)
+    report = run(mf.Constant(2.0), optimizer=momentum).report()
+    assert "by about" in report.shows[-1] and "1 - e^(2a)" in report.shows[-1]
+    net = Net()
+    made = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.1)
+    control = ControlledDecay(net, made, mf.Constant(2.0))
+    made.load_state_dict(run(mf.Constant(2.0)).scheduler.optimizer.state_dict())
+    (said,) = control.report().shows
+    assert "by about" in said and "at most" not in said
+
+
 def test_decay_that_is_too_little_is_said_to_be():
     few = said(run(mf.Constant(1e-3)).report())
     assert "too little to matter" in few and "0.0" in few
     assert "too little" not in said(run(mf.Constant(2.0)).report())
     assert "No decay acted" in said(run(mf.Constant(0.0)).report())
+
+
+def test_the_report_does_not_ask_for_what_was_given():
+    late = said(run(mf.Constant(0.5), track_every=100).report())
+    assert "track_every=100 exceeds the 12 steps" not in late  # it measured at step 0
+    net = Net()
+    made = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.1)
+    control = ControlledDecay(net, made, mf.Constant(0.5), track_every=100)
+    train(net, made, control, 0, STEPS)
+    late = said(control.report())
+    assert "track_every=100 exceeds the 12 steps" in late and "track_every=50" not in late
+
+
+def test_a_ratio_that_has_not_moved_is_not_said_to_have_risen():
+    report = run(mf.Constant(2.0), track_every=EVERY).report()
+    (row, _), number = report.products, "The mean ratio of"
+    for after, expected in ((3.091, "was 3.09 at step 0, and at step 12"), (3.2, "rose from 3.09")):
+        one = replace(report, products=(replace(row, ratio_before=3.09, ratio_after=after),))
+        assert f"{number} 1 product {expected}" in said(verdict(one))
+
+
+def test_groups_of_one_name_stay_apart():
+    net = Net()
+    params = list(net.parameters())
+    groups = [{"params": params[:2], "name": "w"}, {"params": params[2:], "name": "w"}]
+    made = torch.optim.AdamW(groups, lr=LR, weight_decay=0.1)
+    rules = [(0, mf.SwitchOff(2.0, at=3)), (1, mf.SwitchOff(1.0, at=7))]
+    control = ControlledDecay(net, made, None, groups=rules)
+    train(net, made, control, 0, STEPS)
+    rows = control.report().decay
+    assert [(row.group, row.off_from) for row in rows] == [("w (group 0)", 3), ("w (group 1)", 7)]
+    assert {row["group"] for row in control.scheduler.audit()} == {"w (group 0)", "w (group 1)"}
 
 
 def test_a_loop_that_did_not_fire_says_so_in_the_report():

@@ -215,6 +215,8 @@ def test_quantized_weights_are_listed():
 def test_a_level_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="level must be 'layer' or 'head', got 'heads'"):
         SpectralTracker(net(), level="heads")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got AdamW"):
+        SpectralTracker(torch.optim.AdamW(net().parameters()))
 
 
 def test_large_layers_are_not_held_together(monkeypatch):

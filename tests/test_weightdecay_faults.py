@@ -43,10 +43,11 @@ def in_parts(make, parts, steps, scheduler=None, groups=1, empty=True, **options
     [
         (lambda g: AdamW(g, lr=0.1, weight_decay=0.3), {}),
         (lambda g: AdamW(g, lr=0.1, weight_decay=0.3), {"decoupled": True}),
+        (lambda g: SGD(g, lr=0.1, weight_decay=0.3), {}),
         (lambda g: SGD(g, lr=0.1, momentum=0.9, weight_decay=0.3), {}),
         (lambda g: SGD(g, lr=0.1, momentum=0.9, weight_decay=0.3), {"exact_off": True}),
     ],
-    ids=["adamw", "outside", "sgd", "exact"],
+    ids=["adamw", "outside", "plain", "sgd", "exact"],
 )
 def test_a_step_in_parts_is_one_step(make, options, parts, groups, empty):
     scheduler, params = in_parts(make, parts, 9, groups=groups, empty=empty, **options)
@@ -80,6 +81,40 @@ def test_a_part_that_failed_is_tried_again_in_the_same_step():
             optimizer.step(lambda p=p: closure(p, True))
     assert scheduler.steps == 3
     assert scheduler.accumulated == [pytest.approx(-0.1 * sum(map(OFF.rate, range(3))))]
+
+
+@quiet
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
+def test_a_step_with_new_tensors_in_the_place_of_all_is_a_step(momentum, outside):
+    """As where Gaussians are split: the parameter is made anew, with its state or without."""
+
+    def begun():
+        w, options = torch.nn.Parameter(torch.ones(3)), {"lr": 0.1, "weight_decay": 0.1}
+        if momentum is None:
+            optimizer = AdamW([w], **options)
+        else:
+            optimizer = SGD([w], momentum=momentum, **options)
+        return w, WeightDecayScheduler(optimizer, mf.SwitchOff(0.1, at=20), decoupled=outside)
+
+    def step(w, optimizer):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+
+    (w, scheduler), (whole, expected) = begun(), begun()
+    optimizer = scheduler.optimizer
+    for number in range(40):
+        step(w, optimizer)
+        step(whole, expected.optimizer)
+        if number % 5 == 4:
+            before, w = w, torch.nn.Parameter(w.detach().clone())
+            if before in optimizer.state:
+                optimizer.state[w] = optimizer.state.pop(before)
+            optimizer.param_groups[0]["params"] = [w]
+            del before
+    assert scheduler.steps == 40
+    assert scheduler.accumulated == expected.accumulated
+    torch.testing.assert_close(w, whole)
 
 
 def test_one_tensor_after_another_in_turn_is_a_step_each():

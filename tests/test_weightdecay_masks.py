@@ -136,6 +136,53 @@ def test_a_masked_run_resumes_with_its_accounts():
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "cautious"])
+def test_the_bound_of_a_report_is_that_of_the_entries_that_decay(kind):
+    net = torch.nn.ParameterDict({"a": torch.ones(2, 2), "b": torch.ones(2, 2)})
+    mask = torch.tensor([[1.0, 1.0], [0.5, 0.0]])
+    mask = {"bool": mask == 1, "float": mask * 0.5, "cautious": "cautious"}[kind]
+    made = SGD(net.parameters(), lr=1e-6, weight_decay=1.0)
+    options = {"decoupled": True, "mask": mask, "convention": "fixed"}
+    control = mf.ControlledDecay(net, made, mf.Constant(0.02), **options)
+    for _ in range(10):
+        for p in net.parameters():
+            p.grad = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+        made.step()
+        control.step()
+    (row,) = control.report().decay
+    most = 1 - (net["a"] * net["b"]).min().item()
+    assert row.shrinkage == pytest.approx(most, rel=1e-3)
+    assert row.acted < 0.75 * (0.1 if kind == "float" else 0.2)  # the mean over the entries
+    assert f"{100 * row.shrinkage:.3g}% of its size at most" in control.report().shows[-1]
+
+
+def test_the_account_of_D_is_refused_with_a_mask():
+    net = torch.nn.MultiheadAttention(8, 2)
+    made = SGD(net.parameters(), lr=LR, weight_decay=1.0)
+    options = {"decoupled": True, "mask": "cautious"}
+    with pytest.raises(ValueError, match="balance_every must be 0 with mask=, got 1"):
+        mf.ControlledDecay(net, made, mf.Constant(1.0), balance_every=1, **options)
+    assert not made._optimizer_step_pre_hooks
+
+
+def test_a_mask_of_another_shape_is_refused_before_the_run():
+    options = {"decoupled": True, "mask": torch.ones(2)}
+    optimizer = SGD([torch.nn.Parameter(torch.ones(3, 3))], lr=LR, weight_decay=1.0)
+    with pytest.raises(ValueError, match=r"got \(2,\) for the parameter .* of shape \(3, 3\)"):
+        WeightDecayScheduler(optimizer, mf.Constant(1.0), **options)
+    assert set(optimizer.param_groups[0]) == set(SGD([torch.ones(1)]).param_groups[0])
+    with pytest.raises(ValueError, match=r"got \(1, 3, 3\)"):
+        mask = {optimizer.param_groups[0]["params"][0]: torch.ones(1, 3, 3)}
+        WeightDecayScheduler(optimizer, mf.Constant(1.0), **options | {"mask": mask})
+    still = torch.nn.Parameter(torch.ones(5))  # without decay, so that no mask acts on it
+    optimizer.add_param_group({"params": [still], "weight_decay": 0.0})
+    mask = torch.ones(3)
+    scheduler = WeightDecayScheduler(optimizer, mf.Constant(1.0), **options | {"mask": mask})
+    with pytest.raises(ValueError, match=r"of shape \(7,\)"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(7))]})
+        scheduler.step()
+
+
 def test_lint_does_not_take_a_mask_for_rounding():
     params = start()
     optimizer = SGD(params, lr=LR, weight_decay=1.0)

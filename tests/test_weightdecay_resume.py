@@ -4,13 +4,14 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mirrorflow.schedule import Constant
+from mirrorflow.schedule import Constant, SwitchOff
 from mirrorflow.weightdecay import (
     WeightDecayScheduler,
 )
@@ -218,6 +219,40 @@ def test_a_state_of_other_groups_is_refused():
     with pytest.raises(ValueError, match="steps and entries, got \\['last_epoch'\\]"):
         first.load_state_dict({"last_epoch": 3})
     assert str(first.state_dict()) == before
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)])
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}])
+def test_a_group_that_was_added_in_the_run_is_added_then_loaded(options, order):
+    def begun():
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        optimizer = AdamW(params[:1], lr=0.1, weight_decay=0.1)
+        return params, optimizer, WeightDecayScheduler(optimizer, SwitchOff(0.1, at=4), **options)
+
+    def step(params, optimizer):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    params, optimizer, scheduler = begun()
+    step(params[:1], optimizer)
+    optimizer.add_param_group({"params": params[1:]})
+    step(params, optimizer)
+    saved, values = stored(optimizer, scheduler), [p.detach().clone() for p in params]
+    again, other, resumed = begun()
+    other.add_param_group({"params": again[1:]})
+    for one in order:
+        (other, resumed)[one].load_state_dict(saved[one])
+    for p, value in zip(again, values, strict=True):
+        p.data.copy_(value)
+    for _ in range(5):
+        step(params, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if len(order) == 1 else "error")  # the audit lacks steps
+            step(again, other)
+    assert resumed.accumulated == scheduler.accumulated
+    assert resumed.by_tensor() == scheduler.by_tensor()
+    assert all(torch.equal(a, b) for a, b in zip(again, params, strict=True))
 
 
 def test_a_checkpoint_written_with_other_rules_is_refused():

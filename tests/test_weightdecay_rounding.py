@@ -1,6 +1,8 @@
 """The ledger of weights in half precision is what acted; stochastic rounding lets all of it act."""
 
 import copy
+import json
+import math
 import warnings
 
 import pytest
@@ -196,6 +198,114 @@ def test_a_resumed_ledger_in_half_precision_is_the_same_to_the_bit():
     train(again, other, range(6, 15))
     assert resumed.state_dict() == whole.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(ws, again, strict=True))
+
+
+# Several precisions in one group
+
+mixed = pytest.mark.parametrize(
+    "make",
+    [
+        lambda ws: AdamW(ws, lr=1e-3, weight_decay=1.0),
+        lambda ws: AdamW(ws, lr=1e-3, weight_decay=1.0, foreach=True),
+        lambda ws: SGD(ws, lr=1e-3, weight_decay=1.0),
+        lambda ws: SGD(ws, lr=1e-4, weight_decay=1.0, momentum=0.9),
+    ],
+    ids=["adamw", "foreach", "sgd", "momentum"],
+)
+
+
+def taken(ws, before):
+    """Return what has acted on each: the logarithm of what is left, in the mean."""
+    pairs = zip(ws, before, strict=True)
+    return [math.log((w0 * w.detach().double()).sum() / (w0 * w0).sum()) for w, w0 in pairs]
+
+
+@swallowed
+@mixed
+def test_each_precision_in_a_group_has_its_account(make):
+    ws = [start(4096, torch.float32, 1.0), start(4096, BF16, 1.0, 1), start(64, torch.float32)]
+    before = [w.detach().double() for w in ws]
+    scheduler = WeightDecayScheduler(make(ws), mf.Constant(1.0))
+    for _ in range(60):
+        for w in ws:
+            w.grad = torch.zeros_like(w)
+        scheduler.optimizer.step()
+    accounts = [row["a"] for row in scheduler.by_tensor()]
+    assert accounts == pytest.approx(taken(ws, before), rel=0.05, abs=1e-3)
+    sizes = [w.numel() for w in ws]
+    mean = sum(n * a for n, a in zip(sizes, accounts, strict=True)) / sum(sizes)
+    assert scheduler.accumulated == [pytest.approx(mean)]
+    entry = scheduler.account.entries[0]
+    assert entry.others[0] is entry.others[2] is not entry.others[1]
+
+
+@swallowed
+@mixed
+@pytest.mark.parametrize("last", [[], [0], [1]])
+def test_a_group_of_several_precisions_resumes_to_the_bit(make, last):
+    def build():
+        ws = [start(300, torch.float32), start(300, BF16), start(9, torch.float16)]
+        return ws, WeightDecayScheduler(make(ws), mf.Constant(1.0))
+
+    def train(ws, scheduler, steps):
+        for step in steps:
+            for i, w in enumerate(ws):
+                w.grad = None if i in last and step > 4 else torch.full_like(w, 1e-3)
+            scheduler.optimizer.step()
+
+    ws, whole = build()
+    train(ws, whole, range(6))
+    both = copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict()))
+    again, resumed = build()
+    for w, value in zip(again, ws, strict=True):
+        w.data.copy_(value.data)
+    train(ws, whole, range(6, 12))
+    resumed.optimizer.load_state_dict(both[0])
+    resumed.load_state_dict(json.loads(json.dumps(both[1])))
+    train(again, resumed, range(6, 12))
+    assert resumed.by_tensor() == whole.by_tensor()
+    assert resumed.accumulated == whole.accumulated
+
+
+@swallowed
+def test_a_state_from_before_precisions_had_accounts_is_taken():
+    def build():
+        ws = [start(300, torch.float32), start(300, BF16)]
+        return ws, WeightDecayScheduler(AdamW(ws, lr=1e-3, weight_decay=1.0), mf.Constant(1.0))
+
+    def step(ws, scheduler):
+        for w in ws:
+            w.grad = torch.zeros_like(w)
+        scheduler.optimizer.step()
+
+    ws, scheduler = build()
+    step(ws, scheduler)
+    state, optimizer = copy.deepcopy((scheduler.state_dict(), scheduler.optimizer.state_dict()))
+    for key in ("left", "others"):
+        del state["entries"][0][key]
+    del optimizer["param_groups"][0]["weight_decay_tensors"]
+    again, resumed = build()
+    resumed.optimizer.load_state_dict(optimizer)
+    resumed.load_state_dict(state)
+    assert [row["a"] for row in resumed.by_tensor()] == [-0.0005] * 2  # it knows their mean only
+    step(again, resumed)
+    assert [row["a"] for row in resumed.by_tensor()] == [pytest.approx(-0.0015), -0.0005]
+
+
+@swallowed
+def test_the_bound_of_a_report_is_that_of_the_precision_that_lost_most():
+    net = torch.nn.ParameterDict({"a": start(64, torch.float32), "b": start(64, BF16)})
+    made = AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    control = mf.ControlledDecay(net, made, mf.Constant(0.1))
+    for _ in range(100):
+        for w in net.parameters():
+            w.grad = torch.zeros_like(w)
+        made.step()
+        control.step()
+    (row,) = control.report().decay
+    assert row.acted == row.asked == pytest.approx(0.1)
+    assert row.shrinkage == pytest.approx(1 - 0.999**200)
+    assert "18.1% of its size at most" in control.report().shows[0]
 
 
 # The warning, and lint

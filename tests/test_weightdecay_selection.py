@@ -173,6 +173,15 @@ def test_a_rule_that_chooses_nothing_warns():
         WeightDecayScheduler(optimizer, FALL, groups=[("lora_", FALL)])
 
 
+def test_a_rule_by_the_second_name_of_a_tied_weight_says_so():
+    model = torch.nn.ModuleDict({"emb": torch.nn.Embedding(3, 2), "head": torch.nn.Linear(2, 3)})
+    model["head"].weight = model["emb"].weight
+    optimizer = AdamW(model["emb"].parameters(), weight_decay=0.1)
+    options = {"groups": [("head.weight", None)], "model": model}
+    with pytest.warns(UserWarning, match=r"yet: head\.weight is tied to emb\.weight\. Choose it"):
+        WeightDecayScheduler(optimizer, FALL, **options)
+
+
 def test_groups_added_later_are_picked_up():
     a, b, c = weights(3)
     optimizer = AdamW([a], lr=0.1, weight_decay=0.1)

@@ -91,6 +91,69 @@ def test_the_accounts_resume_with_the_scheduler_or_the_optimizer_alone(make, who
     assert resumed.accumulated == scheduler.accumulated
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_budget_is_that_of_the_tensor_that_absorbed_most(resumed):
+    """Experts that are routed in turn, each of which decays in every fourth step."""
+    experts = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(4))
+
+    def begun():
+        optimizer = AdamW(experts.parameters(), lr=0.01, weight_decay=1.0)
+        return mf.ControlledDecay(experts, optimizer, mf.OffAtBudget(1.0, budget=0.05))
+
+    def step(control, number):
+        for i, expert in enumerate(experts):
+            expert.weight.grad = torch.zeros(2, 2) if i == number % 4 else None
+        control.scheduler.optimizer.step()
+        control.step()
+
+    control = begun()
+    for number in range(24):
+        if resumed and number == 10:
+            saved = control.state_dict()
+            optimizer = control.scheduler.optimizer.state_dict()
+            control.close()
+            control = begun()
+            control.scheduler.optimizer.load_state_dict(optimizer)
+            control.load_state_dict(saved)
+        step(control, number)
+    accounts = [row["a"] for row in control.scheduler.by_tensor()]
+    assert accounts == pytest.approx([-0.05, -0.04, -0.04, -0.04])
+    (row,), (loop,) = control.report().decay, control.report().loops
+    assert (row.asked, row.acted, row.steps) == (pytest.approx(0.05), pytest.approx(0.05), 24)
+    assert loop.fired_at == row.off_from == 17
+    assert mf.preview(control.scheduler, 8).remarks == []
+
+
+def test_what_a_run_has_left_of_a_budget_is_that_of_its_tensors():
+    ws = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = AdamW(ws, lr=0.01, weight_decay=1.0)
+    scheduler = WeightDecayScheduler(optimizer, mf.OffAtBudget(1.0, budget=0.5))
+    train(ws, optimizer, [{step % 2} for step in range(20)])
+    (remark,) = mf.preview(scheduler, 10).remarks
+    assert "by step 30 it absorbs 0.2 of its budget" in remark
+
+
+@makes
+def test_the_accounts_of_older_checkpoints_are_taken(make):
+    """They have a row for each tensor, with its place and three numbers."""
+    routed = routes(16)
+    ws, optimizer, scheduler = build(make)
+    train(ws, optimizer, routed[:9])
+    groups, state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    rows = [(p, *row[1:4]) for row in state["entries"][0]["others"] for p in row[0]]
+    assert len(rows) > 2
+    state["entries"][0]["others"] = [list(row) for row in rows]
+    del state["entries"][0]["left"]
+    groups["param_groups"][0]["weight_decay_tensors"] = (tuple(rows),)
+    train(ws, optimizer, routed[9:])
+    again, other, resumed = build(make)
+    other.load_state_dict(groups)
+    resumed.load_state_dict(state)
+    assert resumed.by_tensor() != scheduler.by_tensor()
+    train(again, other, routed[9:])
+    assert resumed.by_tensor() == scheduler.by_tensor()
+
+
 def test_tensors_are_named_as_the_model_names_them():
     model = torch.nn.Linear(2, 2)
     optimizer = AdamW(model.named_parameters(), lr=0.1, weight_decay=0.1)

@@ -259,6 +259,7 @@ class ControlledDecay:
                 product_rows(first["products"], last[1] if last else None, pairs),
                 D_rows(splits),
                 loop_rows(self._named_loops(), self._absorbed()),
+                track_every=self.track_every,
             )
         )
 
@@ -267,12 +268,14 @@ class ControlledDecay:
         return [*(("", loop) for loop in self._loops), *self._layers.items()]
 
     def _absorbed(self) -> dict[int, float]:
-        """Return the most that a set of tensors with a schedule has absorbed, by its id."""
+        """Return the most that a tensor with a schedule has absorbed, by the schedule's id."""
         found: dict[int, float] = {}
+        groups = self.scheduler.optimizer.param_groups
         pairs = zip(self.scheduler.targets, self.scheduler.account.entries, strict=True)
         for target, entry in pairs:
             key = id(target.schedule)
-            found[key] = max(found.get(key, 0.0), entry.absorbed)
+            absorbed = entry.foremost(target.count(groups[target.group])).absorbed
+            found[key] = max(found.get(key, 0.0), absorbed)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -404,6 +407,11 @@ def check_settings(
             f"got {metric!r}"
         )
     options = _checked(options)
+    if balance_every and options.get("mask") is not None:
+        raise ValueError(
+            f"balance_every must be 0 with mask=, got {balance_every}: where decay acts on a part "
+            "of a weight, no factor of the whole weight describes it. Leave one of them out."
+        )
     for loop in (schedule, *(of_group for _, of_group in options["groups"])):
         measured = isinstance(loop, (Feedback, PerLayer)) and not isinstance(loop, OffAtBudget)
         if measured and not track_every:

@@ -26,13 +26,18 @@ class DecayRow:
     group, kind : str
         Its name, and how its decay acts, one of ``mirrorflow.weightdecay.COUPLINGS``.
     asked : float
-        The sum of lr x decay; NaN where a resumed run does not know it.
+        The sum of lr x decay, for the tensor that absorbed most, over the steps in which it had a
+        gradient; NaN where a resumed run does not know it.
     acted : float
-        ``-a_T``, what of it the weights have absorbed; NaN where no such number exists.
+        ``-a_T``, what of it that tensor has absorbed; NaN where no such number exists.
     steps : int
-        How many steps moved the group.
+        How many steps moved the group, or any of its tensors.
     off_from : int or None
         The step from which on the decay was 0; None if it was not 0 at the end, or always.
+    left : float
+        ``prod (1 - s)`` over the steps of that tensor, s being the part that a step took of the
+        entries that decay most; NaN where the steps have no such factors (momentum, rounding), or
+        a resumed run does not know them.
     """
 
     group: str
@@ -41,11 +46,15 @@ class DecayRow:
     acted: float
     steps: int
     off_from: int | None
+    left: float = math.nan
 
     @property
     def shrinkage(self) -> float:
-        """The most by which this decay alone has shrunk a product: ``1 - e^{2a}``."""
-        return -math.expm1(-2 * self.acted)
+        """The most by which this decay alone has shrunk a product: ``1 - left^2``.
+
+        Where that is not known about ``1 - e^{2a}``, a little less than it.
+        """
+        return -math.expm1(-2 * self.acted) if math.isnan(self.left) else 1 - self.left**2
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,8 @@ class RunReport:
     loops : tuple of LoopRow
     shows, cannot_show : tuple of str
         What follows from these numbers, and what does not, in sentences.
+    track_every : int
+        After how many steps the spectra were to be measured; 0 for never.
     """
 
     optimizer: str
@@ -158,6 +169,7 @@ class RunReport:
     loops: tuple[LoopRow, ...]
     shows: tuple[str, ...] = ()
     cannot_show: tuple[str, ...] = ()
+    track_every: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is NaN is None, as JSON has no NaN."""

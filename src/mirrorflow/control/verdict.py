@@ -41,24 +41,20 @@ def first_numbers(found: Measurement) -> dict[str, list[float | None]]:
 
 def decay_rows(scheduler: WeightDecayScheduler) -> tuple[DecayRow, ...]:
     """Return what was asked for and what acted, of each set of tensors that has a decay."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in scheduler.audit():
-        rows.setdefault(row["group"], []).append(row)
-    pairs = zip(scheduler.targets, scheduler.account.entries, strict=True)
-    named = [(scheduler.name(target), entry) for target, entry in pairs]
-    return tuple(
-        DecayRow(
-            name, entry.coupling, entry.asked, entry.absorbed, entry.taken, _off_from(rows, name)
-        )
-        for name, entry in named
-        if entry.asked != 0 or entry.absorbed != 0
-    )
+    groups = scheduler.optimizer.param_groups
+    found = []
+    for target, entry in zip(scheduler.targets, scheduler.account.entries, strict=True):
+        if entry.asked != 0 or entry.absorbed != 0:
+            name, own = scheduler.name(target), entry.smallest(target.count(groups[target.group]))
+            off, kind = _off_from(entry.rows(name)), entry.coupling
+            found.append(DecayRow(name, kind, own.asked, own.absorbed, entry.taken, off, own.left))
+    return tuple(found)
 
 
-def _off_from(rows: Mapping[str, list[dict[str, Any]]], name: str) -> int | None:
+def _off_from(rows: Iterable[Mapping[str, Any]]) -> int | None:
     """Return the first step of the run of steps without decay that ends the record."""
     start, acted = None, False
-    for row in rows.get(name, ()):
+    for row in rows:
         off = row["decay"] == row["decay_end"] == 0
         start = (row["start"] if start is None else start) if off else None
         acted = acted or not off
@@ -182,12 +178,19 @@ def _of_decay(report: RunReport) -> list[str]:
         _of_asked(row) for row in known if row.asked > 0 and abs(row.acted / row.asked - 1) > APART
     ]
     if known:
-        most = max(known, key=lambda row: row.acted)
-        text = f"Decay alone has shrunk a product by {100 * most.shrinkage:.3g}% of its size at"
-        text = f"{text} most (1 - e^(2a), a = {-most.acted:.3g})"
+        most = max(known, key=lambda row: row.shrinkage)
+        text = f"Decay alone has shrunk a product by {_of_size(most)}"
         little = most.shrinkage < TOO_LITTLE
         said.append(f"{text}: too little to matter as drag or as bias." if little else f"{text}.")
     return said
+
+
+def _of_size(row: DecayRow) -> str:
+    """Return by how much: a bound where the factors of all steps are known, else by a alone."""
+    size, a = f"{100 * row.shrinkage:.3g}% of its size", f"a = {-row.acted:.3g}"
+    if math.isnan(row.left):
+        return f"about {size} (1 - e^(2a), {a})"
+    return f"{size} at most ({a})"
 
 
 def _of_asked(row: DecayRow) -> str:
@@ -207,12 +210,13 @@ def _of_spectra(report: RunReport) -> list[str]:
         sum(getattr(row, f"ratio_{name}") for row in rows) / len(rows)
         for name in ("before", "after", "random")
     )
-    moved = "fell" if after < before else "rose"
-    first, last = report.measured or (0, 0)
-    return [
-        f"The mean ratio of {len(rows)} products {moved} from {before:.3g} at step {first:,} to "
-        f"{after:.3g} at step {last:,}; random factors have {random:.3g}."
-    ]
+    first, last = (f"at step {step:,}" for step in report.measured or (0, 0))
+    was, now = f"{before:.3g}", f"{after:.3g}"
+    moved = f"{'fell' if after < before else 'rose'} from {was} {first} to {now} {last}"
+    if was == now:
+        moved = f"was {was} {first}, and {last}"
+    count = "1 product" if len(rows) == 1 else f"{len(rows)} products"
+    return [f"The mean ratio of {count} {moved}; random factors have {random:.3g}."]
 
 
 def _of_D(report: RunReport) -> list[str]:
@@ -248,7 +252,7 @@ def _limits(report: RunReport) -> list[str]:
             "number describes it. decoupled=True has one."
         )
     if not report.products:
-        said.append("What became of the spectra: pass track_every=50, say.")
+        said.append(f"What became of the spectra: {_why_unmeasured(report)}.")
     elif report.measured and report.measured[0] > 0:
         said.append(
             f"What the spectra were before step {report.measured[0]:,}, where they were first "
@@ -270,3 +274,12 @@ def _limits(report: RunReport) -> list[str]:
             f"pairs, and products of matrices under {report.optimizer} are not that."
         )
     return said
+
+
+def _why_unmeasured(report: RunReport) -> str:
+    """Return why nothing was measured, and what to pass."""
+    if not report.track_every:
+        return "pass track_every=50, say"
+    if report.track_every > report.steps:
+        return f"track_every={report.track_every} exceeds the {report.steps:,} steps, pass less"
+    return f"nothing was measured, for all that track_every={report.track_every}"

@@ -89,7 +89,7 @@ class SpectralTracker:
         If there is nothing to measure, `match` is not a regular expression, or a named pair is
         none.
     TypeError
-        If `pairs` is no mapping.
+        If `model` is not a module, or `pairs` not a mapping.
 
     Examples
     --------
@@ -115,6 +115,11 @@ class SpectralTracker:
         values: bool = False,
     ) -> None:
         self.level = checked(level)
+        if not isinstance(model, Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model "
+                "whose products train"
+            )
         self._model, self._places = model, _places(model)
         self._modules = _Modules(model)
         shapes = {key: tuple(self.weight(key).shape) for key in self._places}

@@ -13,6 +13,7 @@ __all__ = ["check", "load", "settle", "warn_if_missing"]
 
 Groups = Sequence[Mapping[str, Any]]
 Totals = tuple[str, int, float, float]
+_OF_ENTRY = {"taken", "absorbed", "held", "span", "pieces"}  # of the state of a ledger, at least
 _ROUNDING = 1e-7  # of sums in another order, relative to the sum
 
 
@@ -198,7 +199,15 @@ def _checked(state: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
             "not a state of WeightDecayScheduler: it must have the keys steps and entries, got "
             f"{known}"
         )
-    entries: list[Mapping[str, Any]] = [dict(entry) for entry in state["entries"]]
+    entries: list[Mapping[str, Any]] = list(state["entries"])
+    for place, entry in enumerate(entries):
+        lacks = _OF_ENTRY - set(entry) if isinstance(entry, Mapping) else _OF_ENTRY
+        if lacks:
+            raise ValueError(
+                f"ledger {place} of the state must have the keys {', '.join(sorted(_OF_ENTRY))}, "
+                f"got {entry!r:.60}. Pass what WeightDecayScheduler.state_dict() returned"
+            )
+    entries = [dict(entry) for entry in entries]
     if len(entries) != count:
         raise ValueError(
             f"the state has {len(entries)} ledgers, this optimizer needs {count}: one for each "

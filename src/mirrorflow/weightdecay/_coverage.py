@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ._checks import one_of
 from ._group_state import INITIAL, own_decay, separated
 from ._ledger import Account, Entry
-from ._masks import check_mask
+from ._masks import check_mask, check_shapes
 from ._targets import (
     Rule,
     Target,
@@ -150,7 +150,7 @@ class Coverage:
 
     def warn_if_unused(self, optimizer: Optimizer) -> None:
         """Warn of a rule that chooses nothing."""
-        warn_if_unused(self.plan.rules, optimizer.param_groups, names_of(self.plan.model))
+        warn_if_unused(self.plan.rules, optimizer.param_groups, self.plan.model)
 
     def warn_if_scaled(self, optimizer: Optimizer, account: Account) -> None:
         """Warn of a decay that the schedule rules, but whose strength no sum describes."""
@@ -211,19 +211,24 @@ class Coverage:
         self._index()
 
     def names(self, optimizer: Optimizer) -> list[str]:
-        """Return the names of the sets of tensors."""
+        """Return the names of the sets of tensors; with the group where two have the same."""
         known, found = names_of(self.plan.model), []
         for index, group in enumerate(optimizer.param_groups[: len(self.own)]):
             found += labels([t for t in self.targets if t.group == index], group, known)
         order = sorted(range(len(self.targets)), key=lambda i: self.targets[i].group)
         by_target = dict(zip(order, found, strict=True))
-        return [by_target[i] for i in range(len(self.targets))]
+        plain = [by_target[i] for i in range(len(self.targets))]
+        return [
+            name if plain.count(name) == 1 else f"{name} (group {target.group})"
+            for name, target in zip(plain, self.targets, strict=True)
+        ]
 
     def _open(self, index: int, optimizer: Optimizer, account: Account) -> None:
         """Take over a group; nothing is changed if that fails."""
         group, plan = optimizer.param_groups[index], self.plan
         own = own_decay(group)
         found = [settled(t, group, own, plan.relative) for t in self._divided(index, group)]
+        self._check_masked(found, group, own)
         how = self._outside(optimizer, group) if plan.decoupled else plan.coupling
         how = how or coupling(optimizer, group)
         # The ledger follows the recursion of the buffer, which these three determine.
@@ -254,9 +259,17 @@ class Coverage:
                 f"{len(group['params'])}, which the rules of groups= divide in another way: add "
                 "them as a group of their own, with optimizer.add_param_group"
             )
+        self._check_masked(now, group, self.own[index])
         for i, old, new in zip(places, before, now, strict=True):
             self.targets[i] = Target(index, new.positions, old.schedule, old.asked)
         self.sizes[index] = len(group["params"])
+
+    def _check_masked(self, found: list[Target], group: Mapping[str, Any], own: float) -> None:
+        """Raise unless the mask fits what decays."""
+        if self.plan.mask is not None:
+            for target in found:
+                if target.schedule is not None or own != 0:
+                    check_shapes(target.params(group), self.plan.mask)
 
     def _divided(self, index: int, group: dict[str, Any]) -> list[Target]:
         """Divide a group by the rules."""

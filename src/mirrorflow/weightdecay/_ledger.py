@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece", "with_all_groups"]
@@ -21,10 +21,12 @@ __all__ = ["TENSORS", "TOTALS", "Account", "Entry", "Piece", "with_all_groups"]
 # numbers in the optimizer's parameter groups, whose checkpoint therefore knows its step.
 # The key in a group of (steps, coupling, taken, absorbed, held, coupling, ...)
 TOTALS = "weight_decay_ledger"
-# Beside it, for each ledger, (place, taken, absorbed, held) of tensors with accounts of their own
+# Beside it, for each ledger, (places, taken, absorbed, held) of tensors with accounts of their own
 TENSORS = "weight_decay_tensors"
 
 
+Part = tuple[float, float, float]  # what entered, what reached, and the most of an entry
+_NUMBERS = ("taken", "absorbed", "held", "asked", "passed", "kept", "span")  # of a state
 _MOST_PIECES = 64
 _NONE = math.nan  # "no momentum buffer yet", where only floats can be kept
 
@@ -71,11 +73,15 @@ class Entry:
     kept : float
         The product of 1 - lr x decay over the steps since `take_kept`; NaN where a step of them has
         no such factor, or is not known.
+    left : float
+        The same product over all steps, of the entries that decay most: what decay alone has left
+        of them.
     span : int
         The length below which pieces are joined, so that there are never more than a few.
     others : dict of int to Entry
-        The accounts of tensors that missed a step which others of the set took, by their place in
-        the set; `absorbed` is the sum over the steps in which any took part.
+        The accounts of tensors that differ, by their place in the set: they missed a step which
+        others took, or another part of it acted on them. Those with one history share an entry.
+        `absorbed` is the sum over the steps in which any took part, in the mean over entries.
     pieces : list of Piece
         The record: runs of equal decay as one, changing decay more coarsely the longer it lasts;
         steps without decay are not joined to steps with it, so that a switch keeps its step.
@@ -96,10 +102,13 @@ class Entry:
     asked: float = 0.0
     passed: float = 0.0
     kept: float = 1.0
+    left: float = 1.0
     span: int = 1
     others: dict[int, Entry] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
-    _parted: tuple[tuple[int, int, float, float], ...] | None = field(default=None, repr=False)
+    # What `parted` returns; and the entries in `others`, each once, as the last step divided them.
+    _parted: tuple[tuple[Any, ...], ...] | None = field(default=None, repr=False)
+    _ways: tuple[Any, list[Way]] | None = field(default=None, repr=False)
 
     @property
     def accumulated(self) -> float:
@@ -122,6 +131,29 @@ class Entry:
         # Tensors that have never moved have no a: a mean over those that have.
         return sum(size * own.accumulated for size, own in moved) / total if total else 0.0
 
+    def foremost(self, count: int) -> Entry:
+        """Return the account that has absorbed most, of ``count`` tensors; one with NaN if any has.
+
+        Each tensor has missed other steps: the set as a whole has absorbed what none of them has.
+        """
+        accounts = self._accounts(count)
+        return max(accounts, key=lambda own: math.inf if math.isnan(own.absorbed) else own.absorbed)
+
+    def smallest(self, count: int) -> Entry:
+        """Return the account of the tensor, of ``count``, of whose entries decay has left least."""
+        return min(self._accounts(count), key=Entry._remains)
+
+    def _accounts(self, count: int) -> list[Entry]:
+        """Return the different accounts of the tensors of the set, of which there are ``count``."""
+        own = [own for own, *_ in self._members()] if self.others else []
+        return [*own, self] if len(self.others) < max(count, 1) else own
+
+    def _remains(self) -> float:
+        """Return what decay has left of an entry at least, ``e^a`` where only a is known."""
+        if math.isnan(self.absorbed):
+            return -math.inf
+        return math.exp(-self.absorbed) if math.isnan(self.left) else abs(self.left)
+
     @property
     def acting_part(self) -> float:
         """The part of the decay that rounding let through; NaN before any, or if not known."""
@@ -134,20 +166,24 @@ class Entry:
         group: Mapping[str, Any],
         entered: float = 1.0,
         reached: float = 1.0,
+        most: float | None = None,
         still: Sequence[int] = (),
-        parts: Mapping[int, float] | None = None,
+        parts: Mapping[tuple[int, ...], Part] | None = None,
     ) -> None:
         """Enter a step that the optimizer has taken with this decay and these settings.
 
-        The tensors at the places ``still`` of the set took no part in it; ``parts`` is what reached
-        each of the others, where that differs.
-
         Of the decay the part ``entered`` gets into SGD's gradient, and the part ``reached`` of what
-        is then subtracted changes the weights: 1 unless their precision swallows some of it.
+        is then subtracted changes the weights: 1 unless their precision swallows some of it. Of
+        single entries ``most`` is the largest part, NaN if that is not known.
+
+        The tensors at the places ``still`` of the set took no part in it; ``parts`` has these three
+        numbers of others, where they differ, by their places.
         """
+        if most is None:
+            most = 1.0 if entered == reached == 1 else math.nan  # rounding differs by the entry
         if still or self.others or parts:
-            shares = parts or {}
-            self._record_others(set(still), step, decay, group, entered, reached, shares)
+            own = (entered, reached, most)
+            self._record_others(still, step, decay, group, own, parts or {})
         lr = math.nan if group.get("lr") is None else float(group["lr"])
         share = reached * self._share(entered * decay, lr, group)
         self.taken += 1
@@ -156,31 +192,67 @@ class Entry:
         self.passed += entered * reached * asked
         self.absorbed += share
         self.kept *= 1 - share  # the sum alone would miss share^2 / 2 of each step
+        if share != 0 or asked != 0:
+            self.left *= self._least(most * asked, share, group)
         self._append(Piece(step, step + 1, decay, decay, lr, lr, share))
 
     def _record_others(
         self,
-        still: set[int],
+        still: Sequence[int],
         step: int,
         decay: float,
         group: Mapping[str, Any],
-        entered: float,
-        reached: float,
-        parts: Mapping[int, float],
+        part: Part,
+        parts: Mapping[tuple[int, ...], Part],
     ) -> None:
-        """Enter a step into the accounts of the tensors that have missed this step or others."""
-        for place in (still | parts.keys()) - self.others.keys():  # these part from the rest here
-            # Up to here it took every step that the set has taken.
-            own = Entry(self.coupling, self.taken, self.absorbed, self.held, kept=self.kept)
-            self.others[place] = own
+        """Enter a step into the accounts of the tensors that differ, in this step or another."""
+        key = tuple(still), tuple(parts)
+        if self._ways is None or key != self._ways[0]:
+            self._ways, self._parted = (key, self._divided(still, parts)), None
+        acted = {(): part, **parts}
+        moved = [(own, acted[how]) for own, _, how in self._ways[1] if how is not None]
+        for own, numbers in moved:
+            own.record(step, decay, group, *numbers)
+            own.pieces.clear()
+        if moved:
             self._parted = None
-        if len(still) == len(self.others):
-            return
-        self._parted = None
-        for place, own in self.others.items():
-            if place not in still:
-                own.record(step, decay, group, entered, parts.get(place, reached))
-                own.pieces.clear()
+
+    def _divided(self, still: Sequence[int], parts: Iterable[tuple[int, ...]]) -> list[Way]:
+        """Divide the tensors by their history and by what acts on them in this step."""
+        which: dict[int, Any] = {place: places for places in parts for place in places}
+        which |= dict.fromkeys(still)
+        members = self._members()
+        if fresh := which.keys() - self.others.keys():  # these part from the rest here
+            # Up to here they took every step that the set has taken.
+            own, places = self._copied(), tuple(sorted(fresh))
+            self.others |= dict.fromkeys(places, own)
+            members = [*members, (own, places, ())]
+        found: list[Way] = []
+        for own, places, _ in members:
+            ways: dict[tuple[int, ...] | None, list[int]] = {}
+            for place in places:
+                ways.setdefault(which.get(place, ()), []).append(place)
+            for how, some in [*ways.items()][1:]:
+                found.append((own._copied(), tuple(some), how))
+                self.others |= dict.fromkeys(some, found[-1][0])
+            how, some = next(iter(ways.items()))
+            found.append((own, tuple(some), how))
+        return found
+
+    def _members(self) -> list[Way]:
+        """Return the entries of tensors that differ, each once, as the last step divided them."""
+        if self._ways is None:
+            places: dict[int, list[int]] = {}
+            for place, own in self.others.items():
+                places.setdefault(id(own), []).append(place)
+            some: list[Way] = [(self.others[p[0]], tuple(p), ()) for p in places.values()]
+            self._ways = None, some
+            return some
+        return self._ways[1]
+
+    def _copied(self) -> Entry:
+        """Return the account of tensors that part from the others here."""
+        return replace(self, others={}, pieces=[], _parted=None, _ways=None)
 
     def empty(self) -> None:
         """Take note that SGD's buffers hold no decay any more."""
@@ -232,6 +304,11 @@ class Entry:
         # No sum of lr x decay describes the others, once there was some.
         return math.nan if decay != 0 or math.isnan(self.absorbed) else 0.0
 
+    def _least(self, most: float, share: float, group: Mapping[str, Any]) -> float:
+        """Return the factor of a step that takes ``most`` of an entry; NaN if it has none."""
+        carried = self.coupling == "sgd" and float(group["momentum"]) != 0
+        return math.nan if carried or math.isnan(share) else 1 - most
+
     def _through_momentum(self, decay: float, group: Mapping[str, Any]) -> float:
         """Move the coefficient in SGD's buffer by a step, and return the one that acts."""
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
@@ -279,26 +356,37 @@ class Entry:
 
     def state(self) -> dict[str, Any]:
         """Return everything, in plain numbers, strings and lists."""
-        values = asdict(self)
-        pieces = [list(piece.values()) for piece in values["pieces"]]
-        others = {"others": [list(own) for own in self.parted()]}
-        del values["_parted"]
-        return {"kind": values.pop("coupling")} | values | others | {"pieces": pieces}
+        values = {name: getattr(self, name) for name in _NUMBERS}
+        others = [
+            [list(places), *totals, *self.others[places[0]]._more()]
+            for places, *totals in self.parted()
+        ]
+        pieces = [list(vars(piece).values()) for piece in self.pieces]
+        left = _none_for_nan(self.left)
+        return {"kind": self.coupling} | values | {"left": left, "others": others, "pieces": pieces}
 
-    def parted(self) -> tuple[tuple[int, int, float, float], ...]:
-        """Return the place, steps, sum and buffer of each tensor with an account of its own."""
+    def _more(self) -> Iterable[float | None]:
+        """Return what a state knows of a tensor beside what travels in the groups."""
+        return map(_none_for_nan, (self.asked, self.passed, self.kept, self.left))
+
+    def parted(self) -> tuple[tuple[Any, ...], ...]:
+        """Return the places, steps, sum and buffer of tensors with accounts of their own."""
         if self._parted is None:
-            pairs = self.others.items()
-            self._parted = tuple((place, *own.totals()[1:]) for place, own in pairs)
+            members = self._members()
+            self._parted = tuple((places, *own.totals()[1:]) for own, places, _ in members)
         return self._parted
 
-    def part(self, known: Sequence[Sequence[float]]) -> None:
-        """Take over what `parted` gave."""
-        self.others, self._parted = {}, None
-        for place, taken, absorbed, held in known:
+    def part(self, known: Sequence[Sequence[Any]]) -> None:
+        """Take over what `parted` gave, or a state, which has more numbers of each."""
+        self.others, self._parted, self._ways = {}, None, None
+        shared: dict[str, Entry] = {}
+        for places, taken, absorbed, held, *more in known:
             own = Entry(self.coupling)
             own._take((self.coupling, int(taken), float(absorbed), float(held)))
-            self.others[int(place)] = own
+            if more:
+                own.asked, own.passed, own.kept, own.left = map(_nan_for_none, more)
+            own = shared.setdefault(repr(own), own)  # older ones are one for each place
+            self.others |= dict.fromkeys([places] if isinstance(places, int) else places, own)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
@@ -307,6 +395,7 @@ class Entry:
         self.asked = float(state.get("asked", math.nan))
         self.passed = float(state.get("passed", math.nan))
         self.kept = float(state.get("kept", math.nan))
+        self.left = _nan_for_none(state.get("left", None if self.absorbed else 1.0))
         self.part(state.get("others", ()))
         if self.kept == 1:  # no decay has acted since the last call, nor on the others
             for own in self.others.values():
@@ -337,6 +426,7 @@ class Entry:
         _, self.taken, self.absorbed, held = totals
         self.held = None if math.isnan(held) else held
         self.asked = self.passed = self.kept = math.nan
+        self.left = math.nan if self.absorbed else 1.0
 
     def _cut(self, step: int) -> None:
         """Forget the record from a step on; the last piece takes up the difference."""
@@ -348,6 +438,16 @@ class Entry:
             last.lr_end = last.lr if last.lr == last.lr_end else math.nan
             # The pieces have to sum to what is known of the whole.
             last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
+
+
+def _none_for_nan(value: float) -> float | None:
+    """Return a number for a state, which equals itself."""
+    return None if math.isnan(value) else value
+
+
+def _nan_for_none(value: Any) -> float:
+    """Return a number of a state."""
+    return math.nan if value is None else float(value)
 
 
 def _unknown(start: int, stop: int, absorbed: float) -> Piece:
@@ -365,6 +465,11 @@ def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
         else:
             result.append(piece)
     return result
+
+
+# An entry, the places of its tensors, and which of the parts of a step acted on them: that of these
+# places, the one of the set, (), or None, because they were still
+Way = tuple[Entry, tuple[int, ...], tuple[int, ...] | None]
 
 
 class Account:

@@ -15,7 +15,7 @@ import torch
 from ._rounding import HALF, in_memory_order
 from ._stochastic import shrink_stochastically
 
-__all__ = ["NAMED", "check_mask", "mask_of", "mean_over_entries", "shrink_masked"]
+__all__ = ["NAMED", "check_mask", "check_shapes", "mask_of", "mean_over_entries", "shrink_masked"]
 
 NAMED = ("cautious", "touched-rows")
 
@@ -44,6 +44,32 @@ def check_mask(mask: Any) -> None:
             raise ValueError(
                 f"the values of a mask must lie in [0, 1], got {float(one.min()):g} to "
                 f"{float(one.max()):g}"
+            )
+
+
+def check_shapes(params: Sequence[torch.Tensor], mask: Any) -> None:
+    """Raise unless a mask that consists of tensors fits the parameters.
+
+    Raises
+    ------
+    ValueError
+        If the shape of one cannot be expanded to the shape of its parameter.
+
+    Examples
+    --------
+    >>> check_shapes([torch.ones(3, 3)], torch.ones(3, 1))
+    """
+    for place, p in enumerate(params):
+        found = None if isinstance(mask, str) else mask_of(p, mask)
+        if found is None or p.is_meta:
+            continue
+        ours, theirs = tuple(_local(p).shape), tuple(_local(found).shape)
+        pairs = zip(ours[::-1], theirs[::-1], strict=False)
+        if len(theirs) > len(ours) or any(m not in (1, n) for n, m in pairs):
+            raise ValueError(
+                f"mask must have a shape that expands to the shape of each parameter it masks, got "
+                f"{theirs} for the parameter at place {place}, of shape {ours}. Give a mapping of "
+                "parameters to tensors, or rules by groups="
             )
 
 
@@ -92,8 +118,10 @@ def _of_sparse(p: torch.Tensor, grad: torch.Tensor, mask: str) -> torch.Tensor:
 @torch.no_grad()
 def shrink_masked(
     params: Sequence[torch.Tensor], mask: Any, strength: float, seed: int | None, step: int
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """Shrink parameters in place, and return the part of the decay that acted on each.
+
+    Beside it stands the largest part that acted on one of its entries, NaN where it was rounded.
 
     Parameters
     ----------
@@ -112,10 +140,10 @@ def shrink_masked(
     --------
     >>> w = torch.tensor([1.0, 3.0])
     >>> shrink_masked([w], torch.tensor([True, False]), 0.5, None, 0), w
-    ([0.1], tensor([0.5000, 3.0000]))
+    ([(0.1, 1.0)], tensor([0.5000, 3.0000]))
     """
     if strength == 0 or not params:
-        return [1.0] * len(params)
+        return [(1.0, 1.0)] * len(params)
     masks, numbers = [], []
     for p in params:
         found = mask_of(p, mask)
@@ -129,8 +157,23 @@ def shrink_masked(
             for p, m in zip(params, masks, strict=True)
         ]
         shrink_stochastically(params, strength, seed, step, parts)
-    pairs = torch.stack([one for pair in numbers for one in pair]).tolist()
-    return [_part(taken, all_) for taken, all_ in zip(pairs[::2], pairs[1::2], strict=True)]
+    most = [_most(p, m, seed is not None) for p, m in zip(params, masks, strict=True)]
+    known = [number for pair in numbers for number in pair]
+    known += [one for one in most if isinstance(one, torch.Tensor)]
+    values = iter(torch.stack(known).tolist())  # waits for the device, once
+    parts = [_part(next(values), next(values)) for _ in params]
+    largest = [next(values) if isinstance(one, torch.Tensor) else one for one in most]
+    # Where a named mask chooses nothing, nothing acts.
+    return [(part, one if part else 0.0) for part, one in zip(parts, largest, strict=True)]
+
+
+def _most(p: torch.Tensor, mask: torch.Tensor | None, by_chance: bool) -> float | torch.Tensor:
+    """Return the largest value of a mask, as a tensor where it has to be looked up."""
+    if p.dtype in HALF and not by_chance:
+        return math.nan
+    if mask is None or mask.dtype == torch.bool or not mask.numel():
+        return 1.0
+    return mask.max().double()
 
 
 def _local(tensor: Any) -> torch.Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
-from ._ledger import Entry
-from ._rounding import RoundedSet, half, warn_if_rounded
+from ._ledger import Entry, Part
+from ._rounding import HALF, Passed, RoundedSet, half, warn_if_rounded
 from ._targets import Target
 from .conventions import EffectiveDecay, lr_of
 from .coupling import COUNTED
@@ -41,16 +42,57 @@ def let_through(
     effective: Sequence[EffectiveDecay],
     ungated: Collection[int],
     step: int,
-) -> dict[int, tuple[float, float]]:
-    """Return the parts of each set's decay that enter its gradient, and reach its weights."""
-    parts = {}
+) -> tuple[dict[int, tuple[float, float]], dict[int, dict[tuple[int, ...], Part]]]:
+    """Return the parts of each set's decay that enter its gradient, and reach its weights.
+
+    Returns
+    -------
+    dict of int to (float, float)
+        By place the mean over the entries of the set.
+    dict of int to dict
+        By place what it is of each tensor, where tensors of several precisions are in a set.
+    """
+    means, parts = {}, {}
     for place, tried in rounded.items():
         (target, entry), found = ledgers[place], effective[place]
-        everything = target.group in ungated
-        moved = [p for p in found.params if p.grad is not None or everything]
-        part = tried.passed(moved, found.decay, lr_of(found.settings), step, entry.held)
-        parts[place] = part.entered, part.reached
-    return parts
+        moved, passed = _by_dtype(found.params, target.group in ungated), {}
+        lr = lr_of(found.settings)
+        for dtype, (places, params) in moved.items():
+            held = entry.others.get(places[0], entry).held
+            acts = (params, found.decay, lr, step, held)
+            passed[tuple(places)] = tried.passed(*acts) if dtype in HALF else Passed()
+        means[place] = _mean([*passed.values()], [params for _, params in moved.values()])
+        if len(set(passed.values())) > 1:
+            parts[place] = {places: one.part for places, one in passed.items()}
+    return means, parts
+
+
+def _by_dtype(
+    params: Sequence[torch.Tensor], everything: bool
+) -> dict[torch.dtype, tuple[list[int], list[torch.Tensor]]]:
+    """Return the places and the tensors that a step moves, by their precision."""
+    found: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
+    for place, p in enumerate(params):
+        if everything or p.grad is not None:
+            if (pair := found.get(p.dtype)) is None:
+                pair = found[p.dtype] = [], []
+            places, some = pair
+            places.append(place)
+            some.append(p)
+    return found
+
+
+def _mean(
+    passed: Sequence[Passed], params: Sequence[Sequence[torch.Tensor]]
+) -> tuple[float, float]:
+    """Return the mean over entries of what entered, and of what reached the weights."""
+    if len(set(passed)) == 1:
+        return passed[0].entered, passed[0].reached
+    sizes = [sum(p.numel() for p in some) for some in params]
+    total = max(1, sum(sizes))
+    pairs = [(n / total, found) for n, found in zip(sizes, passed, strict=True)]
+    entered = 1 + sum(share * (found.entered - 1) for share, found in pairs)
+    return entered, 1 + sum(share * (found.reached - 1) for share, found in pairs)
 
 
 def warn_of_rounding(ledgers: Ledgers, groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -65,6 +65,12 @@ class Passed:
     entered: float = 1.0
     reached: float = 1.0
 
+    @property
+    def part(self) -> tuple[float, float, float]:
+        """Both, and the largest part of an entry: NaN where rounding makes entries differ."""
+        most = 1.0 if self.entered == self.reached == 1 else math.nan
+        return self.entered, self.reached, most
+
 
 def half(params: Sequence[torch.Tensor]) -> bool:
     """Return whether a tensor is in half precision.
@@ -234,9 +240,11 @@ class RoundedSet:
             return Passed()
         if any(map(_elsewhere, rounded)):
             return self._expected(rounded, strength)
+        found = self._tried(_blocks(self._optimizer, rounded, step), decay, lr, held)
+        if len(rounded) == len(params):
+            return found
         # What is not in half precision decays in full: 1 + share (part - 1) in the mean.
         share = sum(p.numel() for p in rounded) / sum(p.numel() for p in params)
-        found = self._tried(_blocks(self._optimizer, rounded, step), decay, lr, held)
         entered, reached = (1 + share * (part - 1) for part in (found.entered, found.reached))
         return Passed(entered, reached)
 

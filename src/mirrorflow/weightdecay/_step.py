@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from ._agreement import settle, warn_if_missing
 from ._coverage import Coverage, CoveragePlan
 from ._group_state import INITIAL, MEMORY, recall, separated
-from ._ledger import TOTALS, Account, Entry, with_all_groups
+from ._ledger import TOTALS, Account, Entry, Part, with_all_groups
 from ._load import check_load, keep_own
 from ._masks import mean_over_entries, shrink_masked
 from ._momentum import follow, forget, keep_apart
@@ -105,8 +106,13 @@ class Stepping:
 
     def _feed(self) -> None:
         """Feed the loops the account of their decay, and save what they remember in the groups."""
-        pairs = ((target.schedule, entry.absorbed) for target, entry in self.ledgers)
-        feed(pairs, self.account.steps)
+        groups = self.optimizer.param_groups
+        most = (
+            entry.foremost(target.count(groups[target.group])) if entry.others else entry
+            for target, entry in self.ledgers
+        )
+        pairs = zip(self.ledgers, most, strict=True)
+        feed(((t.schedule, entry.absorbed) for (t, _), entry in pairs), self.account.steps)
         for index, loops in self.coverage.loops.items():
             memory = tuple(loop.memory() for loop in loops)
             self.optimizer.param_groups[index][MEMORY] = memory
@@ -177,7 +183,7 @@ class Stepping:
             return self._rest()
         if self.account.missing:
             warn_if_missing(self.account)
-        self._again = self.counter.continues(groups)
+        self._again = self.counter.continues(groups, self.optimizer.state)
         if self._again:
             self._write(self.account.steps - 1, strict=True)
         else:
@@ -265,6 +271,7 @@ class Stepping:
         """Refuse, before anything is changed, what these ledgers cannot go on from."""
         saved = state["param_groups"]
         if len(saved) == len(self.optimizer.param_groups):  # torch itself refuses another number
+            self.cover()  # a group added since the last step has its ledger in the checkpoint
             check_load(self.plan, self.coverage, self.account, saved)
 
     def after_load(self, optimizer: Optimizer) -> None:
@@ -322,7 +329,9 @@ class StepContext:
         self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
         self._passed: dict[int, tuple[float, float]] = {}  # by place, where weights are rounded
-        self._parts: dict[int, dict[int, float]] = {}  # by place and tensor, where decay is masked
+        self._parts: dict[
+            int, dict[tuple[int, ...], Part]
+        ] = {}  # by place and tensor, where these differ
         self.read()
 
     def read(self) -> None:
@@ -339,7 +348,9 @@ class StepContext:
 
     def round(self, rounded: Mapping[int, RoundedSet], step: int) -> None:
         """Find out what the precision of the weights will let through."""
-        self._passed |= let_through(rounded, self._ledgers, self._effective, self._ungated, step)
+        passed, parts = let_through(rounded, self._ledgers, self._effective, self._ungated, step)
+        self._passed |= passed
+        self._parts |= parts
 
     def shrink(
         self, step: int, everything: bool = False, seed: int | None = None, mask: Any = None
@@ -360,9 +371,10 @@ class StepContext:
             part = strength(found.decay, found.settings, entry.coupling)
             if mask is not None:
                 own = None if seed is None else seed + place
-                acted = shrink_masked(moved, mask, part, own, step)
-                self._parts[place] = dict(zip(chosen, acted, strict=True))
-                self._passed[place] = 1.0, mean_over_entries(acted, moved)
+                pairs = shrink_masked(moved, mask, part, own, step)
+                acted = zip(chosen, pairs, strict=True)
+                self._parts[place] = {(i,): (1.0, *parts) for i, parts in acted}
+                self._passed[place] = 1.0, mean_over_entries([mean for mean, _ in pairs], moved)
             elif seed is None:
                 shrink(moved, 1 - part)
             else:
@@ -379,7 +391,7 @@ class StepContext:
             if moved and place not in done:
                 passed, parts = self._passed.get(place, (1.0, 1.0)), self._parts.get(place)
                 still = () if target.group in self._ungated else found.still
-                entry.record(step, found.decay, found.settings, *passed, still, parts)
+                entry.record(step, found.decay, found.settings, *passed, still=still, parts=parts)
                 done.add(place)
 
     def idle(self, seen: Collection[int]) -> list[int]:
@@ -432,22 +444,40 @@ class StepCounter:
         """Leave the tensors, which a copy does not step."""
         return {"_lists": [], "_stepped": None, "_begun": None}
 
-    def continues(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+    def continues(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Any]
+    ) -> bool:
         """Return whether a call goes on with the last step: with none of its tensors, but others.
 
-        Where one group begins with the tensor of the last call, it does not, and that is all that
-        an ordinary step costs.
+        It does not where these replace the last ones, which have left no state then. Nor where one
+        group begins with the tensor of the last call, and that is all that an ordinary step costs.
         """
         lists = [group["params"] for group in groups]
-        pairs = zip(lists, self._lists, strict=False)
-        if any(now and before and now[0] is before[0] for now, before in pairs):
+        if self._begin_alike(lists):
             self._begun = None
             return False
         stepped = self._by_id(self._lists) if self._stepped is None else self._stepped
         now = self._by_id(lists)
         again = bool(now and stepped) and not now.keys() & stepped.keys()
+        if again and not any(p in state for p in stepped.values()):
+            # ZeRO-3 keeps the tensors and their state; who splits Gaussians moves the state.
+            moved = any(p in state for p in now.values())
+            stepped = {} if moved else self._kept_elsewhere(stepped)
+            again = bool(stepped)
         self._begun = stepped | now if again else now
         return again
+
+    def _begin_alike(self, lists: list[list[torch.Tensor]]) -> bool:
+        """Return whether a group begins with the tensor of the last call."""
+        pairs = zip(lists, self._lists, strict=False)
+        return any(now and before and now[0] is before[0] for now, before in pairs)
+
+    def _kept_elsewhere(self, stepped: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return the tensors that are kept by others than this; it keeps none of them then."""
+        known = {key: weakref.ref(p) for key, p in stepped.items()}
+        stepped.clear()
+        self._lists, self._stepped, self._begun = [], None, None
+        return {key: p for key, one in known.items() if (p := one()) is not None}
 
     def _by_id(self, lists: list[list[torch.Tensor]]) -> dict[int, torch.Tensor]:
         """Return the tensors by their ids, which they keep as long as they are kept."""

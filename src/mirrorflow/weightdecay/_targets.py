@@ -62,6 +62,10 @@ class Target:
         """Return the tensors, from the live group."""
         return tensors(group, self.positions)
 
+    def count(self, group: Mapping[str, Any]) -> int:
+        """Return the number of tensors, in the live group."""
+        return len(group["params"] if self.positions is None else self.positions)
+
 
 def rules(groups: Iterable[Rule]) -> tuple[Rule, ...]:
     """Return the (what, schedule) pairs of a user, checked.
@@ -309,15 +313,30 @@ def parameter_names(group: Mapping[str, Any], names: Mapping[int, str]) -> list[
 
 
 def warn_if_unused(
-    chosen: Sequence[tuple[Any, Any]], groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+    chosen: Sequence[tuple[Any, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    model: torch.nn.Module | None,
 ) -> None:
     """Warn of a rule that chooses nothing: it may be misspelt, or wait for a later group."""
+    names = names_of(model)
     for what, _ in chosen:
         if any(selected(what, i, group, names) or what == i for i, group in enumerate(groups)):
             continue
+        tied = _tied(what, names, model)
         warnings.warn(
-            f"groups: {_shown(what)} chooses no parameter of the optimizer yet", stacklevel=5
+            f"groups: {_shown(what)} chooses no parameter of the optimizer yet{tied}", stacklevel=5
         )
+
+
+def _tied(what: Any, names: Mapping[int, str], model: torch.nn.Module | None) -> str:
+    """Return that a pattern fits the second name of a weight, which counts by its first."""
+    if model is None or not isinstance(what, re.Pattern):
+        return ""
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = cleaned(names[id(p)])
+        if cleaned(name) != first and what.search(cleaned(name)):
+            return f": {cleaned(name)} is tied to {first}. Choose it by that name"
+    return ""
 
 
 def _shown(what: Any) -> str:

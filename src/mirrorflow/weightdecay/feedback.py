@@ -288,7 +288,8 @@ class OffAtBudget(Feedback):
     rate : float
         The rate until then, >= 0.
     budget : float
-        The largest -a_T = sum of lr x decay, > 0, of any group that it acts on.
+        The largest -a_T = sum of lr x decay, > 0, of any one tensor that it acts on: over the
+        steps in which the tensor had a gradient.
 
     Examples
     --------
@@ -330,7 +331,8 @@ def feed(absorbed: Iterable[tuple[Any, float]], step: int) -> None:
     Parameters
     ----------
     absorbed : iterable of (schedule, float)
-        What each set of tensors has absorbed; of a loop that has several the largest counts.
+        The most that a tensor of each set has absorbed; of a loop that has several the largest
+        counts.
     step : int
         The optimizer step that comes next.
     """

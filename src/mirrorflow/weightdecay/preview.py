@@ -185,6 +185,7 @@ def preview(
         for which, entry in zip(scheduler.targets, entries, strict=True)
     ]
     schedules = _copied_loops(scheduler.targets)
+    counts = [t.count(scheduler.optimizer.param_groups[t.group]) for t in scheduler.targets]
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
     for account, part in zip(most_ones, parts, strict=True):
         account.absorbed = part.most_so_far(account)
@@ -208,14 +209,14 @@ def preview(
                     account.record(step, decay, group, reached=reached)
             _extend(curves[i], lr_now, decay, entries[i].accumulated)
             most[i].append(most_ones[i].accumulated)
-        _feed(schedules, entries, step + 1)
-    names = _names(scheduler)
+        _feed(schedules, _foremost(entries, counts), step + 1)
+    names = [scheduler.name(target) for target in scheduler.targets]
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
     end = scheduler.steps + steps
     remarks = [
         *_remarks(schedules),
         *_cannot_fire(schedules, steps),
-        *_unspent(schedules, entries, end),
+        *_unspent(schedules, _foremost(entries, counts), end),
     ]
     outlooks = [
         outlook(scheduler, i, name, curves[i], (whole_ones[i].accumulated, most[i]), product)
@@ -265,11 +266,16 @@ def _copied_loops(targets: Sequence[Target]) -> list[Any]:
     return [copies.get(id(t.schedule), t.schedule) for t in targets]
 
 
-def _feed(schedules: Sequence[Any], entries: Sequence[Entry], step: int) -> None:
+def _foremost(entries: Sequence[Entry], counts: Sequence[int]) -> list[float]:
+    """Return the most that a tensor of each set has absorbed."""
+    return [entry.foremost(n).absorbed for entry, n in zip(entries, counts, strict=True)]
+
+
+def _feed(schedules: Sequence[Any], absorbed: Sequence[float], step: int) -> None:
     """Feed each `OffAtBudget` what has been absorbed: all that is known without a model."""
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
-        pairs = zip(schedules, entries, strict=True)
-        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        pairs = zip(schedules, absorbed, strict=True)
+        spent = max(value for schedule, value in pairs if schedule is loop)
         if loop.current:
             loop.update(step, spent)
 
@@ -299,12 +305,12 @@ def _cannot_fire(schedules: Sequence[Any], steps: int) -> list[str]:
     return remarks
 
 
-def _unspent(schedules: Sequence[Any], entries: Sequence[Entry], end: int) -> list[str]:
+def _unspent(schedules: Sequence[Any], absorbed: Sequence[float], end: int) -> list[str]:
     """Return remarks on the budgets that the run does not absorb: their decay never ends."""
     remarks = []
     for loop in {id(s): s for s in schedules if isinstance(s, OffAtBudget)}.values():
-        pairs = zip(schedules, entries, strict=True)
-        spent = max(entry.absorbed for schedule, entry in pairs if schedule is loop)
+        pairs = zip(schedules, absorbed, strict=True)
+        spent = max(value for schedule, value in pairs if schedule is loop)
         if loop.current and math.isnan(spent):
             remarks.append(
                 "OffAtBudget may never switch off: what acts is not known before the run"
@@ -315,15 +321,6 @@ def _unspent(schedules: Sequence[Any], entries: Sequence[Entry], end: int) -> li
                 f"budget of {loop.budget:g}"
             )
     return remarks
-
-
-def _names(scheduler: WeightDecayScheduler) -> list[str]:
-    """Return the name of each set of tensors; with the place of its group where two share one."""
-    names = [scheduler.name(target) for target in scheduler.targets]
-    return [
-        name if names.count(name) == 1 else f"{name} (group {target.group})"
-        for name, target in zip(names, scheduler.targets, strict=True)
-    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -340,6 +340,7 @@ class WeightDecayScheduler:
             If it is the state of other groups, rules or couplings, or with
             ``on_change="error"`` of another schedule; nothing is changed then.
         """
+        self._stepping.cover()  # a group added since the last step has its ledger in the state
         change = self._fingerprints.change(state, self.targets)
         effect = "The program's counts from here on"
         if change and self.plan.on_change == "error":
