@@ -1,6 +1,7 @@
 """What the preview knows of closed loops, metrics, and groups of one name."""
 
 import math
+import warnings
 
 import matplotlib
 import pytest
@@ -170,3 +171,22 @@ def test_accelerates_wrapped_scheduler_is_taken():
     assert not isinstance(wrapped, StepLR)
     scheduler = WeightDecayScheduler(optimizer, Constant(0.1))
     assert preview(scheduler, 3, wrapped).curves["0"][0] == [0.5, 0.5, 0.05]
+
+
+def test_a_budget_of_several_precisions_is_spent_when_the_run_spends_it():
+    def make():
+        whole = torch.nn.Parameter(torch.ones(8, 8))
+        half = torch.nn.Parameter(torch.ones(8, 8).bfloat16())
+        optimizer = torch.optim.AdamW([whole, half], lr=1e-3, weight_decay=1.0)
+        return optimizer, WeightDecayScheduler(optimizer, OffAtBudget(1.0, budget=0.02))
+
+    decays = preview(make()[1], 40).curves["0"][1]
+    optimizer, _ = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what rounding swallows
+        for decay in decays:
+            for w in optimizer.param_groups[0]["params"]:
+                w.grad = torch.zeros_like(w)
+            optimizer.step()
+            assert optimizer.param_groups[0]["weight_decay"] == decay
+    assert set(decays) == {0.0, 1.0}

@@ -184,6 +184,8 @@ def preview(
         ExpectedPart(scheduler, which, entry.coupling)
         for which, entry in zip(scheduler.targets, entries, strict=True)
     ]
+    # A run feeds budgets what the tensor has absorbed on which most acts, of a mask the mean.
+    masked = scheduler.plan.mask is not None
     schedules = _copied_loops(scheduler.targets)
     counts = [t.count(scheduler.optimizer.param_groups[t.group]) for t in scheduler.targets]
     curves: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in entries]
@@ -209,14 +211,15 @@ def preview(
                     account.record(step, decay, group, reached=reached)
             _extend(curves[i], lr_now, decay, entries[i].accumulated)
             most[i].append(most_ones[i].accumulated)
-        _feed(schedules, _foremost(entries, counts), step + 1)
+        spent = _foremost(entries if masked else most_ones, counts)
+        _feed(schedules, spent, step + 1)
     names = [scheduler.name(target) for target in scheduler.targets]
     rows = [row for name, entry in zip(names, entries, strict=True) for row in entry.rows(name)]
     end = scheduler.steps + steps
     remarks = [
         *_remarks(schedules),
         *_cannot_fire(schedules, steps),
-        *_unspent(schedules, _foremost(entries, counts), end),
+        *_unspent(schedules, _foremost(entries if masked else most_ones, counts), end),
     ]
     outlooks = [
         outlook(scheduler, i, name, curves[i], (whole_ones[i].accumulated, most[i]), product)
