@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._ledger import TENSORS, TOTALS, Account, Entry, Piece
+from ._ledger_state import adopt, replace_account, take_parted, take_state
 
 __all__ = ["check", "load", "settle", "warn_if_missing"]
 
@@ -39,7 +40,7 @@ def _is_that_loaded(account: Account, groups: Groups) -> bool:
     """
     if account.loaded is None:
         return False
-    account.take(account.loaded)
+    take_state(account, account.loaded)
     return _is_that_of(account, groups)
 
 
@@ -77,15 +78,15 @@ def _adopt(account: Account, groups: Groups) -> None:
     ]
     parted = [list(group.get(TENSORS, ())) for group in groups]
     for entry, index in zip(account.entries, account.group_of, strict=True):
-        entry.part(parted[index].pop(0) if parted[index] else ())
+        take_parted(entry, parted[index].pop(0) if parted[index] else ())
     ours, account.steps, account.fresh = account.steps, steps, False
     if all(_fits(entry, totals, ours, steps) for entry, totals in moves):
         for entry, totals in moves:
-            entry.adopt(totals, ours, steps)
+            adopt(entry, totals, ours, steps)
         account.missing = (ours, steps) if steps > ours else None
         return
     for entry, totals in moves:
-        entry.replace(totals, steps)
+        replace_account(entry, totals, steps)
     account.missing = (0, steps)
 
 
@@ -152,7 +153,7 @@ def load(account: Account, state: Mapping[str, Any], groups: Sequence[dict[str, 
         kind = saved.get("kind", entry.coupling)
         _check_coupling(entry.coupling, kind, saved["taken"], f"ledger {i}")
     account.loaded = {"steps": state["steps"], "entries": entries}
-    account.take(account.loaded)
+    take_state(account, account.loaded)
     if any(group.get(TOTALS, (0,))[0] for group in groups):
         settle(account, groups)
     else:

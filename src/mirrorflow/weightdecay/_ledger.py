@@ -26,7 +26,6 @@ TENSORS = "weight_decay_tensors"
 
 
 Part = tuple[float, float, float]  # what entered, what reached, and the most of an entry
-_NUMBERS = ("taken", "absorbed", "held", "asked", "passed", "kept", "span")  # of a state
 _MOST_PIECES = 64
 _NONE = math.nan  # "no momentum buffer yet", where only floats can be kept
 
@@ -354,21 +353,6 @@ class Entry:
             rows.append({"group": name, "kind": self.coupling} | vars(piece) | {"a": 0.0 - total})
         return rows
 
-    def state(self) -> dict[str, Any]:
-        """Return everything, in plain numbers, strings and lists."""
-        values = {name: getattr(self, name) for name in _NUMBERS}
-        others = [
-            [list(places), *totals, *self.others[places[0]]._more()]
-            for places, *totals in self.parted()
-        ]
-        pieces = [list(vars(piece).values()) for piece in self.pieces]
-        left = _none_for_nan(self.left)
-        return {"kind": self.coupling} | values | {"left": left, "others": others, "pieces": pieces}
-
-    def _more(self) -> Iterable[float | None]:
-        """Return what a state knows of a tensor beside what travels in the groups."""
-        return map(_none_for_nan, (self.asked, self.passed, self.kept, self.left))
-
     def parted(self) -> tuple[tuple[Any, ...], ...]:
         """Return the places, steps, sum and buffer of tensors with accounts of their own."""
         if self._parted is None:
@@ -376,84 +360,14 @@ class Entry:
             self._parted = tuple((places, *own.totals()[1:]) for own, places, _ in members)
         return self._parted
 
-    def part(self, known: Sequence[Sequence[Any]]) -> None:
-        """Take over what `parted` gave, or a state, which has more numbers of each."""
-        self.others, self._parted, self._ways = {}, None, None
-        shared: dict[str, Entry] = {}
-        for places, taken, absorbed, held, *more in known:
-            own = Entry(self.coupling)
-            own._take((self.coupling, int(taken), float(absorbed), float(held)))
-            if more:
-                own.asked, own.passed, own.kept, own.left = map(_nan_for_none, more)
-            own = shared.setdefault(repr(own), own)  # older ones are one for each place
-            self.others |= dict.fromkeys([places] if isinstance(places, int) else places, own)
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave."""
-        self.taken, self.absorbed = int(state["taken"]), float(state["absorbed"])
-        self.held, self.span = state["held"], int(state["span"])
-        self.asked = float(state.get("asked", math.nan))
-        self.passed = float(state.get("passed", math.nan))
-        self.kept = float(state.get("kept", math.nan))
-        self.left = _nan_for_none(state.get("left", None if self.absorbed else 1.0))
-        self.part(state.get("others", ()))
-        if self.kept == 1:  # no decay has acted since the last call, nor on the others
-            for own in self.others.values():
-                own.kept = 1.0
-        self.pieces = [Piece(*piece) for piece in state["pieces"]]
+    def set_others(self, others: dict[int, Entry]) -> None:
+        """Take these for the accounts of tensors that differ, by their place in the set."""
+        self.others, self._parted, self._ways = others, None, None
 
     def totals(self) -> tuple[str, int, float, float]:
         """Return the coupling and the numbers, without the record, as they travel in the groups."""
         held = _NONE if self.held is None else self.held
         return self.coupling, self.taken, self.absorbed, held
-
-    def adopt(self, totals: tuple[str, int, float, float], ours: int, theirs: int) -> None:
-        """Move from step ``ours`` to step ``theirs``, whose totals the optimizer knows."""
-        before = self.absorbed
-        self._take(totals)
-        if theirs > ours:
-            self.pieces.append(_unknown(ours, theirs, self.absorbed - before))
-        else:
-            self._cut(theirs)
-
-    def replace(self, totals: tuple[str, int, float, float], steps: int) -> None:
-        """Take the totals of another run; of its steps nothing but the sum is known."""
-        self._take(totals)
-        self.pieces = [_unknown(0, steps, self.absorbed)] if self.taken else []
-
-    def _take(self, totals: tuple[str, int, float, float]) -> None:
-        """Take over the numbers."""
-        _, self.taken, self.absorbed, held = totals
-        self.held = None if math.isnan(held) else held
-        self.asked = self.passed = self.kept = math.nan
-        self.left = math.nan if self.absorbed else 1.0
-
-    def _cut(self, step: int) -> None:
-        """Forget the record from a step on; the last piece takes up the difference."""
-        self.pieces = [piece for piece in self.pieces if piece.start < step]
-        if self.pieces and self.pieces[-1].stop > step:
-            last = self.pieces[-1]
-            last.stop = step
-            last.decay_end = last.decay if last.constant(last.decay) else math.nan
-            last.lr_end = last.lr if last.lr == last.lr_end else math.nan
-            # The pieces have to sum to what is known of the whole.
-            last.absorbed = self.absorbed - sum(p.absorbed for p in self.pieces[:-1])
-
-
-def _none_for_nan(value: float) -> float | None:
-    """Return a number for a state, which equals itself."""
-    return None if math.isnan(value) else value
-
-
-def _nan_for_none(value: Any) -> float:
-    """Return a number of a state."""
-    return math.nan if value is None else float(value)
-
-
-def _unknown(start: int, stop: int, absorbed: float) -> Piece:
-    """Return a piece of which only the sum is known."""
-    nan = math.nan
-    return Piece(start, stop, nan, nan, nan, nan, absorbed)
 
 
 def _joined(pieces: list[Piece], joins: Any) -> list[Piece]:
@@ -503,7 +417,7 @@ class Account:
         self.entries: list[Entry] = []
         self.group_of: list[int] = []
         self.loaded: Mapping[str, Any] | None = None  # since the last step
-        self._shared: list[tuple[Any, ...]] = []  # what the groups hold until a load
+        self.shared: list[tuple[Any, ...]] = []  # what the groups hold until a load
         self.missing: tuple[int, int] | None = None
 
     def open(self, entry: Entry, group: int) -> None:
@@ -519,8 +433,8 @@ class Account:
 
     def share(self, groups: Sequence[dict[str, Any]]) -> None:
         """Write the totals to the optimizer's groups."""
-        self._shared = self.totals(len(groups))
-        for group, values in zip(groups, self._shared, strict=True):
+        self.shared = self.totals(len(groups))
+        for group, values in zip(groups, self.shared, strict=True):
             group[TOTALS] = values
         if any(entry.others for entry in self.entries):
             parted: list[list[Any]] = [[] for _ in groups]
@@ -539,20 +453,7 @@ class Account:
     def agrees(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the groups hold what was last shared with them, the same objects."""
         known = [group.get(TOTALS) for group in groups]
-        return len(known) == len(self._shared) and all(map(operator.is_, known, self._shared))
-
-    # The scheduler's own state
-
-    def state(self) -> dict[str, Any]:
-        """Return everything in plain numbers, strings and lists."""
-        return {"steps": self.steps, "entries": [entry.state() for entry in self.entries]}
-
-    def take(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that has been checked."""
-        for entry, saved in zip(self.entries, state["entries"], strict=True):
-            entry.load(saved)
-        self._shared = []
-        self.steps, self.fresh, self.missing = int(state["steps"]), False, None
+        return len(known) == len(self.shared) and all(map(operator.is_, known, self.shared))
 
 
 def with_all_groups(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from ._coverage import CoveragePlan
 from ._fingerprint import Fingerprints
 from ._group_state import cleared, undone_if_it_fails
 from ._ledger import Account
+from ._ledger_state import account_state
 from ._load import object_to
 from ._momentum import forget
 from ._step import Stepping
@@ -326,7 +327,7 @@ class WeightDecayScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain numbers; safe under ``torch.load(weights_only=True)``."""
-        state = self.account.state() | self._fingerprints.state(self.targets)
+        state = account_state(self.account) | self._fingerprints.state(self.targets)
         return state if self.plan.rounding is None else state | {"seed": self._stepping.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
