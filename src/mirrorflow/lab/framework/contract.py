@@ -387,8 +387,9 @@ def config_from(
         found = module.Config(**values)
     except ValidationError as error:
         raise ValueError(f"{module.NAME}: {mistakes(error)}") from None
-    if min(getattr(found, "seeds", None) or [0]) < 0:  # of no random generator
-        raise ValueError(f"{module.NAME}: seeds must be >= 0, got {found.seeds}.")
+    seeds = getattr(found, "seeds", None) or (0,)
+    if min(seeds) < 0:  # of no random generator
+        raise ValueError(f"{module.NAME}: seeds must be >= 0, got {seeds}.")
     return found
 
 
