@@ -102,7 +102,10 @@ class AdapterFile:
         if self._config or HEADER in self._metadata or self._alpha_key(pair):
             return ""
         if pair.right.key.startswith(PREFIX):
-            return f"{CONFIG} is missing, by which its scale depends on the rank: {UNCHANGED}"
+            return (
+                f"{CONFIG} must be beside the file, since the scale depends on the rank by it, got "
+                f"none: {UNCHANGED}"
+            )
         for key in ("network_alpha", "ss_network_alpha"):
             if key in self._metadata:
                 return f"its scale depends on the rank, by {key} in the header: {UNCHANGED}"

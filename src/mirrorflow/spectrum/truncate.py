@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from ._adapter_file import CONFIG, AdapterFile
+from ._adapter_file import CONFIG, UNCHANGED, AdapterFile
 from ._checkpoint_files import adapters_below, reader
 from ._truncated_model import truncate_model
 from .pairs import choose
@@ -284,7 +284,9 @@ def plan_truncation(
             records.append(product[0])
             tensors |= product[1]
     if not records:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+        # Nothing is copied where nothing is truncated.
+        each = ((name, reason.removesuffix(f": {UNCHANGED}")) for name, reason in skipped)
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in each)
         raise ValueError(f"{path} must hold a product A B to truncate, got none.{reasons}")
     return _planned(adapter, records, [*skipped, *adapters_below(adapter.source)], tensors)
 
