@@ -207,7 +207,9 @@ def test_the_file_of_a_folder_is_written_with_its_configuration(tmp_path):
     truncate(file, rank=2, out=tmp_path / "new")
     assert audit(tmp_path / "new").records[0].shape == (24, 2, 24)
     (tmp_path / "old" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"adapter_config\.json must be beside the file, [^:]*got none$"):
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json must be beside the file, [^:]*got none$"
+    ):
         plan_truncation(file, rank=2)
 
 
