@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # What the core alone can run; the other tests need frameworks.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture schedule schedule_refusals conditions conditions_refusals legendre \
-	legendre_edges laws flow limit limit_input descent estimator estimator_cv coder completion \
+	legendre_edges laws flow limit limit_input descent estimator estimator_cv estimator_net estimator_ridge coder completion \
 	spectrum weightdecay weightdecay_resume ledger units feedback feedback_reports lint))
 
 # Two installs into one .venv at the same time would spoil it.

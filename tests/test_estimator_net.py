@@ -170,6 +170,7 @@ def test_a_constant_target_has_no_coefficients():
 
 
 def test_a_display_shows_an_elastic_net_as_a_line():
+    pytest.importorskip("matplotlib")
     X, y, _ = noisy(seed=4, noise=4.0)
     model = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
     assert model.best_kind_ == "elastic net"

@@ -102,6 +102,7 @@ def test_ridge_regression_is_left_out_where_it_is_not_what_was_asked_for():
 
 
 def test_a_display_shows_ridge_regression_as_a_line():
+    pytest.importorskip("matplotlib")
     X, y, _ = dense_truth()
     model = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
     assert model.best_kind_ == "ridge"

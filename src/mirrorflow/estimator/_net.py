@@ -83,8 +83,8 @@ def _path(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             found[k] = enet_path(
-                Z, t[:, k], l1_ratio=ratios[k], alphas=alphas, positive=positive, tol=tol,
-                max_iter=SWEEPS, check_input=False,
+                Z, np.ascontiguousarray(t[:, k]), l1_ratio=ratios[k], alphas=alphas,
+                positive=positive, tol=tol, max_iter=SWEEPS, precompute=False, check_input=False,
             )[1].T  # fmt: skip
     return found
 
