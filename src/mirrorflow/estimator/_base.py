@@ -213,8 +213,8 @@ class FlowRegressor(RegressorMixin, BaseEstimator):
         self, data: Data, ratio: float, penalties: Array, dtype: Any, single: bool
     ) -> None:
         """Fit an elastic net with the last of the penalties; all of them are its path."""
+        path = net_path(data, data.weights, ratio, penalties, self.positive, NET_TOL)
         ratios = mixes(data, ratio)
-        path = net_path(data, data.weights, ratios, penalties, self.positive, NET_TOL)
         nu = net_dual(data, path[:, -1], ratios, float(penalties[-1]))
         image = partial(net_primal, ratios=ratios, positive=self.positive)
         self._keep_linear(data, path, nu, image, dtype, single)

@@ -12,7 +12,7 @@ from scipy.sparse import issparse
 
 from ._data import BLOCK, CONSTANT, Data
 from ._flows import Flows, GramFlows, RowFlows, tall
-from ._net import mixes, net_of_moments, net_path
+from ._net import net_of_moments, net_path
 from ._ridge import ridge_of_gram, ridge_path, ridge_unit
 
 __all__ = ["FoldProblem", "fold_problem"]
@@ -137,7 +137,7 @@ class _RowFolds(FoldProblem):
     def net(self, fold: int, ratio: float, penalties: Array, tol: float) -> Array:
         """Return the coefficients from the rows."""
         weights, positive = self.train[fold], self.positive
-        found = net_path(self.data, weights, mixes(self.data, ratio), penalties, positive, tol)
+        found = net_path(self.data, weights, ratio, penalties, positive, tol)
         return found / self.scale[:, None, None]
 
 
@@ -202,9 +202,9 @@ class _GramFolds(FoldProblem):
 
     def net(self, fold: int, ratio: float, penalties: Array, tol: float) -> Array:
         """Return the coefficients from the moments."""
-        M, d, data = self.train[fold], self.data.X.shape[1], self.data
-        moments, ratios = (M[:d, :d], M[:d, d:]), mixes(data, ratio)
-        return net_of_moments(*moments, data.pull, ratios, penalties, self.positive, tol)
+        M, d = self.train[fold], self.data.X.shape[1]
+        moments = M[:d, :d], M[:d, d:]
+        return net_of_moments(self.data, *moments, ratio, penalties, self.positive, tol)
 
 
 def _moments(Z: Array, weights: Array) -> Array:
