@@ -94,18 +94,19 @@ def _alphas(data: Data, ratio: float, penalties: Array) -> Array:
 
 
 def _path(
-    data: Data, Z: Array, t: Array, ratio: float, penalties: Array, positive: bool, tol: float
+    data: Data, Z: Any, t: Array, ratio: float, penalties: Array, positive: bool, tol: float
 ) -> Array:
     """Return the coefficients for least squares |t - Z x|^2 / 2, for unit scales."""
     found = np.zeros((len(data.pull), len(penalties), Z.shape[1]))
     # scikit-learn divides the squares, not the penalty, by the number of rows.
     alphas = _alphas(data, ratio, penalties) / max(len(Z), 1)
+    options: Any = {"precompute": False, "check_input": False}  # what they are is known
     for k in np.flatnonzero(data.pull > 0):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             found[k] = enet_path(
                 Z, np.ascontiguousarray(t[:, k], dtype=Z.dtype), l1_ratio=ratio, alphas=alphas[k],
-                positive=positive, tol=tol, max_iter=SWEEPS, precompute=False, check_input=False,
+                positive=positive, tol=tol, max_iter=SWEEPS, **options,
             )[1].T  # fmt: skip
     return found
 
