@@ -1,6 +1,5 @@
 """Elastic nets as candidates of the cross-validation, against scikit-learn's."""
 
-import joblib
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
@@ -8,6 +7,7 @@ from sklearn.linear_model import ElasticNet
 from sklearn.model_selection import KFold
 
 import mirrorflow as mf
+from linear_models import check_display, check_sharing
 
 FEW = {"log_As": (-6.0,), "ts": 4, "ridges": (), "cv": KFold(4)}
 PENALTIES = np.geomspace(1.0, 1e-2, 18)[1:]
@@ -135,12 +135,7 @@ def test_a_sparse_matrix_and_several_targets_are_the_same_problem():
 
 def test_the_way_the_work_is_shared_out_changes_no_bit_of_an_elastic_net():
     X, y, _ = noisy(seed=4, noise=4.0)
-    alone = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    with joblib.parallel_config("threading", n_jobs=2):
-        shared = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    assert alone.best_kind_ == "elastic net"
-    np.testing.assert_array_equal(shared.net_mse_, alone.net_mse_)
-    np.testing.assert_array_equal(shared.coef_, alone.coef_)
+    check_sharing(mf.MirrorFlowRegressorCV(**FEW), X, y, "elastic net", "net_mse_")
 
 
 def test_elastic_nets_are_left_out_where_they_are_not_what_was_asked_for():
@@ -170,12 +165,5 @@ def test_a_constant_target_has_no_coefficients():
 
 
 def test_a_display_shows_an_elastic_net_as_a_line():
-    pytest.importorskip("matplotlib")
     X, y, _ = noisy(seed=4, noise=4.0)
-    model = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    assert model.best_kind_ == "elastic net"
-    display = mf.MirrorFlowCVDisplay.from_estimator(model)
-    line = [line for line in display.ax_.get_lines() if line.get_label() == "elastic net, chosen"]
-    assert line[0].get_ydata()[0] == pytest.approx(model.net_mse_.mean(2).min())
-    with pytest.raises(ValueError, match="the path must be of a flow"):
-        mf.MirrorFlowCVDisplay.from_estimator(model, kind="path")
+    check_display(mf.MirrorFlowRegressorCV(**FEW).fit(X, y), "elastic net", "net_mse_")

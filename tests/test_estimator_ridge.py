@@ -1,6 +1,5 @@
 """Ridge regression as a candidate of the cross-validation, against scikit-learn's."""
 
-import joblib
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
@@ -8,6 +7,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold
 
 import mirrorflow as mf
+from linear_models import check_display, check_sharing
 
 FEW = {"log_As": (-6.0,), "ts": 4, "l1_ratios": ()}
 
@@ -81,12 +81,7 @@ def test_a_sparse_matrix_and_several_targets_are_the_same_problem():
 
 def test_the_way_the_work_is_shared_out_changes_no_bit_of_ridge_regression():
     X, y, _ = dense_truth()
-    alone = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    with joblib.parallel_config("threading", n_jobs=2):
-        shared = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    assert alone.best_kind_ == "ridge"
-    np.testing.assert_array_equal(shared.ridge_mse_, alone.ridge_mse_)
-    np.testing.assert_array_equal(shared.coef_, alone.coef_)
+    check_sharing(mf.MirrorFlowRegressorCV(**FEW), X, y, "ridge", "ridge_mse_")
 
 
 def test_ridge_regression_is_left_out_where_it_is_not_what_was_asked_for():
@@ -102,15 +97,8 @@ def test_ridge_regression_is_left_out_where_it_is_not_what_was_asked_for():
 
 
 def test_a_display_shows_ridge_regression_as_a_line():
-    pytest.importorskip("matplotlib")
     X, y, _ = dense_truth()
-    model = mf.MirrorFlowRegressorCV(**FEW).fit(X, y)
-    assert model.best_kind_ == "ridge"
-    display = mf.MirrorFlowCVDisplay.from_estimator(model)
-    line = [line for line in display.ax_.get_lines() if line.get_label() == "ridge, chosen"]
-    assert line[0].get_ydata()[0] == pytest.approx(model.ridge_mse_.mean(1).min())
-    with pytest.raises(ValueError, match="the path must be of a flow"):
-        mf.MirrorFlowCVDisplay.from_estimator(model, kind="path")
+    check_display(mf.MirrorFlowRegressorCV(**FEW).fit(X, y), "ridge", "ridge_mse_")
 
 
 def test_data_without_noise_keep_the_zeros_of_a_flow():

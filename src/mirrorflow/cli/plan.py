@@ -78,7 +78,7 @@ def _decay(text: str | None) -> Any:
     if text is None:
         return None
     try:
-        return float(text)  # as of the other options: .1 is no number in JSON
+        return float(text)  # like the other options: .1 is not a number in JSON
     except ValueError:
         pass
     try:

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._agreement import check
-from ._coverage import Coverage, CoveragePlan
-from ._group_state import INITIAL, recall
-from ._ledger import Account
+from torch.optim import Optimizer
 
-__all__ = ["check_load", "keep_own", "object_to"]
+from ._agreement import check, settle
+from ._coverage import Coverage, CoveragePlan
+from ._group_state import INITIAL, recall, separated
+from ._ledger import TOTALS, Account
+
+__all__ = ["check_load", "object_to", "take_loaded"]
 
 
 def check_load(
@@ -41,11 +43,23 @@ def _matters(plan: CoveragePlan, coverage: Coverage, index: int) -> bool:
     return plan.decoupled and any(t.schedule is None for t in own)
 
 
-def keep_own(plan: CoveragePlan, coverage: Coverage, groups: Sequence[dict[str, Any]]) -> None:
+def _keep_own(plan: CoveragePlan, coverage: Coverage, groups: Sequence[dict[str, Any]]) -> None:
     """Put the groups' own decays back where the checkpoint has none, or the program's counts."""
     for group, own in zip(groups, coverage.own, strict=False):
         if plan.on_change == "program" or INITIAL not in group:
             group[INITIAL] = own
+
+
+def take_loaded(
+    plan: CoveragePlan, coverage: Coverage, account: Account, optimizer: Optimizer
+) -> None:
+    """Take over what the groups know that an optimizer has loaded."""
+    groups = optimizer.param_groups
+    _keep_own(plan, coverage, groups)
+    separated(groups, optimizer.defaults)
+    account.alone = account.alone and not any(TOTALS in group for group in groups)
+    settle(account, groups)
+    recall(coverage.loops, groups)
 
 
 def object_to(plan: CoveragePlan, change: str, effect: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from ._rounding import HALF, in_memory_order
 from ._stochastic import shrink_stochastically
 
-__all__ = ["NAMED", "check_mask", "check_shapes", "mask_of", "mean_over_entries", "shrink_masked"]
+__all__ = ["NAMED", "check_mask", "check_shapes", "mask_of", "shrink_each", "shrink_masked"]
 
 NAMED = ("cautious", "touched-rows")
 
@@ -208,7 +208,20 @@ def _multiply(
     return ((before * (before - p.float())).sum() / strength).double(), pair[1]
 
 
-def mean_over_entries(parts: Sequence[float], params: Sequence[torch.Tensor]) -> float:
+def shrink_each(
+    acts: Mapping[int, torch.Tensor], mask: Any, strength: float, seed: int | None, step: int
+) -> tuple[tuple[float, float], dict[tuple[int, ...], tuple[float, float, float]]]:
+    """Shrink parameters at places of a set, and return what entered and reached it, and each.
+
+    As `Entry.record` takes them.
+    """
+    params = list(acts.values())
+    pairs = shrink_masked(params, mask, strength, seed, step)
+    each = {(place,): (1.0, *parts) for place, parts in zip(acts, pairs, strict=True)}
+    return (1.0, _mean_over_entries([mean for mean, _ in pairs], params)), each
+
+
+def _mean_over_entries(parts: Sequence[float], params: Sequence[torch.Tensor]) -> float:
     """Return the mean of what acted on tensors, over their entries."""
     total = sum(p.numel() for p in params)
     pairs = zip(parts, params, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,16 +11,23 @@ from torch.optim import Optimizer
 
 from ._agreement import settle, warn_if_missing
 from ._coverage import Coverage, CoveragePlan
-from ._group_state import INITIAL, MEMORY, recall, separated
-from ._ledger import TOTALS, Account, Entry, Part, with_all_groups
-from ._load import check_load, keep_own
-from ._masks import mean_over_entries, shrink_masked
+from ._group_state import INITIAL, MEMORY, recall
+from ._ledger import Account, Entry, Part, with_all_groups
+from ._load import check_load, take_loaded
+from ._masks import shrink_each
 from ._momentum import follow, forget, keep_apart
 from ._rounded_sets import let_through, rounded_sets, warn_of_rounding
 from ._rounding import RoundedSet
 from ._stochastic import shrink_stochastically
 from ._targets import Target
-from ._watchdogs import CountComparison, GradientWatchdog, only_makes_state, stands_still
+from ._watchdogs import (
+    CountComparison,
+    GradientWatchdog,
+    check_not_captured,
+    only_makes_state,
+    stands_still,
+    warn_of_too_much,
+)
 from .conventions import (
     EffectiveDecay,
     NoValueError,
@@ -29,6 +35,7 @@ from .conventions import (
     decay_of,
     rate_at,
     read_effective,
+    set_decay,
     shrink,
     strength,
 )
@@ -132,7 +139,7 @@ class Stepping:
         outside = self.plan.decoupled
         for (target, _), rate, decay in zip(self.ledgers, rates, last, strict=True):
             if outside or rate is not None:
-                _set_decay(groups[target.group], 0.0 if outside else decay)
+                set_decay(groups[target.group], 0.0 if outside else decay)
 
     def _keep(self, groups: Sequence[dict[str, Any]]) -> None:
         """Leave the decay as it is, where none is known of a step that may never come."""
@@ -140,7 +147,7 @@ class Stepping:
         now = self.decays(self.rates, groups)
         if self.plan.decoupled:
             for group in groups:
-                _set_decay(group, 0.0)
+                set_decay(group, 0.0)
             now = [*self.last, *now[len(self.last) :]]
         self.last = now
 
@@ -171,7 +178,8 @@ class Stepping:
     @with_all_groups
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Write the decay that acts in this step, or apply it."""
-        _check_not_captured()
+        if torch.cuda.is_initialized():
+            check_not_captured()
         groups = self.optimizer.param_groups
         self.cover()
         if not self.account.agrees(groups):
@@ -262,7 +270,7 @@ class Stepping:
         for target, entry in self.ledgers:
             group = groups[target.group]
             if target.schedule is not None:
-                _set_decay(group, 0.0)
+                set_decay(group, 0.0)
             if self.plan.exact_off and entry.coupling == "sgd":  # its state has a part that is ours
                 follow(self.optimizer, group, target.params(group), 0.0)
         self._context = StepContext(self.ledgers, groups, [0.0] * len(self.ledgers))
@@ -276,13 +284,8 @@ class Stepping:
 
     def after_load(self, optimizer: Optimizer) -> None:
         """Take over what the loaded groups know."""
-        groups = self.optimizer.param_groups
-        keep_own(self.plan, self.coverage, groups)
-        separated(groups, self.optimizer.defaults)
         self.counts.loaded(self.optimizer)
-        self.account.alone = self.account.alone and not any(TOTALS in group for group in groups)
-        settle(self.account, groups)
-        recall(self.coverage.loops, groups)
+        take_loaded(self.plan, self.coverage, self.account, self.optimizer)
         self.write()
         if not self.plan.exact_off:
             forget(self.optimizer)
@@ -329,9 +332,8 @@ class StepContext:
         self._ledgers, self._groups, self._ungated = ledgers, groups, ungated
         self._decays = [None] * len(ledgers) if decays is None else decays
         self._passed: dict[int, tuple[float, float]] = {}  # by place, where weights are rounded
-        self._parts: dict[
-            int, dict[tuple[int, ...], Part]
-        ] = {}  # by place and tensor, where these differ
+        # By place and tensors, where these differ
+        self._parts: dict[int, dict[tuple[int, ...], Part]] = {}
         self.read()
 
     def read(self) -> None:
@@ -361,20 +363,14 @@ class StepContext:
         """
         places = enumerate(zip(self._ledgers, self._effective, strict=True))
         for place, ((_, entry), found) in places:
-            chosen = {
-                i: p
-                for i, p in enumerate(found.params)
-                if p.grad is not None or (everything and p.requires_grad)
-            }
-            moved = list(chosen.values())
+            each = enumerate(found.params)
+            acts = {i: p for i, p in each if p.grad is not None or (everything and p.requires_grad)}
+            moved = list(acts.values())
             # w <- (1 - lr lambda) w, before the step, as AdamW does
             part = strength(found.decay, found.settings, entry.coupling)
             if mask is not None:
                 own = None if seed is None else seed + place
-                pairs = shrink_masked(moved, mask, part, own, step)
-                acted = zip(chosen, pairs, strict=True)
-                self._parts[place] = {(i,): (1.0, *parts) for i, parts in acted}
-                self._passed[place] = 1.0, mean_over_entries([mean for mean, _ in pairs], moved)
+                self._passed[place], self._parts[place] = shrink_each(acts, mask, part, own, step)
             elif seed is None:
                 shrink(moved, 1 - part)
             else:
@@ -413,18 +409,9 @@ class StepContext:
         for (target, entry), found in zip(self._ledgers, self._effective, strict=True):
             taken = strength(found.decay, found.settings, entry.coupling)
             if taken >= 1 and found.params:
-                product = "weight_decay" if entry.coupling == "fixed" else "lr * weight_decay"
-                effect = "flips the sign of the weights" if taken > 1 else "sets the weights to 0"
-                text = _TOO_MUCH.format(product, taken, target.group, step, effect)
-                warnings.warn(text, stacklevel=4)
+                warn_of_too_much(target.group, entry.coupling, taken, step)
                 return True
         return False
-
-
-_TOO_MUCH = (
-    "{} = {:g} >= 1 for group {} at step {}: this step {}. Use a smaller rate, or set convention= "
-    "to what the rate means"
-)
 
 
 class StepCounter:
@@ -491,15 +478,6 @@ class StepCounter:
 # Whether a call of ``optimizer.step`` is a step
 
 
-def _check_not_captured() -> None:
-    """Raise while a CUDA graph records, which would keep the decay of this moment."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
-            "of this moment for ever. Capture forward and backward, and step outside of the graph"
-        )
-
-
 def _skipped(optimizer: Optimizer) -> bool:
     """Return whether a GradScaler makes a fused optimizer skip this step; others it never calls."""
     return bool(getattr(optimizer, "found_inf", None))
@@ -520,11 +498,3 @@ def _followed(after: Callable[[], None], args: Any, kwargs: Any) -> Any:
         return loss
 
     return (args[0], closure_and_after), {k: v for k, v in kwargs.items() if k != "closure"}
-
-
-def _set_decay(group: dict[str, Any], decay: float) -> None:
-    """Set the decay of a group that has one; a tensor in place, since a graph may hold it."""
-    if isinstance(group.get("weight_decay"), torch.Tensor):
-        group["weight_decay"].fill_(decay)
-    elif "weight_decay" in group:
-        group["weight_decay"] = decay

@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 from ._ledger import TOTALS, Account
 from .conventions import lr_of
 
-__all__ = ["CountComparison", "GradientWatchdog", "only_makes_state", "stands_still"]
+__all__ = [
+    "CountComparison",
+    "GradientWatchdog",
+    "only_makes_state",
+    "stands_still",
+    "warn_of_too_much",
+]
 
 
 class CountComparison:
@@ -149,3 +155,23 @@ def _moves(gradient: Any) -> bool:
     """Return whether this process's part of a gradient is not 0; False without data."""
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return not local.is_meta and bool(local.any())
+
+
+def warn_of_too_much(group: int, coupling: str, taken: float, step: int) -> None:
+    """Warn of a decay that takes the weights of a group to 0, or through it."""
+    product = "weight_decay" if coupling == "fixed" else "lr * weight_decay"
+    effect = "flips the sign of the weights" if taken > 1 else "sets the weights to 0"
+    warnings.warn(
+        f"{product} = {taken:g} >= 1 for group {group} at step {step}: this step {effect}. Use a "
+        "smaller rate, or set convention= to what the rate means",
+        stacklevel=5,
+    )
+
+
+def check_not_captured() -> None:
+    """Raise while a CUDA graph records, which would keep the decay of this moment."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer.step() is being captured in a CUDA graph: a replay would repeat the decay "
+            "of this moment for ever. Capture forward and backward, and step outside of the graph"
+        )

@@ -45,6 +45,7 @@ __all__ = [
     "peak_lr",
     "rate_at",
     "read_effective",
+    "set_decay",
     "shrink",
     "strength",
     "tensors",
@@ -336,6 +337,14 @@ def read_effective(
     params = tensors(group, positions)
     still = [place for place, p in enumerate(params) if p.grad is None]
     return EffectiveDecay(acts, settings, params, still)
+
+
+def set_decay(group: dict[str, Any], decay: float) -> None:
+    """Set the decay of a group that has one; a tensor in place, since a graph may hold it."""
+    if isinstance(group.get("weight_decay"), torch.Tensor):
+        group["weight_decay"].fill_(decay)
+    elif "weight_decay" in group:
+        group["weight_decay"] = decay
 
 
 def tensors(group: Mapping[str, Any], positions: Sequence[int] | None = None) -> list[torch.Tensor]:

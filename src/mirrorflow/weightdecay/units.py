@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -164,17 +164,22 @@ def budget(
     return math.fsum(acts)  # exact: thousands of small terms
 
 
+class _Settings(TypedDict, total=False):
+    """The settings of a budget."""
+
+    convention: str | None
+    kind: str
+    momentum: float
+    peak: float | None
+
+
 @overload
 def scale_to_budget(
     schedule: Schedule,
     other: Any,
     lrs: Any,
     steps: int | None = None,
-    *,
-    convention: str | None = None,
-    kind: str = "decoupled",
-    momentum: float = 0.0,
-    peak: float | None = None,
+    **settings: Unpack[_Settings],
 ) -> Scaled: ...
 
 
@@ -184,11 +189,7 @@ def scale_to_budget(
     other: Any,
     lrs: Any,
     steps: int | None = None,
-    *,
-    convention: str | None = None,
-    kind: str = "decoupled",
-    momentum: float = 0.0,
-    peak: float | None = None,
+    **settings: Unpack[_Settings],
 ) -> ScaledFunction: ...
 
 
@@ -232,7 +233,7 @@ def scale_to_budget(
     (0.4, 0.4, 0.0)
     """
     rates = _lrs(lrs, steps)
-    settings: dict[str, Any] = {"convention": convention, "kind": kind, "momentum": momentum}
+    settings: _Settings = {"convention": convention, "kind": kind, "momentum": momentum}
     settings["peak"] = _peak(lrs, rates, convention, peak)
     own = budget(schedule, rates, **settings)
     if own == 0:
