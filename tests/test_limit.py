@@ -339,3 +339,10 @@ def test_what_rounding_forbids_keeps_the_closest_point():
     with pytest.warns(RuntimeWarning, match="no longer improved"):
         sol = mf.limit(R, Z, y, -1e7)
     assert sol.status is Status.stalled and 1e-9 < sol.stats.residual < 1e-5
+
+
+def test_numbers_of_low_precision_are_numbers():
+    Z, y = tensors(np.array([[1.0, 2.0]]), np.array([2.0]))
+    R = zero_start(2)
+    found, expected = (mf.limit(R, Z, t, -1.0).value for t in (y.bfloat16(), y))
+    assert torch.equal(found, expected)

@@ -492,10 +492,3 @@ def test_problems_without_a_solution_print_nothing(capfd):
     with pytest.warns(RuntimeWarning, match="no x in the domain"):
         assert mf.limit(R, Z, y, 0.0).status is Status.inconsistent
     assert capfd.readouterr() == ("", "")
-
-
-def test_numbers_of_low_precision_are_numbers():
-    Z, y = tensors(np.array([[1.0, 2.0]]), np.array([2.0]))
-    R = zero_start(2)
-    found, expected = (mf.limit(R, Z, t, -1.0).value for t in (y.bfloat16(), y))
-    assert torch.equal(found, expected)

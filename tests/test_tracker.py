@@ -306,3 +306,24 @@ def test_weights_that_zero_3_has_divided_are_named_with_what_to_do():
         weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # as deepspeed leaves them
     with pytest.raises(ValueError, match=r"q_proj\.weight: ZeRO-3 has divided .*GatheredParam"):
         SpectralTracker(model)
+
+
+def test_attention_whose_adapters_are_merged_is_measured_with_them_and_says_so():
+    peft, tf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=4))
+    config = peft.LoraConfig(r=6, init_lora_weights=False, target_modules=["q_proj"])
+    model = peft.get_peft_model(base, config).double()
+    tracker = SpectralTracker(model, match="attn", frozen=True)
+    apart = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    model.merge_adapter()
+    merged = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    model.unmerge_adapter()
+    again = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
+    for name in apart:
+        assert "without the adapters' updates" in apart[name].notes[-1]
+        assert "are merged into" in merged[name].notes[-1]
+        assert merged[name].nuclear != apart[name].nuclear
+        assert again[name].notes == apart[name].notes
+    assert apart

@@ -372,22 +372,6 @@ def test_merged_updates_dora_and_fresh_adapters_are_told():
     }
 
 
-def test_attention_whose_adapters_are_merged_is_measured_with_them_and_says_so():
-    model = adapted()
-    tracker = SpectralTracker(model, match="attn", frozen=True)
-    apart = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
-    model.merge_adapter()
-    merged = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
-    model.unmerge_adapter()
-    again = {r.name: r for r in tracker.measure().records if r.kind == "attention"}
-    for name in apart:
-        assert "without the adapters' updates" in apart[name].notes[-1]
-        assert "are merged into" in merged[name].notes[-1]
-        assert merged[name].nuclear != apart[name].nuclear
-        assert again[name].notes == apart[name].notes
-    assert apart
-
-
 def test_tied_adapters_are_truncated_once():
     torch.manual_seed(0)
     base = llama(tie_word_embeddings=True)
