@@ -115,7 +115,8 @@ def without_flow(
     ``flows`` are the errors (n_candidates, n_folds) of flows, ``alone`` (n_folds,) those of the
     intercept. Ridge regression must have less error than all of them. For an elastic net, which has
     zeros as well, it is enough to be near the best flow, and better than the intercept: where many
-    flows were tried, one that is better by a hair is so by chance.
+    flows were tried, one that is better by a hair is so by chance. This rule and the l1 ratios were
+    chosen on draws of the sparse study with seeds 200 to 203, which it does not report.
     """
     rows = np.concatenate([*flows, alone[None]])
     best = rows[rows.mean(axis=1).argmin()]

@@ -64,7 +64,7 @@ class MirrorFlowRegressorCV(FlowRegressor):
     shrinkages : array of floats in (0, 1), default=()
         A flow more for each, from the largest of ``log_As``, whose decay stays on: it tends to the
         lasso with this fraction of the smallest penalty that leaves nothing, and is stopped like
-        the others. None with ``decay``.
+        the others. It must be () with ``decay``.
     ridges : array of floats > 0, default=None
         Penalties of ridge regression, in units of the sum of the variances of the columns. None is
         33 from 10 to 1e-7; none with ``positive``, ``decay``, an information criterion, or a sparse

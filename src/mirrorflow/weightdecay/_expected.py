@@ -95,9 +95,8 @@ class ExpectedPart:
         """Return what the tensor on which most acted has absorbed, as far as that is known."""
         if self._coupling == "sgd":  # what is asked of it waits in momentum
             return entry.absorbed
-        return max(
-            entry.absorbed, self._most * entry.asked
-        )  # which may be NaN, and is smaller then
+        # What was asked may be NaN, which max leaves aside as the second of two.
+        return max(entry.absorbed, self._most * entry.asked)
 
     def _tried(self, strength: float) -> tuple[float, float]:
         """Return the parts that act where some tensors are in half precision."""
