@@ -2,6 +2,7 @@ r"""Weights on their flow dw = J_g^T dmu + grad h da: packed, pulled along, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from scipy.integrate import DOP853, RK45
 from torch import Tensor
 
 from ..reparam import Parameters, Reparam, factors, flatten, unflatten
+from ._complex_step import ComplexStep
 from .dual import Array, DualProblem, NewtonProblem
 
 __all__ = ["RTOL", "PackedWeights", "WeightsProblem", "advance", "integrate"]
@@ -20,13 +22,13 @@ RTOL = 1e-12
 # A flow that needs more evaluations before its time has doubled is about to blow up. One that grows
 # from e^{-150} to 1 takes 80 for each of its 430 doublings, one that decays by e^{-600} 10,000.
 MAX_EVALUATIONS = 12_000
+STEPPED = 2_000  # numbers in w; beyond, complex functions cost more than going back
 
 
-@dataclass(frozen=True)
 class PackedWeights:
     """Parameters as one tensor, and how a dual variable moves them.
 
-    Attributes
+    Parameters
     ----------
     g : Reparam
         The parametrization.
@@ -37,9 +39,12 @@ class PackedWeights:
         joined to one vector.
     """
 
-    g: Reparam
-    like: Parameters
-    elementwise: bool
+    def __init__(self, g: Reparam, like: Parameters, elementwise: bool) -> None:
+        self.g, self.like, self.elementwise = g, like, elementwise
+        # In use since `begin`, and dropped where g refuses complex numbers or autograd disagrees.
+        self._step: ComplexStep | None = None
+        self._stepping = False
+        self._refused = type(g).pullback is not Reparam.pullback  # a formula of its own for J^T dx
 
     def pack(self, w: Parameters) -> Tensor:
         """Return w as one tensor."""
@@ -53,7 +58,7 @@ class PackedWeights:
 
     def pull(self, state: Tensor, dx: Tensor) -> Tensor:
         """Return J_g^T dx without a graph; torch.func costs three times as much as autograd."""
-        if type(self.g).pullback is not Reparam.pullback:  # a formula of its own for J^T dx
+        if type(self.g).pullback is not Reparam.pullback:
             with torch.no_grad():
                 return self.pack(self.g.pullback(self.unpack(state), dx))
         at = state.detach().requires_grad_()
@@ -61,6 +66,82 @@ class PackedWeights:
             x = self.g(self.unpack(at))
             (moved,) = torch.autograd.grad(x, at, dx, materialize_grads=True)
         return moved
+
+    def velocity(self, state: Array, shape: tuple[int, ...], dx: Tensor, along: Array) -> Array:
+        """Return J_g^T dx at a state of a shape, both flat; ``along`` is dx as an array."""
+        slopes = self.slopes(state)
+        if slopes is not None:
+            return (slopes * along).reshape(-1)  # J^T dx = (dg / dw_j) dx, factor by factor
+        at = torch.from_numpy(state).reshape(shape).to(dx.dtype)
+        return self.pull(at, dx).double().reshape(-1).numpy()
+
+    def slopes(self, state: Array) -> Array | None:
+        """Return dg / dw_j, stacked over j, by complex steps; None where they are not in use."""
+        step = self._step
+        if step is None:
+            return None
+        slopes = step.slopes(state.reshape(step.shape))
+        self._step = None if slopes is None else step
+        return slopes
+
+    def begin(self, state: Array, shape: tuple[int, ...]) -> None:
+        """Take derivatives by complex steps from a state on, if they are right there."""
+        stacked = None if self._refused else self._stacked(shape)
+        if stacked is None or not 0 < state.size <= STEPPED:
+            self._step, self._stepping = None, False
+            return
+        if self._step is None or self._step.shape != stacked:
+            self._step = ComplexStep(self.g, not isinstance(self.like, Tensor), stacked)
+            self._stepping = True
+            self.confirm(state[None])
+        self.visit(state)
+
+    def visit(self, state: Array) -> None:
+        """Adapt complex steps to the size of w, which may fall by e^{-150} on the way."""
+        if self._step is not None:
+            self._step.adapt(state.reshape(self._step.shape))
+
+    def confirm(self, states: Array) -> bool:
+        """Return whether the derivatives since `begin` are right at all states, else drop them.
+
+        Parameters
+        ----------
+        states : ndarray, shape (m, size)
+            Flat states.
+        """
+        if not self._stepping:
+            return True
+        step, self._step = self._step, None
+        right = step is not None and self._agrees(states, step.shape)
+        self._step = step if right else None
+        self._stepping, self._refused = right, not right
+        return right
+
+    def _agrees(self, states: Array, shape: tuple[int, ...]) -> bool:
+        """Return whether complex steps and automatic differentiation agree at flat states."""
+        pair = not isinstance(self.like, Tensor)
+        if self.elementwise:  # a batch of coordinates like any other
+            stacked = np.moveaxis(states.reshape(len(states), *shape), 0, 1).copy()
+            step = ComplexStep(self.g, pair, stacked.shape)
+            return step.agrees(
+                stacked, self.pull(torch.from_numpy(stacked), step.direction).numpy()
+            )
+        step = ComplexStep(self.g, pair, shape)
+        for state in states:
+            pulled = self.pull(torch.from_numpy(state), step.direction).numpy()
+            if not step.agrees(state.reshape(shape), pulled.reshape(shape)):
+                return False
+        return True
+
+    def _stacked(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape (k, ...) of stacked factors like x; None where their shapes differ."""
+        parts = factors(self.like)
+        if any(f.dtype != torch.float64 or f.device.type != "cpu" for f in parts):
+            return None
+        if self.elementwise:
+            return shape
+        x = self.g(self.like).shape
+        return (len(parts), *x) if all(f.shape == x for f in parts) else None
 
 
 @dataclass(frozen=True)
@@ -128,6 +209,7 @@ def advance(
     shape: tuple[int, ...] | None,
     rtol: float = RTOL,
     rough: bool = False,
+    weights: PackedWeights | None = None,
 ) -> Array | None:
     """Integrate dy = rhs(y) over unit time; return None where the solution ends before.
 
@@ -135,8 +217,13 @@ def advance(
     coordinate, so that a factor that is 0 next to one that has decayed to e^{-150} is accurate
     relative to that one. What comes after them has a size of 1 or more. Without a shape, the
     tolerance follows the size of every entry by itself. ``rough`` takes a method of order 5, which
-    costs less where few digits are wanted.
+    costs less where few digits are wanted. Derivatives that ``weights`` takes by complex steps are
+    compared with automatic differentiation after every step; where they differ, all begins anew.
     """
+    size = 0 if shape is None else math.prod(shape)
+    if weights is not None and shape is not None:
+        weights.begin(start[:size], shape)
+    visited = [start[:size]]
     method = RK45 if rough else DOP853
 
     def atol(y: Array) -> Any:  # SciPy takes an array as well
@@ -151,8 +238,13 @@ def advance(
             solver.step()
             # SciPy fixes atol at the start; weights may fall by e^{-150} on the way.
             solver.atol = atol(solver.y)
+            if weights is not None:
+                visited.append(solver.y[:size].copy())
+                weights.visit(visited[-1])
             if solver.t > 2 * done:  # the time has doubled: another allowance
                 done, spent = solver.t, solver.nfev
+    if weights is not None and not weights.confirm(np.array(visited)):
+        return advance(rhs, start, shape, rtol, rough, weights)
     if solver.status != "finished" or not np.isfinite(solver.y).all():
         return None
     return solver.y.copy()

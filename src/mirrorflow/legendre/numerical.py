@@ -281,17 +281,25 @@ class Inversion(LegendreFunction):
                 moved = self._pack(alone)
                 return moved if _held(state, moved) else None
 
+        shape, dmu = tuple(state.shape), dmu.detach().double()
+        along = dmu.numpy()
+        rate = torch.as_tensor(da).detach().numpy()
+
         def velocity(flat: Array) -> Array:
-            s = torch.from_numpy(flat).reshape(state.shape)
-            moved = self.packed.pull(s, dmu) if pulls else torch.zeros_like(s)
-            if decays:
-                decay = detached_gradient(self.h, self._unpack(s), self.g)
-                moved = moved + da * self._pack(decay)  # dw = J^T dmu + grad h da
-            return moved.reshape(-1).numpy()
+            moved = self.packed.velocity(flat, shape, dmu, along) if pulls else np.zeros_like(flat)
+            if decays:  # dw = J^T dmu + grad h da
+                moved = moved + (rate * self._flat_decay(flat, shape)).reshape(-1)
+            return moved
 
         start = state.detach().to(torch.float64).reshape(-1).numpy()
-        end = advance(velocity, start, tuple(state.shape), rtol)
+        end = advance(velocity, start, shape, rtol, weights=self.packed)
         return None if end is None else torch.from_numpy(end).reshape(state.shape).to(state.dtype)
+
+    def _flat_decay(self, flat: Array, shape: tuple[int, ...]) -> Array:
+        """Return grad h at a flat state, with its shape."""
+        w = self._unpack(torch.from_numpy(flat).reshape(shape))
+        decay = detached_gradient(self.h, w, self.g)
+        return flat.reshape(shape) if decay is w else self._pack(decay).numpy()  # |w|^2 / 2: w
 
     def _move_to(self, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integrate straight from g(w) to x at fixed a; return w and the change of mu."""

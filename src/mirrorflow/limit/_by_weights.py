@@ -80,8 +80,12 @@ class _Weights:
         """Return theta where Q x has moved by ``gap``, about; None where w ends before."""
         size = start.numel()
         last: list[tuple[Array, Array]] = []
+        y = np.concatenate([start.reshape(-1).numpy(), np.zeros(len(gap))])
 
         def rhs(flat: Array) -> Array:
+            if np.array_equal(flat, y):  # the integration begins, perhaps anew
+                self.edge = None
+                last.clear()
             state = torch.from_numpy(flat[:size]).reshape(start.shape)
             dw, dtheta = self.solve(state, gap)
             here = flat[:size].copy(), dw
@@ -92,8 +96,7 @@ class _Weights:
                 return np.full_like(flat, np.nan)  # at which the integration stops
             return np.concatenate([dw, dtheta])
 
-        y = np.concatenate([start.reshape(-1).numpy(), np.zeros(len(gap))])
-        end = advance(rhs, y, tuple(start.shape), rtol, rough=rtol == ROUGH)
+        end = advance(rhs, y, tuple(start.shape), rtol, rtol == ROUGH, self.packed)
         return None if end is None else end[size:]
 
     def _jumps(
@@ -134,7 +137,8 @@ class _Weights:
             residual = length(gap) / unit
             # Newton's method squares residuals until rounding stops it.
             if residual < SETTLED or (residual < GOOD and residual > 0.3 * last):
-                return x, theta, residual, k
+                right = self.packed.confirm(state.reshape(1, -1).numpy())
+                return (x, theta, residual, k) if right else None
             if not residual < 2 * last:
                 return None
             dw, dtheta = self.solve(state, gap)
@@ -146,10 +150,13 @@ class _Weights:
 
     def solve(self, state: Tensor, gap: Array) -> tuple[Array, Array]:
         """Return dw = J^T Q^T dtheta and dtheta = (Q J J^T Q^T)^{-1} gap."""
+        slopes = self.packed.slopes(state.numpy())
         state = state.to(self.dtype)
-        if self.elementwise:
+        if slopes is None and self.elementwise:
+            slopes = self.packed.pull(state, self.ones).numpy()
+        if slopes is not None:
             # d g_i / d w_ij, a row for each factor j; their squares sum to (J J^T)_ii.
-            slopes = self.packed.pull(state, self.ones).numpy().reshape(len(state), -1)
+            slopes = slopes.reshape(-1, self.Q.shape[1])
             dtheta = _solve((self.Q * (slopes * slopes).sum(0)) @ self.Q.T, gap)
             return (slopes * (dtheta @ self.Q)).reshape(-1), dtheta  # dw = J^T Q^T dtheta
         K = self._pulled_rows(self.packed.unpack(state)).numpy()  # K = Q J
@@ -158,12 +165,13 @@ class _Weights:
 
     def follow(self, state: Tensor, dtheta: Array) -> Tensor | None:
         """Integrate dw = J^T Q^T dtheta along a straight line; None where w ends before."""
-        dmu, shape = self._moved(dtheta), state.shape
+        dmu, shape = self._moved(dtheta), tuple(state.shape)
+        along = dmu.double().numpy()
 
         def rhs(flat: Array) -> Array:
-            return self._pull(torch.from_numpy(flat).reshape(shape), dmu).reshape(-1).numpy()
+            return self.packed.velocity(flat, shape, dmu, along)
 
-        end = advance(rhs, state.reshape(-1).numpy(), tuple(shape))
+        end = advance(rhs, state.reshape(-1).numpy(), shape, weights=self.packed)
         return None if end is None else torch.from_numpy(end).reshape(shape)
 
     def step(self, state: Tensor, dtheta: Array) -> Tensor:
@@ -181,7 +189,9 @@ class _Weights:
 
     def _pull(self, state: Tensor, dmu: Tensor) -> Tensor:
         """Return J^T dmu at a state, in float64."""
-        return self.packed.pull(state.to(self.dtype), dmu).double()
+        flat, along = state.reshape(-1).numpy(), dmu.double().numpy()
+        moved = self.packed.velocity(flat, tuple(state.shape), dmu, along)
+        return torch.from_numpy(moved).reshape(state.shape)
 
     def _pulled_rows(self, w: Parameters) -> Tensor:
         """Return Q J, one row for each row of Q."""
