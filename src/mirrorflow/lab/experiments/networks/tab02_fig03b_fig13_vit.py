@@ -63,7 +63,7 @@ class Config(SwitchConfig, ImageConfig):
 
     @classmethod
     def preset(cls, name: str) -> Config:
-        """Return smoke (digits, seconds), cpu (a smaller ViT, 4 epochs), or full (the paper's)."""
+        """Return smoke (digits, seconds), cpu (a smaller ViT, 2 epochs), or full (the paper's)."""
         if name == "smoke":
             return cls(
                 data="digits", size=8, patch=4, width=16, layers=2, heads=2, batch=64,
@@ -73,8 +73,9 @@ class Config(SwitchConfig, ImageConfig):
         if name == "full":
             return cls(times=(9_750, 29_250), loops=True)
         return cls(
-            patch=8, width=64, layers=6, heads=4, validation=5000, warmup=100, steps=1500, off=750,
-            every=75, decays=(8.0, 0.8), times=(375, 1125), loops=True, target=2.0,
+            patch=8, width=64, layers=4, heads=4, batch=64, validation=5000, warmup=100,
+            steps=1500, off=750, every=75, decays=(8.0, 0.8), times=(375, 1125), loops=True,
+            target=2.0,
         )  # fmt: skip
 
     def lrs(self) -> Array:
