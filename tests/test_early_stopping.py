@@ -79,6 +79,39 @@ def test_the_ends_are_the_centre_and_limit(a):
     assert (found.value[1] - R.centre(a)).abs().max() < 1e-9
 
 
+def tall():
+    return np.random.default_rng(4).standard_normal((30, 10))
+
+
+def repeated():
+    """Return six rows twice, the second time doubled."""
+    Z = np.random.default_rng(4).standard_normal((6, 15))
+    return np.concatenate([Z, 2 * Z])
+
+
+@pytest.mark.parametrize("design", [tall, repeated])
+@pytest.mark.parametrize("noise", [0.0, 1.0, "only"])
+def test_data_that_no_x_fits(design, noise):
+    """theta grows like t along what no x can change; x goes to the end of the nearest data."""
+    Z, rng = design(), np.random.default_rng(5)
+    n, d = Z.shape
+    image = Z @ rng.standard_normal(d)
+    away = rng.standard_normal(n)
+    away -= Z @ np.linalg.lstsq(Z, away, rcond=None)[0]
+    y = away if noise == "only" else image + noise * away
+    R, a = mf.legendre(mf.Hadamard(), DECAY, hyperbolic(d)), -1.0
+    times = [1.0, 1e4, 1e8, 1e15]
+    found = mf.penalized(R, Z, y, a, times)
+    assert found.status is mf.Status.converged and found.stats.residual.max() < 1e-11
+    end = mf.limit(R, Z, 0.0 * y if noise == "only" else image, a).value
+    assert (found.value[-1] - end).abs().max() < 1e-9
+    for x, theta, t in zip(found.value, found.aux["theta"], times, strict=True):
+        left = y - Z @ x.numpy()
+        assert np.abs(theta.numpy() - t * left / n).max() < 1e-6 * max(1.0, t)  # as defined
+        if t < 1e6:
+            assert np.abs(R.mirror(x, a).numpy() - Z.T @ theta.numpy()).max() < 1e-9 * max(1.0, t)
+
+
 @pytest.mark.parametrize(
     ("g", "w0"),
     [

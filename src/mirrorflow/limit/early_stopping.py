@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
@@ -24,6 +25,7 @@ __all__ = ["PenalizedStats", "penalized"]
 Array = NDArray[np.float64]
 SETTLED = 1e-13  # size of the gradient of the dual, relative to y, that a step more hardly improves
 GOOD = 1e-9  # and at which a point counts as solved
+EPS = float(np.finfo(np.float64).eps)
 SHORTEST = 1e-12  # part of Newton's step below which a step gives up
 
 
@@ -149,16 +151,47 @@ def _path(
     R: LegendreFunction, Z: Array, y: Array, a: float, times: Array, max_steps: int
 ) -> list[_Point]:
     """Solve at each t, from the smallest up; each starts from its neighbour."""
-    problem = LegendreFunction.dual_problem(R, Z)  # by the two maps, whatever R has for `limit`
+    rows = _Rows(Z, y)
+    problem = LegendreFunction.dual_problem(R, rows.Z)  # by its maps, whatever R has for `limit`
     assert isinstance(problem, NewtonProblem)
     problem.require_centre(a)
-    search = _Search(problem, y, a, max_steps)
+    search = _Search(problem, rows, a, max_steps)
     points: dict[int, _Point] = {}
-    theta = np.zeros(len(y))
+    phi = np.zeros(len(rows.y))
     for i in np.argsort(times, kind="stable"):
-        points[i] = search.solve(theta, len(y) / float(times[i]))  # the ridge n/t
-        theta = points[i].theta
-    return [points[i] for i in range(len(times))]
+        points[i] = search.solve(phi, len(y) / float(times[i]))  # the ridge n/t
+        phi = points[i].theta
+    return [rows.restored(points[i], float(times[i])) for i in range(len(times))]
+
+
+class _Rows:
+    r"""The same problem with independent rows: Z = U Z', y = U y' + r with U^T U = I, U^T r = 0.
+
+    From theta = t (y - Zx)/n follows theta = U phi + (t/n) r, with phi = t (y' - Z'x)/n and
+    mu = Z^T theta = Z'^T phi. Left in theta, the part (t/n) r, which no x can change, would drown
+    phi in its rounding as t grows.
+    """
+
+    def __init__(self, Z: Array, y: Array) -> None:
+        self.U: Array | None = None
+        self.Z, self.y, self.r = Z, y, np.zeros_like(y)
+        self.unit = length(y) or 1.0  # also where y' is 0
+        if not Z.size:
+            return
+        U, s, V = scipy.linalg.svd(Z, full_matrices=False, check_finite=False)
+        rank = int((s > max(Z.shape) * EPS * s[0]).sum())
+        if 0 < rank < len(Z):
+            self.U = kept = U[:, :rank]
+            self.Z, self.y = s[:rank, None] * V[:rank], kept.T @ y
+            left = y - kept @ self.y
+            self.r = left if length(left) > SETTLED * self.unit else self.r  # else rounding
+
+    def restored(self, point: _Point, t: float) -> _Point:
+        """Return the point with the theta of the rows as they were given."""
+        if self.U is None:
+            return point
+        theta = self.U @ point.theta + t / len(self.r) * self.r
+        return replace(point, theta=theta)
 
 
 class _Search:
@@ -168,9 +201,9 @@ class _Search:
     theta = t (y - Zx)/n; its Hessian is Z W Z^T + (n/t) I, W = d primal / d mu.
     """
 
-    def __init__(self, problem: NewtonProblem, y: Array, a: float, max_steps: int) -> None:
-        self.problem, self.Z, self.y, self.a, self.max_steps = problem, problem.Z, y, a, max_steps
-        self.unit = length(y) or 1.0
+    def __init__(self, problem: NewtonProblem, rows: _Rows, a: float, max_steps: int) -> None:
+        self.problem, self.a, self.max_steps = problem, a, max_steps
+        self.Z, self.y, self.unit = rows.Z, rows.y, rows.unit
 
     def solve(self, theta: Array, ridge: float) -> _Point:
         """Return the solution for the ridge n/t, from a theta in the range."""
