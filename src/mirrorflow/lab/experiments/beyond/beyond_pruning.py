@@ -61,9 +61,9 @@ class Config(contract.Config):
 
     width: int = Field(default=256, ge=1)
     epochs: int = Field(default=200, ge=2)
-    batch: int = Field(default=64, ge=1, le=1297)
+    batch: int = Field(default=32, ge=1, le=1297)
     lr: float = Field(default=0.003, gt=0)
-    a: float = Field(default=-2.0, le=0)
+    a: float = Field(default=-4.0, le=0)
     ways: tuple[Way, ...] = Field(default=get_args(Way), min_length=1)
     seeds: tuple[int, ...] = Field(default=tuple(range(5)), min_length=1)
 
