@@ -1,17 +1,23 @@
-"""End points of pairs without a closed form: following w once, against a Newton method on R_a.
+"""End points of pairs without a closed form: following w once, against what `limit` did before.
 
-That method is what `limit` falls back to; each of its trials integrates w from w0.
+That was a Newton method on R_a, each of whose trials integrates w from w0 by automatic
+differentiation; `limit` still falls back to it. Between them stands following w by automatic
+differentiation, without complex steps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 import mirrorflow as mf
 from benchmarks._diagonal import problem, start
-from benchmarks._measure import kept, measure, once
+from benchmarks._measure import kept, measure
 from mirrorflow._threads import small_on_one_thread
+from mirrorflow.legendre import _weights
 from mirrorflow.legendre._weights import WeightsProblem
 from mirrorflow.limit._constraints import orthonormal
 from mirrorflow.limit._problems import solve_problem
@@ -32,27 +38,42 @@ def cases():
     )  # fmt: skip
 
 
+@contextmanager
+def automatic() -> Iterator[None]:
+    """Switch complex steps off."""
+    stepped, _weights.STEPPED = _weights.STEPPED, 0
+    try:
+        yield
+    finally:
+        _weights.STEPPED = stepped
+
+
 def compared(name: str, pair, Z, y, a: float) -> dict:
-    """Return the seconds of both ways to one end point, and how far apart they end."""
+    """Return the seconds of all ways to one end point, and how far apart they end."""
     R = mf.legendre(*pair)
     mf.limit(R, Z, y, a)
     whole = R.dual_problem(Z)
     assert isinstance(whole, WeightsProblem)
 
     def newton():
-        with small_on_one_thread(Z.size):
+        with automatic(), small_on_one_thread(Z.size):
             return solve_problem(whole.general, orthonormal(Z, y), [a], 2000)[0]
 
+    def differentiated():
+        with automatic():
+            return mf.limit(R, Z, y, a)
+
     found = {}
-    calls = kept({"w": lambda: mf.limit(R, Z, y, a), "newton": newton}, found)
-    many = measure({"w": calls["w"]})
-    seconds = once({"newton": calls["newton"]}) | many
+    ways = {"w": lambda: mf.limit(R, Z, y, a), "autograd": differentiated, "newton": newton}
+    seconds = measure(kept(ways, found))
     x, other = found["w"].value.numpy(), found["newton"].x
     return {
         "case": name,
         "seconds": seconds["w"],
+        "automatic differentiation, seconds": seconds["autograd"],
         "Newton's method on R_a, seconds": seconds["newton"],
         "ratio": seconds["newton"] / seconds["w"],
+        "ratio to automatic differentiation": seconds["autograd"] / seconds["w"],
         "apart (relative)": float(np.linalg.norm(x - other) / np.linalg.norm(other)),
         "residual": found["w"].stats.residual,
     }

@@ -51,6 +51,7 @@ TABLES = {
     },
     "bench_custom": {
         "ours, ms": ("seconds", MS),
+        "automatic differentiation": ("ratio to automatic differentiation", 1),
         "Newton's method on R_a": ("ratio", 1),
     },
     "bench_depth": {

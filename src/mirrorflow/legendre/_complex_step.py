@@ -27,10 +27,9 @@ class ComplexStep:
               + O(h^2)
 
     Nothing is subtracted, so that h may be as small as 1e-60 times w (Squire and Trapp 1998, SIAM
-    Review 40). One call of g does all factors, in a fifth to a tenth of the time that recording and
-    going back take for a hundred coordinates. It is wrong where g is not analytic (absolute values,
-    rounding, a branch by the sign of w) or not elementwise: `agrees` compares it with automatic
-    differentiation, and whoever integrates asks it for every state.
+    Review 40). One call of g does all factors, and nothing is recorded. It is wrong where g is not
+    analytic (absolute values, rounding, a branch by the sign of w) or not elementwise: `agrees`
+    compares it with automatic differentiation, and whoever integrates asks it for every state.
 
     Parameters
     ----------
