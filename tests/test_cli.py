@@ -308,7 +308,8 @@ def test_audit_takes_pairs_that_the_user_names(monkeypatch, capsys, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"fc1.weight": up, "fc2.weight": down}, path)
     assert call(monkeypatch, "audit", path) == 2
-    assert "--pair mlp=fc2.weight,fc1.weight" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Name them: --pair mlp=fc2.weight,fc1.weight" in said and "audit(" not in said
     named = ("--pair", "mlp=fc2.weight,fc1.weight", "--pair", "own=fc2.weight, fc2.weight.T")
     assert call(monkeypatch, "audit", path, *named, "--json") == 0
     records = json.loads(capsys.readouterr().out)["records"]

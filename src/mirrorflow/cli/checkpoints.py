@@ -48,6 +48,7 @@ def audit(
     pair: memory stays below 16 copies of the largest pair in float64.
     """
     from .. import spectrum
+    from ..spectrum.pairs import NothingToMeasure
 
     pairs = _pairs(pair or [])
     _check_audit(match, page)
@@ -56,6 +57,8 @@ def audit(
             spectrum.audit(file, level=level, match=match, pairs=pairs, values=values)
             for file in (path, compare) if file is not None
         )  # fmt: skip
+    except NothingToMeasure as error:
+        raise UserError(str(error).replace(error.call, PAIR)) from error
     except (OSError, ValueError, ImportError) as error:
         hint = f"\nHere: {PAIR}" if "pairs={" in str(error) else ""  # how a program says it
         raise UserError(f"{error}{hint}") from error

@@ -24,7 +24,18 @@ from ._discovery import find
 from ._measurement import measure
 from ._quantized import method
 from ._shards import Rows
-from .pairs import Adapter, Factor, Found, Named, Pair, checked, choose, clean, named, nothing_found
+from .pairs import (
+    Adapter,
+    Factor,
+    Found,
+    Named,
+    NothingToMeasure,
+    Pair,
+    checked,
+    choose,
+    clean,
+    named,
+)
 from .records import Measurement
 
 __all__ = ["audit", "heads", "part_of"]
@@ -98,7 +109,7 @@ def audit(
     chosen = (*found.pairs, *own)
     if not chosen:
         reasons = (*found.skipped, *((str(path), note) for note in checkpoint.notes))
-        raise ValueError(nothing_found(str(path), reasons, "audit"))
+        raise NothingToMeasure(str(path), reasons, "audit")
     skipped = (*found.skipped, *adapters_below(Path(path)))
     records = measure(chosen, checkpoint.load, level, batch=0)
     return Measurement(records, skipped, checkpoint.notes)

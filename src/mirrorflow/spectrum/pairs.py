@@ -20,6 +20,7 @@ __all__ = [
     "Facts",
     "Found",
     "Named",
+    "NothingToMeasure",
     "Pair",
     "Shapes",
     "checked",
@@ -27,7 +28,6 @@ __all__ = [
     "clean",
     "label",
     "named",
-    "nothing_found",
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -295,11 +295,28 @@ def choose(found: Found, level: str, match: str | None) -> Found:
     return Found(tuple(kept), tuple(skipped))
 
 
-def nothing_found(where: str, skipped: Iterable[tuple[str, str]], caller: str) -> str:
-    """Say how to go on when there is nothing to measure."""
-    reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
-    return (
-        f"no LoRA or attention pairs to measure in {where}{reasons}\nName them: "
-        f'{caller}(..., pairs={{"mlp": ("fc2.weight", "fc1.weight")}}), the product fc2 fc1; '
-        "append .T to a name to transpose its weight"
-    )
+class NothingToMeasure(ValueError):
+    """There is no pair to measure; the message says why, and how to go on.
+
+    Parameters
+    ----------
+    where : str
+        The file or the model.
+    skipped : iterable of (str, str)
+        Names that were looked at, and why they are no pairs.
+    caller : str
+        The function that takes ``pairs``.
+
+    Attributes
+    ----------
+    call : str
+        The part of the message that names pairs in Python.
+    """
+
+    def __init__(self, where: str, skipped: Iterable[tuple[str, str]], caller: str) -> None:
+        self.call = f'{caller}(..., pairs={{"mlp": ("fc2.weight", "fc1.weight")}})'
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+        super().__init__(
+            f"no LoRA or attention pairs to measure in {where}{reasons}\nName them: "
+            f"{self.call}, the product fc2 fc1; append .T to a name to transpose its weight"
+        )

@@ -22,12 +22,12 @@ from .pairs import (
     Adapter,
     Factor,
     Named,
+    NothingToMeasure,
     Pair,
     checked,
     choose,
     clean,
     named,
-    nothing_found,
 )
 from .product import unreadable
 from .records import Measurement
@@ -137,7 +137,7 @@ class SpectralTracker:
         if not self.pairs:
             reasons = (*skipped, *((pair.label, "frozen: pass frozen=True") for pair in still))
             reasons += self._elsewhere()
-            raise ValueError(nothing_found(type(model).__name__, reasons, "SpectralTracker"))
+            raise NothingToMeasure(type(model).__name__, reasons, "SpectralTracker")
 
     def _elsewhere(self) -> tuple[tuple[str, str], ...]:
         """Return a weight that ZeRO-3 has divided, with what to do."""
