@@ -307,6 +307,8 @@ _MOVES = {
 def _effect(found: Outlook) -> str:
     """Return what that does to a product, and by which law."""
     law = f"the law of {found.law.name} holds: " if found.law.name != "not known" else ""
+    if found.law.name == "sign descent":
+        law = f"at best {law}"  # Adam is near it, and stores less: docs/beyond.md
     size = f"A product of two weights shrinks by {_percent(found.shrink)} at most"
     if math.isnan(found.shrink):
         size = "How far a product shrinks is not known"

@@ -165,9 +165,9 @@ def preview(
     AdamW's decay of 0.25 over 8 steps comes to a = -0.438 (-sum of lr x decay); all
     of it acts in float32.
     A product of two weights shrinks by 60.5% at most, and whether its geometry
-    moves enough depends on the product's size and start; under AdamW the law of
-    sign descent holds: decay stores |x|^{3/2} at most, never L1, whatever its
-    strength.
+    moves enough depends on the product's size and start; under AdamW at best the
+    law of sign descent holds: decay stores |x|^{3/2} at most, never L1, whatever
+    its strength.
     For a product to shrink by 50% a decay of 0.198 is enough, 0.79 of this one.
     """
     if not isinstance(scheduler, WeightDecayScheduler):
