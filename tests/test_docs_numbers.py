@@ -294,7 +294,7 @@ QUOTES: list[tuple[str, str, Callable[[], list[float | None]]]] = [
     ("docs/experiments.md", "(2.309 against 2.311 to 2.36)",
      lambda: [metrics("tab03_fig03a_lora/e5fe45c65044")[0], None, None]),
     ("docs/experiments.md", "Decay 0.1 switched off ends at 3.851, kept 3.877, half 3.858, "
-     "equal budget 3.855; decay 0.02 at 3.8389, 3.8444, 3.8400, 3.8395, the last too near the "
+     "equal budget 3.855; decay 0.02 at 3.8389, 3.8445, 3.8400, 3.8395, the last too near the "
      "first for one seed. Training without decay is best again (3.836)",
      lambda: [None, *family(SMOLLM, 0.1), None, *family(SMOLLM, 0.02), metrics(SMOLLM)[0]]),
     ("docs/experiments.md", "better than kept (+1.5 ± 1 points) and than the constant one of equal "
