@@ -42,8 +42,9 @@ def test_the_start_has_the_weights_and_the_scale(seed, scale, dtype):
     m, w = HadamardFactors(scale).right_inverse(x)
     torch.testing.assert_close(m * w, x)
     big = x.abs() > 100 * scale  # there m^2 - w^2 cancels
-    A = mf.legendre(mf.Hadamard(), mf.WeightDecay(), (m[~big], w[~big])).log_A0.exp()
-    torch.testing.assert_close(A, torch.full_like(A, scale), rtol=1e-3, atol=0)
+    if not big.all():
+        A = mf.legendre(mf.Hadamard(), mf.WeightDecay(), (m[~big], w[~big])).log_A0.exp()
+        torch.testing.assert_close(A, torch.full_like(A, scale), rtol=1e-3, atol=0)
     assert (m > w.abs()).all() or dtype == torch.float32
 
 

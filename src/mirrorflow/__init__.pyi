@@ -27,6 +27,9 @@ from .legendre import RangeError as RangeError
 from .legendre import legendre as legendre
 from .limit import limit as limit
 from .limit import penalized as penalized
+from .optim import MirrorAdam as MirrorAdam
+from .optim import fold as fold
+from .optim import overparametrize as overparametrize
 from .regularizer import CustomRegularizer as CustomRegularizer
 from .regularizer import Regularizer as Regularizer
 from .regularizer import Separable as Separable

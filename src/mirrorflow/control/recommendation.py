@@ -111,7 +111,7 @@ def recommend(
     """Return the schedule that the stored experiments support for a goal, or none.
 
     Nothing is trained. The products that train (LoRA's B A, attention's Q K^T, m * w of
-    `mirrorflow.optim.overparametrize`) decide which experiments count. A schedule comes to the a
+    `mirrorflow.overparametrize`) decide which experiments count. A schedule comes to the a
     of the stored run that it follows, under this learning rate, and is switched off at the same
     part of the run.
 
@@ -422,7 +422,7 @@ def _for_sparsity(run: _Run) -> Recommendation:
         reason = (
             "The weights are not products m * w, so that nothing stores a preference for sparse "
             "ones: weight decay itself prefers short solutions. "
-            "mirrorflow.optim.overparametrize makes products of weights."
+            "mirrorflow.overparametrize makes products of weights."
         )
         unknown = ("whether decay makes plain weights sparse: no stored run tries it",)
         return Recommendation("sparsity", None, 0.0, reason, (), (), unknown)
@@ -430,7 +430,7 @@ def _for_sparsity(run: _Run) -> Recommendation:
     if run.law.name != "gradient flow":
         reason = (
             f"Under {run.name} the law is {run.law.name}: {run.law.stores}. This is derived, and "
-            "no stored run shows otherwise. SGD, or mirrorflow.optim.MirrorAdam, stores L1."
+            "no stored run shows otherwise. SGD, or mirrorflow.MirrorAdam, stores L1."
         )
         unknown = (f"what {run.name} recovers: the stored runs are of gradient descent",)
         return Recommendation("sparsity", None, 0.0, reason, (), (), unknown)
