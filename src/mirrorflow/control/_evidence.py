@@ -37,7 +37,7 @@ class Arm:
     a : float
         -sum of lr x decay, <= 0.
     ratio : float
-        Nuclear over Frobenius norm of the products at the end.
+        Nuclear over Frobenius norm of the products at the end; NaN where it was not measured.
     loss : float
         Of validation, at the end.
     gap, interval : float
@@ -205,7 +205,7 @@ def studies(product: str) -> tuple[Study, ...]:
     Examples
     --------
     >>> [study.seeds for study in studies("lora")]
-    [5, 1]
+    [5, 5, 1]
     """
     found = [
         Study(**{**table, "arms": tuple(Arm(**arm) for arm in table["arms"])})

@@ -307,7 +307,7 @@ def _for_loss(run: _Run) -> Recommendation:
     """Return no decay: in no stored study did it end clearly below training without."""
     if not (found := studies(run.product)):
         return _nothing("loss", run)
-    first = found[0]
+    first = next((study for study in found if study.optimizer == run.name), found[0])
     best = min((arm for arm in first.arms if arm.a), key=lambda arm: arm.loss)
     reason = (
         f"No decay ended at a loss of {first.none.loss:.4g} in {first.title} ({first.optimizer}, "
@@ -323,7 +323,8 @@ def _for_rank(run: _Run, price: float, kept: float) -> Recommendation:
     """Return the schedule of the stored run of lowest ratio that cost no more than the price."""
     if stored := curves(run.product):
         return _for_cut(run, price, kept, stored)
-    able = [study for study in studies(run.product) if study.seeds >= _SEEDS]
+    measured = (study for study in studies(run.product) if not math.isnan(study.none.ratio))
+    able = [study for study in measured if study.seeds >= _SEEDS]
     if not able:
         return _nothing("rank", run)
     study = able[0]
