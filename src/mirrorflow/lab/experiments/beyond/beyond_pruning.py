@@ -263,6 +263,7 @@ def draw(records: list[Record], trajectory: Trajectory) -> Figure:
         means = loss[: len(loss) // window * window].reshape(-1, window).mean(1)
         losses.plot(window * np.arange(1, len(means) + 1), means, **style)
     accuracy.set(xscale="log", xlabel="weights that are left, %", ylabel="test accuracy")
+    accuracy.xaxis.set_major_formatter("{x:g}")
     accuracy.invert_xaxis()
     sizes.set(yscale="log", xlabel="part of the weights, %", ylabel="|x|, sorted (first seed)")
     losses.set(yscale="log", xlabel="step", ylabel="training loss (first seed)")
