@@ -148,7 +148,7 @@ def resume(saved):
         (lambda text: "", "JSONDecodeError"),
         (lambda text: "[1, 2]", "state must have the keys scheduler, layers and loops"),
         (lambda text: '{"feedback": null}', "state must have the keys scheduler, layers and loops"),
-        (lambda text: text.replace('"taken"', '"token"'), "KeyError: 'taken'"),
+        (lambda text: text.replace('"taken"', '"token"'), "ledger 0 of the state must"),
         (lambda text: json.dumps(json.loads(text) | {"scheduler": None}), "NoneType"),
         (lambda text: json.dumps(json.loads(text) | {"loops": [{}]}), "closed loops"),
     ],
